@@ -1,0 +1,225 @@
+"""Everything that can go wrong, as one tree.
+
+    PdDeployError
+     ├─ InvalidInput              what the user wrote is wrong; lists every problem at once
+     ├─ HostError                 a host refuses, and will refuse again until somebody changes something
+     │   ├─ AuthenticationFailed      user, key or password not accepted
+     │   ├─ HostKeyMismatch           the host's key is unknown or has changed
+     │   ├─ DockerAccessDenied        the SSH user may not talk to the Docker engine
+     │   ├─ DockerMissing             no Docker engine is installed where one is expected
+     │   ├─ ImageNotFound             the image or tag does not exist
+     │   ├─ RegistryDenied            the registry wants other credentials
+     │   ├─ RegistryMisconfigured     the engine does not trust the registry (TLS)
+     │   ├─ DiskFull                  no space left on the host
+     │   ├─ PortTaken                 somebody else listens on a port we need
+     │   ├─ FileMissing               a path (file, directory, device) does not exist
+     │   ├─ FileDenied                a path may not be read, written or removed
+     │   ├─ NotOurs                   the path or container is not this deployment's to touch
+     │   ├─ NameTaken                 another container has the name
+     │   ├─ ContainerMissing          the container does not exist (any more)
+     │   ├─ EngineRefused             the Docker engine rejects a request for another reason
+     │   └─ CommandFailed             a command ran and exited with another status than 0
+     └─ TransientError            worth a retry
+         ├─ HostUnreachable           no SSH connection could be made
+         ├─ ConnectionDropped         the connection was lost while a call was under way
+         ├─ TimedOut                  an answer did not come in time
+         ├─ SessionRefused            the SSH server allows no further session
+         ├─ EngineDown                the Docker engine does not answer
+         └─ RegistryUnavailable       the registry can't be reached or is overloaded
+
+Messages never carry a secret: no key, password, token or command input.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class PdDeployError(Exception):
+    """Base of all errors: where it happened, what was expected and found, what to do next.
+
+    Args:
+        message: what was expected and what was found.
+        host: the host, as `name (address)`.
+        instance: the instance, e.g. `p1`.
+        hint: the likely next step.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        host: str | None = None,
+        instance: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.host = host
+        self.instance = instance
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = ", ".join(
+            f"{kind} {name}"
+            for kind, name in (("host", self.host), ("instance", self.instance))
+            if name
+        )
+        text = f"{where}: {self.message}" if where else self.message
+        return f"{text} → {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way back calls the class with `args`, which keyword arguments are not in.
+        return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the input: `key` is its path, `message` says expected and found."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
+
+
+class InvalidInput(PdDeployError):
+    """What the user wrote is wrong; carries every problem, not only the first."""
+
+    def __init__(
+        self, problems: Sequence[Problem], *, source: str | None = None, hint: str | None = None
+    ) -> None:
+        self.problems = list(problems)
+        self.source = source
+        count = f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        head = f"{source}: {count}" if source else count
+        super().__init__("\n  ".join([head, *map(str, self.problems)]), hint=hint)
+
+
+class HostError(PdDeployError):
+    """A host refuses, and will refuse again until somebody changes something."""
+
+
+class AuthenticationFailed(HostError):
+    """The SSH server accepts none of the credentials offered."""
+
+
+class HostKeyMismatch(HostError):
+    """The host's key is unknown or differs from the known one."""
+
+
+class DockerAccessDenied(HostError):
+    """The SSH user may not talk to the Docker engine."""
+
+
+class DockerMissing(HostError):
+    """There is no Docker engine where one is expected."""
+
+
+class ImageNotFound(HostError):
+    """The image, tag or digest exists neither on the host nor in the registry."""
+
+
+class RegistryDenied(HostError):
+    """The registry refuses the credentials, or wants some."""
+
+
+class RegistryMisconfigured(HostError):
+    """The host's Docker engine does not trust the registry."""
+
+
+class DiskFull(HostError):
+    """A file system of the host is full."""
+
+
+class PortTaken(HostError):
+    """Somebody else listens on a port that is needed."""
+
+
+class FileMissing(HostError):
+    """A file, directory or device of the host does not exist; `path` names it."""
+
+    def __init__(self, message: str, *, path: str = "", **where: str | None) -> None:
+        super().__init__(message, **where)
+        self.path = path
+
+
+class FileDenied(HostError):
+    """A path of the host may not be read, written or removed by the SSH user."""
+
+
+class NotOurs(HostError):
+    """A path or container that this deployment did not make; it stays untouched."""
+
+
+class NameTaken(HostError):
+    """Another container already has the name."""
+
+
+class ContainerMissing(HostError):
+    """The container does not exist (any more)."""
+
+
+class EngineRefused(HostError):
+    """The Docker engine rejects a request; the message is the engine's own."""
+
+
+class CommandFailed(HostError):
+    """A command exited with another status than 0; `argv`, `exit_status` and `stderr` say more."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        argv: Sequence[str] = (),
+        exit_status: int = -1,
+        stderr: str = "",
+        **where: str | None,
+    ) -> None:
+        super().__init__(message, **where)
+        self.argv = list(argv)
+        self.exit_status = exit_status
+        self.stderr = stderr
+
+
+class TransientError(PdDeployError):
+    """A fault that may be gone on the next try."""
+
+
+class HostUnreachable(TransientError):
+    """No SSH connection to the host could be made."""
+
+
+class ConnectionDropped(TransientError):
+    """The connection was lost while a call was under way; whether it took effect is unknown."""
+
+
+class TimedOut(TransientError):
+    """An answer did not come in time; whether the call took effect is unknown."""
+
+
+class SessionRefused(TransientError):
+    """The SSH server allows no further session on the connection."""
+
+
+class EngineDown(TransientError):
+    """The host's Docker engine does not answer."""
+
+
+class RegistryUnavailable(TransientError):
+    """The registry can't be reached, or answers that it is overloaded."""
+
+
+def is_transient(exc: BaseException) -> bool:
+    """Whether a retry may help: the rule for every retry in the project."""
+    return isinstance(exc, TransientError)
+
+
+def _rebuild(
+    kind: type[PdDeployError], args: tuple[Any, ...], state: dict[str, Any]
+) -> PdDeployError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
