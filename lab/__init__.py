@@ -1,0 +1,12 @@
+"""Two simulated hosts on this machine, each with a real SSH server and a real Docker engine.
+
+A lab is a switch (which also runs the registry) and the hosts ``a`` and ``b``. Each of the three
+is one set of Linux namespaces with a root file system of its own; nothing of it touches the
+machine's own SSH server, Docker engine, firewall or files outside the lab's two directories.
+"""
+
+from lab.errors import LabError
+from lab.host import LabHost
+from lab.lifecycle import Lab
+
+__all__ = ["Lab", "LabError", "LabHost"]

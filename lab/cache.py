@@ -1,0 +1,175 @@
+"""What is made once and used by every lab: the hosts' root file system and the image's base."""
+
+import fcntl
+import gzip
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from lab.errors import LabError
+from lab.images import Layer
+from lab.system import clean_environment, remove_tree
+
+CACHE = Path("/var/cache/pd-deploy-lab")
+SUITE = "bookworm"
+HOST_PACKAGES = (
+    "ca-certificates",
+    "curl",
+    "docker-registry",
+    "docker.io",
+    "iproute2",
+    "iputils-ping",
+    "openssh-server",
+    "procps",
+    "python3",
+    "tini",
+    "tzdata",
+)
+# A locked password (!) would also shut out keys, because sshd runs without PAM; `*` does not.
+# Host keys are each host's own.
+HOST_SETUP = """
+chroot "$1" useradd --create-home --shell /bin/bash --uid 1000 -p '*' --groups docker deployer
+chroot "$1" useradd --create-home --shell /bin/bash --uid 1001 -p '*' nodocker
+rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/resolv.conf
+touch "$1"/etc/resolv.conf
+"""
+
+
+class Cached(BaseModel):
+    """What the cache holds for one version of the package lists."""
+
+    model_config = ConfigDict(frozen=True)
+
+    root: Path
+    base: Layer
+    base_blob: Path
+
+
+def prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached:
+    """Make what is missing of the cache, both parts at the same time.
+
+    Raises:
+        LabError: a part could not be made; the message names its log.
+    """
+    with locked("making"):
+        return _prepare(image_packages, say)
+
+
+def _prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached:
+    root = CACHE / f"root-{_key(SUITE, *HOST_PACKAGES, HOST_SETUP)}"
+    base = CACHE / f"base-{_key(SUITE, *image_packages)}"
+    missing = [part for part in (root, base) if not part.exists()]
+    if missing:
+        with _work_directory() as work:
+            setup = work / "setup.sh"
+            setup.write_text(f"set -e\n{HOST_SETUP}")
+            bootstraps = []
+            if root in missing:
+                say(f"making the hosts' root file system ({len(HOST_PACKAGES)} packages)")
+                hook = f'--customize-hook=sh {setup} "$1"'
+                bootstraps.append(_Bootstrap(work / "root", HOST_PACKAGES, hook))
+            if base in missing:
+                say(f"making the image's base ({len(image_packages)} packages)")
+                bootstraps.append(_Bootstrap(work / "base.tar", image_packages))
+            _finish(bootstraps)
+            if root in missing:
+                (work / "root").rename(root)
+            if base in missing:
+                say("compressing the image's base")
+                _compress(work / "base.tar", work / "base").rename(base)
+    layer = Layer.model_validate_json((base / "layer.json").read_bytes())
+    return Cached(root=root, base=layer, base_blob=base / "layer.tar.gz")
+
+
+@contextmanager
+def locked(what: str) -> Iterator[None]:
+    """Let one process at a time do ``what``: start or stop one lab, or make the cache."""
+    CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (CACHE / f"{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def purge() -> bool:
+    """Delete the cache; False when there was none."""
+    return remove_tree(CACHE)
+
+
+class _Bootstrap:
+    """One running mmdebstrap."""
+
+    def __init__(self, target: Path, packages: Sequence[str], *options: str) -> None:
+        self.target = target
+        self.log = CACHE / f"{target.name}.log"
+        command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(packages)}"]
+        with self.log.open("w") as log:
+            # The death signal: an `up` that is killed must not leave a bootstrap running.
+            self.process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *command, *options, SUITE, str(target)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=clean_environment(),
+            )
+
+    def finish(self) -> None:
+        if self.process.wait():
+            end = "\n".join(self.log.read_text().splitlines()[-5:])
+            raise LabError(f"mmdebstrap failed for {self.target.name}, see {self.log}:\n{end}")
+
+
+def _finish(bootstraps: Sequence[_Bootstrap]) -> None:
+    try:
+        for bootstrap in bootstraps:
+            bootstrap.finish()
+    except BaseException:
+        for bootstrap in bootstraps:
+            bootstrap.process.terminate()
+            bootstrap.process.wait()
+        raise
+
+
+@contextmanager
+def _work_directory() -> Iterator[Path]:
+    for remains in CACHE.glob("work-*"):
+        remove_tree(remains)
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=CACHE))
+    # The root's own processes (its apt user) have to get into it.
+    work.chmod(0o711)
+    try:
+        yield work
+    finally:
+        remove_tree(work)
+
+
+def _compress(tar: Path, directory: Path) -> Path:
+    """Turn a tar into a layer: compressed, with the digests that a registry asks for."""
+    directory.mkdir()
+    blob = directory / "layer.tar.gz"
+    diff_id = hashlib.sha256()
+    with (
+        tar.open("rb") as source,
+        blob.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, mtime=0, filename="") as out,
+    ):
+        while chunk := source.read(1 << 20):
+            diff_id.update(chunk)
+            out.write(chunk)
+    with blob.open("rb") as compressed:
+        digest = hashlib.file_digest(compressed, "sha256").hexdigest()
+    layer = Layer(
+        digest=f"sha256:{digest}",
+        diff_id=f"sha256:{diff_id.hexdigest()}",
+        size=blob.stat().st_size,
+    )
+    (directory / "layer.json").write_text(layer.model_dump_json())
+    return directory
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

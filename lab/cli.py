@@ -1,0 +1,146 @@
+"""`pd-deploy lab`: two simulated hosts to try pd-deploy on."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from lab import cache
+from lab.errors import LabError
+from lab.host import LabHost
+from lab.lifecycle import DEFAULT_NAME, DEFAULT_SUBNET, Lab, take_down
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Two simulated NPU hosts on this machine, to try pd-deploy on without hardware.",
+)
+Name = Annotated[str, typer.Option(help="Which lab; several can run side by side.")]
+Host = Annotated[str, typer.Argument(help="a or b.", metavar="HOST")]
+
+
+@app.command()
+def up(
+    name: Name = DEFAULT_NAME,
+    subnet: Annotated[
+        str, typer.Option(help="Network of the lab: registry .1, hosts .11 and .12.")
+    ] = DEFAULT_SUBNET,
+) -> None:
+    """Start the lab: hosts a and b with SSH and Docker, and a registry with the stand-in image.
+
+    Needs root. The first time takes a minute or two (Debian packages are fetched once). A lab
+    that is up already is left as it is; the remains of a broken one are removed first.
+    """
+    with _plain_errors():
+        _print_access(Lab.up(name, subnet, say=_say))
+
+
+@app.command()
+def down(
+    name: Name = DEFAULT_NAME,
+    purge: Annotated[
+        bool, typer.Option(help="Also delete the cache that makes the next start quick.")
+    ] = False,
+) -> None:
+    """Stop the lab and remove everything of it from this machine, but for the cache."""
+    with _plain_errors():
+        removed = take_down(name, say=_say)
+        if purge and cache.purge():
+            _say(f"removed {cache.CACHE}")
+        elif not removed:
+            _say(f"there is no lab {name}: nothing to remove")
+
+
+@app.command()
+def status(
+    name: Name = DEFAULT_NAME,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the hosts and whether their SSH servers and Docker engines answer."""
+    with _plain_errors():
+        rows = [_status_of(host) for host in Lab.load(name).hosts.values()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    typer.echo(f"{'host':6}{'address':16}{'power':7}{'ssh':6}{'engine':8}containers")
+    for row in rows:
+        containers = "-" if row["containers"] is None else row["containers"]
+        typer.echo(
+            f"{row['host']:6}{row['address']:16}{_word(row['on']):7}{_word(row['ssh']):6}"
+            f"{_word(row['engine']):8}{containers}"
+        )
+
+
+@app.command("exec", context_settings={"allow_interspersed_args": False})
+def exec_(
+    host: Host,
+    command: Annotated[list[str], typer.Argument(help="What to run, after --.", metavar="CMD…")],
+    name: Name = DEFAULT_NAME,
+) -> None:
+    """Run a command inside a host as root, without SSH: `lab exec a -- docker ps`."""
+    with _plain_errors():
+        argv = _host(name, host).box.command(command)
+    sys.exit(subprocess.call(argv))
+
+
+@app.command()
+def cut(host: Host, name: Name = DEFAULT_NAME) -> None:
+    """Unplug a host's network cable: what runs there goes on, but nobody reaches it."""
+    with _plain_errors():
+        _host(name, host).cut()
+
+
+@app.command()
+def mend(host: Host, name: Name = DEFAULT_NAME) -> None:
+    """Plug a host's network cable in again."""
+    with _plain_errors():
+        _host(name, host).mend()
+
+
+def _host(name: str, host: str) -> LabHost:
+    hosts = Lab.load(name).hosts
+    if host not in hosts:
+        raise LabError(f"lab {name} has no host {host!r}: choose one of {', '.join(hosts)}")
+    return hosts[host]
+
+
+def _status_of(host: LabHost) -> dict[str, str | int | bool | None]:
+    return {
+        "host": host.name,
+        "address": host.address,
+        "on": host.on,
+        "ssh": host.ssh_answers(),
+        "engine": host.engine_answers(),
+        "containers": host.containers(),
+    }
+
+
+def _word(state: object) -> str:
+    return "up" if state else "down"
+
+
+def _say(line: str) -> None:
+    typer.echo(line)
+
+
+def _print_access(lab: Lab) -> None:
+    _say(f"\nlab {lab.name} is ready")
+    for host in lab.hosts.values():
+        _say(f"  host {host.name}  {host.address}")
+    for image, digest in lab.images.items():
+        _say(f"  image   {image}  {digest[:19]}")
+    first = next(iter(lab.hosts.values()))
+    options = f"-i {lab.ssh_key} -o UserKnownHostsFile={lab.known_hosts}"
+    _say(f"  try     ssh {options} root@{first.address} docker info")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except LabError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None

@@ -1,0 +1,200 @@
+"""One simulated host: what happens to a real one can be done to it."""
+
+import http.client
+import json
+import socket
+import subprocess
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from lab import network
+from lab.box import Box
+from lab.errors import LabError
+from lab.system import wait_until
+
+ENGINE_SOCKET = "/run/docker.sock"
+ENGINE_LOG = "/var/log/dockerd.log"
+ENGINE_PID = "/run/docker.pid"
+SSHD_PID = "/run/sshd.pid"
+
+
+class LabHost(BaseModel):
+    """A simulated host with its own address, root file system, SSH server and Docker engine."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    address: str
+    box: Box
+    switch: Box
+
+    @property
+    def init_pid(self) -> int:
+        """Process id of the host's init on the machine.
+
+        Raises:
+            LabError: the host is off.
+        """
+        return self.box.init_pid
+
+    @property
+    def on(self) -> bool:
+        """Whether the host has power."""
+        return self.box.on
+
+    def run(
+        self,
+        argv: Sequence[str],
+        input: str | None = None,
+        check: bool = True,
+        env: dict[str, str] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command inside the host as root, without SSH.
+
+        Raises:
+            LabError: the host is off, or with ``check`` the command failed.
+            subprocess.TimeoutExpired: it took longer than ``timeout`` seconds (it is ended).
+        """
+        return self.box.run(argv, input=input, check=check, env=env, timeout=timeout)
+
+    def popen(
+        self, argv: Sequence[str], env: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a command inside the host; ending the returned process ends the command."""
+        return self.box.popen(argv, env=env)
+
+    def path(self, inside: str) -> Path:
+        """Where the machine finds a file of the host (absolute symlinks lead astray)."""
+        return self.box.path(inside)
+
+    def cut(self) -> None:
+        """Unplug the host's network cable: its processes go on, nobody reaches it."""
+        network.set_cable(self.name, "down", self.switch)
+
+    def mend(self) -> None:
+        """Plug the network cable in again."""
+        network.set_cable(self.name, "up", self.switch)
+
+    def power_off(self) -> None:
+        """End everything on the host at once. Its disk keeps what was written."""
+        self.box.kill()
+
+    def power_on(self) -> None:
+        """Boot the host, with its disk as it was; returns when SSH and the engine answer.
+
+        Raises:
+            LabError: it is on already, or something of it did not start.
+        """
+        if self.on:
+            raise LabError(f"{self.box.name} is on already")
+        self.boot()
+        self.run(["rm", "-f", ENGINE_PID])
+        self.start_sshd()
+        self.start_engine()
+
+    def boot(self) -> None:
+        """Start the host's namespaces and plug it in, without its daemons."""
+        starting = self.box.start()
+        # After a power failure the kernel takes a moment to remove the old cable.
+        wait_until(f"the old cable of {self.name} to go", self._cable_gone, timeout=10)
+        network.plug_in_host(self.name, starting.pid, self.switch)
+        starting.go_on()
+
+    def start_sshd(self) -> None:
+        """Start the SSH server and wait until it accepts connections."""
+        self.run(["/usr/sbin/sshd", "-E", "/var/log/sshd.log"])
+        wait_until(f"sshd on {self.address}:22", self.ssh_answers, timeout=10)
+
+    def stop_sshd(self) -> None:
+        """Stop the SSH server and with it every open SSH connection."""
+        self._stop(SSHD_PID)
+        # Connections are served by children of their own, which outlive the listener.
+        sessions = self.run(["pgrep", "-x", "sshd"], check=False).stdout.split()
+        if sessions:
+            self.run(["kill", *sessions], check=False)
+
+    def start_engine(self, wait: bool = True) -> None:
+        """Start the Docker engine; with ``wait`` return when its API answers."""
+        self.box.start_daemon(["dockerd"], ENGINE_LOG)
+        if wait:
+            self.wait_for_engine()
+
+    def wait_for_engine(self) -> None:
+        """Wait until the Docker engine's API answers.
+
+        Raises:
+            LabError: it did not within 60 s; the message holds the end of its log.
+        """
+        wait_until(
+            f"the Docker engine of {self.box.name}",
+            self.engine_answers,
+            timeout=60,
+            explain=lambda: self.run(["tail", "-n", "5", ENGINE_LOG], check=False).stdout,
+        )
+
+    def stop_engine(self) -> None:
+        """Stop the Docker engine the way a service manager does; its containers end as well."""
+        self._stop(ENGINE_PID)
+
+    def ssh_answers(self) -> bool:
+        """Whether the host accepts connections to port 22."""
+        try:
+            with socket.create_connection((self.address, 22), timeout=1):
+                return True
+        except OSError:
+            return False
+
+    def engine_answers(self) -> bool:
+        """Whether the host's Docker engine answers a ping."""
+        return self._ask_engine("/_ping") is not None
+
+    def containers(self) -> int | None:
+        """How many containers run on the host; None when its engine does not answer."""
+        answer = self._ask_engine("/containers/json")
+        return None if answer is None else len(json.loads(answer))
+
+    def _ask_engine(self, url: str) -> bytes | None:
+        try:
+            with_socket = _UnixConnection(self.path(ENGINE_SOCKET))
+            with_socket.request("GET", url)
+            response = with_socket.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException, LabError):
+            return None
+        return body if response.status == 200 else None
+
+    def _stop(self, pid_file: str) -> None:
+        recorded = self.run(["cat", pid_file], check=False).stdout.strip()
+        if not recorded:
+            return
+        self.run(["kill", recorded], check=False)
+        wait_until(
+            f"process {recorded} on {self.box.name} to end",
+            partial(self._gone, recorded),
+            timeout=60,
+        )
+
+    def _gone(self, pid: str) -> bool:
+        return self.run(["kill", "-0", pid], check=False).returncode != 0
+
+    def _cable_gone(self) -> bool:
+        return (
+            self.switch.run(["ip", "link", "show", "dev", self.name], check=False).returncode != 0
+        )
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a UNIX socket of another mount namespace."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("engine", timeout=5)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))

@@ -1,0 +1,387 @@
+"""A lab's life: up, found again, down."""
+
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import asyncssh
+import httpx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lab import cache, images, network, seed
+from lab.box import Box, kill_recorded
+from lab.errors import LabError
+from lab.host import LabHost
+from lab.system import install_missing_packages, remove_tree, require_root, wait_until
+
+STATE = Path("/var/lib/pd-deploy-lab")
+STANDIN = Path(__file__).with_name("standin")
+DEFAULT_NAME = "pdlab"
+DEFAULT_SUBNET = "10.77.0.0/24"
+HOSTS = {"a": 11, "b": 12}  # name -> number of its address in the subnet
+SWITCH = 1
+MACHINE = -2  # the machine's own interface: the last usable address
+REGISTRY_PORT = 5000
+REPOSITORY = "omni-ci/daily_omniinfer"
+TAG = "20250722_26"
+IMAGE_LINKS = {"usr/local/bin/python": "/usr/bin/python3"}
+CGROUPS = Path("/sys/fs/cgroup")
+
+Say = Callable[[str], None]
+
+
+class Lab(BaseModel):
+    """A running lab, as recorded in its directory."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    subnet: IPv4Network
+    switch: Box
+    hosts: dict[str, LabHost]
+    images: dict[str, str]  # full image name → digest, as pushed by `up`
+
+    @classmethod
+    def load(cls, name: str = DEFAULT_NAME) -> "Lab":
+        """Find a lab that is up.
+
+        Raises:
+            LabError: there is none of this name, or its record is damaged.
+        """
+        require_root()
+        record = _directory(name) / "lab.json"
+        try:
+            return cls.model_validate_json(record.read_bytes())
+        except FileNotFoundError:
+            raise LabError(f"there is no lab {name}: start it with `lab up`") from None
+        except ValidationError as error:
+            raise LabError(f"{record} is damaged ({error}): `lab down`, then `lab up`") from None
+
+    @classmethod
+    def up(
+        cls,
+        name: str = DEFAULT_NAME,
+        subnet: str = DEFAULT_SUBNET,
+        *,
+        share: Iterable[Path] | None = None,
+        say: Say = lambda _: None,
+    ) -> "Lab":
+        """Start a lab, or find it running; remains of a broken one are removed first.
+
+        Args:
+            subnet: hosts get .11 and .12 of it, the registry .1, the machine the last address.
+            share: paths of the machine that the hosts see, read-only, at the same places; by
+                default this checkout and the running Python.
+            say: is told every step.
+
+        Raises:
+            LabError: not root, name or subnet taken, or a step failed; nothing is left behind.
+        """
+        require_root()
+        _check_name(name)
+        wanted = network.parse_subnet(subnet)
+        install_missing_packages(say)
+        with cache.locked(name):
+            running = _running(name)
+            if running is not None and running.subnet == wanted:
+                say(f"lab {name} is up already")
+                return running
+            if running is not None:
+                raise LabError(
+                    f"lab {name} is up on {running.subnet}, not {wanted}: "
+                    f"`lab down` first, or choose another --name"
+                )
+            for removed in _remove(name):
+                say(f"removed remains: {removed}")
+            network.check_free(name, wanted)
+            shared = tuple(default_shares() if share is None else share)
+            try:
+                return _start(name, wanted, shared, say)
+            except BaseException:
+                _remove(name)
+                raise
+
+    @property
+    def registry(self) -> str:
+        """The registry, as it stands in front of an image's name."""
+        return _registry(self.subnet)
+
+    @property
+    def machine_address(self) -> str:
+        """Where the hosts reach this machine."""
+        return str(self.subnet[MACHINE])
+
+    @property
+    def directory(self) -> Path:
+        """The lab's state, readable by root only."""
+        return _directory(self.name)
+
+    @property
+    def ssh_key(self) -> Path:
+        """Private key that root, deployer and nodocker accept on both hosts."""
+        return self.directory / "id_ed25519"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The hosts' public keys."""
+        return self.directory / "known_hosts"
+
+    @property
+    def password_file(self) -> Path:
+        """Holds the password of the user deployer."""
+        return self.directory / "deployer.password"
+
+    @cached_property
+    def image(self) -> str:
+        """Full name of the stand-in image."""
+        return f"{self.registry}/{REPOSITORY}:{TAG}"
+
+    def push_variant(
+        self, tag: str, files: Mapping[str, str | bytes | None], source_tag: str = TAG
+    ) -> str:
+        """Push the stand-in image, changed in some files, under another tag.
+
+        Args:
+            files: path in the image → new content, or None to remove it.
+
+        Returns:
+            The new image's digest.
+        """
+        repository = images.Repository(self.registry, REPOSITORY)
+        return images.push_variant(repository, source_tag, tag, images.tar_files(files))
+
+    def healthy(self) -> bool:
+        """Whether every box is on and SSH, engines and registry answer."""
+        boxes_on = self.switch.on and all(host.on for host in self.hosts.values())
+        return (
+            boxes_on
+            and _registry_answers(self.registry)
+            and all(host.ssh_answers() and host.engine_answers() for host in self.hosts.values())
+        )
+
+    def down(self, say: Say = lambda _: None) -> list[str]:
+        """End the lab; only the cache stays. Returns what was removed."""
+        return take_down(self.name, say)
+
+
+def take_down(name: str, say: Say = lambda _: None) -> list[str]:
+    """End a lab, or remove the remains of a broken one. Returns what was removed.
+
+    Raises:
+        LabError: not root, or something could not be removed.
+    """
+    require_root()
+    _check_name(name)
+    with cache.locked(name):
+        removed = _remove(name)
+    for what in removed:
+        say(f"removed {what}")
+    return removed
+
+
+def default_shares() -> list[Path]:
+    """This checkout and the running Python, so that a host can run them as the machine does."""
+    # /usr is the host's own: the system's Python is not shared but the host's used.
+    candidates = [Path(__file__).parents[1], Path(sys.prefix), Path(sys.base_prefix)]
+    candidates = [path for path in candidates if not path.is_relative_to("/usr")]
+    return [
+        path
+        for path in dict.fromkeys(candidates)
+        if not any(path != other and path.is_relative_to(other) for other in candidates)
+    ]
+
+
+def _start(name: str, subnet: IPv4Network, shared: tuple[Path, ...], say: Say) -> Lab:
+    began = time.monotonic()
+
+    def step(what: str) -> None:
+        say(f"{time.monotonic() - began:6.1f} s  {what}")
+
+    cached = cache.prepare(_image_packages(), step)
+    directory = _directory(name)
+    directory.mkdir(mode=0o700, parents=True)
+    switch, hosts = _plan(name, subnet, cached.root, shared)
+    _write_seeds(name, subnet, hosts)
+    lab = Lab(name=name, subnet=subnet, switch=switch, hosts=hosts, images={})
+    _boot(lab)
+    step("switch and hosts booted")
+    for host in hosts.values():
+        host.start_engine(wait=False)
+        host.start_sshd()
+        _set_password(host, lab.password_file)
+    step("SSH servers up")
+    lab = lab.model_copy(update={"images": _push_images(lab, cached)})
+    step("registry up, stand-in images pushed")
+    for host in hosts.values():
+        host.wait_for_engine()
+    step("Docker engines up")
+    # The record comes last: a lab without one is half started.
+    record = directory / "lab.json"
+    _write_secret(record, lab.model_dump_json(indent=1))
+    return lab
+
+
+def _plan(
+    name: str, subnet: IPv4Network, root: Path, shared: tuple[Path, ...]
+) -> tuple[Box, dict[str, LabHost]]:
+    directory = _directory(name)
+    gateway = str(subnet[SWITCH])
+
+    def box(kind: str, number: int) -> Box:
+        is_host = number != SWITCH
+        return Box(
+            name=f"{name}-{kind}",
+            directory=directory / kind,
+            address=f"{subnet[number]}/{subnet.prefixlen}",
+            gateway=gateway if is_host else "",
+            layers=(directory / kind / "seed", root),
+            shared=shared if is_host else (),
+            devices=seed.NPU_DEVICES if is_host else (),
+        )
+
+    switch = box("switch", SWITCH)
+    hosts = {
+        host: LabHost(name=host, address=str(subnet[number]), box=box(host, number), switch=switch)
+        for host, number in HOSTS.items()
+    }
+    return switch, hosts
+
+
+def _write_seeds(name: str, subnet: IPv4Network, hosts: Mapping[str, LabHost]) -> None:
+    directory = _directory(name)
+    client_key = _new_key(f"{name} client")
+    _write_secret(directory / "id_ed25519", client_key.private)
+    _write_secret(directory / "deployer.password", secrets.token_urlsafe(16))
+    known_hosts = []
+    names = {host.box.name: host.address for host in hosts.values()}
+    for host in hosts.values():
+        host_key = _new_key(host.box.name)
+        known_hosts.append(f"{host.address} {host_key.public}")
+        seed.seed_host(
+            directory / host.name / "seed",
+            standin=STANDIN / "host",
+            address=host.address,
+            names=names,
+            registry=_registry(subnet),
+            cgroup=f"/{_cgroup(name)}/{host.name}",
+            client_key=client_key.public,
+            host_key=host_key,
+        )
+    _write_secret(directory / "known_hosts", "".join(known_hosts))
+    seed.seed_switch(directory / "switch" / "seed", registry=_registry(subnet))
+
+
+def _boot(lab: Lab) -> None:
+    lab.switch.start().go_on()
+    machine = f"{lab.machine_address}/{lab.subnet.prefixlen}"
+    network.plug_in_machine(lab.name, machine, lab.switch)
+    config = "/etc/docker/registry/config.yml"
+    lab.switch.start_daemon(["docker-registry", "serve", config], "/var/log/registry.log")
+    for host in lab.hosts.values():
+        host.boot()
+
+
+def _push_images(lab: Lab, cached: cache.Cached) -> dict[str, str]:
+    wait_until(
+        f"the registry on {lab.registry}",
+        lambda: _registry_answers(lab.registry),
+        timeout=20,
+        explain=lambda: lab.switch.run(["tail", "-n3", "/var/log/registry.log"]).stdout,
+    )
+    repository = images.Repository(lab.registry, REPOSITORY)
+    tree = images.tar_directory(STANDIN / "image", IMAGE_LINKS)
+    digest = images.push_image(repository, TAG, cached.base, cached.base_blob, tree)
+    return {lab.image: digest}
+
+
+def _running(name: str) -> Lab | None:
+    try:
+        lab = Lab.load(name)
+    except LabError:
+        return None
+    return lab if lab.healthy() else None
+
+
+def _remove(name: str) -> list[str]:
+    """Remove whatever there is of a lab, complete or not."""
+    directory = _directory(name)
+    boxes = sorted(path.parent for path in directory.glob("*/init.json"))
+    removed = [f"{name}-{box.name}" for box in boxes if kill_recorded(box)]
+    if boxes and network.unplug_machine(name):
+        removed.append(f"network interface {name}")
+    removed += [f"control group {group}" for group in _remove_cgroups(name)]
+    if remove_tree(directory):
+        removed.append(str(directory))
+    if STATE.exists() and not any(STATE.iterdir()):
+        STATE.rmdir()
+    return removed
+
+
+def _remove_cgroups(name: str) -> list[str]:
+    """Control groups outlive the engine that made them when it is killed."""
+    tops = [*CGROUPS.glob(_cgroup(name)), *CGROUPS.glob(f"*/{_cgroup(name)}")]
+    for top in tops:
+        wait_until(f"control group {top} to be empty", partial(_rmdirs, top), timeout=10)
+    return [str(top) for top in tops]
+
+
+def _rmdirs(top: Path) -> bool:
+    # Bottom up: a control group's directory can only be removed when it has no children.
+    for directory, _, _ in os.walk(top, topdown=False):
+        try:
+            Path(directory).rmdir()
+        except OSError:
+            return False
+    return True
+
+
+def _set_password(host: LabHost, password_file: Path) -> None:
+    host.run(["chpasswd"], input=f"deployer:{password_file.read_text()}")
+
+
+def _registry_answers(registry: str) -> bool:
+    try:
+        return httpx.get(f"http://{registry}/v2/", timeout=2, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _registry(subnet: IPv4Network) -> str:
+    return f"{subnet[SWITCH]}:{REGISTRY_PORT}"
+
+
+def _image_packages() -> list[str]:
+    lines = (STANDIN / "packages.txt").read_text().splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _new_key(comment: str) -> seed.KeyPair:
+    key = asyncssh.generate_private_key("ssh-ed25519", comment)
+    return seed.KeyPair(
+        private=key.export_private_key().decode(), public=key.export_public_key().decode()
+    )
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.touch(mode=0o600)
+    path.write_text(text)
+
+
+def _directory(name: str) -> Path:
+    return STATE / name
+
+
+def _cgroup(name: str) -> str:
+    return f"pd-deploy-lab-{name}"
+
+
+def _check_name(name: str) -> None:
+    # It is also the name of a network interface, of which the kernel allows 15 characters.
+    if not re.fullmatch(r"[a-z][a-z0-9-]{0,14}", name):
+        raise LabError(f"lab name {name!r}: expected up to 15 of a-z, 0-9 and -, a letter first")

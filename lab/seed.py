@@ -1,0 +1,153 @@
+"""The files that make a box this host and no other: its own read-only layer over the root."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+NPUS = 16
+NPU_DEVICES = (
+    *(f"davinci{i}" for i in range(NPUS)),
+    "davinci_manager",
+    "devmm_svm",
+    "hisi_hdc",
+)
+# user -> (home, uid), as the cached root has them
+USERS = {
+    "root": ("/root", 0),
+    "deployer": ("/home/deployer", 1000),
+    "nodocker": ("/home/nodocker", 1001),
+}
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "max_position_embeddings": 131072,
+    "model_type": "qwen2",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 152064,
+}
+SSHD_CONFIG = """\
+ListenAddress {address}
+HostKey /etc/ssh/ssh_host_ed25519_key
+PermitRootLogin prohibit-password
+PasswordAuthentication yes
+KbdInteractiveAuthentication no
+UsePAM no
+UseDNS no
+Subsystem sftp /usr/lib/openssh/sftp-server
+"""
+REGISTRY_CONFIG = """\
+version: 0.1
+storage:
+  cache: {{blobdescriptor: inmemory}}
+  filesystem: {{rootdirectory: /var/lib/docker-registry}}
+http:
+  addr: {address}
+"""
+
+
+class KeyPair(BaseModel):
+    """An SSH key pair in OpenSSH's text formats."""
+
+    model_config = ConfigDict(frozen=True)
+
+    private: str
+    public: str
+
+
+def seed_host(
+    directory: Path,
+    *,
+    standin: Path,
+    address: str,
+    names: Mapping[str, str],
+    registry: str,
+    cgroup: str,
+    client_key: str,
+    host_key: KeyPair,
+) -> None:
+    """Write a host's own files below ``directory``.
+
+    Args:
+        standin: tree of the stand-in NPU tools, copied as it is.
+        names: host name → address, for /etc/hosts.
+        cgroup: parent of its containers' control groups.
+        client_key: public key that all users accept.
+    """
+    shutil.copytree(standin, directory, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    directory.chmod(0o755)
+    octet = address.rpartition(".")[2]
+    _write(directory, "/etc/hccn.conf", _hccn_conf(octet))
+    _write(directory, "/etc/hosts", _hosts_file(names))
+    _write(directory, "/etc/ssh/sshd_config", SSHD_CONFIG.format(address=address))
+    _write(directory, "/etc/ssh/ssh_host_ed25519_key", host_key.private, 0o600)
+    _write(directory, "/etc/ssh/ssh_host_ed25519_key.pub", host_key.public)
+    _write(directory, "/etc/docker/daemon.json", json.dumps(_engine(registry, cgroup), indent=1))
+    _write(directory, "/data/models/QwQ-32B/config.json", json.dumps(MODEL, indent=1))
+    for user in USERS:
+        _authorize(directory, user, client_key)
+
+
+def seed_switch(directory: Path, *, registry: str) -> None:
+    """Write the switch's own files: the registry's configuration."""
+    directory.mkdir(parents=True)
+    directory.chmod(0o755)
+    _write(directory, "/etc/docker/registry/config.yml", REGISTRY_CONFIG.format(address=registry))
+
+
+def _hccn_conf(octet: str) -> str:
+    addresses = [f"address_{i}=192.168.{octet}.{100 + i}" for i in range(NPUS)]
+    return "\n".join([*addresses, *(f"netmask_{i}=255.255.255.0" for i in range(NPUS)), ""])
+
+
+def _hosts_file(names: Mapping[str, str]) -> str:
+    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in names.items())]
+    return "\n".join([*lines, ""])
+
+
+def _engine(registry: str, cgroup: str) -> dict[str, object]:
+    """The engine's configuration: containers use the host's network, so it makes none."""
+    return {
+        "bridge": "none",
+        "iptables": False,
+        "ip6tables": False,
+        "ip-forward": False,
+        "ip-masq": False,
+        "userland-proxy": False,
+        "insecure-registries": [registry],
+        "cgroup-parent": cgroup,
+    }
+
+
+def _authorize(directory: Path, user: str, client_key: str) -> None:
+    home, uid = USERS[user]
+    _write(directory, f"{home}/.ssh/authorized_keys", client_key, 0o600)
+    for path in (home, f"{home}/.ssh", f"{home}/.ssh/authorized_keys"):
+        os.chown(directory / path.lstrip("/"), uid, uid)
+    for path in (home, f"{home}/.ssh"):
+        (directory / path.lstrip("/")).chmod(0o700)
+
+
+def _write(directory: Path, path: str, text: str, mode: int = 0o644) -> None:
+    file = directory / path.lstrip("/")
+    # A layer's directories hide the modes of those below, hence 0755 whatever the umask says.
+    for parent in reversed(file.parents):
+        if parent.is_relative_to(directory) and not parent.exists():
+            parent.mkdir()
+            parent.chmod(0o755)
+    file.touch(mode=0o600)
+    file.write_text(text)
+    file.chmod(mode)

@@ -1,0 +1,123 @@
+"""What the lab needs of the machine: commands, processes, conditions to wait for, packages."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lab.errors import LabError
+
+# command -> Debian package that holds it
+COMMANDS = {
+    "mmdebstrap": "mmdebstrap",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "mount": "mount",
+}
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def run(argv: Sequence[str]) -> str:
+    """Run a command on the machine and return its output.
+
+    Raises:
+        LabError: it failed; the message holds the command and what it said.
+    """
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, env=clean_environment()
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise LabError(f"`{' '.join(argv)}` failed (exit {done.returncode}): {said}")
+    return done.stdout
+
+
+def clean_environment() -> dict[str, str]:
+    """Environment for the machine's tools: English messages, system commands on the path."""
+    proxies = {k: v for k, v in os.environ.items() if k.lower().endswith("_proxy")}
+    return {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8", "HOME": "/root", **proxies}
+
+
+def wait_until(
+    what: str,
+    ready: Callable[[], bool],
+    timeout: float,
+    explain: Callable[[], str] = lambda: "",
+) -> None:
+    """Wait at most ``timeout`` seconds until ``ready()``.
+
+    Raises:
+        LabError: it did not happen; the message names ``what`` and ends with ``explain()``.
+    """
+    deadline = time.monotonic() + timeout
+    while not ready():
+        if time.monotonic() > deadline:
+            raise LabError(f"waited {timeout:g} s in vain for {what}. {explain()}".rstrip())
+        time.sleep(0.03)
+
+
+def start_time(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot; None when it is gone or a zombie.
+
+    With the process id it names one process for good, although ids are used again.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def require_root() -> None:
+    """Refuse to go on without root, which namespaces and mounts need.
+
+    Raises:
+        LabError: the user is somebody else.
+    """
+    if os.geteuid() != 0:
+        raise LabError("the lab makes namespaces and mounts: run it as root (sudo)")
+
+
+def install_missing_packages(say: Callable[[str], None]) -> None:
+    """Install the Debian packages of those of the lab's commands that the machine lacks.
+
+    Raises:
+        LabError: the machine has no apt-get, or apt-get failed.
+    """
+    missing = sorted(
+        {package for name, package in COMMANDS.items() if not shutil.which(name, path=SEARCH_PATH)}
+    )
+    if not missing:
+        return
+    names = " ".join(missing)
+    if not shutil.which("apt-get", path=SEARCH_PATH):
+        raise LabError(f"this machine lacks {names} and has no apt-get: install them by hand")
+    say(f"installing {names}")
+    run(["apt-get", "update", "-qq"])
+    run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing])
+
+
+def mounts_below(directory: Path) -> list[str]:
+    """Mount points of the machine at or below a directory."""
+    table = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [line.split()[4] for line in table]
+    return [point for point in points if Path(point).is_relative_to(directory)]
+
+
+def remove_tree(directory: Path) -> bool:
+    """Delete a directory that the lab made; False when there was none.
+
+    Raises:
+        LabError: something is mounted in it, so deleting could reach outside of it.
+    """
+    if not directory.exists():
+        return False
+    if mounted := mounts_below(directory):
+        raise LabError(f"not deleting {directory}: unmount {', '.join(mounted)} first")
+    shutil.rmtree(directory)
+    return True
