@@ -2,7 +2,7 @@
 
     PdDeployError
      ├─ InvalidInput              what the user wrote is wrong; lists every problem at once
-     ├─ HostError                 a host refuses, and will refuse again until somebody changes something
+     ├─ HostError                 a host refuses, and will again until somebody changes something
      │   ├─ AuthenticationFailed      user, key or password not accepted
      │   ├─ HostKeyMismatch           the host's key is unknown or has changed
      │   ├─ DockerAccessDenied        the SSH user may not talk to the Docker engine
@@ -17,8 +17,16 @@
      │   ├─ NotOurs                   the path or container is not this deployment's to touch
      │   ├─ NameTaken                 another container has the name
      │   ├─ ContainerMissing          the container does not exist (any more)
+     │   ├─ FactsError                what a host says about itself can't be read or can't be right
      │   ├─ EngineRefused             the Docker engine rejects a request for another reason
+     │   ├─ FactsError                what a host says of itself cannot be used
      │   └─ CommandFailed             a command ran and exited with another status than 0
+     ├─ ServiceError              the hosts do as told, but the service does not come up
+     │   ├─ InstanceDied              a server or the proxy ended; carries the last lines of its log
+     │   ├─ NotReady                  a wait came to its end
+     │   ├─ OutOfOrder                a stage is run before the one it stands on
+     │   ├─ Abandoned                 given up because something else failed
+     │   └─ SmokeTestFailed           the service answers, but not as it should
      └─ TransientError            worth a retry
          ├─ HostUnreachable           no SSH connection could be made
          ├─ ConnectionDropped         the connection was lost while a call was under way
@@ -161,6 +169,10 @@ class ContainerMissing(HostError):
     """The container does not exist (any more)."""
 
 
+class FactsError(HostError):
+    """What a host says about itself can't be read or can't be right."""
+
+
 class EngineRefused(HostError):
     """The Docker engine rejects a request; the message is the engine's own."""
 
@@ -181,6 +193,30 @@ class CommandFailed(HostError):
         self.argv = list(argv)
         self.exit_status = exit_status
         self.stderr = stderr
+
+
+class ServiceError(PdDeployError):
+    """The hosts do as told, but the service does not come up."""
+
+
+class InstanceDied(ServiceError):
+    """A server or the proxy ended by itself; the message ends with the last lines of its log."""
+
+
+class NotReady(ServiceError):
+    """A wait came to its end; the message says what was waited for."""
+
+
+class OutOfOrder(ServiceError):
+    """A stage is run before the one it stands on."""
+
+
+class Abandoned(ServiceError):
+    """Given up because something else failed; the cause is reported there."""
+
+
+class SmokeTestFailed(ServiceError):
+    """The service answers, but not as it should."""
 
 
 class TransientError(PdDeployError):

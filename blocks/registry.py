@@ -1,0 +1,27 @@
+"""How the hosts' engines log in to the image registry."""
+
+from prefect.blocks.core import Block
+from pydantic import Field, SecretStr
+
+from pd_deploy.hosts import RegistryLogin
+
+
+class RegistryCredentials(Block):
+    """Credentials for the image registry. They go with each pull; nothing is stored on a host.
+
+    Example:
+        ```python
+        RegistryCredentials(username="robot", password="…").save("pd-registry")
+        ```
+    """
+
+    _block_type_name = "pd-deploy registry credentials"
+    _block_type_slug = "pd-deploy-registry"
+    _description = "How the hosts' Docker engines log in to the image registry."
+
+    username: str = Field(description="User or robot account.")
+    password: SecretStr = Field(description="Password or access token.")
+
+    def login(self) -> RegistryLogin:
+        """These credentials as an engine wants them."""
+        return RegistryLogin(self.username, self.password.get_secret_value())

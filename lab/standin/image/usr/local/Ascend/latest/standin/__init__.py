@@ -1,0 +1,1 @@
+"""Stand-in for the omni-infer engine: follows the deployment contract, needs no NPU."""

@@ -1,0 +1,50 @@
+"""The engine's environment (contract 4.1), checked."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+from standin.rules import RULES, Refusal
+
+
+class Environment:
+    """The checked variables: `env["ROLE"]` is text, `env.number("VLLM_DP_SIZE")` an integer."""
+
+    def __init__(self, source: Mapping[str, str] = os.environ) -> None:
+        self._values = {
+            name: _checked(name, source.get(name, ""), spec) for name, spec in RULES["env"].items()
+        }
+        self.instance = source.get("HOST", "")
+        self.unread = [name for name in RULES["unread_env"] if name in source]
+
+    def __getitem__(self, name: str) -> str:
+        return self._values[name]
+
+    def number(self, name: str) -> int:
+        """The value of an integer variable."""
+        return int(self._values[name])
+
+    def switch(self, name: str) -> bool:
+        """Whether a 0/1 variable is on."""
+        return self._values[name] == "1"
+
+
+def _checked(name: str, raw: str, spec: dict) -> str:
+    # Trailing blanks are legal: upstream's multi-node RANK_TABLE_FILE_PATH has one (4.1).
+    value = raw.strip() or spec.get("default")
+    if value is None:
+        raise Refusal("env-missing", f"{name} ({spec['section']}) is not set")
+    if "one_of" in spec and value not in spec["one_of"]:
+        expected = " or ".join(spec["one_of"])
+        raise Refusal("env-value", f"{name} ({spec['section']}) must be {expected}, found {value!r}")
+    if spec.get("type") == "int" and not value.isdecimal():
+        raise Refusal("env-value", f"{name} ({spec['section']}) must be an integer, found {value!r}")
+    if spec.get("type") == "interface" and value:
+        _check_interface(name, value)
+    return value
+
+
+def _check_interface(name: str, value: str) -> None:
+    known = [interface for _, interface in socket.if_nameindex()]
+    if value not in known:
+        raise Refusal("interface", f"{name}={value}, this host has {', '.join(known)}")

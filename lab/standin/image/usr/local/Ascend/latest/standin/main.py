@@ -1,0 +1,127 @@
+"""`vllm serve`: check everything, load, link, serve."""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from standin import death, npu, options, wire
+from standin.api import Api
+from standin.engine import Engine
+from standin.environment import Environment
+from standin.faults import Faults
+from standin.instance import Instance, resolve
+from standin.metrics import Metrics
+from standin.prefill import PrefillSide
+from standin.rules import RULES, Refusal
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the server; exit code 2 for a wrong command line, 1 for a refusal."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
+    arguments = options.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(arguments, Environment())
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _run(arguments: argparse.Namespace, env: Environment) -> None:
+    faults = Faults(env.instance)
+    settings = faults.now()
+    if settings["crash_after"] is not None:
+        death.crash_after(settings["crash_after"], settings["exit_code"])
+    instance = resolve(arguments, env)
+    npu.check_addresses(instance.server)
+    holders = npu.hold(instance.devices)
+    metrics = _metrics(instance)
+    api = _bound_api(arguments, faults, metrics)
+    listeners = _prefill_listeners(instance)
+    _announce(arguments, env, instance)
+    _load(settings["load_seconds"])
+    if settings["hang"]:
+        threading.Event().wait()
+    api.engine = Engine(arguments, env, instance, faults, metrics)
+    _link(instance, api.engine, faults, metrics, listeners)
+    api.server_activate()
+    _log(f"Starting vLLM API server on http://0.0.0.0:{arguments.port}")
+    print("INFO:     Application startup complete.", flush=True)
+    api.serve_forever()
+    del holders  # held until here
+
+
+def _metrics(instance: Instance) -> Metrics:
+    names = ["vllm:num_requests_running", "vllm:num_requests_waiting", "standin:links"]
+    if instance.is_prefill:
+        names += ["standin:kv_blocks_held", "standin:kv_requests_held"]
+        return Metrics(*names, "standin:kv_blocks_released_total", "standin:kv_sent_bytes_total")
+    metrics = Metrics(*names, "standin:kv_release_errors_total", "standin:kv_transfer_errors_total")
+    for source in ("external_kv_transfer", "local_compute"):
+        metrics.add("vllm:prompt_tokens_by_source_total", 0, source=source)
+        metrics.add("standin:requests_by_source_total", 0, source=source)
+    return metrics
+
+
+def _bound_api(arguments: argparse.Namespace, faults: Faults, metrics: Metrics) -> Api:
+    try:
+        wire.bind("0.0.0.0", arguments.port).close()
+        return Api(arguments, faults, metrics)
+    except OSError as error:
+        raise Refusal("port", f"API port {arguments.port}: {error}") from None
+
+
+def _prefill_listeners(instance: Instance) -> tuple[socket.socket, socket.socket] | None:
+    if instance.link is None:
+        return None
+    address = instance.server.server_ip
+    ports = {"link": instance.link.port, "ZMQ": instance.zmq_port}
+    bound = []
+    for what, port in ports.items():
+        try:
+            bound.append(wire.bind(address, port))
+        except OSError as error:
+            raise Refusal("port", f"{what} port {address}:{port}: {error}") from None
+    return bound[0], bound[1]
+
+
+def _link(
+    instance: Instance,
+    engine: Engine,
+    faults: Faults,
+    metrics: Metrics,
+    listeners: tuple[socket.socket, socket.socket] | None,
+) -> None:
+    _log("Registering KV caches, waiting for the links of all peers")
+    if listeners is None:
+        engine.decode.link()
+    else:
+        PrefillSide(instance, engine.store, faults, metrics).link(*listeners)
+    _log("All peers linked")
+
+
+def _announce(arguments: argparse.Namespace, env: Environment, instance: Instance) -> None:
+    _log("vLLM API server version 0.9.0 (stand-in)")
+    _log(f"{instance.role} {instance.name}: cluster id {instance.cluster_id}, "
+         f"devices {instance.devices}, dp rank {instance.dp_rank} of {instance.dp_size}")
+    for name in env.unread:
+        _log(f"{name} is read by nothing (contract 4.1), did you mean {RULES['unread_env'][name]}?",
+             "WARNING")
+    if 0 < arguments.max_num_batched_tokens < arguments.max_model_len:
+        _log(f"max_num_batched_tokens {arguments.max_num_batched_tokens} < max_model_len "
+             f"{arguments.max_model_len}: longer prompts are never scheduled (contract 4.6)",
+             "WARNING")
+
+
+def _load(seconds: float) -> None:
+    _log("Starting to load model")
+    time.sleep(seconds)
+    _log(f"Model loading took {seconds:.2f} seconds")
+
+
+def _log(text: str, level: str = "INFO") -> None:
+    print(f"{level} {time.strftime('%m-%d %H:%M:%S')} [standin] {text}", flush=True)

@@ -1,0 +1,55 @@
+"""Where the steps of one run wait for each other."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
+
+from pd_deploy.errors import Abandoned
+
+T = TypeVar("T")
+
+
+class Barrier:
+    """Named gates that open once, and one failure that ends every wait at once."""
+
+    def __init__(self) -> None:
+        self._open: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._failed = asyncio.Event()
+        self._cause = ""
+
+    def open(self, gate: str) -> None:
+        """Lets those through who wait for this gate."""
+        self._open[gate].set()
+
+    def fail(self, cause: str) -> None:
+        """Ends every wait, present and future, with Abandoned naming the first cause."""
+        if not self._failed.is_set():
+            self._cause = cause
+            self._failed.set()
+
+    async def passed(self, gates: Iterable[str]) -> None:
+        """Returns when all gates are open.
+
+        Raises:
+            Abandoned: another step failed.
+        """
+        for gate in gates:
+            await self.unless_failed(self._open[gate].wait())
+
+    async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of some work, given up as soon as another step fails.
+
+        Raises:
+            Abandoned: another step failed first.
+        """
+        task = asyncio.ensure_future(work)
+        failed = asyncio.ensure_future(self._failed.wait())
+        try:
+            await asyncio.wait({task, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise Abandoned(f"given up because {self._cause}")
+        finally:
+            for pending in (task, failed):
+                pending.cancel()

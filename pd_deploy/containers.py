@@ -1,0 +1,215 @@
+"""Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
+
+import asyncio
+
+from pd_deploy import generation
+from pd_deploy.errors import InstanceDied, NotReady, OutOfOrder, TimedOut
+from pd_deploy.hosts import ContainerState, File, Host
+from pd_deploy.plan import HostPlan
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout, Site
+
+LOG_LINES = 20
+ABORT_TIMEOUT_S = 10
+
+
+async def pull(rollout: Rollout, name: str) -> Report:
+    """Brings the image to a host unless it is there."""
+    host, image = rollout.site.host(name), rollout.plan.image
+    if await host.engine.image(image):
+        return Report("pull image", name, name, False, "present")
+    await host.engine.pull(image, rollout.site.registry_login)
+    return Report("pull image", name, name, True, f"pulled {image}")
+
+
+async def clean_up(rollout: Rollout, instance: str) -> Report:
+    """Stops an instance's containers that must not run any longer, and keeps them."""
+    stopping = [
+        (host, state)
+        for host, state in rollout.stopping()
+        if state.labels[generation.INSTANCE] == instance
+    ]
+    await asyncio.gather(*(_stop(rollout.site, host, state) for host, state in stopping))
+    where = ", ".join(sorted({host for host, _ in stopping}))
+    detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
+    return Report("clean up", instance, where, bool(stopping), detail)
+
+
+async def launch(rollout: Rollout, instance: str) -> Report:
+    """Creates an instance's directories, start script and container; starts nothing."""
+    host = rollout.site.host_of(instance)
+    planned, spec = rollout.plan.hosts[host.name], rollout.plan.container(instance)
+    own = [d for d in planned.directories if d.endswith(f"/{instance}")]
+    shared = [d for d in planned.directories if d.endswith("/ranktables")]
+    made = await host.make_dirs(own + shared)
+    written = await _write(host, planned, "launch", f"/{instance}/")
+    if await _find(rollout, instance):
+        changes = [f"wrote {path}" for path in (*made, *written)]
+        return Report("launch", instance, host.name, bool(changes), ", ".join(changes) or "present")
+    await host.engine.create(spec)
+    return Report("launch", instance, host.name, True, f"created {spec.name}")
+
+
+async def write_ranktables(rollout: Rollout, name: str) -> Report:
+    """Writes a host's ranktable documents.
+
+    Raises:
+        OutOfOrder: the generation was not launched.
+    """
+    host, planned = rollout.site.host(name), rollout.plan.hosts[name]
+    for instance in planned.containers:
+        await require(rollout, instance)
+    written = await _write(host, planned, "ranktable", "/ranktables/")
+    detail = f"wrote {len(written)} documents" if written else "up to date"
+    return Report("ranktable", name, name, bool(written), detail)
+
+
+async def prepare_proxy(rollout: Rollout) -> Report:
+    """Starts the proxy's container up to the point where it could open its port.
+
+    Raises:
+        OutOfOrder: the generation was not launched.
+        InstanceDied: the preparation failed; the message has the proxy's last lines.
+    """
+    site, name = rollout.site, rollout.site.topology.proxy.name
+    state = await require(rollout, name)
+    if state.status in generation.RUNNING:
+        return Report("prepare proxy", name, site.topology.proxy.host, False, "runs")
+    await _start(rollout, name, state)
+    await _log_says(rollout, name, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
+    return Report("prepare proxy", name, site.topology.proxy.host, True, "prepared, port closed")
+
+
+async def start_server(rollout: Rollout, instance: str) -> Report:
+    """Starts an instance once those it has to follow are started; opens their gate behind it.
+
+    Raises:
+        OutOfOrder: the generation was not launched, or has no ranktables.
+        InstanceDied: the launcher ended at once.
+        Abandoned: another step failed.
+    """
+    site = rollout.site
+    await site.barrier.passed(site.engine.starts_after(site.topology, instance))
+    state = await require(rollout, instance)
+    host = site.host_of(instance)
+    if state.status in generation.RUNNING:
+        site.barrier.open(instance)
+        return Report("start server", instance, host.name, False, "runs")
+    await _require_ranktables(rollout, host)
+    await _start(rollout, instance, state)
+    await _log_says(rollout, instance, site.engine.STARTED, site.deployment.gates.start)
+    site.barrier.open(instance)
+    return Report("start server", instance, host.name, True, f"started {state.name}")
+
+
+async def open_proxy(rollout: Rollout) -> Report:
+    """Opens the proxy's port; to be called when every server is ready."""
+    site, name = rollout.site, rollout.site.topology.proxy.name
+    host, state = site.host_of(name), await require(rollout, name)
+    if state.status not in generation.RUNNING:
+        await prepare_proxy(rollout)
+    if site.engine.OPENED in await host.engine.logs(state.id, since_start=True):
+        return Report("open proxy", name, host.name, False, f"port {site.topology.proxy.port} is open")
+    await host.engine.kill(state.id, site.engine.OPEN_SIGNAL)
+    await _log_says(rollout, name, site.engine.OPENED, site.deployment.gates.start)
+    return Report("open proxy", name, host.name, True, f"opened port {site.topology.proxy.port}")
+
+
+async def restart_needed(rollout: Rollout) -> list[str]:
+    """Instances that run although a member of their set has ended: they must stop first."""
+    return sorted({s.labels[generation.INSTANCE] for _, s in rollout.stopping()})
+
+
+async def stop_started(rollout: Rollout) -> list[str]:
+    """Stops, after a failure, what this run has started; keeps the containers and their logs."""
+    states = {name: await _find(rollout, name) for name in rollout.started}
+    running = {n: s for n, s in states.items() if s and s.status in generation.RUNNING}
+    await asyncio.gather(
+        *(
+            _stop(rollout.site, rollout.site.topology.host_of(name), state, ABORT_TIMEOUT_S)
+            for name, state in running.items()
+        )
+    )
+    return sorted(running)
+
+
+async def died(rollout: Rollout, instance: str) -> InstanceDied:
+    """The error for an instance that ended: exit code and the last lines of its logs."""
+    host, state = rollout.site.host_of(instance), await require(rollout, instance)
+    code = await host.engine.wait(state.id)
+    lines = (await host.engine.logs(state.id, tail=LOG_LINES, since_start=True)).splitlines()
+    directory = _log_directory(rollout, instance)
+    files = await host.tail(directory, lines=LOG_LINES)
+    shown = [f"  | {line}" for line in lines]
+    for path, text in files.items():
+        shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
+    return InstanceDied(
+        f"ended with exit code {code}; its last lines:\n" + "\n".join(shown),
+        host=host.where,
+        instance=instance,
+        hint=f"the whole log is on the host: `docker logs {state.name}` and {directory}",
+    )
+
+
+async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:
+    seconds = site.deployment.container.stop_timeout if timeout is None else timeout
+    await site.host(host).engine.stop(state.id, site.deployment.name, timeout=seconds)
+
+
+async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
+    spec = rollout.plan.container(instance)
+    return await rollout.site.host_of(instance).engine.find(spec.name)
+
+
+async def require(rollout: Rollout, instance: str) -> ContainerState:
+    state = await _find(rollout, instance)
+    if state is None:
+        raise OutOfOrder(
+            f"expected the container {rollout.plan.container(instance).name}, found none",
+            host=rollout.site.host_of(instance).where,
+            instance=instance,
+            hint="run the stage `launch` first",
+        )
+    return state
+
+
+async def _require_ranktables(rollout: Rollout, host: Host) -> None:
+    files = rollout.plan.hosts[host.name].files_of("ranktable")
+    found = await asyncio.gather(*(host.read_file(file.path) for file in files))
+    wrong = [f.path for f, seen in zip(files, found, strict=True) if seen != f.content.encode()]
+    if wrong:
+        raise OutOfOrder(
+            f"expected the generation's ranktables, found {', '.join(wrong)} missing or different",
+            host=host.where,
+            hint="run the stage `ranktable` first",
+        )
+
+
+async def _write(host: Host, planned: HostPlan, stage: str, below: str) -> list[str]:
+    files = {
+        file.path: File(file.content.encode(), int(file.mode, 8))
+        for file in planned.files_of(stage)
+        if below in file.path
+    }
+    return await host.write_files(files)
+
+
+async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:
+    rollout.started.add(instance)
+    await rollout.site.host_of(instance).engine.start(state.id)
+
+
+async def _log_says(rollout: Rollout, instance: str, text: str, timeout: float) -> None:
+    """Waits for a text in the container's log since its last start."""
+    host, state = rollout.site.host_of(instance), await require(rollout, instance)
+    try:
+        said = await host.engine.wait_log(state.id, text, timeout=timeout)
+    except TimedOut as error:
+        raise NotReady(
+            f"expected {text!r} in its log within {timeout:g} s, found nothing of it",
+            host=host.where,
+            instance=instance,
+            hint=f"see `docker logs {state.name}` on the host",
+        ) from error
+    if not said:
+        raise await died(rollout, instance)

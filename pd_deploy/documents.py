@@ -1,0 +1,104 @@
+"""Reading YAML documents: strict about duplicate keys, `extends`, and what cannot be decoded."""
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pd_deploy.errors import InvalidInput, Problem
+
+Document = dict[str, Any]
+
+MAX_BYTES = 1 << 20
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice: the earlier value would be lost silently."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    result: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(
+                None, None, "expected a simple key, found a collection", key_node.start_mark
+            )
+        if key in result:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", key_node.start_mark
+            )
+        result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return result
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read(path: Path) -> Document:
+    """The mapping that a YAML file holds, with what it `extends` merged beneath it.
+
+    Mappings merge key by key, lists and scalars replace, and a key set to null removes what the
+    extended file gave.
+
+    Raises:
+        InvalidInput: the file is missing, not a file, not UTF-8, not YAML, not a mapping, has a
+            key twice, or extends itself.
+    """
+    return _read(path.resolve(), seen=())
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
+    """`over` laid on `base`; see `read` for the rules."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(below, Mapping):
+            result[key] = merge(below, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Document:
+    if path in seen:
+        chain = " → ".join(p.name for p in (*seen, path))
+        raise _invalid(path, "extends", f"the files extend each other in a circle: {chain}")
+    document = _parse(path)
+    parent = document.pop("extends", None)
+    if parent is None:
+        return document
+    if not isinstance(parent, str):
+        raise _invalid(path, "extends", f"expected the path of a file, found {parent!r}")
+    return merge(_read((path.parent / parent).resolve(), (*seen, path)), document)
+
+
+def _parse(path: Path) -> Document:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise _invalid(path, "", f"expected a file of at most {MAX_BYTES} bytes")
+        document = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
+    except OSError as error:
+        raise _invalid(path, "", f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise _invalid(path, "", f"expected UTF-8 text, found byte {error.start} is not") from error
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise _invalid(path, "", f"not valid YAML: {where}{error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _invalid(path, "", f"not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        found = "nothing" if document is None else type(document).__name__
+        raise _invalid(path, "", f"expected a mapping of keys to values, found {found}")
+    odd = [key for key in document if not isinstance(key, str)]
+    if odd:
+        raise _invalid(path, str(odd[0]), f"expected keys that are text, found {odd[0]!r}")
+    return document
+
+
+def _invalid(path: Path, key: str, message: str) -> InvalidInput:
+    return InvalidInput([Problem(key, message)], source=str(path))

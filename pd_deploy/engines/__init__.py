@@ -1,0 +1,11 @@
+"""What an instance runs. An engine is a module that follows `base.Engine`."""
+
+from pd_deploy.engines import omniinfer
+from pd_deploy.engines.base import Engine
+
+_ENGINES: dict[str, Engine] = {"omniinfer": omniinfer}
+
+
+def get(name: str) -> Engine:
+    """The engine of that name, as the deployment file gives it."""
+    return _ENGINES[name]

@@ -1,0 +1,347 @@
+"""omni-infer on Ascend: containers, start scripts, environment and arguments.
+
+Values follow the QwQ-32B template; where it is faulty the corrected value is used: exact ranktable
+paths, one unique engine id per pod, the interface that owns the host's address for GLOO, TP and
+HCCL alike, a launcher that must not drift to another port. Pure.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping
+
+from pd_deploy import ranktable
+from pd_deploy.deployment import Scalar
+from pd_deploy.engines.base import Service
+from pd_deploy.hosts import ContainerSpec, Mount
+from pd_deploy.topology import Instance, Topology
+
+STARTED = "pd-deploy: starting"
+PREPARED = "pd-deploy: proxy prepared"
+OPENED = "pd-deploy: proxy open"
+OPEN_SIGNAL = "SIGUSR1"
+
+_LAUNCHER_SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill")
+_NGINX = "nginx-1.24.0"
+
+
+def container(service: Service, name: str) -> ContainerSpec:
+    """The container of an instance or of the proxy (contract section 2.1).
+
+    The server is its main process: exit code, logs and stop mean what they say.
+    """
+    options = service.deployment.container
+    instance = _instance(service, name)
+    role = instance.role if instance else "proxy"
+    prefix = getattr(options.names, role)
+    return ContainerSpec(
+        name=f"{prefix}_{name}_{service.layout.generation}",
+        image=service.image,
+        entrypoint=["bash"],
+        command=[service.layout.start_script(name)],
+        environment=_container_environment(service, name),
+        mounts=_mounts(service),
+        devices=_devices(service, instance),
+        privileged=options.privileged,
+        shm_size=options.shm_size,
+        network_mode="host",
+        user="root",
+        working_dir="/data",
+        init=True,
+        stop_signal="SIGINT",
+        stop_timeout=options.stop_timeout,
+    )
+
+
+def start_script(service: Service, name: str) -> str:
+    """The script that is the container's main process."""
+    instance = _instance(service, name)
+    return _server_script(service, instance) if instance else _proxy_script(service)
+
+
+def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
+    """The merged document and the local ones of a host's instances: path → content."""
+    addresses = {name: facts.device_addresses for name, facts in service.facts.items()}
+    merged = ranktable.merged(service.topology, addresses)
+    files = {_merged_path(service): ranktable.render(merged)}
+    for instance in service.topology.on_host(host):
+        document = ranktable.local(instance, addresses)
+        files[_local_path(service, instance)] = ranktable.render(document)
+    return files
+
+
+def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
+    """Prefill starts once decode has started: both link to each other while loading, so neither
+    can wait for the other to be ready (contract sections 3.3 and 4.5)."""
+    if any(instance.name == name for instance in topology.prefill):
+        return tuple(instance.name for instance in topology.decode)
+    return ()
+
+
+def command(service: Service, name: str) -> list[str]:
+    """The launcher's arguments for an instance, or those of the proxy's script."""
+    instance = _instance(service, name)
+    return _launcher(service, instance) if instance else _proxy_command(service)
+
+
+def environment(service: Service, name: str) -> dict[str, str]:
+    """What the start script exports, after the image's own ~/.bashrc."""
+    instance = _instance(service, name)
+    return _server_environment(service, instance) if instance else _build_environment(service)
+
+
+def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar]:
+    """How an instance takes part in KV transfer (contract section 4.2)."""
+    return {
+        "kv_connector": "AscendHcclConnectorV1",
+        "kv_buffer_device": "npu",
+        "kv_role": "kv_producer" if instance.role == "prefill" else "kv_consumer",
+        "kv_rank": instance.kv_rank,
+        "engine_id": instance.kv_rank,
+        "kv_parallel_size": _kv_parallel_size(service),
+    }
+
+
+def _instance(service: Service, name: str) -> Instance | None:
+    return next((i for i in service.topology.instances if i.name == name), None)
+
+
+def _code(service: Service) -> str:
+    code = service.deployment.code
+    return "/workspace" if code == "image" else code
+
+
+def _container_environment(service: Service, name: str) -> dict[str, str]:
+    proxy = service.topology.proxy
+    environment = {
+        "CODE_PATH": _code(service),
+        "RANKTABLE_SAVE_PATH": service.layout.ranktables,
+        "LOG_PATH": service.layout.log_root,
+    }
+    if name == proxy.name:
+        environment["PROXY_NODE_PORT"] = str(proxy.port)
+    return environment
+
+
+def _mounts(service: Service) -> list[Mount]:
+    deployment, layout = service.deployment, service.layout
+    zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
+    mounts = [
+        Mount(source=m.source, target=m.target, read_only=m.read_only)
+        for m in deployment.container.mounts
+    ]
+    mounts += [Mount(source=layout.log_root, target=layout.log_root)]
+    mounts += [Mount(source=layout.directory, target=layout.directory, read_only=True)]
+    mounts += [Mount(source=deployment.model.path, target=deployment.model.path)]
+    if deployment.code != "image":
+        mounts += [Mount(source=deployment.code, target=deployment.code)]
+    tarball = service.topology.proxy.entry.nginx_tarball
+    if tarball:
+        mounts += [Mount(source=tarball, target=tarball, read_only=True)]
+    return [*mounts, Mount(source=zone, target="/etc/localtime", read_only=True)]
+
+
+def _devices(service: Service, instance: Instance | None) -> list[str]:
+    options = service.deployment.container
+    if options.privileged or instance is None:
+        return list(options.devices)
+    return [*options.devices, *(f"/dev/davinci{device}" for device in instance.devices)]
+
+
+def _merged_path(service: Service) -> str:
+    return f"{service.layout.ranktables}/global_ranktable_merge.json"
+
+
+def _local_path(service: Service, instance: Instance) -> str:
+    return f"{service.layout.ranktables}/local_ranktable_{instance.name}.json"
+
+
+def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
+    """Contract section 4.1, with the values that today's `docker exec -e` passes (2.2)."""
+    topology, model = service.topology, service.deployment.model
+    interface = service.facts[instance.host].interface
+    decode_addresses = ",".join(i.master_address for i in topology.decode)
+    environment = {
+        "HOST": instance.name,
+        "ROLE": instance.role,
+        "MODEL_PATH": model.path,
+        "LOG_PATH": service.layout.log_directory(instance.name),
+        "HOST_IP": instance.master_address,
+        "MASTER_PORT": instance.master_port,
+        "API_PORT": instance.api_port,
+        "ZMQ_PORT": instance.zmq_port,
+        "VLLM_LLMDATADIST_ZMQ_PORT": instance.zmq_port,
+        "ASCEND_RT_VISIBLE_DEVICES": instance.device_list,
+        "GLOBAL_RANK_TABLE_FILE_PATH": _merged_path(service),
+        "RANK_TABLE_FILE_PATH": _local_path(service, instance),
+        "SERVER_IP_LIST": decode_addresses,
+        "LOCAL_DECODE_SERVER_IP_LIST": decode_addresses,
+        "GLOBAL_DECODE_SERVER_IP_LIST": decode_addresses,
+        "PREFILL_POD_NUM": len(topology.prefill),
+        "DECODE_POD_NUM": 1,
+        "SOCKET_IFNAME": interface,
+        "GLOO_SOCKET_IFNAME": interface,
+        "TP_SOCKET_IFNAME": interface,
+        "HCCL_SOCKET_IFNAME": interface,
+        "PYTHONUNBUFFERED": 1,
+        **_role_environment(service, instance),
+        **instance.settings.environment,
+    }
+    return {key: _text(value) for key, value in environment.items()}
+
+
+def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]:
+    model = service.deployment.model
+    if instance.role == "prefill":
+        return {
+            "IP": instance.address,
+            "MODEL_LEN_MAX_PREFILL": model.max_len_prefill,
+            "PREFILL_SERVER_LIST": instance.device_list,
+            "PREFILL_TENSOR_PARALLEL_SIZE": instance.tensor_parallel,
+            "KV_RANK": instance.kv_rank,
+            "NNODES": 1,
+            "NODE_RANK": instance.node_rank,
+            "NODE_IP_LIST": instance.address,
+        }
+    return {
+        "MODEL_LEN_MAX_DECODE": model.max_len_decode,
+        "DECODE_SERVER_LIST": instance.device_list,
+        "DECODE_TENSOR_PARALLEL_SIZE": instance.tensor_parallel,
+        "DECODE_DATA_PARALLEL_SIZE": instance.device_list,
+        "NUM_SERVERS": len(instance.devices),
+    }
+
+
+def _launcher(service: Service, instance: Instance) -> list[str]:
+    """Contract section 4.2."""
+    model, settings = service.deployment.model, instance.settings
+    is_decode = instance.role == "decode"
+    longest = model.max_len_decode if is_decode else model.max_len_prefill
+    switches = [f"--{name}" for name in _LAUNCHER_SWITCHES if settings.arguments.get(name)]
+    extra = {k: v for k, v in settings.arguments.items() if k not in _LAUNCHER_SWITCHES}
+    return [
+        "python", "start_api_servers.py",
+        "--num-servers", "1",
+        *(["--server-offset", "0", "--num-dp", "1"] if is_decode else []),
+        "--model-path", model.path,
+        "--master-ip", instance.master_address,
+        "--master-port", str(instance.master_port),
+        "--base-api-port", str(instance.api_port),
+        "--max-port-attempts", "1",
+        "--tp", str(instance.tensor_parallel),
+        "--served-model-name", model.served_name,
+        "--max-model-len", str(longest),
+        *switches,
+        *(["--gpu-util", str(settings.gpu_memory_utilization)]
+          if settings.gpu_memory_utilization is not None else []),
+        "--extra-args", " ".join(_flags(extra)),
+        *(["--additional-config", json.dumps(settings.additional_config)]
+          if settings.additional_config else []),
+        "--kv-transfer-config", json.dumps(kv_transfer_config(service, instance)),
+        "--log-dir", service.layout.log_directory(instance.name),
+    ]  # fmt: skip
+
+
+def _kv_parallel_size(service: Service) -> int:
+    if service.deployment.kv_parallel_size == "decode-tensor-parallel":
+        return service.topology.decode[0].tensor_parallel
+    return len(service.topology.prefill) + 1
+
+
+def _flags(arguments: Mapping[str, Scalar]) -> list[str]:
+    """`--name value` for each argument; true is a bare flag, false leaves it out."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        if value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", _text(value)]
+    return words
+
+
+def _proxy_command(service: Service) -> list[str]:
+    """Contract section 5.1."""
+    topology, proxy = service.topology, service.topology.proxy.entry
+    return [
+        "bash", "global_proxy.sh",
+        "--listen-port", str(proxy.port),
+        "--prefill-servers-list", ",".join(i.server for i in topology.prefill),
+        "--decode-servers-list", ",".join(i.server for i in topology.decode),
+        "--log-file", f"{service.layout.log_directory(topology.proxy.name)}/nginx_error.log",
+        "--log-level", proxy.log_level,
+        "--core-num", str(proxy.core_num),
+        "--start-core-index", str(proxy.start_core_index),
+        "--prefill-lb-sdk", proxy.prefill_lb_sdk,
+        "--decode-lb-sdk", proxy.decode_lb_sdk,
+    ]  # fmt: skip
+
+
+def _build_environment(service: Service) -> dict[str, str]:
+    """Where an image without nginx finds its sources."""
+    proxy = service.deployment.http_proxy
+    return {"http_proxy": proxy, "https_proxy": proxy} if proxy else {}
+
+
+def _server_script(service: Service, instance: Instance) -> str:
+    return f"""\
+#!/bin/bash
+{_title(service, instance.name)}
+source ~/.bashrc
+{_exports(environment(service, instance.name))}
+cd {shlex.quote(_code(service))}/omniinfer/tools/scripts || exit 1
+echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
+exec {shlex.join(command(service, instance.name))}
+"""
+
+
+def _proxy_script(service: Service) -> str:
+    """Prepares, tests the configuration on a socket of its own, waits to be opened, then lives as
+    long as nginx does. Stopping it drains nginx."""
+    code, port = shlex.quote(_code(service)), service.topology.proxy.port
+    return f"""\
+#!/bin/bash
+{_title(service, service.topology.proxy.name)}
+{_exports(environment(service, service.topology.proxy.name))}
+trap 'exit 0' INT TERM
+export PATH="$PATH:/usr/local/nginx:/usr/sbin"
+if ! command -v nginx >/dev/null; then
+    echo "pd-deploy: the image has no nginx; building {_NGINX}"
+    cd {code}/omniinfer/omni/accelerators/sched/global_proxy || exit 1
+{_fetch_nginx(service)}
+    tar xzf {_NGINX}.tar.gz && bash build.sh || {{ echo "pd-deploy: nginx was not built"; exit 1; }}
+fi
+unset http_proxy https_proxy
+cd {code}/omniinfer/tools/scripts || exit 1
+proxy=({shlex.join(command(service, service.topology.proxy.name))})
+tested=$(mktemp -d)
+"${{proxy[@]}}" --dry-run --nginx-conf-file "$tested/nginx.conf" || exit 1
+sed -i -E "s|listen +{port}[^;]*;|listen unix:$tested/socket;|" "$tested/nginx.conf"
+nginx -t -c "$tested/nginx.conf" || exit 1
+trap 'opened=1' USR1
+echo {shlex.quote(PREPARED)}
+while [ -z "$opened" ]; do sleep infinity & wait $!; kill $!; done
+"${{proxy[@]}}" || exit 1
+master=$(pgrep -o -x nginx) || exit 1
+trap 'stopped=1; kill -QUIT "$master"' INT TERM
+echo {shlex.quote(OPENED)}
+tail --pid="$master" -f /dev/null & waiter=$!
+while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
+[ -n "$stopped" ] || {{ echo "pd-deploy: nginx ended"; exit 1; }}
+"""
+
+
+def _fetch_nginx(service: Service) -> str:
+    tarball = service.topology.proxy.entry.nginx_tarball
+    if tarball:
+        return f"    cp {shlex.quote(tarball)} {_NGINX}.tar.gz || exit 1"
+    source = f"http://nginx.org/download/{_NGINX}.tar.gz"
+    return f"    [ -e {_NGINX}.tar.gz ] || curl -fsS -o {_NGINX}.tar.gz {source} || exit 1"
+
+
+def _title(service: Service, name: str) -> str:
+    return f"# {name} of {service.deployment.name}, generation {service.layout.generation}; written by pd-deploy"
+
+
+def _exports(environment: Mapping[str, str]) -> str:
+    return "\n".join(f"export {key}={shlex.quote(value)}" for key, value in environment.items())
+
+
+def _text(value: Scalar) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)

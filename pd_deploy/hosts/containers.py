@@ -1,0 +1,240 @@
+"""Containers and images as values; what the Docker Engine API is asked for (pure)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DEPLOYMENT_LABEL = "pd-deploy.deployment"
+"""Every container of a deployment carries it; no other container is ever stopped or removed."""
+
+
+class Mount(BaseModel):
+    """A bind mount; the source must exist on the host."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+class ContainerSpec(BaseModel):
+    """A container to be created.
+
+    `devices` are `/dev/x` or `/dev/x:/dev/y`; `shm_size` is bytes; `stop_timeout` is seconds;
+    `log_max_size` is as Docker writes it (`100m`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    image: str
+    command: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] | None = None
+    environment: dict[str, str] = Field(default_factory=dict, repr=False)
+    mounts: tuple[Mount, ...] = ()
+    devices: tuple[str, ...] = ()
+    privileged: bool = False
+    cap_add: tuple[str, ...] = ()
+    shm_size: int | None = None
+    network_mode: str = "host"
+    ipc_mode: str | None = None
+    user: str | None = None
+    working_dir: str | None = None
+    init: bool = True
+    tty: bool = False
+    stop_signal: str | None = None
+    stop_timeout: int | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    log_max_size: str = "100m"
+    log_max_file: int = 3
+
+
+@dataclass(frozen=True)
+class ContainerState:
+    """A container as it is. `status` is Docker's: created, running, exited, dead …"""
+
+    id: str
+    name: str
+    labels: dict[str, str]
+    status: str
+    exit_code: int | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    image: str
+    image_id: str
+    oom_killed: bool = False
+    error: str = ""
+
+    @property
+    def running(self) -> bool:
+        """Whether its main process runs."""
+        return self.status in ("running", "paused")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image on a host; `digest` is `repository@sha256:…`, None if it never saw a registry."""
+
+    id: str
+    digest: str | None
+    architecture: str = ""
+    created: str = ""
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """The Docker engine of a host."""
+
+    version: str
+    api_version: str
+    storage_driver: str
+    root_dir: str
+    architecture: str
+
+
+@dataclass(frozen=True)
+class RegistryLogin:
+    """Credentials for a registry; they go with each pull and are stored nowhere on the host."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PullProgress:
+    """How far a pull is; sizes in bytes, of the layers whose size is known so far."""
+
+    layers_done: int
+    layers: int
+    bytes_done: int
+    bytes_total: int
+
+
+def create_kwargs(spec: ContainerSpec) -> dict[str, Any]:
+    """The name and the exact body of the Engine API's create request."""
+    host_config = {
+        "NetworkMode": spec.network_mode,
+        "Privileged": spec.privileged,
+        "Init": spec.init,
+        "RestartPolicy": {"Name": "no"},
+        "LogConfig": {
+            "Type": "json-file",
+            "Config": {"max-size": spec.log_max_size, "max-file": str(spec.log_max_file)},
+        },
+        # Mounts and not Binds: Binds silently create a source that does not exist.
+        "Mounts": [_mount(mount) for mount in spec.mounts],
+        "Devices": [_device(device) for device in spec.devices],
+        "CapAdd": list(spec.cap_add),
+        "ShmSize": spec.shm_size,
+        "IpcMode": spec.ipc_mode,
+    }
+    config = {
+        "Image": spec.image,
+        "Cmd": list(spec.command),
+        "Entrypoint": None if spec.entrypoint is None else list(spec.entrypoint),
+        "Env": [f"{name}={value}" for name, value in spec.environment.items()],
+        "Labels": dict(spec.labels),
+        "User": spec.user,
+        "WorkingDir": spec.working_dir,
+        "Tty": spec.tty,
+        "StopSignal": spec.stop_signal,
+        "StopTimeout": spec.stop_timeout,
+        "HostConfig": _given(host_config),
+    }
+    return {"name": spec.name, "config": _given(config)}
+
+
+def state_of(inspected: Mapping[str, Any]) -> ContainerState:
+    """A container's state from the Engine API's inspect answer."""
+    state, config = inspected["State"], inspected["Config"]
+    over = state["Status"] in ("exited", "dead")
+    return ContainerState(
+        id=inspected["Id"],
+        name=inspected["Name"].lstrip("/"),
+        labels=dict(config.get("Labels") or {}),
+        status=state["Status"],
+        exit_code=state["ExitCode"] if over else None,
+        started_at=_time(state.get("StartedAt")),
+        finished_at=_time(state.get("FinishedAt")) if over else None,
+        image=config["Image"],
+        image_id=inspected["Image"],
+        oom_killed=bool(state.get("OOMKilled")),
+        error=state.get("Error") or "",
+    )
+
+
+def image_of(inspected: Mapping[str, Any], repository: str) -> Image:
+    """An image from the Engine API's inspect answer; its digest as `repository` knows it."""
+    digests = inspected.get("RepoDigests") or []
+    own = [digest for digest in digests if digest.split("@")[0] == repository]
+    return Image(
+        id=inspected["Id"],
+        digest=own[0] if own else None,
+        architecture=inspected.get("Architecture", ""),
+        created=inspected.get("Created", ""),
+        size=inspected.get("Size", 0),
+    )
+
+
+class PullMeter:
+    """Adds up the engine's messages about a pull."""
+
+    def __init__(self) -> None:
+        self.digest: str | None = None
+        self._layers: dict[str, tuple[int, int, bool]] = {}
+
+    def read(self, message: Mapping[str, Any]) -> PullProgress:
+        """Takes one message of the engine; how far the pull is then."""
+        status, layer = message.get("status", ""), message.get("id")
+        if status.startswith("Digest: "):
+            self.digest = status.removeprefix("Digest: ").strip()
+        if layer and not status.startswith("Pulling from"):
+            self._layers[layer] = self._layer(layer, status, message.get("progressDetail") or {})
+        return self.progress
+
+    @property
+    def progress(self) -> PullProgress:
+        """How far the pull is."""
+        layers = self._layers.values()
+        return PullProgress(
+            layers_done=sum(done for *_, done in layers),
+            layers=len(layers),
+            bytes_done=sum(now for now, *_ in layers),
+            bytes_total=sum(total for _, total, _ in layers),
+        )
+
+    def _layer(self, layer: str, status: str, detail: Mapping[str, int]) -> tuple[int, int, bool]:
+        now, total, _ = self._layers.get(layer, (0, 0, False))
+        if status == "Downloading":
+            return detail.get("current", now), detail.get("total", total), False
+        if status in ("Download complete", "Pull complete", "Already exists"):
+            return total, total, status != "Download complete"
+        return now, total, False
+
+
+def _mount(mount: Mount) -> dict[str, Any]:
+    return {
+        "Type": "bind",
+        "Source": mount.source,
+        "Target": mount.target,
+        "ReadOnly": mount.read_only,
+    }
+
+
+def _device(device: str) -> dict[str, str]:
+    path, _, inside = device.partition(":")
+    return {"PathOnHost": path, "PathInContainer": inside or path, "CgroupPermissions": "rwm"}
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value not in (None, [], {})}
+
+
+def _time(text: str | None) -> datetime | None:
+    # Docker writes year 1 for "never".
+    return datetime.fromisoformat(text) if text and not text.startswith("0001-") else None

@@ -1,0 +1,426 @@
+"""The Docker engine of a host."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Literal, TypeVar
+
+import docker
+import requests
+import urllib3
+from docker import errors as sdk
+from docker.utils import parse_repository_tag
+
+from pd_deploy.errors import (
+    ConnectionDropped,
+    ContainerMissing,
+    EngineRefused,
+    NotOurs,
+    PdDeployError,
+    TimedOut,
+    TransientError,
+)
+from pd_deploy.hosts.containers import (
+    DEPLOYMENT_LABEL,
+    ContainerSpec,
+    ContainerState,
+    EngineInfo,
+    Image,
+    PullMeter,
+    PullProgress,
+    RegistryLogin,
+    create_kwargs,
+    image_of,
+    state_of,
+)
+from pd_deploy.hosts.engine_errors import container_error, explanation, pull_error
+from pd_deploy.hosts.engine_socket import EngineSocket
+from pd_deploy.hosts.files import together
+from pd_deploy.hosts.threads import in_thread
+from pd_deploy.hosts.tunnel import Tunnel
+
+T = TypeVar("T")
+LogWait = Literal["seen", "ended", "timeout"]
+
+# Short calls at once per host; each has a thread while it runs.
+MAX_CALLS = 8
+CALL_TIMEOUT_S = 60
+POLL_S = 0.5
+PATIENCE_S = 60.0
+PROGRESS_EVERY_S = 1.0
+
+_BROKEN = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
+
+
+class Engine:
+    """The Docker engine of a host, through the host's SSH connection.
+
+    Every method may raise EngineDown, DockerAccessDenied, DockerMissing, ConnectionDropped,
+    TimedOut, EngineRefused and what connecting raises.
+
+    Args:
+        socket: opens streams to the engine.
+        where: the host's name for messages.
+    """
+
+    def __init__(self, socket: EngineSocket, where: str) -> None:
+        self._socket = socket
+        self._where = where
+        self._shared: tuple[Tunnel, APIClient] | None = None
+        self._opening = asyncio.Lock()
+        self._calls = asyncio.Semaphore(MAX_CALLS)
+
+    async def info(self) -> EngineInfo:
+        """Version, storage driver and place of the engine's data."""
+        info, version = await self._read("info", lambda c: (c.info(), c.version()))
+        return EngineInfo(
+            version=version["Version"],
+            api_version=version["ApiVersion"],
+            storage_driver=info["Driver"],
+            root_dir=info["DockerRootDir"],
+            architecture=info["Architecture"],
+        )
+
+    async def image(self, ref: str) -> Image | None:
+        """The image `ref` as the host has it; None if it has not."""
+
+        def look(client: APIClient) -> Image | None:
+            try:
+                return image_of(client.inspect_image(ref), parse_repository_tag(ref)[0])
+            except sdk.NotFound:
+                return None
+
+        return await self._read(f"image {ref}", look)
+
+    async def pull(
+        self,
+        ref: str,
+        auth: RegistryLogin | None = None,
+        on_progress: Callable[[PullProgress], None] | None = None,
+    ) -> Image:
+        """Pulls an image; its digest is the one the registry gave for `ref`.
+
+        Args:
+            ref: `repository[:tag][@digest]`.
+            auth: credentials for the registry.
+            on_progress: called on the event loop, about once a second.
+
+        Raises:
+            ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured, DiskFull.
+        """
+        meter = PullMeter()
+        report = _reporter(on_progress)
+        # An empty login and not None, with which the SDK sends the controller's own ones.
+        login = {"username": auth.username, "password": auth.password} if auth else {}
+
+        def pull(client: APIClient) -> Image:
+            for message in client.pull(ref, stream=True, decode=True, auth_config=login):
+                if "error" in message:
+                    raise pull_error(message["error"], ref, self._where)
+                report(meter.read(message))
+            return image_of(client.inspect_image(ref), parse_repository_tag(ref)[0])
+
+        def refused(exc: sdk.APIError) -> PdDeployError:
+            return pull_error(explanation(exc), ref, self._where)
+
+        image = await self._long(f"pull {ref}", pull, refused)
+        if meter.digest is None:
+            return image
+        repository = parse_repository_tag(ref.split("@", maxsplit=1)[0])[0]
+        return Image(
+            image.id,
+            f"{repository}@{meter.digest}",
+            image.architecture,
+            image.created,
+            image.size,
+        )
+
+    async def tag(self, ref: str, name: str) -> None:
+        """Gives the image `ref` the further name `repository:tag`, so that no prune takes it."""
+        repository, tag = parse_repository_tag(name)
+        await self._do(f"tag {ref} as {name}", lambda c: c.tag(ref, repository, tag))
+
+    async def containers(self, labels: Mapping[str, str]) -> list[ContainerState]:
+        """All containers, running or not, that carry all the labels, sorted by name."""
+        filters = {"label": [f"{key}={value}" for key, value in labels.items()]}
+        found = await self._read(
+            "list containers", lambda c: c.containers(all=True, filters=filters)
+        )
+        states = await together(self._inspect_if_there(entry["Id"]) for entry in found)
+        return sorted((state for state in states if state), key=lambda state: state.name)
+
+    async def inspect(self, container: str) -> ContainerState:
+        """A container by name or id.
+
+        Raises:
+            ContainerMissing: there is none.
+        """
+        what = f"container {container}"
+        return await self._read(what, lambda c: state_of(c.inspect_container(container)))
+
+    async def create(self, spec: ContainerSpec) -> str:
+        """Creates a container; returns its id.
+
+        Raises:
+            ImageNotFound, NameTaken: as they say.
+            FileMissing: the source of a mount does not exist.
+        """
+        wanted = create_kwargs(spec)
+        created = await self._do(
+            f"create {spec.name}", lambda c: c.create_container_from_config(**wanted)
+        )
+        return str(created["Id"])
+
+    async def start(self, container: str) -> None:
+        """Starts a container; nothing happens if it runs.
+
+        Raises:
+            FileMissing: a device does not exist.
+        """
+        await self._do(f"start {container}", lambda c: c.start(container))
+
+    async def stop(self, container: str, *, deployment: str, timeout: int = 30) -> None:
+        """Stops a container of the deployment; nothing happens if it does not run.
+
+        Args:
+            timeout: seconds between the stop signal and SIGKILL.
+
+        Raises:
+            NotOurs: it does not carry the deployment's label.
+        """
+        own = await self._own(container, deployment)
+        await self._long(f"stop {own.name}", lambda c: c.stop(own.id, timeout=timeout))
+
+    async def kill(self, container: str, signal: str = "SIGKILL", *, deployment: str) -> None:
+        """Sends a signal to a container of the deployment; NotOurs as in `stop`."""
+        own = await self._own(container, deployment)
+        await self._do(f"kill {own.name}", lambda c: c.kill(own.id, signal))
+
+    async def remove(self, container: str, *, deployment: str, force: bool = False) -> bool:
+        """Removes a container of the deployment; False if it was gone. NotOurs as in `stop`."""
+        try:
+            own = await self._own(container, deployment)
+            await self._do(
+                f"remove {own.name}", lambda c: c.remove_container(own.id, v=True, force=force)
+            )
+        except ContainerMissing:
+            return False
+        return True
+
+    async def wait(self, container: str, *, patience: float = PATIENCE_S) -> int:
+        """Waits until a container has ended; returns its exit code.
+
+        Survives dropped connections and engine restarts: it looks again.
+
+        Args:
+            patience: seconds for which the host may be out of reach before the wait gives up.
+
+        Raises:
+            ContainerMissing: it does not exist, or was removed meanwhile.
+        """
+
+        async def look() -> int | None:
+            state = await self.inspect(container)
+            if state.exit_code is not None:
+                return state.exit_code
+            if state.status == "created":
+                await asyncio.sleep(POLL_S)
+            else:
+                await self._long(f"wait for {container}", lambda c: c.wait(state.id))
+            return None
+
+        return await self._persist(look, patience)
+
+    async def logs(self, container: str, tail: int = 50) -> str:
+        """The last lines of a container's output."""
+
+        def read(client: APIClient) -> str:
+            return str(client.logs(container, tail=tail).decode(errors="replace"))
+
+        return await self._read(f"logs of {container}", read)
+
+    async def wait_log(
+        self, container: str, text: str, timeout: float, *, patience: float = PATIENCE_S
+    ) -> LogWait:
+        """Waits until a container's output has `text`, the container ends, or time is up.
+
+        Args:
+            timeout: seconds.
+            patience: as in `wait`.
+        """
+
+        async def look() -> LogWait:
+            seen = await self._long(
+                f"logs of {container}",
+                lambda c: _appears(c.logs(container, stream=True, follow=True), text.encode()),
+            )
+            return "seen" if seen else "ended"
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                return await self._persist(look, patience)
+        return "timeout"
+
+    async def aclose(self) -> None:
+        """Cuts all calls under way."""
+        shared, self._shared = self._shared, None
+        if shared:
+            await shared[0].aclose()
+            shared[1].close()
+        await self._socket.aclose()
+
+    async def _own(self, container: str, deployment: str) -> ContainerState:
+        state = await self.inspect(container)
+        if state.labels.get(DEPLOYMENT_LABEL) != deployment:
+            raise NotOurs(
+                f"container {state.name} is not of deployment {deployment}: expected the label "
+                f"{DEPLOYMENT_LABEL}={deployment}, found "
+                f"{state.labels.get(DEPLOYMENT_LABEL) or 'none'}",
+                host=self._where,
+                hint="stop or remove it by hand if it is in the way",
+            )
+        return state
+
+    async def _inspect_if_there(self, container: str) -> ContainerState | None:
+        try:
+            return await self.inspect(container)
+        except ContainerMissing:
+            return None
+
+    async def _persist(self, look: Callable[[], Awaitable[T | None]], patience: float) -> T:
+        """Looks until there is an answer, through faults that pass."""
+        lost_at: float | None = None
+        while True:
+            try:
+                answer = await look()
+                lost_at = None
+            except TransientError:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > patience:
+                    raise
+                await asyncio.sleep(POLL_S)
+                continue
+            if answer is not None:
+                return answer
+
+    async def _read(self, what: str, call: Callable[[APIClient], T]) -> T:
+        """A call that changes nothing, so it is made again when its connection was lost."""
+        try:
+            return await self._do(what, call)
+        except ConnectionDropped:
+            return await self._do(what, call)
+
+    async def _do(self, what: str, call: Callable[[APIClient], T]) -> T:
+        tunnel, client = await self._client()
+        async with self._calls:
+            with self._errors(what, tunnel):
+                return await in_thread(lambda: call(client), f"{self._where}: {what}")
+
+    async def _long(
+        self,
+        what: str,
+        call: Callable[[APIClient], T],
+        refused: Callable[[sdk.APIError], PdDeployError] | None = None,
+    ) -> T:
+        """A call that may last: on a tunnel of its own, which is cut when it is cancelled."""
+        _, shared = await self._client()
+        async with self._tunnel() as (tunnel, path):
+            with self._errors(what, tunnel, refused):
+                return await in_thread(
+                    lambda: _with_client(path, shared.api_version, call), f"{self._where}: {what}"
+                )
+
+    async def _client(self) -> tuple[Tunnel, APIClient]:
+        async with self._opening:
+            if self._shared is None:
+                tunnel = Tunnel(self._socket.stream)
+                try:
+                    path = await tunnel.start()
+                    with self._errors("greeting", tunnel):
+                        client = await in_thread(
+                            lambda: _new_client(path, "auto"), f"{self._where}: greeting"
+                        )
+                except BaseException:
+                    await tunnel.aclose()
+                    raise
+                self._shared = tunnel, client
+            return self._shared
+
+    @contextlib.asynccontextmanager
+    async def _tunnel(self) -> AsyncIterator[tuple[Tunnel, str]]:
+        tunnel = Tunnel(self._socket.stream)
+        try:
+            yield tunnel, await tunnel.start()
+        finally:
+            await tunnel.aclose()
+
+    @contextlib.contextmanager
+    def _errors(
+        self,
+        what: str,
+        tunnel: Tunnel,
+        refused: Callable[[sdk.APIError], PdDeployError] | None = None,
+    ) -> Iterator[None]:
+        try:
+            yield
+        except sdk.APIError as exc:
+            error = refused(exc) if refused else container_error(exc, what, self._where)
+            raise error from None
+        except requests.exceptions.ReadTimeout:
+            raise TimedOut(
+                f"{what}: the Docker engine gave no answer within {CALL_TIMEOUT_S} s",
+                host=self._where,
+                hint="look at the engine's log and the host's load",
+            ) from None
+        except (*_BROKEN, sdk.DockerException) as exc:
+            raise self._broken(exc, what, tunnel) from None
+
+    def _broken(self, exc: Exception, what: str, tunnel: Tunnel) -> PdDeployError:
+        if tunnel.fault:
+            # A new one, as several calls may fail for the same reason.
+            fault = tunnel.fault
+            return type(fault)(fault.message, host=fault.host, hint=fault.hint)
+        if isinstance(exc, sdk.DockerException) and not isinstance(exc.__cause__, _BROKEN):
+            return EngineRefused(f"{what}: {exc}", host=self._where)
+        return ConnectionDropped(
+            f"{what}: the connection to the Docker engine was lost",
+            host=self._where,
+            hint="run again: what is done already is not done twice",
+        )
+
+
+def _new_client(path: str, version: str) -> APIClient:
+    return docker.APIClient(f"unix://{path}", version=version, timeout=CALL_TIMEOUT_S)
+
+
+def _with_client(path: str, version: str, call: Callable[[APIClient], T]) -> T:
+    with contextlib.closing(_new_client(path, version)) as client:
+        return call(client)
+
+
+def _appears(chunks: Iterator[bytes], text: bytes) -> bool:
+    """Whether `text` comes in the output before its end."""
+    rest = b""
+    for chunk in chunks:
+        rest += chunk
+        if text in rest:
+            return True
+        rest = rest[-len(text) :]
+    return False
+
+
+def _reporter(
+    on_progress: Callable[[PullProgress], None] | None,
+) -> Callable[[PullProgress], None]:
+    """Hands progress from the pull's thread to the event loop, not too often."""
+    loop = asyncio.get_running_loop()
+    last = 0.0
+
+    def report(progress: PullProgress) -> None:
+        nonlocal last
+        if on_progress and time.monotonic() - last >= PROGRESS_EVERY_S:
+            last = time.monotonic()
+            loop.call_soon_threadsafe(on_progress, progress)
+
+    return report

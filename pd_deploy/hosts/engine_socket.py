@@ -1,0 +1,144 @@
+"""Streams to a host's Docker socket: forwarded by sshd, or through `docker system dial-stdio`."""
+
+import contextlib
+import logging
+import shlex
+from collections.abc import AsyncIterator, Callable
+
+from pd_deploy.errors import (
+    DockerAccessDenied,
+    DockerMissing,
+    EngineDown,
+    PdDeployError,
+    SessionRefused,
+)
+from pd_deploy.hosts.link import Link
+from pd_deploy.hosts.tunnel import Stream
+
+log = logging.getLogger(__name__)
+
+# sshd answers "open failed" alike when forwarding is off, the socket is missing, access is denied
+# and nobody listens; so the host is asked which one it is.
+DIAGNOSE = r"""sock=$1
+if ! command -v docker >/dev/null; then
+  if [ ! -e "$sock" ]; then echo missing
+  elif [ ! -w "$sock" ]; then echo denied
+  else echo down; fi
+elif [ -e "$sock" ] && [ ! -w "$sock" ]; then echo denied
+elif docker -H "unix://$sock" version --format ok >/dev/null 2>&1; then echo up
+else echo down; fi"""
+
+
+class EngineSocket:
+    """Opens streams to the Docker socket of one host.
+
+    Args:
+        link: the host's connection.
+        spare_link: makes further connections, for `dial-stdio` beyond one connection's sessions.
+        path: the Docker socket on the host.
+        where: the host's name for messages.
+        user: the SSH user, for messages.
+    """
+
+    def __init__(
+        self, link: Link, spare_link: Callable[[], Link], path: str, where: str, user: str
+    ) -> None:
+        self._link = link
+        self._spare_link = spare_link
+        self._spares: list[Link] = []
+        self._path = path
+        self._where = where
+        self._user = user
+        self.stdio = False
+        """Whether streams go through `dial-stdio`, since the server forwards none."""
+
+    @contextlib.asynccontextmanager
+    async def stream(self) -> AsyncIterator[Stream]:
+        """A stream to the Docker engine.
+
+        Raises:
+            DockerAccessDenied, DockerMissing, EngineDown: the engine can't be had.
+        """
+        if not self.stdio:
+            with contextlib.suppress(_ForwardingOff):
+                async with self._forwarded() as stream:
+                    yield stream
+                return
+            log.info("host %s forwards no UNIX sockets, using dial-stdio", self._where)
+            self.stdio = True
+        async with self._dialled() as stream:
+            yield stream
+
+    async def aclose(self) -> None:
+        """Closes the connections that were opened for `dial-stdio`."""
+        for link in self._spares:
+            await link.aclose()
+
+    @contextlib.asynccontextmanager
+    async def _forwarded(self) -> AsyncIterator[Stream]:
+        try:
+            reader, writer = await self._link.open(
+                lambda connection: connection.open_unix_connection(self._path)
+            )
+        except SessionRefused:
+            await self._diagnose()
+            raise _ForwardingOff from None
+        try:
+            yield reader, writer
+        finally:
+            writer.channel.abort()
+
+    @contextlib.asynccontextmanager
+    async def _dialled(self) -> AsyncIterator[Stream]:
+        link = self._link_with_room()
+        command = shlex.join(["docker", "-H", f"unix://{self._path}", "system", "dial-stdio"])
+        async with link.slot():
+            process = await link.open(
+                lambda connection: connection.create_process(command, encoding=None)
+            )
+            try:
+                yield process.stdout, process.stdin
+            finally:
+                process.close()
+                if process.exit_status:
+                    await self._diagnose()
+
+    def _link_with_room(self) -> Link:
+        """A link of its own for streams, as they may last and would block the host's commands."""
+        for link in self._spares:
+            if not link.full:
+                return link
+        self._spares.append(self._spare_link())
+        return self._spares[-1]
+
+    async def _diagnose(self) -> None:
+        """Raises what is wrong with the engine; returns if it answers on the host itself."""
+        command = shlex.join(["sh", "-c", DIAGNOSE, "sh", self._path])
+        async with self._link.slot():
+            result = await self._link.open(lambda connection: connection.run(command))
+        verdict = str(result.stdout or "").strip()
+        if verdict != "up":
+            raise self._error(verdict)
+
+    def _error(self, verdict: str) -> PdDeployError:
+        if verdict == "denied":
+            return DockerAccessDenied(
+                f"user {self._user} may not use the Docker socket {self._path}",
+                host=self._where,
+                hint=f"as root: usermod -aG docker {self._user} (it counts from the next login)",
+            )
+        if verdict == "missing":
+            return DockerMissing(
+                f"neither a docker command nor the Docker socket {self._path} exists",
+                host=self._where,
+                hint="install Docker Engine 20.10 or newer",
+            )
+        return EngineDown(
+            f"no Docker engine answers at {self._path}",
+            host=self._where,
+            hint="look at `systemctl status docker` and start it",
+        )
+
+
+class _ForwardingOff(Exception):
+    """The SSH server forwards no UNIX sockets, though the engine is up."""

@@ -1,0 +1,138 @@
+"""Facts read from a host: one command per group, parsed by pure functions."""
+
+import json
+import posixpath
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from pd_deploy.errors import FactsError
+
+
+class Runner(Protocol):
+    """Runs a command on a host and returns what it prints."""
+
+    @property
+    def where(self) -> str:
+        """The host's name for messages."""
+        ...
+
+    async def output(self, argv: Sequence[str]) -> str:
+        """The standard output of a command."""
+        ...
+
+
+# Paths go as arguments and come back ended by NUL, so that any name is safe.
+MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
+FREE = r"""p=$1; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; LC_ALL=C df -P -k -- "$p" """
+TAIL = r"""lines=$1; bytes=$2; shift 2
+show() {
+  printf '%s\0' "$1"
+  tail -n "$lines" -- "$1" | tail -c "$bytes" | tr -d '\0'
+  printf '\0'
+}
+for p; do
+  if [ -d "$p" ]; then for f in "$p"/*; do [ -f "$f" ] && show "$f"; done
+  elif [ -f "$p" ]; then show "$p"; fi
+done; true"""
+
+
+class Facts:
+    """What a host says about itself."""
+
+    def __init__(self, host: Runner) -> None:
+        self._host = host
+
+    async def interface_of(self, address: str) -> str | None:
+        """The network interface that owns an IPv4 address; None if none does."""
+        output = await self._host.output(["ip", "-j", "-4", "addr"])
+        return parse_interface(output, address, self._host.where)
+
+    async def missing_paths(self, paths: Sequence[str]) -> list[str]:
+        """Which of the paths do not exist (a broken link does not)."""
+        if not paths:
+            return []
+        output = await self._host.output(["sh", "-c", MISSING, "sh", *paths])
+        return output.split("\0")[:-1]
+
+    async def listening_ports(self) -> dict[int, str]:
+        """The TCP ports listened on, each with its holder's name ("" where it is not visible)."""
+        output = await self._host.output(["ss", "-Hltnp"])
+        return parse_listeners(output, self._host.where)
+
+    async def ports_taken(self, ports: Sequence[int]) -> dict[int, str]:
+        """Those of the ports that somebody listens on, each with its holder's name."""
+        listening = await self.listening_ports()
+        return {port: listening[port] for port in ports if port in listening}
+
+    async def disk_free(self, path: str) -> int:
+        """Bytes free for the SSH user where `path` is or would be."""
+        output = await self._host.output(["sh", "-c", FREE, "sh", posixpath.normpath(path)])
+        return parse_disk_free(output, self._host.where)
+
+    async def architecture(self) -> str:
+        """The machine's architecture as the kernel names it, e.g. `aarch64`."""
+        return (await self._host.output(["uname", "-m"])).strip()
+
+    async def tail(
+        self, paths: Sequence[str], lines: int = 20, max_bytes: int = 16384
+    ) -> dict[str, str]:
+        """The last lines of log files; a directory stands for the files in it.
+
+        Args:
+            paths: files and directories; those that do not exist are left out.
+            lines: lines per file.
+            max_bytes: bytes per file at most.
+        """
+        output = await self._host.output(
+            ["sh", "-c", TAIL, "sh", str(lines), str(max_bytes), *paths]
+        )
+        parts = output.split("\0")[:-1]
+        return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def parse_interface(output: str, address: str, where: str = "") -> str | None:
+    """The interface with `address` in the output of `ip -j -4 addr`."""
+    try:
+        links = json.loads(output)
+        return next(
+            (
+                str(link["ifname"])
+                for link in links
+                for info in link.get("addr_info", [])
+                if info.get("local") == address
+            ),
+            None,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise _unreadable("ip -j -4 addr", "a JSON list of interfaces", output, where) from None
+
+
+def parse_listeners(output: str, where: str = "") -> dict[int, str]:
+    """Port → holder in the output of `ss -Hltnp`."""
+    listeners: dict[int, str] = {}
+    for line in output.splitlines():
+        found = re.match(r"LISTEN\s+\d+\s+\d+\s+\S+:(\d+)\s+\S+\s*(?:users:\(\((.*)\)\))?", line)
+        if not found:
+            raise _unreadable("ss -Hltnp", "LISTEN lines", line, where)
+        holder = re.match(r'"([^"]*)",pid=(\d+)', found[2] or "")
+        name = f"{holder[1]} (pid {holder[2]})" if holder else ""
+        listeners[int(found[1])] = name or listeners.get(int(found[1]), "")
+    return listeners
+
+
+def parse_disk_free(output: str, where: str = "") -> int:
+    """Free bytes in the output of `df -P -k`."""
+    lines = output.splitlines()
+    found = re.match(r".*\s\d+\s+\d+\s+(\d+)\s+\d+%\s", lines[1]) if len(lines) == 2 else None
+    if not found:
+        raise _unreadable("df -P -k", "a header and one line", output, where)
+    return int(found[1]) * 1024
+
+
+def _unreadable(command: str, expected: str, found: str, where: str) -> FactsError:
+    return FactsError(
+        f"`{command}`: expected {expected}, found {found[:200]!r}",
+        host=where or None,
+        hint="run it on the host by hand",
+    )

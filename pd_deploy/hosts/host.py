@@ -1,0 +1,256 @@
+"""A host: commands, files, its Docker engine and facts, over one SSH connection."""
+
+import asyncio
+import contextlib
+import shlex
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import asyncssh
+
+from pd_deploy.errors import CommandFailed, HostError, TimedOut
+from pd_deploy.hosts.engine import Engine
+from pd_deploy.hosts.engine_socket import EngineSocket
+from pd_deploy.hosts.facts import Facts
+from pd_deploy.hosts.files import File, Files, sftp_error, sftp_session
+from pd_deploy.hosts.link import Link
+from pd_deploy.hosts.login import HostKeys, Login
+
+STDERR_TAIL = 2000
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a command did; a negative exit status is the signal that ended it."""
+
+    exit_status: int
+    stdout: str
+    stderr: str
+
+
+class Host:
+    """A host reached by SSH.
+
+    Nothing is opened before the first call. All calls share one connection, which is re-made when
+    it dropped; a call that was under way then raises ConnectionDropped. A host belongs to the
+    event loop of its first call.
+
+    Args:
+        name: the host's name in the deployment.
+        address: IP address or DNS name.
+        login: the credentials.
+        docker_socket: path of the Docker socket on the host.
+        connect_timeout: seconds for TCP, key exchange and login together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        login: Login,
+        *,
+        docker_socket: str = "/var/run/docker.sock",
+        connect_timeout: float = 10.0,
+    ) -> None:
+        self.name = name
+        self.address = address
+        self.login = login
+        self._connect_timeout = connect_timeout
+        self._keys = HostKeys(self.where, login)
+        self._link = self._new_link()
+        socket = EngineSocket(self._link, self._new_link, docker_socket, self.where, login.user)
+        self.engine = Engine(socket, self.where)
+        self.facts = Facts(self)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def where(self) -> str:
+        """Name and address, for messages."""
+        return f"{self.name} ({self.address})"
+
+    @property
+    def connects(self) -> int:
+        """How often the connection was made."""
+        return self._link.connects
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        check: bool = True,
+        timeout: float = 60.0,
+    ) -> Completed:
+        """Runs a command.
+
+        Args:
+            argv: the command and its arguments; no shell interprets them. Never a secret: others
+                on the host can see them.
+            input: for its standard input; the place for secrets.
+            check: whether an exit status other than 0 is an error.
+            timeout: seconds until it is killed.
+
+        Raises:
+            CommandFailed: it failed and `check` is set.
+            TimedOut: it did not end in time.
+            ConnectionDropped: the connection was lost while it ran.
+        """
+        data = input.encode() if isinstance(input, str) else input
+        try:
+            async with self._link.slot(), asyncio.timeout(timeout):
+                done = await self._run(shlex.join(argv), data)
+        except TimeoutError:
+            raise TimedOut(
+                f"`{shlex.join(argv)}` did not end within {timeout:g} s",
+                host=self.where,
+                hint="look at what it waits for on the host",
+            ) from None
+        if check and done.exit_status != 0:
+            raise self._failed(argv, done)
+        return done
+
+    async def output(self, argv: Sequence[str]) -> str:
+        """The standard output of a command that succeeds; raises as `run` does."""
+        return (await self.run(argv)).stdout
+
+    async def write_files(self, files: Mapping[str, File], *, dir_mode: int = 0o755) -> list[str]:
+        """Writes the files that differ in content or mode, each atomically.
+
+        Args:
+            files: absolute path → file.
+            dir_mode: mode of directories that have to be created.
+
+        Returns:
+            The paths of the files written.
+
+        Raises:
+            FileDenied, DiskFull: a file can't be written.
+        """
+        if not files:
+            return []
+        async with self._files() as remote:
+            return await remote.write(files, dir_mode)
+
+    async def read_file(self, path: str) -> bytes | None:
+        """A file's content; None if it does not exist."""
+        async with self._files() as remote:
+            return await remote.read(path)
+
+    async def make_dirs(self, paths: Iterable[str], mode: int = 0o755) -> list[str]:
+        """Creates directories with their parents; returns those that did not exist before."""
+        async with self._files() as remote:
+            return await remote.make_dirs(paths, mode)
+
+    async def list_dir(self, path: str) -> list[str]:
+        """The names in a directory, sorted; empty if it does not exist."""
+        async with self._files() as remote:
+            return await remote.names(path)
+
+    async def remove_tree(self, path: str, *, below: str) -> bool:
+        """Removes a file or directory that lies strictly below `below`; follows no links.
+
+        Returns:
+            False if it did not exist.
+
+        Raises:
+            NotOurs: it lies elsewhere, or a link leads elsewhere.
+            FileDenied: something in it may not be removed.
+        """
+        async with self._files() as remote:
+            return await remote.remove_tree(path, below)
+
+    async def aclose(self) -> None:
+        """Cuts calls under way and closes the connection."""
+        try:
+            await self.engine.aclose()
+        finally:
+            await self._link.aclose()
+
+    def _new_link(self) -> Link:
+        return Link(self.where, self.address, self.login, self._keys, self._connect_timeout)
+
+    @contextlib.asynccontextmanager
+    async def _files(self) -> AsyncIterator[Files]:
+        async with self._link.slot():
+            try:
+                sftp = await self._link.open(lambda connection: connection.start_sftp_client())
+            except asyncssh.SFTPError as exc:
+                raise sftp_error(exc, "its SFTP server", self.where) from None
+            async with sftp_session(sftp, self.where) as files:
+                yield files
+
+    async def _run(self, command: str, data: bytes | None) -> Completed:
+        stdin = asyncssh.PIPE if data else asyncssh.DEVNULL
+        process = await self._link.open(
+            lambda connection: connection.create_process(command, encoding=None, stdin=stdin)
+        )
+        try:
+            stdout, stderr = await process.communicate(data)
+        finally:
+            if process.returncode is None:
+                _kill(process)
+        if process.returncode is None:
+            raise self._link.dropped(f"the connection was lost while `{command}` ran")
+        return Completed(process.returncode, _text(stdout), _text(stderr))
+
+    def _failed(self, argv: Sequence[str], done: Completed) -> HostError:
+        said = (done.stderr or done.stdout).strip()[-STDERR_TAIL:]
+        return CommandFailed(
+            f"`{shlex.join(argv)}` exited with {done.exit_status}: {said or 'it printed nothing'}",
+            argv=argv,
+            exit_status=done.exit_status,
+            stderr=said,
+            host=self.where,
+            hint="run it on the host by hand",
+        )
+
+
+class Hosts(Mapping[str, Host]):
+    """Several hosts by name; closes all of them at the end, also when cancelled.
+
+    Example:
+        async with Hosts([Host("a", "10.0.0.1", login)]) as hosts:
+            await hosts["a"].run(["true"])
+    """
+
+    def __init__(self, hosts: Iterable[Host] = ()) -> None:
+        self._hosts = {host.name: host for host in hosts}
+
+    def __getitem__(self, name: str) -> Host:
+        return self._hosts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hosts)
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes all hosts; a second cancellation does not leave connections behind."""
+        closing = asyncio.gather(*(host.aclose() for host in self.values()))
+        await asyncio.shield(closing)
+
+
+def _kill(process: "asyncssh.SSHClientProcess[bytes]") -> None:
+    with contextlib.suppress(OSError, asyncssh.Error):
+        process.kill()
+    process.close()
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""

@@ -1,0 +1,200 @@
+"""One SSH connection to a host: opened on first use, shared, re-made when it dropped."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import asyncssh
+
+from pd_deploy.errors import (
+    AuthenticationFailed,
+    ConnectionDropped,
+    HostError,
+    HostUnreachable,
+    PdDeployError,
+    SessionRefused,
+)
+from pd_deploy.hosts.login import HostKeys, Login
+
+T = TypeVar("T")
+
+# sshd's MaxSessions is 10 by default; two are left for whoever shares the connection with us.
+MAX_SESSIONS = 8
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_COUNT = 3
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Link:
+    """One SSH connection, shared by all callers of one event loop.
+
+    Args:
+        where: the host's name for messages.
+        address: an IP address or name.
+        login: the credentials.
+        keys: which host keys are believed.
+        connect_timeout: seconds for TCP, key exchange and login together.
+    """
+
+    def __init__(
+        self, where: str, address: str, login: Login, keys: HostKeys, connect_timeout: float
+    ) -> None:
+        self._where = where
+        self._address = address
+        self._login = login
+        self._keys = keys
+        self._connect_timeout = connect_timeout
+        self._lock = asyncio.Lock()
+        self._slots = asyncio.Semaphore(MAX_SESSIONS)
+        self._connections: list[asyncssh.SSHClientConnection] = []
+        self._closed = False
+        self.connects = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether all sessions are in use."""
+        return self._slots.locked()
+
+    @contextlib.asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Holds one of the connection's sessions."""
+        async with self._slots:
+            yield
+
+    async def open(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
+        """Starts something on the connection.
+
+        If the connection turns out to be dead before anything started, it is re-made and the start
+        is tried once more.
+
+        Raises:
+            ConnectionDropped: the connection was lost while the start was under way.
+            SessionRefused: the server does not allow it.
+            HostError, HostUnreachable: as in connecting.
+        """
+        try:
+            return await self._start(start)
+        except _NotStarted:
+            pass
+        try:
+            return await self._start(start)
+        except _NotStarted:
+            raise self.dropped("the connection was lost twice in a row") from None
+
+    def dropped(self, what: str) -> ConnectionDropped:
+        """The error for a call that was under way when the connection went."""
+        return ConnectionDropped(
+            what, host=self._where, hint="check the network, then run again: nothing is done twice"
+        )
+
+    async def aclose(self) -> None:
+        """Closes the connection; safe to call twice and while being cancelled."""
+        self._closed = True
+        connections, self._connections = self._connections[::-1], []
+        for connection in connections:
+            connection.close()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                for connection in connections:
+                    await connection.wait_closed()
+        except (TimeoutError, asyncio.CancelledError) as exc:
+            for connection in connections:
+                connection.abort()
+            if isinstance(exc, asyncio.CancelledError):
+                raise
+
+    async def _start(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
+        connection = await self._connection()
+        try:
+            return await start(connection)
+        except asyncssh.ChannelOpenError as exc:
+            if not connection.is_closed():
+                raise SessionRefused(
+                    f"the SSH server refuses to open another channel ({exc.reason})",
+                    host=self._where,
+                    hint="raise MaxSessions in its sshd_config",
+                ) from None
+            if exc.code == asyncssh.OPEN_CONNECT_FAILED:
+                raise _NotStarted from None
+            raise self.dropped("the connection was lost as a command started") from None
+        except (asyncssh.ConnectionLost, asyncssh.SFTPConnectionLost, ConnectionError) as exc:
+            raise self.dropped(f"the connection was lost ({exc})") from None
+
+    async def _connection(self) -> asyncssh.SSHClientConnection:
+        async with self._lock:
+            if self._closed:
+                raise HostError("is closed already", host=self._where)
+            if not self._connections or self._connections[-1].is_closed():
+                self._abandon()
+                await self._connect()
+            return self._connections[-1]
+
+    def _abandon(self) -> None:
+        for connection in self._connections:
+            connection.abort()
+        self._connections = []
+
+    async def _connect(self) -> None:
+        """Appends the jump host's connection, if any, then the host's own."""
+        options = self._login.options(self._where) | self._keys.option()
+        try:
+            if jump := self._login.jump:
+                through = options | {"username": jump.user or self._login.user, "port": jump.port}
+                self._connections.append(await self._dial(jump.host, through))
+                options["tunnel"] = self._connections[0]
+            self._connections.append(await self._dial(self._address, options))
+        except BaseException:
+            self._abandon()
+            raise
+        self.connects += 1
+
+    async def _dial(self, address: str, options: dict[str, Any]) -> asyncssh.SSHClientConnection:
+        try:
+            return await asyncssh.connect(
+                address,
+                connect_timeout=self._connect_timeout,
+                login_timeout=self._connect_timeout,
+                keepalive_interval=KEEPALIVE_INTERVAL_S,
+                keepalive_count_max=KEEPALIVE_COUNT,
+                **options,
+            )
+        except (asyncssh.Error, OSError, ValueError) as exc:
+            raise self._cannot_connect(exc, f"{address}:{options['port']}") from None
+
+    def _cannot_connect(self, exc: Exception, target: str) -> PdDeployError:
+        login = self._login
+        if isinstance(exc, asyncssh.HostKeyNotVerifiable):
+            return self._keys.error(exc.reason)
+        if isinstance(exc, asyncssh.PermissionDenied) or "authentication failures" in str(exc):
+            return AuthenticationFailed(
+                f"{target} does not let user {login.user} in; tried {login.offers}",
+                host=self._where,
+                hint=f"check the credentials; the public key belongs in ~{login.user}/.ssh/"
+                f"authorized_keys (ssh -p {login.port} {login.user}@{self._address} must work)",
+            )
+        if isinstance(exc, asyncssh.KeyExchangeFailed):
+            return HostError(
+                f"{target} and this machine have no SSH algorithm in common ({exc.reason})",
+                host=self._where,
+                hint="if it names the host key, add the host's present keys to known_hosts",
+            )
+        if isinstance(exc, ValueError) and not isinstance(exc, UnicodeError):
+            return HostError(f"the SSH options are wrong ({exc})", host=self._where)
+        return HostUnreachable(
+            f"no SSH connection to {target}: {_reason(exc, self._connect_timeout)}",
+            host=self._where,
+            hint="check address, port, firewall and that sshd runs",
+        )
+
+
+class _NotStarted(Exception):
+    """The connection was dead before anything started on it."""
+
+
+def _reason(exc: Exception, timeout: float) -> str:
+    if isinstance(exc, TimeoutError):
+        return f"no answer within {timeout:g} s"
+    if isinstance(exc, asyncssh.Error):
+        return exc.reason
+    return str(exc) or type(exc).__name__

@@ -1,0 +1,211 @@
+"""Who logs in to a host, and which host keys are believed."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from pd_deploy.errors import AuthenticationFailed, HostKeyMismatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Jump:
+    """A host to go through; it is logged in to with the same credentials as the target."""
+
+    host: str
+    user: str | None = None
+    port: int = 22
+
+
+@dataclass(frozen=True)
+class Login:
+    """How to log in to a host by SSH.
+
+    With neither key nor password the user's agent, `~/.ssh/config` and default keys serve; with
+    either of them only these are offered, and `~/.ssh/config` is not read.
+
+    Args:
+        user: the remote user.
+        port: the SSH server's port.
+        private_key: a private key in PEM or OpenSSH format (its text, not its path).
+        passphrase: of the private key.
+        password: tried by `password` and `keyboard-interactive`.
+        known_hosts: text in the format of `known_hosts`; None reads `~/.ssh/known_hosts`.
+        trust_on_first_use: believe the key of a host that is not known yet and remember it (in
+            `~/.ssh/known_hosts`, or for this process where `known_hosts` is given). A changed key
+            is refused all the same.
+        jump: a host to go through.
+        use_agent: also offer the keys of the user's SSH agent next to `private_key`/`password`.
+    """
+
+    user: str
+    port: int = 22
+    private_key: str | None = field(default=None, repr=False)
+    passphrase: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    known_hosts: str | None = field(default=None, repr=False)
+    trust_on_first_use: bool = False
+    jump: Jump | None = None
+    use_agent: bool = False
+
+    @property
+    def explicit(self) -> bool:
+        """Whether it brings its own credentials."""
+        return self.private_key is not None or self.password is not None
+
+    @property
+    def offers(self) -> str:
+        """The kinds of credentials it offers, in words."""
+        kinds = [
+            *(["the given private key"] if self.private_key else []),
+            *(["the given password"] if self.password else []),
+            *(["the SSH agent's keys"] if self.use_agent or not self.explicit else []),
+            *([] if self.explicit else ["the keys in ~/.ssh"]),
+        ]
+        return ", ".join(kinds)
+
+    def options(self, where: str) -> dict[str, Any]:
+        """asyncssh's connect options for the credentials.
+
+        Raises:
+            AuthenticationFailed: the private key can't be read.
+        """
+        options: dict[str, Any] = {"username": self.user, "port": self.port}
+        if not self.explicit:
+            return options
+        options |= {
+            "config": None,
+            "client_keys": [self._key(where)] if self.private_key else None,
+            "password": self.password,
+        }
+        if not self.use_agent:
+            options["agent_path"] = None
+        return options
+
+    def _key(self, where: str) -> asyncssh.SSHKey:
+        try:
+            return asyncssh.import_private_key(self.private_key or "", self.passphrase)
+        except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as exc:
+            raise AuthenticationFailed(
+                f"the private key for user {self.user} can't be read ({exc})",
+                host=where,
+                hint="give the whole key file's text and, if it is encrypted, its passphrase",
+            ) from None
+
+
+class HostKeys:
+    """Decides whether a host's key is believed, and remembers why not.
+
+    One per host, so that a key trusted on first use stays the only one for the host's life.
+    """
+
+    def __init__(self, where: str, login: Login) -> None:
+        self._where = where
+        self._login = login
+        self._pinned: dict[tuple[str, int], asyncssh.SSHKey] = {}
+        self._refused: tuple[str, int, asyncssh.SSHKey] | None = None
+
+    def option(self) -> dict[str, Any]:
+        """asyncssh's connect options for host keys.
+
+        Raises:
+            HostKeyMismatch: the known_hosts text can't be read.
+        """
+        options: dict[str, Any] = {"client_factory": self._client_factory()}
+        if self._login.known_hosts is not None:
+            options["known_hosts"] = self._known()
+        return options
+
+    def error(self, reason: str) -> HostKeyMismatch:
+        """The error for the key that was refused last."""
+        if self._refused is None:
+            return HostKeyMismatch(
+                f"its host key is refused ({reason})",
+                host=self._where,
+                hint="compare the host's keys with the known_hosts entries for it",
+            )
+        address, port, key = self._refused
+        found = f"found {key.get_algorithm()} {key.get_fingerprint()}"
+        line = known_hosts_line(address, port, key)
+        known = self._known_fingerprints(address, port)
+        if known:
+            return HostKeyMismatch(
+                f"its host key has changed: expected {' or '.join(known)}, {found}",
+                host=self._where,
+                hint="somebody may be in between; if the host was reinstalled, check the "
+                f"fingerprint on its console and replace the known_hosts line by: {line}",
+            )
+        return HostKeyMismatch(
+            f"its host key is not known: {found}",
+            host=self._where,
+            hint="check the fingerprint on the host's console "
+            f"(ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub) and add to known_hosts: {line}",
+        )
+
+    def _client_factory(self) -> Callable[[], asyncssh.SSHClient]:
+        believe = self._believe
+
+        class Client(asyncssh.SSHClient):
+            def validate_host_public_key(
+                self, host: str, addr: str, port: int, key: asyncssh.SSHKey
+            ) -> bool:
+                return believe(host, port, key)
+
+        return Client
+
+    def _believe(self, host: str, port: int, key: asyncssh.SSHKey) -> bool:
+        pinned = self._pinned.get((host, port))
+        if pinned is not None:
+            self._refused = (host, port, key)
+            return key == pinned
+        if not self._login.trust_on_first_use or self._known_fingerprints(host, port):
+            self._refused = (host, port, key)
+            return False
+        log.warning("trusting %s on first use: %s", self._where, key.get_fingerprint())
+        self._pinned[host, port] = key
+        if self._login.known_hosts is None:
+            _remember(known_hosts_line(host, port, key))
+        return True
+
+    def _known_fingerprints(self, host: str, port: int) -> list[str]:
+        pinned = self._pinned.get((host, port))
+        keys = [pinned] if pinned else list(self._known().match(host, host, port)[0])
+        return [f"{key.get_algorithm()} {key.get_fingerprint()}" for key in keys]
+
+    def _known(self) -> asyncssh.SSHKnownHosts:
+        text = self._login.known_hosts
+        if text is None:
+            own = _own_known_hosts()
+            text = own.read_text() if own.is_file() else ""
+        try:
+            return asyncssh.import_known_hosts(text)
+        except ValueError as exc:
+            raise HostKeyMismatch(
+                f"the known_hosts text can't be read ({exc})",
+                host=self._where,
+                hint="give lines as ssh-keyscan prints them",
+            ) from None
+
+
+def known_hosts_line(address: str, port: int, key: asyncssh.SSHKey) -> str:
+    """The line of known_hosts that makes `key` the known one for `address`."""
+    name = address if port == 22 else f"[{address}]:{port}"
+    algorithm, data = key.export_public_key("openssh").decode().split()[:2]
+    return f"{name} {algorithm} {data}"
+
+
+def _own_known_hosts() -> Path:
+    return Path.home() / ".ssh" / "known_hosts"
+
+
+def _remember(line: str) -> None:
+    path = _own_known_hosts()
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.touch(mode=0o600)
+    with path.open("a") as known:
+        known.write(line + "\n")

@@ -1,0 +1,133 @@
+"""Asking the service itself: is an instance ready, does a completion come through the proxy."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from pd_deploy import containers
+from pd_deploy.errors import NotReady, SmokeTestFailed
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout
+
+POLL_INTERVAL_S = 0.25
+PROBE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The completion that proved the service, and how long it took."""
+
+    url: str
+    prompt: str
+    text: str
+    seconds: float
+
+
+async def until_ready(rollout: Rollout, instance: str) -> Report:
+    """Waits until an instance answers on its health endpoint.
+
+    The wait ends at once when its container ends, or when another step fails.
+
+    Raises:
+        InstanceDied: the server ended while loading; with the last lines of its log.
+        NotReady: the time is over.
+        Abandoned: another step failed.
+    """
+    site, host = rollout.site, rollout.site.host_of(instance)
+    begin = time.monotonic()
+    await site.barrier.unless_failed(_answers_or_ends(rollout, instance))
+    waited = time.monotonic() - begin
+    return Report("ready", instance, host.name, False, f"healthy after {waited:.1f} s")
+
+
+async def smoke_test(rollout: Rollout) -> Completion:
+    """Asks the proxy for a completion, as a client would.
+
+    Raises:
+        SmokeTestFailed: no answer, an error, or an answer of another shape.
+    """
+    site, proxy = rollout.site, rollout.site.topology.proxy
+    smoke = site.deployment.smoke
+    body = {
+        "model": site.deployment.model.served_name,
+        "prompt": smoke.prompt,
+        "max_tokens": smoke.max_tokens,
+        "temperature": 0,
+    }
+    url = f"http://{proxy.address}:{proxy.port}/v1/completions"
+    begin = time.monotonic()
+    async with site.host(proxy.host).http(proxy.address, proxy.port) as client:
+        try:
+            answer = await client.post(url, json=body, timeout=site.deployment.gates.smoke)
+        except httpx.HTTPError as error:
+            raise _smoke_failed(rollout, f"no answer ({error or type(error).__name__})") from error
+    text = _text_of(rollout, answer)
+    return Completion(url, smoke.prompt, text, time.monotonic() - begin)
+
+
+def _text_of(rollout: Rollout, answer: httpx.Response) -> str:
+    if answer.status_code != 200:
+        raise _smoke_failed(rollout, f"status {answer.status_code}: {answer.text[:300]!r}")
+    try:
+        document: Any = answer.json()
+        choice = document["choices"][0]
+        text, reason = choice["text"], choice["finish_reason"]
+    except (ValueError, LookupError, TypeError):
+        raise _smoke_failed(rollout, f"{answer.text[:300]!r}") from None
+    if not isinstance(text, str) or not text.strip() or reason not in ("stop", "length"):
+        raise _smoke_failed(rollout, f"the text {text!r} that ended because of {reason!r}")
+    return text
+
+
+def _smoke_failed(rollout: Rollout, found: str) -> SmokeTestFailed:
+    proxy = rollout.site.topology.proxy
+    return SmokeTestFailed(
+        f"expected a completion from http://{proxy.address}:{proxy.port}/v1/completions, "
+        f"found {found}",
+        host=rollout.site.host(proxy.host).where,
+        instance=proxy.name,
+        hint="the instances' logs are in "
+        f"{rollout.site.deployment.paths.logs} on their hosts",
+    )
+
+
+async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
+    host, state = rollout.site.host_of(instance), await containers.require(rollout, instance)
+    limit = rollout.site.deployment.gates.ready
+    ended = asyncio.ensure_future(host.engine.wait(state.id))
+    healthy = asyncio.ensure_future(_healthy(rollout, instance))
+    try:
+        done, _ = await asyncio.wait(
+            {ended, healthy}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        ended.cancel()
+        healthy.cancel()
+    if ended in done:
+        raise await containers.died(rollout, instance)
+    if not done:
+        raise NotReady(
+            f"expected an answer on its health endpoint within {limit:g} s, found none",
+            host=host.where,
+            instance=instance,
+            hint=f"see `docker logs {state.name}` on the host, or raise gates.ready",
+        )
+    healthy.result()
+
+
+async def _healthy(rollout: Rollout, instance: str) -> None:
+    """Returns once the instance's API server answers 200 on /health."""
+    place = next(i for i in rollout.site.topology.instances if i.name == instance)
+    async with rollout.site.host_of(instance).http(place.address, place.api_port) as client:
+        while not await _answers(client, f"http://{place.server}/health"):
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+async def _answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url, timeout=PROBE_TIMEOUT_S)).status_code == 200
+    except httpx.HTTPError:
+        return False

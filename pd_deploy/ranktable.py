@@ -1,0 +1,99 @@
+"""Ranktables: device addresses in, documents out (contract sections 3.2 to 3.4). Pure."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Address
+from typing import Any
+
+from pd_deploy.errors import FactsError
+from pd_deploy.topology import Instance, Topology
+
+DeviceAddresses = Mapping[str, Mapping[int, str]]
+"""Host name → device id → IPv4 address of the device's network port."""
+
+
+def local(instance: Instance, addresses: DeviceAddresses) -> dict[str, Any]:
+    """The document of one instance; here `server_count` is text."""
+    return {
+        "version": "1.0",
+        "status": "completed",
+        "group_id": "0",
+        "server_count": "1",
+        "server_list": [_server(instance, addresses)],
+    }
+
+
+def merged(topology: Topology, addresses: DeviceAddresses) -> dict[str, Any]:
+    """The document of the whole service: one group per pod in canonical order.
+
+    The KV-transfer id of a device is the running count over this order, so it must be the same
+    on every host; here `server_count` is a number.
+    """
+    groups = [
+        {
+            "group_id": str(index),
+            "server_count": 1,
+            "server_list": [_server(instance, addresses)],
+        }
+        for index, instance in enumerate(topology.instances)
+    ]
+    return {"version": "1.0", "status": "completed", "server_group_list": groups}
+
+
+def render(document: Mapping[str, Any]) -> bytes:
+    """The document as file content."""
+    return json.dumps(document, indent=4).encode() + b"\n"
+
+
+def read_addresses_command(devices: Iterable[int]) -> list[str]:
+    """One command that prints the address of every device, for `parse_addresses`."""
+    script = 'for i in "$@"; do echo "device $i"; hccn_tool -i "$i" -ip -g 2>&1; done; true'
+    return ["sh", "-c", script, "hccn_tool", *map(str, devices)]
+
+
+def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
+    """Device addresses from the output of `read_addresses_command`.
+
+    Raises:
+        FactsError: devices without a valid IPv4 address, all of them, with what was seen; or an
+            address that two devices share.
+    """
+    sections = re.split(r"^device (\d+)\n", output, flags=re.MULTILINE)[1:]
+    seen = dict(zip(map(int, sections[::2]), sections[1::2], strict=True))
+    found = {device: _address(seen.get(device, "")) for device in devices}
+    bad = [
+        f"device {device}: {seen.get(device, '').strip() or 'no output'}"
+        for device, address in found.items()
+        if address is None
+    ]
+    good = [address for address in found.values() if address]
+    bad += [f"address {a} is given twice" for a in sorted({a for a in good if good.count(a) > 1})]
+    if bad:
+        raise FactsError(
+            "expected one IPv4 address per device from `hccn_tool -i DEVICE -ip -g`, found: "
+            + "; ".join(bad),
+            host=host,
+            hint="configure the devices' network with `hccn_tool -i DEVICE -ip -s address …`",
+        )
+    return {device: address for device, address in found.items() if address}
+
+
+def _address(text: str) -> str | None:
+    match = re.search(r"^ipaddr:\s*(\S+)\s*$", text, re.MULTILINE)
+    try:
+        return str(IPv4Address(match[1])) if match else None
+    except ValueError:
+        return None
+
+
+def _server(instance: Instance, addresses: DeviceAddresses) -> dict[str, Any]:
+    of_host = addresses[instance.host]
+    return {
+        "server_id": instance.address,
+        "server_ip": instance.address,
+        "device": [
+            {"device_id": str(device), "device_ip": of_host[device], "rank_id": str(rank)}
+            for rank, device in enumerate(instance.devices)
+        ],
+    }

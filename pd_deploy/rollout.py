@@ -1,0 +1,91 @@
+"""One run's view of a service: the deployment, its hosts, what they said, and the plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pd_deploy import engines, generation, plan, topology
+from pd_deploy.barrier import Barrier
+from pd_deploy.deployment import Deployment
+from pd_deploy.engines.base import HostFacts
+from pd_deploy.hosts import ContainerState, Host, Hosts, RegistryLogin
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a host says of itself and of this deployment on it. Read-only facts."""
+
+    host: str
+    interface: str
+    architecture: str
+    engine_version: str
+    containers: tuple[ContainerState, ...]
+    generations: tuple[str, ...]
+
+
+class Site:
+    """A deployment and its connected hosts, shared by all steps of a run."""
+
+    def __init__(
+        self, deployment: Deployment, hosts: Hosts, registry_login: RegistryLogin | None = None
+    ) -> None:
+        self.deployment = deployment
+        self.topology = topology.build(deployment)
+        self.engine = engines.get(deployment.engine)
+        self.hosts = hosts
+        self.registry_login = registry_login
+        self.barrier = Barrier()
+
+    def host(self, name: str) -> Host:
+        """A host by its name in the file."""
+        return self.hosts[name]
+
+    def host_of(self, instance: str) -> Host:
+        """The host that an instance, or the proxy, runs on."""
+        return self.hosts[self.topology.host_of(instance)]
+
+
+class Rollout:
+    """A site with the plan for it, made from what its hosts said."""
+
+    def __init__(
+        self,
+        site: Site,
+        surveys: Mapping[str, Survey],
+        addresses: Mapping[str, Mapping[int, str]],
+        image: str,
+    ) -> None:
+        self.site = site
+        self.surveys = surveys
+        self.plan = plan.make(
+            site.deployment,
+            site.topology,
+            site.engine,
+            facts={
+                name: HostFacts(survey.interface, addresses.get(name, {}))
+                for name, survey in surveys.items()
+            },
+            image=image,
+            generations=[name for survey in surveys.values() for name in survey.generations],
+        )
+        self.started: set[str] = set()
+
+    @property
+    def generation(self) -> generation.Generation:
+        """The generation that this run brings up."""
+        parsed = generation.Generation.parse(self.plan.generation)
+        assert parsed is not None
+        return parsed
+
+    def stopping(self) -> list[tuple[str, ContainerState]]:
+        """Containers, with their host, that cleanup has to stop."""
+        return generation.to_stop(
+            self.generation,
+            [instance.name for instance in self.site.topology.instances],
+            {name: survey.containers for name, survey in self.surveys.items()},
+        )
+
+    def present(self, name: str) -> ContainerState | None:
+        """The generation's container of an instance, as the survey saw it."""
+        wanted = self.plan.container(name).name
+        survey = self.surveys[self.site.topology.host_of(name)]
+        return next((c for c in survey.containers if c.name == wanted), None)

@@ -1,0 +1,12 @@
+"""Stop what must not run any longer."""
+
+from pd_deploy import containers
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout
+from tasks.step import step
+
+
+@step("clean up {instance}")
+async def clean_up(rollout: Rollout, instance: str) -> Report:
+    """Stops an instance's older or broken containers, and keeps them."""
+    return await containers.clean_up(rollout, instance)

@@ -1,0 +1,18 @@
+"""Prepare the proxy, and open its port."""
+
+from pd_deploy import containers
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout
+from tasks.step import step
+
+
+@step("prepare proxy {instance}")
+async def prepare_proxy(rollout: Rollout, instance: str) -> Report:
+    """Starts the proxy's container up to the point where it could open its port."""
+    return await containers.prepare_proxy(rollout)
+
+
+@step("open proxy {instance}")
+async def open_proxy(rollout: Rollout, instance: str) -> Report:
+    """Opens the proxy's port."""
+    return await containers.open_proxy(rollout)

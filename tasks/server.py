@@ -1,0 +1,18 @@
+"""Start servers, and wait until they are ready."""
+
+from pd_deploy import containers, probes
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout
+from tasks.step import step
+
+
+@step("start server {instance}")
+async def start_server(rollout: Rollout, instance: str) -> Report:
+    """Starts an instance once those it has to follow are started."""
+    return await containers.start_server(rollout, instance)
+
+
+@step("ready {instance}")
+async def until_ready(rollout: Rollout, instance: str) -> Report:
+    """Waits until an instance is healthy; ends at once when it dies."""
+    return await probes.until_ready(rollout, instance)

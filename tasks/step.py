@@ -1,0 +1,60 @@
+"""What all steps have in common."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, TaskRun, task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.states import State
+
+from pd_deploy.errors import is_transient
+from pd_deploy.report import Report
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RETRY_DELAYS_S = (1, 3, 8)
+
+
+def step(run_name: str) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., Awaitable[R]]]:
+    """Makes a task of a function: named after its subject, retried on transient faults, with its
+    report timed and logged.
+
+    Args:
+        run_name: name of the run, with the function's parameters in braces.
+    """
+
+    def decorate(function: Callable[P, Awaitable[R]]) -> Callable[..., Awaitable[R]]:
+        @functools.wraps(function)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            begin = time.monotonic()
+            result = await function(*args, **kwargs)
+            return _timed(result, time.monotonic() - begin)
+
+        return task(
+            run,
+            task_run_name=run_name,
+            retries=len(RETRY_DELAYS_S),
+            retry_delay_seconds=list(RETRY_DELAYS_S),
+            retry_condition_fn=_worth_a_retry,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )
+
+    return decorate
+
+
+def _worth_a_retry(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
+    error = state.data
+    return isinstance(error, Exception) and is_transient(error)
+
+
+def _timed(result: Any, seconds: float) -> Any:
+    if not isinstance(result, Report):
+        return result
+    get_run_logger().info("%s %s: %s (%.1f s)", result.step, result.subject, result.detail, seconds)
+    return dataclasses.replace(result, seconds=seconds)
