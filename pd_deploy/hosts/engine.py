@@ -6,9 +6,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Literal, TypeVar
 
-import docker
 import requests
 import urllib3
+from docker import APIClient
 from docker import errors as sdk
 from docker.utils import parse_repository_tag
 
@@ -87,7 +87,7 @@ class Engine:
 
         def look(client: APIClient) -> Image | None:
             try:
-                return image_of(client.inspect_image(ref), parse_repository_tag(ref)[0])
+                return _inspect_image(client, ref)
             except sdk.NotFound:
                 return None
 
@@ -119,7 +119,7 @@ class Engine:
                 if "error" in message:
                     raise pull_error(message["error"], ref, self._where)
                 report(meter.read(message))
-            return image_of(client.inspect_image(ref), parse_repository_tag(ref)[0])
+            return _inspect_image(client, ref)
 
         def refused(exc: sdk.APIError) -> PdDeployError:
             return pull_error(explanation(exc), ref, self._where)
@@ -168,7 +168,8 @@ class Engine:
         """
         wanted = create_kwargs(spec)
         created = await self._do(
-            f"create {spec.name}", lambda c: c.create_container_from_config(**wanted)
+            f"create {spec.name}",
+            lambda c: c.create_container_from_config(**wanted),  # type: ignore[no-untyped-call]
         )
         return str(created["Id"])
 
@@ -391,12 +392,17 @@ class Engine:
 
 
 def _new_client(path: str, version: str) -> APIClient:
-    return docker.APIClient(f"unix://{path}", version=version, timeout=CALL_TIMEOUT_S)
+    return APIClient(f"unix://{path}", version=version, timeout=CALL_TIMEOUT_S)
 
 
 def _with_client(path: str, version: str, call: Callable[[APIClient], T]) -> T:
     with contextlib.closing(_new_client(path, version)) as client:
         return call(client)
+
+
+def _inspect_image(client: APIClient, ref: str) -> Image:
+    inspected = client.inspect_image(ref)  # type: ignore[no-untyped-call]
+    return image_of(inspected, parse_repository_tag(ref)[0])
 
 
 def _appears(chunks: Iterator[bytes], text: bytes) -> bool:

@@ -58,7 +58,7 @@ class Files:
         with self._errors(path):
             try:
                 async with self._sftp.open(path, "rb") as file:
-                    content: bytes = await file.read()  # type: ignore[assignment]
+                    content: bytes = await file.read()
                     return content
             except asyncssh.SFTPNoSuchFile:
                 return None
