@@ -1,0 +1,315 @@
+"""Starts stand-in instances as plain processes: simulated hosts are loopback addresses."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STANDIN = Path(__file__).parent
+LAUNCHER = STANDIN / "image/workspace/omniinfer/tools/scripts/start_api_servers.py"
+BIN = STANDIN / "image/usr/local/Ascend/latest/bin"
+DEVICES_PER_INSTANCE = 8
+TIMEOUT_SECONDS = 15.0
+
+
+@dataclass
+class Answer:
+    """An HTTP answer."""
+
+    status: int
+    text: str
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.text)
+
+
+@dataclass
+class Instance:
+    """One instance: where it runs, its environment and its launcher's arguments."""
+
+    name: str
+    host: str
+    root: Path
+    api_port: int
+    env: dict[str, str]
+    args: dict[str, str]
+    kv: dict[str, Any]
+    extra: list[str]
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    def start(self) -> None:
+        """Start the launcher."""
+        argv = ["python3", str(LAUNCHER), *self.extra]
+        for flag, value in {**self.args, "--kv-transfer-config": json.dumps(self.kv)}.items():
+            argv += [flag, value]
+        environment = {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **self.env,
+        }
+        with (self.root / f"{self.name}.launcher.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                argv, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.root
+            )
+
+    def exit_code(self) -> int:
+        """Wait until the launcher has ended."""
+        assert self.process is not None
+        return self.process.wait(TIMEOUT_SECONDS)
+
+    def stop(self) -> None:
+        """Stop the launcher and with it the server."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(TIMEOUT_SECONDS)
+
+    def kill_server(self) -> None:
+        """Kill the server process itself."""
+        pid = int(self.launcher_log().split("pid ")[1].split(",")[0])
+        os.kill(pid, signal.SIGKILL)
+
+    def log(self) -> str:
+        """The server's log."""
+        return (Path(self.args["--log-dir"]) / "server_0.log").read_text()
+
+    def launcher_log(self) -> str:
+        """The launcher's log."""
+        return (self.root / f"{self.name}.launcher.log").read_text()
+
+    def set_faults(self, **faults: Any) -> None:
+        """Write the instance's fault file."""
+        file = self.root / "data/standin" / f"{self.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(faults))
+
+    def request(self, path: str, body: Any = None, **headers: str) -> Answer:
+        """Send a GET, or a POST if there is a body."""
+        data = None if body is None else json.dumps(body).encode()
+        url = f"http://{self.host}:{self.api_port}{path}"
+        names = {key.replace("_", "-"): value for key, value in headers.items()}
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | names)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+                return Answer(answer.status, answer.read().decode())
+        except urllib.error.HTTPError as error:
+            return Answer(error.code, error.read().decode())
+
+    def refuses_connections(self) -> bool:
+        """Whether nothing listens on the API port."""
+        with socket.socket() as probe:
+            return probe.connect_ex((self.host, self.api_port)) != 0
+
+    def wait_ready(self) -> None:
+        """Wait until /health answers 200; fails with the log when the launcher ends."""
+        self.wait_for(lambda: not self.refuses_connections(), "the API port")
+        assert self.request("/health").status == 200
+
+    def wait_for(self, condition: Any, what: str) -> None:
+        """Poll a condition, bounded."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not condition():
+            assert self.process is not None
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{self.name}: no {what}: {self.launcher_log()} {self.log()}")
+            time.sleep(0.03)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric with its labels as text."""
+        for line in self.request("/metrics").text.splitlines():
+            if line.rsplit(" ", 1)[0] == name:
+                return float(line.rsplit(" ", 1)[1])
+        raise AssertionError(f"{self.name} has no metric {name}")
+
+
+class StandinSet:
+    """A set of instances with its ranktables, by default all on two loopback hosts."""
+
+    def __init__(self, directory: Path, prefills: int, run: int) -> None:
+        self.directory = directory
+        self.prefills = prefills
+        # An own loopback network per set: other runs on this machine have other addresses.
+        self._network = f"127.{1 + run % 250}.{1 + run // 250 % 250}"
+        self._npu_prefix = f"standin-test-{os.getpid()}-{run}"
+        self._ports = _free_ports(3 * (prefills + 1))
+        model = directory / "model"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+        names = [*(f"p{i}" for i in range(prefills)), "d0"]
+        self.places = {name: divmod(slot, 2) for slot, name in enumerate(names)}
+        for host in {host for host, _ in self.places.values()}:
+            self._make_host(host)
+        self.write_ranktables()
+        self.instances = {name: self._instance(name, slot) for slot, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> Instance:
+        return self.instances[name]
+
+    def start(self, names: Sequence[str] = ()) -> None:
+        """Start the named instances, or all."""
+        for name in names or self.instances:
+            self.instances[name].start()
+
+    def wait_ready(self) -> None:
+        """Wait for all instances."""
+        for instance in self.instances.values():
+            instance.wait_ready()
+
+    def stop(self) -> None:
+        """Stop all instances."""
+        for instance in self.instances.values():
+            if instance.process is not None and instance.process.poll() is None:
+                instance.process.send_signal(signal.SIGINT)
+        for instance in self.instances.values():
+            instance.stop()
+
+    def address(self, host: int) -> str:
+        """The address of a simulated host."""
+        return f"{self._network}.{1 + host}"
+
+    def root(self, host: int) -> Path:
+        """The root directory of a simulated host."""
+        return self.directory / f"host{host}"
+
+    def device_ids(self, name: str) -> list[int]:
+        """The physical device ids of an instance."""
+        first = self.places[name][1] * DEVICES_PER_INSTANCE
+        return list(range(first, first + DEVICES_PER_INSTANCE))
+
+    def local_path(self, name: str) -> Path:
+        """Where the instance's local ranktable lies."""
+        return self.directory / "ranktables" / f"local_{name}.json"
+
+    @property
+    def global_path(self) -> Path:
+        """Where the global ranktable lies."""
+        return self.directory / "ranktables" / "global.json"
+
+    def write_ranktables(self) -> None:
+        """Write correct ranktables for all instances."""
+        self.global_path.parent.mkdir(exist_ok=True)
+        groups = []
+        for index, name in enumerate(self.places):
+            servers = [self._server(name)]
+            local = {"group_id": "0", "server_count": "1", "server_list": servers}
+            self.local_path(name).write_text(json.dumps(_HEAD | local))
+            groups.append({"group_id": str(index), "server_count": 1, "server_list": servers})
+        self.global_path.write_text(json.dumps(_HEAD | {"server_group_list": groups}))
+
+    def _server(self, name: str) -> dict[str, Any]:
+        host, _ = self.places[name]
+        devices = [
+            {"device_id": str(i), "device_ip": f"192.168.{host}.{100 + i}", "rank_id": str(rank)}
+            for rank, i in enumerate(self.device_ids(name))
+        ]
+        address = self.address(host)
+        return {"server_id": address, "server_ip": address, "device": devices}
+
+    def _make_host(self, host: int) -> None:
+        root = self.root(host)
+        for directory in ("etc", "usr/bin", "usr/local/Ascend/driver"):
+            (root / directory).mkdir(parents=True)
+        lines = [f"address_{i}=192.168.{host}.{100 + i}\n" for i in range(16)]
+        (root / "etc/hccn.conf").write_text("".join(lines))
+        for tool in ("usr/bin/hccn_tool", "usr/local/Ascend/driver/version.info"):
+            (root / tool).symlink_to(STANDIN / "host" / tool)
+        (root / "etc/standin.json").write_text('{"load_seconds": 0.05}')
+
+    def _instance(self, name: str, slot: int) -> Instance:
+        role = "prefill" if name.startswith("p") else "decode"
+        host, _ = self.places[name]
+        api_port, node_port, zmq_port = self._ports[3 * slot : 3 * slot + 3]
+        env = self._env(name, role) | {"VLLM_LLMDATADIST_ZMQ_PORT": str(zmq_port)}
+        args = {
+            "--num-servers": "1",
+            "--model-path": str(self.directory / "model"),
+            "--master-ip": self.address(host),
+            "--master-port": str(node_port),
+            "--base-api-port": str(api_port),
+            "--tp": str(DEVICES_PER_INSTANCE),
+            "--served-model-name": "qwen",
+            "--max-model-len": "61244",
+            "--gpu-util": "0.88",
+            "--extra-args": "--max-num-batched-tokens 40960 --disable-log-requests",
+            "--max-port-attempts": "1",
+            "--log-dir": str(self.directory / "logs" / name),
+        }
+        kv = {
+            "kv_connector": "AscendHcclConnectorV1",
+            "kv_buffer_device": "npu",
+            "kv_role": "kv_producer" if role == "prefill" else "kv_consumer",
+            "kv_rank": slot,
+            "engine_id": slot if role == "prefill" else 0,
+            "kv_parallel_size": self.prefills + 1,
+        }
+        extra = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+        return Instance(
+            name, self.address(host), self.root(host), api_port, env, args, kv, extra
+        )
+
+    def _env(self, name: str, role: str) -> dict[str, str]:
+        host, _ = self.places[name]
+        decode_ip = self.address(self.places["d0"][0])
+        return {
+            "STANDIN_ROOT": str(self.root(host)),
+            "STANDIN_NPU_PREFIX": f"{self._npu_prefix}-host{host}-",
+            "HOST": name,
+            "ROLE": role,
+            "RANK_TABLE_FILE_PATH": str(self.local_path(name)),
+            "GLOBAL_RANK_TABLE_FILE_PATH": str(self.global_path),
+            "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, self.device_ids(name))),
+            "PREFILL_POD_NUM": str(self.prefills),
+            "DECODE_POD_NUM": "1",
+            "LOCAL_DECODE_SERVER_IP_LIST": decode_ip,
+            "GLOBAL_DECODE_SERVER_IP_LIST": decode_ip,
+            "HCCL_CONNECT_TIMEOUT": "10",
+            "HCCL_EXEC_TIMEOUT": "1800",
+            "HCCL_INTRA_ROCE_ENABLE": "1",
+            "HCCL_INTRA_PCIE_ENABLE": "0",
+            "VLLM_USE_V1": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TP_SOCKET_IFNAME": "lo",
+            "OMNI_REUSE_PREFILLED_TOKENS": "1",
+            "OMNI_SKIP_DECODE_TOKENIZE": "1",
+        }
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def hand_over(prefill: Instance, decode: Instance, body: dict[str, Any]) -> Answer:
+    """What the proxy does: prefill one token, then decode with the KV parameters."""
+    headers = {"X_Request_Id": f"test-{time.monotonic_ns()}"}
+    first = prefill.request("/v1/completions", body | {"max_tokens": 1, "stream": False}, **headers)
+    assert first.status == 200, first.text
+    params = first.body["kv_transfer_params"]
+    return decode.request("/v1/completions", body | {"kv_transfer_params": params}, **headers)
+
+
+_HEAD = {"version": "1.0", "status": "completed"}
+
+
+@contextlib.contextmanager
+def standin_set(directory: Path, prefills: int, run: int) -> Iterator[StandinSet]:
+    """A set that is stopped at the end."""
+    instances = StandinSet(directory, prefills, run)
+    try:
+        yield instances
+    finally:
+        instances.stop()
