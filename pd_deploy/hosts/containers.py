@@ -25,7 +25,8 @@ class ContainerSpec(BaseModel):
     """A container to be created.
 
     `devices` are `/dev/x` or `/dev/x:/dev/y`; `shm_size` is bytes; `stop_timeout` is seconds;
-    `log_max_size` is as Docker writes it (`100m`).
+    `log_max_size` is as Docker writes it (`100m`). `entrypoint` None keeps the image's, an empty
+    one drops it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +56,11 @@ class ContainerSpec(BaseModel):
 
 @dataclass(frozen=True)
 class ContainerState:
-    """A container as it is. `status` is Docker's: created, running, exited, dead …"""
+    """A container as it is. `status` is Docker's: created, running, exited, dead …
+
+    `finished_at` is when it last ended, also when it runs again: its output since then is of the
+    present run.
+    """
 
     id: str
     name: str
@@ -136,7 +141,7 @@ def create_kwargs(spec: ContainerSpec) -> dict[str, Any]:
     config = {
         "Image": spec.image,
         "Cmd": list(spec.command),
-        "Entrypoint": None if spec.entrypoint is None else list(spec.entrypoint),
+        "Entrypoint": _entrypoint(spec.entrypoint),
         "Env": [f"{name}={value}" for name, value in spec.environment.items()],
         "Labels": dict(spec.labels),
         "User": spec.user,
@@ -160,7 +165,7 @@ def state_of(inspected: Mapping[str, Any]) -> ContainerState:
         status=state["Status"],
         exit_code=state["ExitCode"] if over else None,
         started_at=_time(state.get("StartedAt")),
-        finished_at=_time(state.get("FinishedAt")) if over else None,
+        finished_at=_time(state.get("FinishedAt")),
         image=config["Image"],
         image_id=inspected["Image"],
         oom_killed=bool(state.get("OOMKilled")),
@@ -215,6 +220,13 @@ class PullMeter:
         if status in ("Download complete", "Pull complete", "Already exists"):
             return total, total, status != "Download complete"
         return now, total, False
+
+
+def _entrypoint(entrypoint: tuple[str, ...] | None) -> list[str] | None:
+    if entrypoint is None:
+        return None
+    # An empty list would leave the image's entrypoint in place.
+    return list(entrypoint) or [""]
 
 
 def _mount(mount: Mount) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from datetime import datetime
 from typing import Literal, TypeVar
 
 import requests
@@ -111,11 +112,9 @@ class Engine:
         """
         meter = PullMeter()
         report = _reporter(on_progress)
-        # An empty login and not None, with which the SDK sends the controller's own ones.
-        login = {"username": auth.username, "password": auth.password} if auth else {}
 
         def pull(client: APIClient) -> Image:
-            for message in client.pull(ref, stream=True, decode=True, auth_config=login):
+            for message in client.pull(ref, stream=True, decode=True, auth_config=_login(auth)):
                 if "error" in message:
                     raise pull_error(message["error"], ref, self._where)
                 report(meter.read(message))
@@ -135,6 +134,25 @@ class Engine:
             image.created,
             image.size,
         )
+
+    async def resolve(self, ref: str, auth: RegistryLogin | None = None) -> str:
+        """The digest (`sha256:…`) that the registry has for `ref` now; nothing is pulled.
+
+        Raises:
+            ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
+        """
+
+        def refused(exc: sdk.APIError) -> PdDeployError:
+            return pull_error(explanation(exc), ref, self._where)
+
+        found = await self._long(
+            f"resolve {ref}",
+            lambda c: c.inspect_distribution(  # type: ignore[no-untyped-call]
+                ref, auth_config=_login(auth)
+            ),
+            refused,
+        )
+        return str(found["Descriptor"]["digest"])
 
     async def tag(self, ref: str, name: str) -> None:
         """Gives the image `ref` the further name `repository:tag`, so that no prune takes it."""
@@ -233,28 +251,41 @@ class Engine:
 
         return await self._persist(look, patience)
 
-    async def logs(self, container: str, tail: int = 50) -> str:
-        """The last lines of a container's output."""
+    async def logs(
+        self, container: str, tail: int | Literal["all"] = 50, *, since: datetime | None = None
+    ) -> str:
+        """The last lines of a container's output, of those that came after `since`."""
+        after = since.timestamp() if since else None
 
         def read(client: APIClient) -> str:
-            return str(client.logs(container, tail=tail).decode(errors="replace"))
+            return str(client.logs(container, tail=tail, since=after).decode(errors="replace"))
 
         return await self._read(f"logs of {container}", read)
 
     async def wait_log(
-        self, container: str, text: str, timeout: float, *, patience: float = PATIENCE_S
+        self,
+        container: str,
+        text: str,
+        timeout: float,
+        *,
+        since: datetime | None = None,
+        patience: float = PATIENCE_S,
     ) -> LogWait:
         """Waits until a container's output has `text`, the container ends, or time is up.
 
         Args:
             timeout: seconds.
+            since: only output after this counts.
             patience: as in `wait`.
         """
+        after = since.timestamp() if since else None
 
         async def look() -> LogWait:
             seen = await self._long(
                 f"logs of {container}",
-                lambda c: _appears(c.logs(container, stream=True, follow=True), text.encode()),
+                lambda c: _appears(
+                    c.logs(container, stream=True, follow=True, since=after), text.encode()
+                ),
             )
             return "seen" if seen else "ended"
 
@@ -398,6 +429,11 @@ def _new_client(path: str, version: str) -> APIClient:
 def _with_client(path: str, version: str, call: Callable[[APIClient], T]) -> T:
     with contextlib.closing(_new_client(path, version)) as client:
         return call(client)
+
+
+def _login(auth: RegistryLogin | None) -> dict[str, str]:
+    # Empty and not None, with which the SDK sends the controller's own credentials.
+    return {"username": auth.username, "password": auth.password} if auth else {}
 
 
 def _inspect_image(client: APIClient, ref: str) -> Image:

@@ -17,6 +17,8 @@ from pd_deploy.hosts.tunnel import Stream
 
 log = logging.getLogger(__name__)
 
+EXIT_TIMEOUT_S = 1.0
+
 # sshd answers "open failed" alike when forwarding is off, the socket is missing, access is denied
 # and nobody listens; so the host is asked which one it is.
 DIAGNOSE = r"""sock=$1
@@ -98,10 +100,13 @@ class EngineSocket:
             )
             try:
                 yield process.stdout, process.stdin
+                # Its status comes after the end of its output.
+                with contextlib.suppress(TimeoutError):
+                    await process.wait(timeout=EXIT_TIMEOUT_S)
             finally:
                 process.close()
-                if process.exit_status:
-                    await self._diagnose()
+            if process.exit_status:
+                await self._diagnose()
 
     def _link_with_room(self) -> Link:
         """A link of its own for streams, as they may last and would block the host's commands."""

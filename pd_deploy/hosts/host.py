@@ -9,14 +9,16 @@ from types import TracebackType
 from typing import Self
 
 import asyncssh
+import httpx
 
-from pd_deploy.errors import CommandFailed, HostError, TimedOut
+from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, TimedOut
 from pd_deploy.hosts.engine import Engine
 from pd_deploy.hosts.engine_socket import EngineSocket
 from pd_deploy.hosts.facts import Facts
 from pd_deploy.hosts.files import File, Files, sftp_error, sftp_session
 from pd_deploy.hosts.link import Link
 from pd_deploy.hosts.login import HostKeys, Login
+from pd_deploy.hosts.tunnel import Stream, Tunnel
 
 STDERR_TAIL = 2000
 
@@ -60,7 +62,7 @@ class Host:
         self._connect_timeout = connect_timeout
         self._keys = HostKeys(self.where, login)
         self._link = self._new_link()
-        socket = EngineSocket(self._link, self._new_link, docker_socket, self.where, login.user)
+        socket = EngineSocket(self._link, self._new_link, docker_socket, self.where, login.who)
         self.engine = Engine(socket, self.where)
         self.facts = Facts(self)
 
@@ -102,7 +104,7 @@ class Host:
         data = input.encode() if isinstance(input, str) else input
         try:
             async with self._link.slot(), asyncio.timeout(timeout):
-                done = await self._run(shlex.join(argv), data)
+                done = await self._run(_bounded(argv, timeout), data)
         except TimeoutError:
             raise TimedOut(
                 f"`{shlex.join(argv)}` did not end within {timeout:g} s",
@@ -163,6 +165,20 @@ class Host:
         async with self._files() as remote:
             return await remote.remove_tree(path, below)
 
+    @contextlib.asynccontextmanager
+    async def http(self, address: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+        """An HTTP client whose requests all go to a port as the host sees it, over SSH.
+
+        Where the server forwards no TCP connections it goes straight from here.
+        """
+        tunnel = Tunnel(lambda: self._tcp(address, port))
+        try:
+            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start())
+            async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
+                yield client
+        finally:
+            await tunnel.aclose()
+
     async def aclose(self) -> None:
         """Cuts calls under way and closes the connection."""
         try:
@@ -172,6 +188,25 @@ class Host:
 
     def _new_link(self) -> Link:
         return Link(self.where, self.address, self.login, self._keys, self._connect_timeout)
+
+    @contextlib.asynccontextmanager
+    async def _tcp(self, address: str, port: int) -> AsyncIterator[Stream]:
+        async def dial(connection: asyncssh.SSHClientConnection) -> Stream:
+            try:
+                return await connection.open_connection(address, port)
+            except asyncssh.ChannelOpenError as exc:
+                if exc.code != asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
+                    raise
+            return await asyncio.open_connection(address, port)
+
+        try:
+            reader, writer = await self._link.open(dial)
+        except OSError as exc:
+            raise HostUnreachable(f"port {port}: {exc.strerror}", host=self.where) from None
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
 
     @contextlib.asynccontextmanager
     async def _files(self) -> AsyncIterator[Files]:
@@ -244,6 +279,14 @@ class Hosts(Mapping[str, Host]):
         """Closes all hosts; a second cancellation does not leave connections behind."""
         closing = asyncio.gather(*(host.aclose() for host in self.values()))
         await asyncio.shield(closing)
+
+
+def _bounded(argv: Sequence[str], timeout: float) -> str:
+    """The command as a shell takes it, ended by the host itself if nobody waits any more.
+
+    sshd lets a command run on when its connection is lost, and passes no signals on for root.
+    """
+    return shlex.join(["timeout", "-k", "5", f"{timeout + 1:.1f}", *argv])
 
 
 def _kill(process: "asyncssh.SSHClientProcess[bytes]") -> None:

@@ -118,7 +118,7 @@ class Link:
             if exc.code == asyncssh.OPEN_CONNECT_FAILED:
                 raise _NotStarted from None
             raise self.dropped("the connection was lost as a command started") from None
-        except (asyncssh.ConnectionLost, asyncssh.SFTPConnectionLost, ConnectionError) as exc:
+        except (asyncssh.DisconnectError, asyncssh.SFTPConnectionLost, ConnectionError) as exc:
             raise self.dropped(f"the connection was lost ({exc})") from None
 
     async def _connection(self) -> asyncssh.SSHClientConnection:
@@ -140,7 +140,7 @@ class Link:
         options = self._login.options(self._where) | self._keys.option()
         try:
             if jump := self._login.jump:
-                through = options | {"username": jump.user or self._login.user, "port": jump.port}
+                through = options | {"username": jump.user or self._login.who, "port": jump.port}
                 self._connections.append(await self._dial(jump.host, through))
                 options["tunnel"] = self._connections[0]
             self._connections.append(await self._dial(self._address, options))
@@ -170,8 +170,7 @@ class Link:
             return AuthenticationFailed(
                 f"{target} does not let user {login.user} in; tried {login.offers}",
                 host=self._where,
-                hint=f"check the credentials; the public key belongs in ~{login.user}/.ssh/"
-                f"authorized_keys (ssh -p {login.port} {login.user}@{self._address} must work)",
+                hint=_login_hint(login, f"ssh -p {login.port} {login.user}@{self._address}"),
             )
         if isinstance(exc, asyncssh.KeyExchangeFailed):
             return HostError(
@@ -190,6 +189,13 @@ class Link:
 
 class _NotStarted(Exception):
     """The connection was dead before anything started on it."""
+
+
+def _login_hint(login: Login, command: str) -> str:
+    if login.private_key or not login.explicit:
+        place = f"~{login.user}/.ssh/authorized_keys"
+        return f"the public key belongs in {place} on the host; `{command}` must work"
+    return f"check user and password, and that sshd allows passwords; `{command}` must work"
 
 
 def _reason(exc: Exception, timeout: float) -> str:

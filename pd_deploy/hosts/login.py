@@ -1,5 +1,6 @@
 """Who logs in to a host, and which host keys are believed."""
 
+import getpass
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import asyncssh
 from pd_deploy.errors import AuthenticationFailed, HostKeyMismatch
 
 log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 22
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Login:
     either of them only these are offered, and `~/.ssh/config` is not read.
 
     Args:
-        user: the remote user.
+        user: the remote user; None takes it from `~/.ssh/config`, or is the local user's name.
         port: the SSH server's port.
         private_key: a private key in PEM or OpenSSH format (its text, not its path).
         passphrase: of the private key.
@@ -43,7 +46,7 @@ class Login:
         use_agent: also offer the keys of the user's SSH agent next to `private_key`/`password`.
     """
 
-    user: str
+    user: str | None = None
     port: int = 22
     private_key: str | None = field(default=None, repr=False)
     passphrase: str | None = field(default=None, repr=False)
@@ -57,6 +60,11 @@ class Login:
     def explicit(self) -> bool:
         """Whether it brings its own credentials."""
         return self.private_key is not None or self.password is not None
+
+    @property
+    def who(self) -> str:
+        """The remote user, for messages."""
+        return self.user or getpass.getuser()
 
     @property
     def offers(self) -> str:
@@ -75,7 +83,9 @@ class Login:
         Raises:
             AuthenticationFailed: the private key can't be read.
         """
-        options: dict[str, Any] = {"username": self.user, "port": self.port}
+        options: dict[str, Any] = {"username": self.user} if self.user else {}
+        if self.explicit or self.port != DEFAULT_PORT:
+            options["port"] = self.port
         if not self.explicit:
             return options
         options |= {
@@ -175,7 +185,8 @@ class HostKeys:
     def _known_fingerprints(self, host: str, port: int) -> list[str]:
         pinned = self._pinned.get((host, port))
         keys = [pinned] if pinned else list(self._known().match(host, host, port)[0])
-        return [f"{key.get_algorithm()} {key.get_fingerprint()}" for key in keys]
+        # A host known by name and by address has each key twice.
+        return list(dict.fromkeys(f"{key.get_algorithm()} {key.get_fingerprint()}" for key in keys))
 
     def _known(self) -> asyncssh.SSHKnownHosts:
         text = self._login.known_hosts

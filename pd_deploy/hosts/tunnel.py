@@ -35,6 +35,10 @@ class Writer(Protocol):
         """Waits until the queue has room."""
         ...
 
+    def close(self) -> None:
+        """Ends the stream."""
+        ...
+
 
 Stream = tuple[Reader, Writer]
 OpenStream = Callable[[], AbstractAsyncContextManager[Stream]]

@@ -1,0 +1,666 @@
+"""The hosts layer against real SSH servers and Docker engines: what works, and every fault."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from uuid import uuid4
+
+import asyncssh
+import pytest
+
+from lab import Lab, LabHost
+from pd_deploy import errors
+from pd_deploy.hosts import (
+    DEPLOYMENT_LABEL,
+    ContainerSpec,
+    File,
+    Host,
+    Hosts,
+    Login,
+    Mount,
+    PullProgress,
+    RegistryLogin,
+)
+
+OURS = "hosts-test"
+NO_FORWARDING_PORT = 2222
+REGISTRY_PORT = 5999
+
+# A registry that wants me:open-sesame and holds nothing.
+STRICT_REGISTRY = """
+import base64, http.server
+WANTED = "Basic " + base64.b64encode(b"me:open-sesame").decode()
+class Registry(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        allowed = self.headers.get("Authorization") == WANTED
+        at_root = self.path == "/v2/"
+        self.send_response(200 if allowed and at_root else 404 if allowed else 401)
+        if not allowed:
+            self.send_header("WWW-Authenticate", 'Basic realm="r"')
+        code = "MANIFEST_UNKNOWN" if allowed else "UNAUTHORIZED"
+        body = ('{"errors":[{"code":"%s","message":"%s"}]}' % (code, code.lower())).encode()
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+    do_HEAD = do_GET
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", %d), Registry).serve_forever()
+""".replace("%d", str(REGISTRY_PORT))
+
+
+@pytest.fixture
+def box(lab: Lab) -> LabHost:
+    return lab.hosts["a"]
+
+
+@pytest.fixture
+def login(lab: Lab) -> Login:
+    return Login(
+        "root", private_key=lab.ssh_key.read_text(), known_hosts=lab.known_hosts.read_text()
+    )
+
+
+@pytest.fixture
+async def connect(box: LabHost) -> AsyncIterator[Callable[..., Host]]:
+    """Makes hosts that are closed after the test."""
+    made: list[Host] = []
+
+    def make(login: Login, address: str | None = None, timeout: float = 10.0) -> Host:
+        made.append(Host("a", address or box.address, login, connect_timeout=timeout))
+        return made[-1]
+
+    yield make
+    for host in made:
+        await host.aclose()
+
+
+@pytest.fixture
+def host(connect: Callable[..., Host], login: Login) -> Host:
+    return connect(login)
+
+
+@pytest.fixture
+async def image(host: Host, lab: Lab) -> str:
+    if await host.engine.image(lab.image) is None:
+        await host.engine.pull(lab.image)
+    return lab.image
+
+
+@pytest.fixture
+async def container(host: Host, image: str) -> AsyncIterator[Callable[..., "asyncio.Future[str]"]]:
+    """Creates labelled containers that are removed after the test."""
+
+    async def make(*command: str, **more: object) -> str:
+        spec = ContainerSpec(
+            name=f"{OURS}-{uuid4().hex[:8]}",
+            image=image,
+            command=command or ("sleep", "600"),
+            labels={DEPLOYMENT_LABEL: OURS},
+            stop_timeout=1,
+        )
+        return await host.engine.create(spec.model_copy(update=more))
+
+    yield make
+    for state in await host.engine.containers({DEPLOYMENT_LABEL: OURS}):
+        await host.engine.remove(state.id, deployment=OURS, force=True)
+
+
+@pytest.fixture
+def no_forwarding(box: LabHost) -> Iterator[int]:
+    """The port of a further SSH server on the host, which forwards no UNIX sockets."""
+    pid_file = "/run/sshd-no-forwarding.pid"
+    options = [
+        "AllowStreamLocalForwarding=no",
+        f"Port={NO_FORWARDING_PORT}",
+        f"PidFile={pid_file}",
+    ]
+    box.run(["/usr/sbin/sshd", *(part for option in options for part in ("-o", option))])
+    until(lambda: listening(box, NO_FORWARDING_PORT), "sshd listens")
+    yield NO_FORWARDING_PORT
+    box.run(["sh", "-c", f"kill $(cat {pid_file})"], check=False)
+
+
+@pytest.fixture
+def strict_registry(box: LabHost) -> Iterator[str]:
+    process = box.popen(["python3", "-c", STRICT_REGISTRY])
+    until(lambda: listening(box, REGISTRY_PORT), "the registry listens")
+    yield f"127.0.0.1:{REGISTRY_PORT}/some/image:1"
+    process.kill()
+    process.wait()
+
+
+class TestCommands:
+    async def test_arguments_arrive_as_they_are(self, host: Host) -> None:
+        awkward = ["a b", "$HOME", "'\"", "*", "ünï", "", "-n", "x\ny"]
+        done = await host.run(["printf", "%s|", *awkward])
+        assert done.stdout == "|".join(awkward) + "|"
+
+    async def test_input_reaches_the_command(self, host: Host) -> None:
+        assert (await host.run(["cat"], input="secret\n")).stdout == "secret\n"
+        assert (await host.run(["cat"], input=b"")).stdout == ""
+
+    async def test_failure_is_an_error_with_the_commands_words(self, host: Host) -> None:
+        with pytest.raises(errors.CommandFailed, match="No such file") as caught:
+            await host.run(["ls", "/no/such"])
+        assert caught.value.exit_status == 2
+        assert caught.value.argv == ["ls", "/no/such"]
+        assert caught.value.host == host.where
+
+    async def test_failure_can_be_allowed(self, host: Host) -> None:
+        assert (await host.run(["sh", "-c", "exit 3"], check=False)).exit_status == 3
+
+    async def test_a_slow_command_times_out_and_is_ended(self, host: Host, box: LabHost) -> None:
+        with pytest.raises(errors.TimedOut, match=r"sleep 4242.*within 0\.3 s"):
+            await host.run(["sleep", "4242"], timeout=0.3)
+        until(lambda: not running(box, "sleep 4242"), "the command is gone")
+
+    async def test_many_calls_share_one_connection(self, host: Host, box: LabHost) -> None:
+        before = connections(box)
+        calls = [host.run(["sh", "-c", "sleep 0.1; echo $SSH_CONNECTION"]) for _ in range(20)]
+        done, *_ = await asyncio.gather(
+            asyncio.gather(*calls), host.engine.info(), host.read_file("/etc/hostname")
+        )
+        assert len({one.stdout for one in done}) == 1
+        assert host.connects == 1
+        assert connections(box) == before + 1
+
+
+class TestLoginFaults:
+    async def test_wrong_key(self, connect: Callable[..., Host], login: Login) -> None:
+        stranger = asyncssh.generate_private_key("ssh-ed25519").export_private_key().decode()
+        host = connect(replace(login, private_key=stranger))
+        with pytest.raises(errors.AuthenticationFailed, match=r"user root.*private key"):
+            await host.run(["true"])
+
+    async def test_wrong_password(self, connect: Callable[..., Host], login: Login) -> None:
+        host = connect(replace(login, user="deployer", private_key=None, password="guessed"))
+        with pytest.raises(errors.AuthenticationFailed, match="user deployer") as caught:
+            await host.run(["true"])
+        assert "guessed" not in str(caught.value)
+
+    async def test_password(self, connect: Callable[..., Host], login: Login, lab: Lab) -> None:
+        password = lab.password_file.read_text()
+        host = connect(replace(login, user="deployer", private_key=None, password=password))
+        assert (await host.run(["id", "-un"])).stdout == "deployer\n"
+
+    async def test_wrong_passphrase(self, connect: Callable[..., Host], login: Login) -> None:
+        key = asyncssh.generate_private_key("ssh-rsa", key_size=2048)
+        locked = key.export_private_key("pkcs1-pem", passphrase="right").decode()
+        host = connect(replace(login, private_key=locked, passphrase="wrong"))
+        with pytest.raises(errors.AuthenticationFailed, match="can't be read"):
+            await host.run(["true"])
+
+    async def test_unknown_host_key(
+        self, connect: Callable[..., Host], login: Login, lab: Lab, box: LabHost
+    ) -> None:
+        host = connect(replace(login, known_hosts=""))
+        with pytest.raises(errors.HostKeyMismatch, match=r"not known: found .*SHA256:") as caught:
+            await host.run(["true"])
+        line = str(caught.value.hint).rpartition("known_hosts: ")[2]
+        assert (await connect(replace(login, known_hosts=line)).run(["true"])).exit_status == 0
+
+    async def test_changed_host_key(
+        self, connect: Callable[..., Host], login: Login, box: LabHost
+    ) -> None:
+        other = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
+        changed = replace(login, known_hosts=f"{box.address} {other}")
+        for trusting in (False, True):
+            host = connect(replace(changed, trust_on_first_use=trusting))
+            with pytest.raises(errors.HostKeyMismatch, match=r"has changed: expected .*SHA256"):
+                await host.run(["true"])
+
+    async def test_trust_on_first_use_is_asked_for(
+        self, connect: Callable[..., Host], login: Login
+    ) -> None:
+        host = connect(replace(login, known_hosts="", trust_on_first_use=True))
+        assert (await host.run(["true"])).exit_status == 0
+
+    async def test_unreachable(self, connect: Callable[..., Host], login: Login, lab: Lab) -> None:
+        nobody = str(lab.subnet[99])
+        host = connect(login, address=nobody, timeout=1)
+        with pytest.raises(errors.HostUnreachable, match=f"{nobody}:22"):
+            await host.run(["true"])
+
+    async def test_refused(self, connect: Callable[..., Host], login: Login) -> None:
+        with pytest.raises(errors.HostUnreachable, match=":23"):
+            await connect(replace(login, port=23)).run(["true"])
+
+
+class TestLostConnections:
+    async def test_sshd_restarted(self, host: Host, box: LabHost) -> None:
+        await host.run(["true"])
+        box.stop_sshd()
+        try:
+            with pytest.raises(errors.HostUnreachable):
+                await host.run(["true"])
+        finally:
+            box.start_sshd()
+        assert (await host.run(["echo", "back"])).stdout == "back\n"
+        assert host.connects == 2
+
+    async def test_engine_calls_come_back_too(self, host: Host, box: LabHost) -> None:
+        await host.engine.info()
+        box.stop_sshd()
+        box.start_sshd()
+        assert (await host.engine.info()).version
+        assert host.connects == 2
+
+    async def test_a_running_command_is_not_run_again(self, host: Host, box: LabHost) -> None:
+        script = "echo once >>/tmp/ran; sleep 60"
+        call = asyncio.ensure_future(host.run(["sh", "-c", script]))
+        await eventually(lambda: "once" in (box.run(["cat", "/tmp/ran"], check=False).stdout))
+        await asyncio.to_thread(box.stop_sshd)
+        box.start_sshd()
+        with pytest.raises(errors.ConnectionDropped):
+            await call
+        assert (await host.read_file("/tmp/ran")) == b"once\n"
+        box.run(["rm", "/tmp/ran"])
+
+    async def test_cut_and_mended(
+        self, connect: Callable[..., Host], login: Login, box: LabHost
+    ) -> None:
+        host = connect(login, timeout=2)
+        call = asyncio.ensure_future(host.run(["sleep", "601"], timeout=600))
+        await eventually(lambda: running(box, "sleep 601"))
+        began = time.monotonic()
+        box.cut()
+        try:
+            with pytest.raises(errors.ConnectionDropped):
+                await call
+            # Three keepalives, five seconds apart.
+            assert time.monotonic() - began < 30
+            with pytest.raises(errors.HostUnreachable):
+                await host.run(["true"])
+        finally:
+            box.mend()
+        assert (await host.run(["echo", "back"])).stdout == "back\n"
+        assert host.connects == 2
+
+    async def test_a_closed_host_says_so(self, host: Host) -> None:
+        await host.run(["true"])
+        await host.aclose()
+        with pytest.raises(errors.HostError, match="closed"):
+            await host.run(["true"])
+
+    async def test_hosts_close_when_cancelled(self, login: Login, box: LabHost) -> None:
+        before = connections(box)
+
+        async def work() -> None:
+            async with Hosts([Host("a", box.address, login)]) as hosts:
+                await hosts["a"].engine.info()
+                await hosts["a"].run(["sleep", "602"])
+
+        task = asyncio.ensure_future(work())
+        await eventually(lambda: running(box, "sleep 602"))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await eventually(lambda: connections(box) == before)
+
+
+class TestFiles:
+    @pytest.fixture
+    async def place(self, host: Host) -> AsyncIterator[str]:
+        yield "/var/lib/hosts-test"
+        await host.remove_tree("/var/lib/hosts-test", below="/var/lib")
+
+    async def test_only_what_differs_is_written(self, host: Host, place: str) -> None:
+        one, two = f"{place}/x/one", f"{place}/y/two"
+        files = {one: File(b"1"), two: File(b"2", 0o600)}
+        assert await host.write_files(files) == [one, two]
+        assert await host.write_files(files) == []
+        assert await host.write_files(files | {two: File(b"3", 0o600)}) == [two]
+        assert await host.write_files(files | {two: File(b"3", 0o640)}) == [one, two][1:]
+        listing = (await host.run(["stat", "-c", "%a %n", one, two, f"{place}/x"])).stdout
+        assert listing == f"644 {one}\n640 {two}\n755 {place}/x\n"
+        assert await host.list_dir(f"{place}/y") == ["two"]
+
+    async def test_readers_see_old_or_new(self, host: Host, place: str) -> None:
+        path = f"{place}/file"
+        sizes = {100_000, 300_000}
+        await host.write_files({path: File(b"a" * 100_000)})
+        writing = asyncio.ensure_future(host.write_files({path: File(b"b" * 300_000)}))
+        while not writing.done():
+            content = await host.read_file(path)
+            assert content is not None
+            assert len(content) in sizes
+            assert len(set(content)) == 1
+
+    async def test_missing_things_are_none_or_empty(self, host: Host, place: str) -> None:
+        assert await host.read_file(f"{place}/no") is None
+        assert await host.list_dir(f"{place}/no") == []
+        assert not await host.remove_tree(f"{place}/no", below=place)
+
+    async def test_dirs(self, host: Host, place: str) -> None:
+        assert await host.make_dirs([f"{place}/p/q"], 0o700) == [
+            place,
+            f"{place}/p",
+            f"{place}/p/q",
+        ]
+        assert await host.make_dirs([f"{place}/p/q"]) == []
+        assert (await host.run(["stat", "-c", "%a", f"{place}/p/q"])).stdout == "700\n"
+
+    async def test_a_user_without_rights(self, connect: Callable[..., Host], login: Login) -> None:
+        host = connect(replace(login, user="deployer"))
+        with pytest.raises(errors.FileDenied, match="/etc/new"):
+            await host.write_files({"/etc/new": File(b"")})
+        with pytest.raises(errors.FileDenied, match="/etc/passwd"):
+            await host.make_dirs(["/etc/passwd"])
+
+    @pytest.mark.parametrize(
+        "path", ["/var/lib/hosts-test", "/var/lib", "/", "/var/lib/hosts-test/../x", "x", ""]
+    )
+    async def test_removes_nothing_outside(self, host: Host, place: str, path: str) -> None:
+        await host.make_dirs([place])
+        with pytest.raises(errors.NotOurs):
+            await host.remove_tree(path, below=place)
+        assert await host.make_dirs([place]) == []
+
+    async def test_removing_follows_no_links(self, host: Host, place: str) -> None:
+        await host.write_files({f"{place}/keep/file": File(b"x"), f"{place}/gone/f": File(b"")})
+        await host.run(["ln", "-s", f"{place}/keep", f"{place}/gone/link"])
+        with pytest.raises(errors.NotOurs, match="leads out"):
+            await host.remove_tree(f"{place}/gone/link/file", below=f"{place}/gone")
+        assert await host.remove_tree(f"{place}/gone/link", below=f"{place}/gone")
+        await host.run(["ln", "-s", f"{place}/keep", f"{place}/gone/link"])
+        assert await host.remove_tree(f"{place}/gone", below=place)
+        assert await host.read_file(f"{place}/keep/file") == b"x"
+
+    async def test_tail(self, host: Host, place: str) -> None:
+        log = "".join(f"line {n}\n" for n in range(1000)).encode()
+        await host.write_files({f"{place}/l/a.log": File(log), f"{place}/b.log": File(b"x" * 9000)})
+        tails = await host.facts.tail(
+            [f"{place}/l", f"{place}/b.log", f"{place}/no"], lines=2, max_bytes=100
+        )
+        assert tails == {
+            f"{place}/l/a.log": "line 998\nline 999\n",
+            f"{place}/b.log": "x" * 100,
+        }
+
+
+class TestFacts:
+    async def test_facts(self, host: Host, box: LabHost) -> None:
+        facts = host.facts
+        assert await facts.interface_of(box.address) == "eth0"
+        assert await facts.interface_of("192.0.2.1") is None
+        assert await facts.missing_paths(["/etc", "/no such", "/no"]) == ["/no such", "/no"]
+        assert await facts.missing_paths([]) == []
+        assert await facts.disk_free("/var/not/yet/there") > 0
+        assert await facts.architecture() == box.run(["uname", "-m"]).stdout.strip()
+
+    async def test_ports_and_who_holds_them(self, host: Host) -> None:
+        taken = await host.facts.ports_taken([22, 4242])
+        assert list(taken) == [22]
+        assert taken[22].startswith("sshd (pid ")
+
+
+class TestEngine:
+    async def test_info(self, host: Host) -> None:
+        info = await host.engine.info()
+        assert int(info.version.split(".")[0]) >= 20
+        assert info.storage_driver
+
+    async def test_pull_gives_the_registrys_digest(self, host: Host, lab: Lab) -> None:
+        seen: list[PullProgress] = []
+        digest = lab.push_variant(f"t{uuid4().hex[:8]}", {"/etc/marker": uuid4().hex})
+        ref = f"{lab.image.rpartition(':')[0]}@{digest}"
+        image = await host.engine.pull(ref, on_progress=seen.append)
+        assert image.digest == ref
+        assert seen
+        found = await host.engine.image(ref)
+        assert found is not None
+        assert (found.id, found.digest) == (image.id, ref)
+
+    async def test_a_tag_keeps_the_image(self, host: Host, image: str) -> None:
+        await host.engine.tag(image, "pd-deploy/kept:x")
+        kept, original = await asyncio.gather(
+            host.engine.image("pd-deploy/kept:x"), host.engine.image(image)
+        )
+        assert kept is not None
+        assert original is not None
+        assert kept.id == original.id
+
+    async def test_life_of_a_container(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        engine = host.engine
+        id = await container("sh", "-c", "echo out; echo err >&2; sleep 600")
+        assert (await engine.inspect(id)).status == "created"
+        await engine.start(id)
+        await engine.start(id)
+        assert (await engine.inspect(id)).running
+        assert await engine.wait_log(id, "err", 30) == "seen"
+        assert set((await engine.logs(id)).split()) == {"out", "err"}
+        assert [state.id for state in await engine.containers({DEPLOYMENT_LABEL: OURS})] == [id]
+        await engine.stop(id, deployment=OURS, timeout=5)
+        state = await engine.inspect(id)
+        assert state.status == "exited"
+        assert state.finished_at is not None
+        assert state.started_at is not None
+        assert state.finished_at > state.started_at
+        assert await engine.remove(id, deployment=OURS)
+        assert not await engine.remove(id, deployment=OURS)
+        with pytest.raises(errors.ContainerMissing):
+            await engine.start(id)
+
+    async def test_wait_gives_the_exit_code(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        id = await container("sh", "-c", "sleep 0.5; exit 7")
+        waiting = asyncio.ensure_future(host.engine.wait(id))
+        await host.engine.start(id)
+        assert await waiting == 7
+        assert await host.engine.wait(id) == 7
+
+    async def test_wait_survives_a_reconnect(
+        self, host: Host, box: LabHost, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        id = await container("sh", "-c", "while ! [ -e /tmp/go ]; do sleep 0.1; done; exit 7")
+        await host.engine.start(id)
+        waiting = asyncio.ensure_future(host.engine.wait(id))
+        await eventually(lambda: threads("wait for") == 1)
+        await asyncio.to_thread(box.stop_sshd)
+        await eventually(lambda: threads("wait for") == 0)
+        await asyncio.to_thread(box.start_sshd)
+        box.run(["docker", "exec", id, "touch", "/tmp/go"])
+        assert await waiting == 7
+
+    async def test_a_cancelled_wait_leaves_nothing_behind(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        id = await container()
+        await host.engine.start(id)
+        waiting = asyncio.ensure_future(host.engine.wait(id))
+        await eventually(lambda: threads("wait for") == 1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await eventually(lambda: threads("wait for") == 0)
+        assert (await host.engine.inspect(id)).running
+
+    async def test_wait_log_ends_with_the_container_or_in_time(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        short, long = await container("echo", "x"), await container()
+        await asyncio.gather(host.engine.start(short), host.engine.start(long))
+        assert await host.engine.wait_log(short, "never", 30) == "ended"
+        assert await host.engine.wait_log(long, "never", 0.5) == "timeout"
+
+    async def test_more_waits_than_sessions(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        id = await container()
+        await host.engine.start(id)
+        waits = [asyncio.ensure_future(host.engine.wait(id)) for _ in range(20)]
+        await eventually(lambda: threads("wait for") == 20)
+        assert (await host.run(["echo", "still here"])).stdout == "still here\n"
+        await host.engine.kill(id, deployment=OURS)
+        assert await asyncio.gather(*waits) == [137] * 20
+        assert host.connects == 1
+
+    async def test_others_containers_are_not_touched(
+        self, host: Host, box: LabHost, image: str
+    ) -> None:
+        box.run(["docker", "run", "-d", "--name", "theirs", "--network=host", image, "sleep", "9"])
+        try:
+            for call in (
+                host.engine.stop("theirs", deployment=OURS),
+                host.engine.kill("theirs", deployment=OURS),
+                host.engine.remove("theirs", deployment=OURS, force=True),
+            ):
+                with pytest.raises(errors.NotOurs, match="theirs"):
+                    await call
+            assert (await host.engine.inspect("theirs")).running
+        finally:
+            box.run(["docker", "rm", "-f", "theirs"])
+
+
+class TestEngineFaults:
+    async def test_user_with_docker_group(self, connect: Callable[..., Host], login: Login) -> None:
+        assert (await connect(replace(login, user="deployer")).engine.info()).version
+
+    async def test_user_without_docker_group(
+        self, connect: Callable[..., Host], login: Login
+    ) -> None:
+        host = connect(replace(login, user="nodocker"))
+        with pytest.raises(errors.DockerAccessDenied, match="usermod -aG docker nodocker"):
+            await host.engine.info()
+
+    async def test_engine_down_and_up_again(self, host: Host, box: LabHost) -> None:
+        await host.engine.info()
+        await asyncio.to_thread(box.stop_engine)
+        try:
+            with pytest.raises(errors.EngineDown):
+                await host.engine.info()
+        finally:
+            await asyncio.to_thread(box.start_engine)
+        assert (await host.engine.info()).version
+        assert host.connects == 1
+
+    async def test_wrong_socket(self, box: LabHost, login: Login) -> None:
+        async with Hosts([Host("a", box.address, login, docker_socket="/run/no.sock")]) as hosts:
+            with pytest.raises(errors.EngineDown, match=r"/run/no\.sock"):
+                await hosts["a"].engine.info()
+
+    async def test_forwarding_refused(
+        self,
+        connect: Callable[..., Host],
+        login: Login,
+        no_forwarding: int,
+        container: Callable[..., "asyncio.Future[str]"],
+    ) -> None:
+        host = connect(replace(login, port=no_forwarding))
+        assert (await host.engine.info()).version
+        id = await container()
+        await host.engine.start(id)
+        waits = [asyncio.ensure_future(host.engine.wait(id)) for _ in range(12)]
+        await eventually(lambda: threads("wait for") == 12)
+        await host.engine.kill(id, deployment=OURS)
+        assert await asyncio.gather(*waits) == [137] * 12
+
+    async def test_forwarding_refused_and_engine_down(
+        self, connect: Callable[..., Host], login: Login, no_forwarding: int, box: LabHost
+    ) -> None:
+        host = connect(replace(login, port=no_forwarding))
+        await host.engine.info()
+        await asyncio.to_thread(box.stop_engine)
+        try:
+            with pytest.raises(errors.EngineDown):
+                await host.engine.info()
+        finally:
+            await asyncio.to_thread(box.start_engine)
+        assert (await host.engine.info()).version
+
+    async def test_forwarding_refused_and_no_docker_group(
+        self, connect: Callable[..., Host], login: Login, no_forwarding: int
+    ) -> None:
+        host = connect(replace(login, user="nodocker", port=no_forwarding))
+        with pytest.raises(errors.DockerAccessDenied):
+            await host.engine.info()
+
+    async def test_absent_image(self, host: Host, lab: Lab) -> None:
+        absent = f"{lab.image.rpartition(':')[0]}:no-such-tag"
+        assert await host.engine.image(absent) is None
+        with pytest.raises(errors.ImageNotFound, match="no-such-tag"):
+            await host.engine.pull(absent)
+        with pytest.raises(errors.ImageNotFound, match="pull the image first"):
+            await host.engine.create(ContainerSpec(name="x", image=absent))
+
+    async def test_registry_down(self, host: Host) -> None:
+        with pytest.raises(errors.RegistryUnavailable):
+            await host.engine.pull("127.0.0.1:5998/some/image:1")
+
+    async def test_registry_wants_credentials(self, host: Host, strict_registry: str) -> None:
+        with pytest.raises(errors.RegistryDenied):
+            await host.engine.pull(strict_registry)
+        with pytest.raises(errors.RegistryDenied) as caught:
+            await host.engine.pull(strict_registry, RegistryLogin("me", "wr0ng-one"))
+        assert "wr0ng-one" not in str(caught.value)
+        with pytest.raises(errors.ImageNotFound):
+            await host.engine.pull(strict_registry, RegistryLogin("me", "open-sesame"))
+
+    async def test_missing_mount_source(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        mounts = (Mount(source="/no/such/model", target="/model"),)
+        with pytest.raises(errors.FileMissing) as caught:
+            await container("true", mounts=mounts)
+        assert caught.value.path == "/no/such/model"
+        assert await host.facts.missing_paths(["/no/such/model"])
+
+    async def test_missing_device(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        id = await container("true", devices=("/dev/davinci99",))
+        with pytest.raises(errors.FileMissing) as caught:
+            await host.engine.start(id)
+        assert caught.value.path == "/dev/davinci99"
+
+    async def test_name_taken(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        await container(name=f"{OURS}-twice")
+        with pytest.raises(errors.NameTaken, match=f"{OURS}-twice"):
+            await container(name=f"{OURS}-twice")
+
+    async def test_no_such_command(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        id = await container("no-such-command", init=False)
+        with pytest.raises(errors.EngineRefused, match="no-such-command"):
+            await host.engine.start(id)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        await asyncio.sleep(0.05)
+
+
+def threads(name: str) -> int:
+    return sum(name in thread.name for thread in threading.enumerate())
+
+
+def listening(box: LabHost, port: int) -> bool:
+    return bool(box.run(["ss", "-Hltn", f"sport = :{port}"]).stdout)
+
+
+def connections(box: LabHost) -> int:
+    """How many SSH connections the host has."""
+    established = box.run(["ss", "-Htn", "state", "established", "sport = :22"])
+    return len(established.stdout.splitlines())
+
+
+def running(box: LabHost, command: str) -> bool:
+    return box.run(["pgrep", "-fx", command], check=False).returncode == 0

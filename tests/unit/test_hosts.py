@@ -1,0 +1,299 @@
+"""What the hosts layer says and reads, without a host."""
+
+import pickle
+
+import asyncssh
+import pytest
+from docker import errors as sdk
+
+from pd_deploy import errors
+from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
+from pd_deploy.hosts import ContainerSpec, Login, Mount, RegistryLogin, create_kwargs
+from pd_deploy.hosts.containers import PullMeter, state_of
+from pd_deploy.hosts.engine_errors import container_error, pull_error
+from pd_deploy.hosts.facts import parse_disk_free, parse_interface, parse_listeners
+from pd_deploy.hosts.login import known_hosts_line
+
+WHERE = "a (10.0.0.1)"
+
+
+class TestErrors:
+    def test_says_where_what_and_what_next(self) -> None:
+        error = PdDeployError("expected x, found y", host=WHERE, instance="p1", hint="do z")
+        assert str(error) == "host a (10.0.0.1), instance p1: expected x, found y → do z"
+
+    def test_input_errors_list_all_problems(self) -> None:
+        error = InvalidInput([Problem("a.b", "no"), Problem("c", "nor this")], source="x.yaml")
+        assert str(error) == "x.yaml: 2 problems\n  a.b: no\n  c: nor this"
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            InvalidInput([Problem("a", "b")], source="x.yaml"),
+            CommandFailed("failed", argv=["a", "b"], exit_status=3, stderr="s", host=WHERE),
+            errors.FileMissing("gone", path="/x", hint="make it"),
+        ],
+    )
+    def test_survives_pickling(self, error: PdDeployError) -> None:
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert vars(again) == vars(error)
+
+    def test_only_transient_ones_are_worth_a_retry(self) -> None:
+        assert is_transient(errors.HostUnreachable("x"))
+        assert not is_transient(errors.AuthenticationFailed("x"))
+        assert not is_transient(ValueError("x"))
+
+    def test_the_picture_shows_the_whole_tree(self) -> None:
+        assert errors.__doc__ is not None
+        for name, value in vars(errors).items():
+            if isinstance(value, type) and issubclass(value, PdDeployError):
+                assert name in errors.__doc__
+
+
+class TestSecrets:
+    def test_do_not_show_in_a_login(self) -> None:
+        login = Login("root", private_key="SECRET1", passphrase="SECRET2", password="SECRET3")
+        assert "SECRET" not in repr(login)
+
+    def test_do_not_show_in_a_registry_login(self) -> None:
+        assert "SECRET" not in repr(RegistryLogin("me", "SECRET"))
+
+    def test_do_not_show_in_a_container_spec(self) -> None:
+        spec = ContainerSpec(name="x", image="i", environment={"http_proxy": "http://u:SECRET@p"})
+        assert "SECRET" not in repr(spec)
+
+    def test_do_not_show_when_a_key_is_unreadable(self) -> None:
+        with pytest.raises(errors.AuthenticationFailed) as caught:
+            Login("root", private_key="SECRET", passphrase="SECRET").options(WHERE)
+        assert "SECRET" not in str(caught.value)
+
+
+class TestKnownHosts:
+    def test_line_is_what_asyncssh_reads(self) -> None:
+        key = asyncssh.generate_private_key("ssh-ed25519", "a comment")
+        public = asyncssh.import_public_key(key.export_public_key())
+        line = known_hosts_line("10.0.0.1", 2222, public)
+        assert line.startswith("[10.0.0.1]:2222 ssh-ed25519 ")
+        known = asyncssh.import_known_hosts(line)
+        assert known.match("10.0.0.1", "10.0.0.1", 2222)[0]
+        assert not known.match("10.0.0.1", "10.0.0.1", None)[0]
+
+
+class TestCreate:
+    def test_smallest_spec(self) -> None:
+        assert create_kwargs(ContainerSpec(name="c", image="i")) == {
+            "name": "c",
+            "config": {
+                "Image": "i",
+                "Tty": False,
+                "HostConfig": {
+                    "NetworkMode": "host",
+                    "Privileged": False,
+                    "Init": True,
+                    "RestartPolicy": {"Name": "no"},
+                    "LogConfig": {
+                        "Type": "json-file",
+                        "Config": {"max-size": "100m", "max-file": "3"},
+                    },
+                },
+            },
+        }
+
+    def test_full_spec(self) -> None:
+        spec = ContainerSpec(
+            name="c",
+            image="i",
+            command=("bash", "-c", "x"),
+            entrypoint=(),
+            environment={"A": "1"},
+            mounts=(Mount(source="/s", target="/t", read_only=True),),
+            devices=("/dev/davinci0", "/dev/a:/dev/b"),
+            shm_size=1024,
+            stop_signal="SIGINT",
+            stop_timeout=30,
+            labels={"l": "v"},
+            user="0",
+            working_dir="/w",
+            ipc_mode="host",
+            cap_add=("SYS_PTRACE",),
+        )
+        config = create_kwargs(spec)["config"]
+        host = config["HostConfig"]
+        assert config["Cmd"] == ["bash", "-c", "x"]
+        assert config["Env"] == ["A=1"]
+        assert (config["StopSignal"], config["StopTimeout"]) == ("SIGINT", 30)
+        assert (config["User"], config["WorkingDir"]) == ("0", "/w")
+        assert config["Labels"] == {"l": "v"}
+        assert host["Mounts"] == [
+            {"Type": "bind", "Source": "/s", "Target": "/t", "ReadOnly": True}
+        ]
+        assert [d["PathInContainer"] for d in host["Devices"]] == ["/dev/davinci0", "/dev/b"]
+        assert (host["ShmSize"], host["IpcMode"], host["CapAdd"]) == (
+            1024,
+            "host",
+            ["SYS_PTRACE"],
+        )
+        assert "Binds" not in host
+
+    def test_an_empty_entrypoint_replaces_the_images(self) -> None:
+        spec = ContainerSpec(name="c", image="i", entrypoint=())
+        # [""] is how the Engine API is told to drop the image's entrypoint.
+        assert create_kwargs(spec)["config"]["Entrypoint"] == [""]
+
+
+class TestState:
+    def inspected(self, **state: object) -> dict[str, object]:
+        return {
+            "Id": "1",
+            "Name": "/c",
+            "Image": "sha256:1",
+            "Config": {"Labels": None, "Image": "i"},
+            "State": {
+                "Status": "created",
+                "ExitCode": 0,
+                "StartedAt": "0001-01-01T00:00:00Z",
+                "FinishedAt": "0001-01-01T00:00:00Z",
+                **state,
+            },
+        }
+
+    def test_created_has_neither_times_nor_exit_code(self) -> None:
+        state = state_of(self.inspected())
+        assert (state.exit_code, state.started_at, state.finished_at) == (None, None, None)
+        assert state.name == "c"
+        assert not state.running
+
+    def test_exited_has_its_exit_code(self) -> None:
+        state = state_of(
+            self.inspected(
+                Status="exited",
+                ExitCode=137,
+                OOMKilled=True,
+                StartedAt="2026-01-02T03:04:05.123456789Z",
+            )
+        )
+        assert (state.exit_code, state.oom_killed) == (137, True)
+        assert state.started_at is not None
+        assert state.started_at.microsecond == 123456
+
+
+class TestPullMeter:
+    def test_adds_up_layers_and_keeps_the_digest(self) -> None:
+        meter = PullMeter()
+        for message in [
+            {"status": "Pulling from x", "id": "v1"},
+            {"status": "Pulling fs layer", "id": "l1"},
+            {"status": "Already exists", "id": "l2"},
+            {
+                "status": "Downloading",
+                "id": "l1",
+                "progressDetail": {"current": 5, "total": 10},
+            },
+        ]:
+            meter.read(message)
+        assert meter.progress == meter.read({"status": "whatever"})
+        assert (meter.progress.layers_done, meter.progress.layers) == (1, 2)
+        assert (meter.progress.bytes_done, meter.progress.bytes_total) == (5, 10)
+        done = meter.read({"status": "Pull complete", "id": "l1", "progressDetail": {}})
+        assert (done.layers_done, done.bytes_done) == (2, 10)
+        meter.read({"status": "Digest: sha256:abc"})
+        assert meter.digest == "sha256:abc"
+
+
+class TestEngineErrors:
+    @pytest.mark.parametrize(
+        ("text", "kind"),
+        [
+            ("manifest for x:1 not found: manifest unknown: manifest unknown", "ImageNotFound"),
+            ("pull access denied for x, repository does not exist", "RegistryDenied"),
+            ("Get https://r/v2/: no basic auth credentials", "RegistryDenied"),
+            ("unauthorized: authentication required", "RegistryDenied"),
+            ("dial tcp 10.0.0.9:443: connect: connection refused", "RegistryUnavailable"),
+            ("net/http: TLS handshake timeout", "RegistryUnavailable"),
+            ("toomanyrequests: rate limit", "RegistryUnavailable"),
+            ("x509: certificate signed by unknown authority", "RegistryMisconfigured"),
+            ("http: server gave HTTP response to HTTPS client", "RegistryMisconfigured"),
+            ("write /var/lib/docker/x: no space left on device", "DiskFull"),
+            ("invalid reference format", "EngineRefused"),
+        ],
+    )
+    def test_pull(self, text: str, kind: str) -> None:
+        error = pull_error(text, "x:1", WHERE)
+        assert type(error).__name__ == kind
+        assert error.host == WHERE
+
+    @pytest.mark.parametrize(
+        ("text", "kind"),
+        [
+            (
+                'invalid mount config for type "bind": bind source path does not exist: /data/x',
+                "FileMissing",
+            ),
+            (
+                'error gathering device information while adding custom device "/dev/davinci9": '
+                "no such file or directory",
+                "FileMissing",
+            ),
+            (
+                'Conflict. The container name "/c" is already in use by container '
+                '"0123456789abcdef". You have to remove it',
+                "NameTaken",
+            ),
+            ("No such image: x:1", "ImageNotFound"),
+            ("unable to apply caps: operation not permitted", "EngineRefused"),
+        ],
+    )
+    def test_container(self, text: str, kind: str) -> None:
+        error = container_error(sdk.APIError("m", explanation=text), "create c", WHERE)
+        assert type(error).__name__ == kind
+
+    def test_a_missing_device_is_named(self) -> None:
+        text = (
+            'error gathering device information while adding custom device "/dev/davinci9": '
+            "no such file or directory"
+        )
+        error = container_error(sdk.APIError("m", explanation=text), "start c", WHERE)
+        assert isinstance(error, errors.FileMissing)
+        assert error.path == "/dev/davinci9"
+
+
+class TestFacts:
+    IP = '[{"ifname":"lo","addr_info":[{"local":"127.0.0.1"}]},{},{"ifname":"e","addr_info":[{}]}]'
+
+    def test_interface(self) -> None:
+        assert parse_interface(self.IP, "127.0.0.1") == "lo"
+        assert parse_interface(self.IP, "10.0.0.1") is None
+
+    @pytest.mark.parametrize("output", ["", "Usage: ip", "{}x", "[1]"])
+    def test_interface_of_garbage(self, output: str) -> None:
+        with pytest.raises(errors.FactsError, match="expected a JSON list"):
+            parse_interface(output, "127.0.0.1", WHERE)
+
+    def test_listeners(self) -> None:
+        output = (
+            'LISTEN 0 128  10.0.0.1:22   0.0.0.0:*  users:(("sshd",pid=7,fd=3))\n'
+            "LISTEN 0 511  [::]:7000     [::]:*\n"
+            'LISTEN 0 511  *:9000        *:*     users:(("nginx",pid=8,fd=6),("x",pid=9,fd=6))\n'
+            "LISTEN 0 4096 127.0.0.53%lo:53 0.0.0.0:*\n"
+        )
+        assert parse_listeners(output) == {
+            22: "sshd (pid 7)",
+            7000: "",
+            9000: "nginx (pid 8)",
+            53: "",
+        }
+
+    def test_listeners_of_garbage(self) -> None:
+        with pytest.raises(errors.FactsError, match="ss -Hltnp"):
+            parse_listeners("State Recv-Q", WHERE)
+
+    def test_disk_free(self) -> None:
+        output = (
+            "Filesystem 1024-blocks Used Available Capacity Mounted on\n"
+            "/dev/mapper/a b 1000 600 400 60% /data\n"
+        )
+        assert parse_disk_free(output) == 400 * 1024
+        with pytest.raises(errors.FactsError, match="df -P -k"):
+            parse_disk_free("df: no", WHERE)
