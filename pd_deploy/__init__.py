@@ -1,1 +1,1 @@
-"""Everything that needs no Prefect: what a deployment is, what follows from it, how hosts are reached."""
+"""Everything that needs no Prefect: the deployment, its hosts, and what is done to them."""

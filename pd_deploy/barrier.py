@@ -15,11 +15,13 @@ class Barrier:
 
     def __init__(self) -> None:
         self._open: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._shown: dict[str, object] = {}
         self._failed = asyncio.Event()
         self._cause = ""
 
-    def open(self, gate: str) -> None:
-        """Lets those through who wait for this gate."""
+    def open(self, gate: str, shown: object) -> None:
+        """Lets those through who wait for this gate, and shows them what opened it."""
+        self._shown[gate] = shown
         self._open[gate].set()
 
     def fail(self, cause: str) -> None:
@@ -28,14 +30,16 @@ class Barrier:
             self._cause = cause
             self._failed.set()
 
-    async def passed(self, gates: Iterable[str]) -> None:
-        """Returns when all gates are open.
+    async def passed(self, gates: Iterable[str]) -> list[object]:
+        """Returns what opened the gates, once all are open.
 
         Raises:
             Abandoned: another step failed.
         """
+        gates = list(gates)
         for gate in gates:
             await self.unless_failed(self._open[gate].wait())
+        return [self._shown[gate] for gate in gates]
 
     async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of some work, given up as soon as another step fails.
@@ -53,3 +57,4 @@ class Barrier:
         finally:
             for pending in (task, failed):
                 pending.cancel()
+            await asyncio.gather(task, failed, return_exceptions=True)

@@ -3,7 +3,7 @@
 import asyncio
 
 from pd_deploy import generation
-from pd_deploy.errors import InstanceDied, NotReady, OutOfOrder, TimedOut
+from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder
 from pd_deploy.hosts import ContainerState, File, Host
 from pd_deploy.plan import HostPlan
 from pd_deploy.report import Report
@@ -81,24 +81,19 @@ async def prepare_proxy(rollout: Rollout) -> Report:
 
 
 async def start_server(rollout: Rollout, instance: str) -> Report:
-    """Starts an instance once those it has to follow are started; opens their gate behind it.
+    """Starts an instance and waits until its launcher runs.
 
     Raises:
         OutOfOrder: the generation was not launched, or has no ranktables.
         InstanceDied: the launcher ended at once.
-        Abandoned: another step failed.
     """
-    site = rollout.site
-    await site.barrier.passed(site.engine.starts_after(site.topology, instance))
+    site, host = rollout.site, rollout.site.host_of(instance)
     state = await require(rollout, instance)
-    host = site.host_of(instance)
     if state.status in generation.RUNNING:
-        site.barrier.open(instance)
         return Report("start server", instance, host.name, False, "runs")
     await _require_ranktables(rollout, host)
     await _start(rollout, instance, state)
     await _log_says(rollout, instance, site.engine.STARTED, site.deployment.gates.start)
-    site.barrier.open(instance)
     return Report("start server", instance, host.name, True, f"started {state.name}")
 
 
@@ -108,16 +103,13 @@ async def open_proxy(rollout: Rollout) -> Report:
     host, state = site.host_of(name), await require(rollout, name)
     if state.status not in generation.RUNNING:
         await prepare_proxy(rollout)
-    if site.engine.OPENED in await host.engine.logs(state.id, since_start=True):
-        return Report("open proxy", name, host.name, False, f"port {site.topology.proxy.port} is open")
-    await host.engine.kill(state.id, site.engine.OPEN_SIGNAL)
+    if site.engine.OPENED in await host.engine.logs(state.id, since=state.finished_at):
+        return Report(
+            "open proxy", name, host.name, False, f"port {site.topology.proxy.port} is open"
+        )
+    await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
     await _log_says(rollout, name, site.engine.OPENED, site.deployment.gates.start)
     return Report("open proxy", name, host.name, True, f"opened port {site.topology.proxy.port}")
-
-
-async def restart_needed(rollout: Rollout) -> list[str]:
-    """Instances that run although a member of their set has ended: they must stop first."""
-    return sorted({s.labels[generation.INSTANCE] for _, s in rollout.stopping()})
 
 
 async def stop_started(rollout: Rollout) -> list[str]:
@@ -137,9 +129,9 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
     """The error for an instance that ended: exit code and the last lines of its logs."""
     host, state = rollout.site.host_of(instance), await require(rollout, instance)
     code = await host.engine.wait(state.id)
-    lines = (await host.engine.logs(state.id, tail=LOG_LINES, since_start=True)).splitlines()
-    directory = _log_directory(rollout, instance)
-    files = await host.tail(directory, lines=LOG_LINES)
+    lines = (await host.engine.logs(state.id, tail=LOG_LINES, since=state.finished_at)).splitlines()
+    directory = rollout.log_directory(instance)
+    files = await host.facts.tail([directory], lines=LOG_LINES)
     shown = [f"  | {line}" for line in lines]
     for path, text in files.items():
         shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
@@ -153,12 +145,15 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
 
 async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:
     seconds = site.deployment.container.stop_timeout if timeout is None else timeout
-    await site.host(host).engine.stop(state.id, site.deployment.name, timeout=seconds)
+    await site.host(host).engine.stop(state.id, deployment=site.deployment.name, timeout=seconds)
 
 
 async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
     spec = rollout.plan.container(instance)
-    return await rollout.site.host_of(instance).engine.find(spec.name)
+    try:
+        return await rollout.site.host_of(instance).engine.inspect(spec.name)
+    except ContainerMissing:
+        return None
 
 
 async def require(rollout: Rollout, instance: str) -> ContainerState:
@@ -202,14 +197,13 @@ async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None
 async def _log_says(rollout: Rollout, instance: str, text: str, timeout: float) -> None:
     """Waits for a text in the container's log since its last start."""
     host, state = rollout.site.host_of(instance), await require(rollout, instance)
-    try:
-        said = await host.engine.wait_log(state.id, text, timeout=timeout)
-    except TimedOut as error:
+    said = await host.engine.wait_log(state.id, text, timeout, since=state.finished_at)
+    if said == "ended":
+        raise await died(rollout, instance)
+    if said == "timeout":
         raise NotReady(
             f"expected {text!r} in its log within {timeout:g} s, found nothing of it",
             host=host.where,
             instance=instance,
             hint=f"see `docker logs {state.name}` on the host",
-        ) from error
-    if not said:
-        raise await died(rollout, instance)
+        )

@@ -101,7 +101,9 @@ def _parse_mount(value: object) -> object:
 
 def _absolute(value: str) -> str:
     if not value.startswith("/") or os.path.normpath(value) != value or value == "/":
-        raise ValueError(f"expected an absolute path without '..' or a trailing '/', found {value!r}")
+        raise ValueError(
+            f"expected an absolute path without '..' or a trailing '/', found {value!r}"
+        )
     return value
 
 
@@ -127,9 +129,7 @@ Address = Annotated[str, BeforeValidator(_ipv4)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Devices = Annotated[tuple[int, ...], BeforeValidator(parse_devices)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
-Environment = dict[
-    Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Scalar
-]
+Environment = dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Scalar]
 
 
 class ModelSource(Model):
@@ -172,7 +172,9 @@ class Settings(Model):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     tensor_parallel: Annotated[int, Field(gt=0, strict=True)] | None = None
     environment: Environment = {}
-    arguments: dict[Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-_]*$")], Scalar] = {}
+    arguments: dict[
+        Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-_]*$")], Scalar
+    ] = {}
     additional_config: dict[str, Any] | None = None
 
 
@@ -210,7 +212,7 @@ class Ports(Model):
 
 
 class Paths(Model):
-    """Directories on the hosts. `state` and `logs` get a directory per deployment and generation."""
+    """Directories on the hosts; `state` and `logs` get one per deployment and generation below."""
 
     state: AbsolutePath = "/var/lib/pd-deploy"
     logs: AbsolutePath = "/data/log_path"
@@ -256,9 +258,9 @@ class ContainerOptions(Model):
             "/usr/bin/hccn_tool",
         )
     )
-    time_zone: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$")] = (
-        "Asia/Shanghai"
-    )
+    time_zone: Annotated[
+        str, StringConstraints(pattern=r"^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$")
+    ] = "Asia/Shanghai"
     stop_timeout: Annotated[int, Field(ge=1, le=3600)] = 60
 
 
@@ -294,7 +296,9 @@ class Deployment(Model):
     model: ModelSource
     ssh: Ssh = Ssh()
     registry: Registry = Registry()
-    hosts: Annotated[dict[Name, Annotated[HostEntry, BeforeValidator(_host_from_address)]], Field(min_length=1)]
+    hosts: Annotated[
+        dict[Name, Annotated[HostEntry, BeforeValidator(_host_from_address)]], Field(min_length=1)
+    ]
     prefill: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     decode: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     proxy: Annotated[dict[Name, ProxyEntry], Field(min_length=1, max_length=1)]
@@ -337,11 +341,13 @@ class Deployment(Model):
             levels_of[key]
             for levels_of in (self.profile_settings, self.settings)
             for key in ("all", role)
-            if key in levels_of  # type: ignore[operator]
+            if key in levels_of
         ]
         merged: Mapping[str, Any] = {}
         for level in (*levels, entry):
-            merged = documents.merge(merged, level.model_dump(include=set(Settings.model_fields), exclude_unset=True))
+            merged = documents.merge(
+                merged, level.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+            )
         return Settings.model_validate(merged)
 
 
@@ -354,7 +360,7 @@ def load(path: Path, *, image: str | None = None) -> Deployment:
     document = documents.read(path)
     if image is not None:
         document["image"] = image
-    return parse(document, source=str(path))
+    return parse(document, file=str(path))
 
 
 def parse(document: Mapping[str, Any], *, file: str = "deployment") -> Deployment:
@@ -410,8 +416,12 @@ def _found(message: str, value: object) -> str:
 def _unknown_key(location: tuple[int | str, ...]) -> str:
     known = _known_keys(location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"is not a known key; did you mean {near[0]}?" if near else (
-        f"is not a known key; known are {', '.join(known)}" if known else "is not a known key"
+    return (
+        f"is not a known key; did you mean {near[0]}?"
+        if near
+        else (
+            f"is not a known key; known are {', '.join(known)}" if known else "is not a known key"
+        )
     )
 
 

@@ -21,6 +21,7 @@
      │   ├─ EngineRefused             the Docker engine rejects a request for another reason
      │   ├─ FactsError                what a host says of itself cannot be used
      │   └─ CommandFailed             a command ran and exited with another status than 0
+     ├─ SeveralFaults             steps that ran together failed for more than one reason
      ├─ ServiceError              the hosts do as told, but the service does not come up
      │   ├─ InstanceDied              a server or the proxy ended; carries the last lines of its log
      │   ├─ NotReady                  a wait came to its end
@@ -193,6 +194,15 @@ class CommandFailed(HostError):
         self.argv = list(argv)
         self.exit_status = exit_status
         self.stderr = stderr
+
+
+class SeveralFaults(PdDeployError):
+    """Steps that ran together failed for more than one reason; `faults` has them all."""
+
+    def __init__(self, faults: Sequence[Exception]) -> None:
+        self.faults = list(faults)
+        count = f"{len(self.faults)} steps failed:"
+        super().__init__("\n- ".join([count, *map(str, self.faults)]))
 
 
 class ServiceError(PdDeployError):

@@ -70,7 +70,8 @@ def to_stop(
     member, because links between prefill and decode are made once, while loading. The proxy stops
     whenever a server does not run.
     """
-    ours, others = [], []
+    ours: list[tuple[str, ContainerState]] = []
+    others: list[tuple[str, ContainerState]] = []
     for host, states in containers.items():
         for state in states:
             mine = state.labels.get(GENERATION) == str(generation)

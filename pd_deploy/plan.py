@@ -1,4 +1,4 @@
-"""The plan: per host, exactly which containers, files and commands a generation consists of. Pure."""
+"""The plan: per host, exactly which containers, files and commands make a generation. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 from pydantic import BaseModel, ConfigDict
 
 from pd_deploy import generation as gen
-from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
 from pd_deploy.deployment import Deployment
+from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
 from pd_deploy.generation import Generation
 from pd_deploy.hosts import ContainerSpec
 from pd_deploy.topology import Topology
@@ -118,7 +118,8 @@ def _host(engine: Engine, service: Service, generation: Generation, host: str) -
         address=service.deployment.hosts[host].address,
         directories=directories,
         containers={n: _container(engine, service, generation, n) for n in names},
-        files=scripts + [
+        files=scripts
+        + [
             PlannedFile(path=path, mode="0644", content=content.decode(), stage="ranktable")
             for path, content in ranktables.items()
         ],

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pd_deploy import engines, generation, plan, topology
 from pd_deploy.barrier import Barrier
 from pd_deploy.deployment import Deployment
-from pd_deploy.engines.base import HostFacts
+from pd_deploy.engines.base import HostFacts, Layout
+from pd_deploy.errors import OutOfOrder
 from pd_deploy.hosts import ContainerState, Host, Hosts, RegistryLogin
 
 
@@ -76,6 +77,12 @@ class Rollout:
         assert parsed is not None
         return parsed
 
+    def log_directory(self, name: str) -> str:
+        """Where an instance writes its log files, on its host."""
+        paths = self.site.deployment.paths
+        layout = Layout(self.site.deployment.name, self.plan.generation, paths.state, paths.logs)
+        return layout.log_directory(name)
+
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""
         return generation.to_stop(
@@ -83,6 +90,38 @@ class Rollout:
             [instance.name for instance in self.site.topology.instances],
             {name: survey.containers for name, survey in self.surveys.items()},
         )
+
+    def to_clean_up(self) -> tuple[list[str], list[str]]:
+        """Proxies and servers, by instance name, that cleanup looks at: all that are in the file
+        or on the hosts."""
+        topology = self.site.topology
+        proxies = dict.fromkeys([topology.proxy.name])
+        servers = dict.fromkeys(i.name for i in topology.instances)
+        for survey in self.surveys.values():
+            for state in survey.containers:
+                names = proxies if state.labels[generation.ROLE] == "proxy" else servers
+                names.setdefault(state.labels[generation.INSTANCE])
+        return list(proxies), list(servers)
+
+    def to_restart(self) -> tuple[list[str], list[str]]:
+        """Proxies and servers that must stop before the servers can start as one set.
+
+        Raises:
+            OutOfOrder: another generation still runs.
+        """
+        others = [
+            state.name
+            for _, state in self.stopping()
+            if state.labels[generation.GENERATION] != self.plan.generation
+        ]
+        if others:
+            raise OutOfOrder(
+                f"expected no other generation to run, found {', '.join(others)}",
+                hint="run the stage `cleanup` first",
+            )
+        names = {state.labels[generation.INSTANCE] for _, state in self.stopping()}
+        proxy = self.site.topology.proxy.name
+        return sorted(names & {proxy}), sorted(names - {proxy})
 
     def present(self, name: str) -> ContainerState | None:
         """The generation's container of an instance, as the survey saw it."""

@@ -1,11 +1,14 @@
-"""Reading what is: facts of a host, its devices' addresses, the image behind a tag. Changes nothing."""
+"""Reading what is: facts of a host, its devices' addresses, the image behind a tag.
+
+Changes nothing.
+"""
 
 import asyncio
 from dataclasses import dataclass
 
 from pd_deploy import generation, ranktable
 from pd_deploy.errors import FactsError, ImageNotFound
-from pd_deploy.rollout import Site, Survey
+from pd_deploy.rollout import Rollout, Site, Survey
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,22 @@ class ResolvedImage:
 
     reference: str
     exact: str
+
+
+async def look(site: Site) -> Rollout:
+    """Reads everything a plan needs, on all hosts at once."""
+    names = list(site.deployment.hosts)
+    image, surveys, addresses = await asyncio.gather(
+        resolve_image(site),
+        asyncio.gather(*(survey(site, name) for name in names)),
+        asyncio.gather(*(device_addresses(site, name) for name in names)),
+    )
+    return Rollout(
+        site,
+        {one.host: one for one in surveys},
+        {one.host: one.of_device for one in addresses},
+        image.exact,
+    )
 
 
 async def survey(site: Site, name: str) -> Survey:
@@ -94,7 +113,10 @@ async def _present_everywhere(site: Site, reference: str) -> ResolvedImage:
     found = await asyncio.gather(
         *(site.host(name).engine.image(reference) for name in site.deployment.hosts)
     )
-    ids = {name: image.id if image else None for name, image in zip(site.deployment.hosts, found, strict=True)}
+    ids = {
+        name: image.id if image else None
+        for name, image in zip(site.deployment.hosts, found, strict=True)
+    }
     if len(set(ids.values())) == 1 and (only := next(iter(ids.values()))):
         return ResolvedImage(reference, only)
     seen = ", ".join(f"{name}: {image or 'none'}" for name, image in ids.items())

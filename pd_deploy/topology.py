@@ -108,8 +108,7 @@ def build(deployment: Deployment) -> Topology:
 def _derive(deployment: Deployment) -> Topology:
     (proxy_name, proxy), *_ = deployment.proxy.items()
     prefill = tuple(
-        _instance(deployment, "prefill", name, rank)
-        for rank, name in enumerate(deployment.prefill)
+        _instance(deployment, "prefill", name, rank) for rank, name in enumerate(deployment.prefill)
     )
     decode = tuple(
         _instance(deployment, "decode", name, rank) for rank, name in enumerate(deployment.decode)
@@ -166,7 +165,8 @@ def _shared_addresses(deployment: Deployment) -> Iterator[Problem]:
         if entry.address in seen:
             yield Problem(
                 f"hosts.{name}",
-                f"expected an address of its own, found {entry.address}, which is {seen[entry.address]}'s",
+                f"expected an address of its own, found {entry.address}, "
+                f"which host {seen[entry.address]} has",
             )
         seen.setdefault(entry.address, name)
 
@@ -174,7 +174,9 @@ def _shared_addresses(deployment: Deployment) -> Iterator[Problem]:
 def _shared_devices(topology: Topology) -> Iterator[Problem]:
     holder: dict[tuple[str, int], str] = {}
     for instance in topology.instances:
-        taken = {d: holder[instance.host, d] for d in instance.devices if (instance.host, d) in holder}
+        taken = {
+            d: holder[instance.host, d] for d in instance.devices if (instance.host, d) in holder
+        }
         for other in sorted(set(taken.values())):
             devices = ", ".join(str(d) for d, name in taken.items() if name == other)
             yield Problem(
@@ -192,7 +194,9 @@ def _shared_ports(topology: Topology) -> Iterator[Problem]:
         for purpose, port in instance.ports.items():
             place = (instance.host, port)
             if port > 65535:
-                yield Problem("ports", f"{purpose} port of {instance.name} would be {port}, above 65535")
+                yield Problem(
+                    "ports", f"{purpose} port of {instance.name} would be {port}, above 65535"
+                )
             if place in holder:
                 yield Problem(
                     f"{instance.role}.{instance.name}",

@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
-from prefect import Task, TaskRun, task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
-from prefect.states import State
 
 from pd_deploy.errors import is_transient
 from pd_deploy.report import Report
@@ -33,17 +33,16 @@ def step(run_name: str) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., A
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             begin = time.monotonic()
             result = await function(*args, **kwargs)
-            return _timed(result, time.monotonic() - begin)
+            return cast(R, _timed(result, time.monotonic() - begin))
 
         return task(
-            run,
             task_run_name=run_name,
             retries=len(RETRY_DELAYS_S),
             retry_delay_seconds=list(RETRY_DELAYS_S),
             retry_condition_fn=_worth_a_retry,
             cache_policy=NO_CACHE,
             persist_result=False,
-        )
+        )(run)
 
     return decorate
 

@@ -1,8 +1,8 @@
 """Read what a plan needs to know of a host."""
 
 from pd_deploy import survey as reading
-from pd_deploy.rollout import Site
-from pd_deploy.survey import Addresses, Survey
+from pd_deploy.rollout import Site, Survey
+from pd_deploy.survey import Addresses
 from tasks.step import step
 
 

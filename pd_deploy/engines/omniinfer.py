@@ -36,8 +36,8 @@ def container(service: Service, name: str) -> ContainerSpec:
     return ContainerSpec(
         name=f"{prefix}_{name}_{service.layout.generation}",
         image=service.image,
-        entrypoint=["bash"],
-        command=[service.layout.start_script(name)],
+        entrypoint=("bash",),
+        command=(service.layout.start_script(name),),
         environment=_container_environment(service, name),
         mounts=_mounts(service),
         devices=_devices(service, instance),
@@ -122,7 +122,7 @@ def _container_environment(service: Service, name: str) -> dict[str, str]:
     return environment
 
 
-def _mounts(service: Service) -> list[Mount]:
+def _mounts(service: Service) -> tuple[Mount, ...]:
     deployment, layout = service.deployment, service.layout
     zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
     mounts = [
@@ -137,14 +137,14 @@ def _mounts(service: Service) -> list[Mount]:
     tarball = service.topology.proxy.entry.nginx_tarball
     if tarball:
         mounts += [Mount(source=tarball, target=tarball, read_only=True)]
-    return [*mounts, Mount(source=zone, target="/etc/localtime", read_only=True)]
+    return (*mounts, Mount(source=zone, target="/etc/localtime", read_only=True))
 
 
-def _devices(service: Service, instance: Instance | None) -> list[str]:
+def _devices(service: Service, instance: Instance | None) -> tuple[str, ...]:
     options = service.deployment.container
     if options.privileged or instance is None:
-        return list(options.devices)
-    return [*options.devices, *(f"/dev/davinci{device}" for device in instance.devices)]
+        return options.devices
+    return (*options.devices, *(f"/dev/davinci{device}" for device in instance.devices))
 
 
 def _merged_path(service: Service) -> str:
@@ -310,10 +310,10 @@ fi
 unset http_proxy https_proxy
 cd {code}/omniinfer/tools/scripts || exit 1
 proxy=({shlex.join(command(service, service.topology.proxy.name))})
-tested=$(mktemp -d)
-"${{proxy[@]}}" --dry-run --nginx-conf-file "$tested/nginx.conf" || exit 1
-sed -i -E "s|listen +{port}[^;]*;|listen unix:$tested/socket;|" "$tested/nginx.conf"
-nginx -t -c "$tested/nginx.conf" || exit 1
+"${{proxy[@]}}" --dry-run || exit 1
+conf=/usr/local/nginx/conf/nginx.conf
+sed -E "s|listen +{port}[^;]*;|listen unix:/tmp/pd-deploy-$$.sock;|" $conf >$conf.tested
+nginx -t -c $conf.tested || exit 1
 trap 'opened=1' USR1
 echo {shlex.quote(PREPARED)}
 while [ -z "$opened" ]; do sleep infinity & wait $!; kill $!; done
@@ -336,7 +336,8 @@ def _fetch_nginx(service: Service) -> str:
 
 
 def _title(service: Service, name: str) -> str:
-    return f"# {name} of {service.deployment.name}, generation {service.layout.generation}; written by pd-deploy"
+    deployment, generation = service.deployment.name, service.layout.generation
+    return f"# {name} of {deployment}, generation {generation}; written by pd-deploy"
 
 
 def _exports(environment: Mapping[str, str]) -> str:

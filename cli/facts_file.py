@@ -1,0 +1,72 @@
+"""Planning offline: what the hosts would say, from a file."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pd_deploy import engines, plan, topology
+from pd_deploy.deployment import Deployment, problems_of
+from pd_deploy.engines.base import HostFacts
+from pd_deploy.errors import InvalidInput, Problem
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FactsOfHost(_Strict):
+    """What one host would say."""
+
+    interface: str
+    device_addresses: dict[int, str] = {}
+
+
+class FactsFile(_Strict):
+    """What the hosts and the registry would say."""
+
+    hosts: dict[str, FactsOfHost]
+    image: str | None = Field(default=None, description="By digest; else the file's reference.")
+    generations: list[str] = Field(default=[], description="Generations already on the hosts.")
+
+
+def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
+    """The plan from a facts file.
+
+    Raises:
+        InvalidInput: the facts file is wrong, or lacks hosts or devices.
+    """
+    facts = _read(path)
+    placed = topology.build(deployment)
+    missing = [
+        Problem(f"hosts.{host}", "is missing")
+        for host in deployment.hosts
+        if host not in facts.hosts
+    ]
+    missing += [
+        Problem(f"hosts.{i.host}.device_addresses.{device}", f"is missing; {i.name} uses it")
+        for i in placed.instances
+        if i.host in facts.hosts
+        for device in i.devices
+        if device not in facts.hosts[i.host].device_addresses
+    ]
+    if missing:
+        raise InvalidInput(missing, source=str(path))
+    return plan.make(
+        deployment,
+        placed,
+        engines.get(deployment.engine),
+        facts={n: HostFacts(f.interface, f.device_addresses) for n, f in facts.hosts.items()},
+        image=facts.image or deployment.image_reference,
+        generations=facts.generations,
+    )
+
+
+def _read(path: Path) -> FactsFile:
+    try:
+        return FactsFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InvalidInput(
+            [Problem("", f"cannot be read: {error.strerror}")], source=str(path)
+        ) from error
+    except ValidationError as error:
+        raise InvalidInput(problems_of(error), source=str(path)) from error

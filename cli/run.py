@@ -1,0 +1,74 @@
+"""Running the flow here, and following a run elsewhere."""
+
+import asyncio
+from collections.abc import Iterable
+from datetime import datetime
+from uuid import UUID
+
+import typer
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State, TaskRun
+
+from flows.deploy import deploy as flow
+
+POLL_INTERVAL_S = 0.5
+MAX_TASKS = 200
+_MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
+
+
+def deploy(file: str, *, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
+    """Runs the flow in this process; 0 when it completed, 1 when it failed."""
+    return asyncio.run(_deploy(file, image, stages, dry_run))
+
+
+def follow(flow_run: str) -> int:
+    """Prints a run's steps as they happen; 0 when it completed, 1 otherwise."""
+    return asyncio.run(_follow(UUID(flow_run)))
+
+
+async def _deploy(file: str, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
+    return _last_word(
+        await flow(file=file, image=image, stages=stages, dry_run=dry_run, return_state=True)
+    )
+
+
+async def _follow(flow_run: UUID) -> int:
+    chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
+    shown: set[tuple[UUID, UUID]] = set()
+    async with get_client() as client:
+        while True:
+            run = await client.read_flow_run(flow_run)
+            _show(await client.read_task_runs(flow_run_filter=chosen, limit=MAX_TASKS), shown)
+            if run.state and run.state.is_final():
+                return _last_word(run.state)
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> None:
+    """Prints what has changed since the last look, oldest first."""
+    changed = [
+        (task.state.timestamp, task)
+        for task in tasks
+        if task.state and (task.id, task.state.id) not in shown
+    ]
+    for when, task in sorted(changed, key=lambda pair: pair[0]):
+        assert task.state is not None
+        shown.add((task.id, task.state.id))
+        if task.state.type.value in _MARKS:
+            typer.echo(_line(when, task, task.state))
+
+
+def _line(when: datetime, task: TaskRun, state: State[object]) -> str:
+    mark = _MARKS[state.type.value]
+    line = f"{when.astimezone():%H:%M:%S} {mark} {task.name}"
+    if state.is_completed():
+        line += f"  {task.total_run_time.total_seconds():.1f} s"
+    elif not state.is_running():
+        line += f"  {state.name}: {state.message}"
+    return line
+
+
+def _last_word(state: State[object]) -> int:
+    typer.echo(f"{state.name}: {state.message}", err=not state.is_completed())
+    return 0 if state.is_completed() else 1

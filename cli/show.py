@@ -1,0 +1,89 @@
+"""What the command prints for people."""
+
+from collections.abc import Sequence
+
+from pd_deploy.deployment import Deployment
+from pd_deploy.plan import HostPlan, Plan
+from pd_deploy.topology import Topology
+
+
+def topology(deployment: Deployment, placed: Topology) -> str:
+    """A deployment as a table of instances."""
+    rows = [("instance", "role", "host", "address", "devices", "master", "zmq")]
+    rows += [
+        (
+            i.name,
+            i.role,
+            i.host,
+            i.server,
+            i.device_list,
+            str(i.master_port),
+            str(i.zmq_port),
+        )
+        for i in placed.instances
+    ]
+    proxy = placed.proxy
+    rows += [(proxy.name, "proxy", proxy.host, f"{proxy.address}:{proxy.port}", "", "", "")]
+    return "\n".join(
+        [
+            f"{deployment.name}: {len(placed.prefill)} prefill + {len(placed.decode)} decode, "
+            f"{deployment.engine}, profile {deployment.profile}",
+            f"image {deployment.image_reference}",
+            "",
+            *table(rows),
+            "",
+            "The file is right. Next: pd-deploy plan FILE",
+        ]
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines with aligned columns; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def plan(made: Plan) -> str:
+    """A plan, host by host."""
+    lines = [f"{made.deployment}: generation {made.generation}", f"image {made.image}"]
+    for name, host in made.hosts.items():
+        lines += ["", f"== host {name} ({host.address})", *_host(host)]
+    return "\n".join(lines)
+
+
+def _host(host: HostPlan) -> list[str]:
+    lines = [f"directory {path}" for path in host.directories]
+    for name, spec in host.containers.items():
+        lines += ["", f"-- container {spec.name} ({name})"]
+        settings = spec.model_dump(exclude={"name"}, exclude_defaults=True)
+        for key, value in settings.items():
+            lines += _setting(key, value)
+    for command in host.commands:
+        lines += ["", f"-- {command.instance} runs", "   " + " ".join(map(_word, command.argv))]
+        lines += [f"   {key}={value}" for key, value in command.environment.items()]
+    for file in host.files:
+        lines += ["", f"-- file {file.path} (mode {file.mode}, stage {file.stage})"]
+        lines += [f"   | {line}" for line in file.content.splitlines()]
+    return lines
+
+
+def _setting(key: str, value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [f"   {key}:", *(f"     {k}={v}" for k, v in value.items())]
+    if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        return [f"   {key}:", *(f"     {_mount(one)}" for one in value)]
+    if isinstance(value, list | tuple):
+        return [f"   {key}: {' '.join(map(str, value))}"]
+    return [f"   {key}: {value}"]
+
+
+def _mount(mount: dict[str, object]) -> str:
+    mode = " (read only)" if mount.get("read_only") else ""
+    return f"{mount['source']} → {mount['target']}{mode}"
+
+
+def _word(word: str) -> str:
+    return repr(word) if " " in word else word

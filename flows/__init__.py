@@ -1,0 +1,1 @@
+"""The runbooks: which step follows which."""

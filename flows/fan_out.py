@@ -1,0 +1,49 @@
+"""Running steps together, and what happens when some of them fail."""
+
+import asyncio
+from collections.abc import Awaitable, Iterable
+from typing import TypeVar
+
+from pd_deploy.barrier import Barrier
+from pd_deploy.errors import Abandoned, SeveralFaults
+
+T = TypeVar("T")
+
+
+async def fan_out(barrier: Barrier, steps: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of steps that run together, in their order.
+
+    When one fails, the others that wait for something give up; all of them have ended before this
+    raises.
+
+    Raises:
+        Exception: the one fault, if there is only one.
+        SeveralFaults: several.
+    """
+    results = await asyncio.gather(*(_guarded(barrier, s) for s in steps), return_exceptions=True)
+    faults = [fault for result in results for fault in _faults(result)]
+    causes = [fault for fault in faults if not isinstance(fault, Abandoned)] or faults[:1]
+    causes = list({str(cause): cause for cause in causes}.values())
+    if len(causes) == 1:
+        raise causes[0]
+    if causes:
+        raise SeveralFaults(causes)
+    return [result for result in results if not isinstance(result, BaseException)]
+
+
+async def _guarded(barrier: Barrier, step: Awaitable[T]) -> T:
+    try:
+        return await step
+    except Exception as error:
+        barrier.fail(str(error).splitlines()[0])
+        raise
+
+
+def _faults(result: object) -> list[Exception]:
+    if isinstance(result, SeveralFaults):
+        return result.faults
+    if isinstance(result, Exception):
+        return [result]
+    if isinstance(result, BaseException):
+        raise result
+    return []

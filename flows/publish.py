@@ -1,0 +1,151 @@
+"""What a run shows in the UI: log lines, a report and a table under stable keys, its last word."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prefect import State, runtime
+from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from pd_deploy import actions
+from pd_deploy.probes import Completion
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout
+
+
+def run_name() -> str:
+    """A flow run's name: the deployment file and the time, in the order of history."""
+    parameters = runtime.flow_run.parameters
+    started = runtime.flow_run.scheduled_start_time
+    what = "dry run" if parameters.get("dry_run") else "-".join(parameters.get("stages") or [])
+    words = [Path(parameters["file"]).stem, what, f"{started:%m-%d %H:%M:%S}"]
+    return " ".join(word for word in words if word)
+
+
+def found(rollout: Rollout) -> None:
+    """Logs what the run works on."""
+    plan = rollout.plan
+    get_run_logger().info(
+        "%s: generation %s of %s on %s",
+        plan.deployment,
+        plan.generation,
+        plan.image,
+        ", ".join(f"{name} ({host.address})" for name, host in plan.hosts.items()),
+    )
+
+
+async def dry_run(file: str, rollout: Rollout, stages: Sequence[str]) -> State[None]:
+    """Shows per host what the stages would do."""
+    listed = actions.planned(rollout, stages)
+    for action in listed:
+        get_run_logger().info("would do on %s", action)
+    await acreate_markdown_artifact(
+        key=f"{_key(file)}-dry-run",
+        markdown=actions.as_markdown(rollout.plan, listed),
+        description=f"What a run of {file} would do",
+    )
+    return Completed(message=f"Dry run: {len(listed)} changes; nothing was touched")
+
+
+async def success(
+    file: str, rollout: Rollout, reports: Iterable[Report], completion: Completion | None
+) -> State[None]:
+    """Publishes the report of a run that went well; returns the run's last word."""
+    reports = list(reports)
+    changed = sum(report.changed for report in reports)
+    what = f"{changed} steps changed something" if changed else "nothing to do, nothing changed"
+    message = f"generation {rollout.plan.generation}: {what}"
+    if completion:
+        message += f"; serves at {completion.url}"
+        get_run_logger().info("smoke test: %r → %r", completion.prompt, completion.text)
+    await _publish(file, rollout, f"**{message}**", reports, completion)
+    return Completed(message=message[0].upper() + message[1:])
+
+
+async def failure(
+    file: str, rollout: Rollout, error: BaseException, stopped: Sequence[str]
+) -> None:
+    """Publishes why a run failed, and what was stopped because of it."""
+    reason = str(error) or type(error).__name__
+    if stopped:
+        get_run_logger().warning(
+            "stopped %s again; containers and logs are kept", ", ".join(stopped)
+        )
+    await _publish(file, rollout, f"**Failed:**\n\n```\n{reason}\n```", [], None)
+
+
+async def _publish(
+    file: str,
+    rollout: Rollout,
+    headline: str,
+    reports: Sequence[Report],
+    completion: Completion | None,
+) -> None:
+    await acreate_markdown_artifact(
+        key=f"{_key(file)}-report",
+        markdown=_report(rollout, headline, reports, completion),
+        description=f"Last run of {file}",
+    )
+    await acreate_table_artifact(
+        key=f"{_key(file)}-instances",
+        table=_instances(rollout),
+        description=f"Instances of {file}",
+    )
+
+
+def _report(
+    rollout: Rollout, headline: str, reports: Sequence[Report], completion: Completion | None
+) -> str:
+    lines = [f"# {rollout.plan.deployment}", "", headline, ""]
+    lines += [f"Generation `{rollout.plan.generation}`, image `{rollout.plan.image}`", ""]
+    if completion:
+        lines += [
+            f"Completion through `{completion.url}` in {completion.seconds:.2f} s:",
+            "",
+            f"> {completion.prompt}",
+            "",
+            *(f"> {line}" for line in completion.text.strip().splitlines()),
+            "",
+        ]
+    if reports:
+        lines += ["| step | of | changed | what | s |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {r.step} | {r.subject} | {'yes' if r.changed else ''} | {r.detail} "
+            f"| {r.seconds:.1f} |"
+            for r in reports
+        ]
+    return "\n".join(lines)
+
+
+def _instances(rollout: Rollout) -> list[dict[str, str]]:
+    topology = rollout.site.topology
+    rows = [
+        {
+            "instance": i.name,
+            "role": i.role,
+            "host": i.host,
+            "address": i.server,
+            "devices": i.device_list,
+            "container": rollout.plan.container(i.name).name,
+        }
+        for i in topology.instances
+    ]
+    proxy = topology.proxy
+    return [
+        *rows,
+        {
+            "instance": proxy.name,
+            "role": "proxy",
+            "host": proxy.host,
+            "address": f"{proxy.address}:{proxy.port}",
+            "devices": "",
+            "container": rollout.plan.container(proxy.name).name,
+        },
+    ]
+
+
+def _key(file: str) -> str:
+    """Artifact keys take small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", Path(file).stem.lower()).strip("-") or "deployment"
