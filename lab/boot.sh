@@ -53,6 +53,8 @@ set_up_network() {
     ip link set lo up
     if [ -z "$GATEWAY" ]; then
         ip link add eth0 type bridge
+        # Of its own: otherwise it changes with every cable, and neighbours remember the old one.
+        ip link set dev eth0 address "$(od -An -N5 -tx1 /dev/urandom | sed 's/^/02/; s/ /:/g')"
     fi
     ip address add "$ADDRESS" dev eth0
     ip link set eth0 up

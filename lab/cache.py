@@ -30,6 +30,10 @@ HOST_PACKAGES = (
     "tini",
     "tzdata",
 )
+# What nobody reads on a simulated host costs time to unpack, there and at every image pull.
+SLIM = tuple(
+    f"--dpkgopt=path-exclude=/usr/share/{unread}/*" for unread in ("doc", "info", "locale", "man")
+)
 # A locked password (!) would also shut out keys, because sshd runs without PAM; `*` does not.
 # Host keys are each host's own.
 HOST_SETUP = """
@@ -61,8 +65,8 @@ def prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached
 
 
 def _prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached:
-    root = CACHE / f"root-{_key(SUITE, *HOST_PACKAGES, HOST_SETUP)}"
-    base = CACHE / f"base-{_key(SUITE, *image_packages)}"
+    root = CACHE / f"root-{_key(SUITE, *SLIM, *HOST_PACKAGES, HOST_SETUP)}"
+    base = CACHE / f"base-{_key(SUITE, *SLIM, *image_packages)}"
     missing = [part for part in (root, base) if not part.exists()]
     if missing:
         with _work_directory() as work:
@@ -72,10 +76,10 @@ def _prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cache
             if root in missing:
                 say(f"making the hosts' root file system ({len(HOST_PACKAGES)} packages)")
                 hook = f'--customize-hook=sh {setup} "$1"'
-                bootstraps.append(_Bootstrap(work / "root", HOST_PACKAGES, hook))
+                bootstraps.append(_Bootstrap(work / "root", "minbase", HOST_PACKAGES, hook))
             if base in missing:
                 say(f"making the image's base ({len(image_packages)} packages)")
-                bootstraps.append(_Bootstrap(work / "base.tar", image_packages))
+                bootstraps.append(_Bootstrap(work / "base.tar", "essential", image_packages))
             _finish(bootstraps)
             if root in missing:
                 (work / "root").rename(root)
@@ -103,14 +107,14 @@ def purge() -> bool:
 class _Bootstrap:
     """One running mmdebstrap."""
 
-    def __init__(self, target: Path, packages: Sequence[str], *options: str) -> None:
+    def __init__(self, target: Path, variant: str, packages: Sequence[str], *options: str) -> None:
         self.target = target
         self.log = CACHE / f"{target.name}.log"
-        command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(packages)}"]
+        command = ["mmdebstrap", f"--variant={variant}", f"--include={','.join(packages)}"]
         with self.log.open("w") as log:
             # The death signal: an `up` that is killed must not leave a bootstrap running.
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", *command, *options, SUITE, str(target)],
+                ["setpriv", "--pdeathsig", "TERM", *command, *SLIM, *options, SUITE, str(target)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,6 +1,7 @@
 """`pd-deploy lab`: two simulated hosts to try pd-deploy on."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lab import cache
+from lab.box import INSIDE_ENVIRONMENT
 from lab.errors import LabError
 from lab.host import LabHost
 from lab.lifecycle import DEFAULT_NAME, DEFAULT_SUBNET, Lab, take_down
@@ -83,7 +85,8 @@ def exec_(
     """Run a command inside a host as root, without SSH: `lab exec a -- docker ps`."""
     with _plain_errors():
         argv = _host(name, host).box.command(command)
-    sys.exit(subprocess.call(argv))
+    environment = {**INSIDE_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb")}
+    sys.exit(subprocess.call(argv, env=environment))
 
 
 @app.command()

@@ -6,11 +6,10 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 
-import asyncssh
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -31,6 +30,9 @@ REGISTRY_PORT = 5000
 REPOSITORY = "omni-ci/daily_omniinfer"
 TAG = "20250722_26"
 IMAGE_LINKS = {"usr/local/bin/python": "/usr/bin/python3"}
+# Images of this age carry no nginx; one variant of the stand-in is like them.
+TAG_WITHOUT_NGINX = f"{TAG}-nonginx"
+NGINX_PATHS = ("usr/sbin/nginx", "usr/lib/nginx", "usr/share/nginx", "etc/nginx")
 CGROUPS = Path("/sys/fs/cgroup")
 
 Say = Callable[[str], None]
@@ -137,7 +139,7 @@ class Lab(BaseModel):
         """Holds the password of the user deployer."""
         return self.directory / "deployer.password"
 
-    @cached_property
+    @property
     def image(self) -> str:
         """Full name of the stand-in image."""
         return f"{self.registry}/{REPOSITORY}:{TAG}"
@@ -297,7 +299,10 @@ def _push_images(lab: Lab, cached: cache.Cached) -> dict[str, str]:
     repository = images.Repository(lab.registry, REPOSITORY)
     tree = images.tar_directory(STANDIN / "image", IMAGE_LINKS)
     digest = images.push_image(repository, TAG, cached.base, cached.base_blob, tree)
-    return {lab.image: digest}
+    no_nginx = images.tar_files(dict.fromkeys(NGINX_PATHS))
+    without = images.push_variant(repository, TAG, TAG_WITHOUT_NGINX, no_nginx)
+    name = f"{lab.registry}/{REPOSITORY}"
+    return {f"{name}:{TAG}": digest, f"{name}:{TAG_WITHOUT_NGINX}": without}
 
 
 def _running(name: str) -> Lab | None:
@@ -315,7 +320,8 @@ def _remove(name: str) -> list[str]:
     removed = [f"{name}-{box.name}" for box in boxes if kill_recorded(box)]
     if boxes and network.unplug_machine(name):
         removed.append(f"network interface {name}")
-    removed += [f"control group {group}" for group in _remove_cgroups(name)]
+    if _remove_cgroups(name):
+        removed.append(f"control groups {_cgroup(name)}")
     if remove_tree(directory):
         removed.append(str(directory))
     if STATE.exists() and not any(STATE.iterdir()):
@@ -323,12 +329,12 @@ def _remove(name: str) -> list[str]:
     return removed
 
 
-def _remove_cgroups(name: str) -> list[str]:
+def _remove_cgroups(name: str) -> bool:
     """Control groups outlive the engine that made them when it is killed."""
     tops = [*CGROUPS.glob(_cgroup(name)), *CGROUPS.glob(f"*/{_cgroup(name)}")]
     for top in tops:
         wait_until(f"control group {top} to be empty", partial(_rmdirs, top), timeout=10)
-    return [str(top) for top in tops]
+    return bool(tops)
 
 
 def _rmdirs(top: Path) -> bool:
@@ -362,6 +368,9 @@ def _image_packages() -> list[str]:
 
 
 def _new_key(comment: str) -> seed.KeyPair:
+    # Takes long to load and only a new lab needs it.
+    import asyncssh  # noqa: PLC0415
+
     key = asyncssh.generate_private_key("ssh-ed25519", comment)
     return seed.KeyPair(
         private=key.export_private_key().decode(), public=key.export_public_key().decode()

@@ -1,0 +1,23 @@
+"""A lab of the tests' own, beside whatever other lab runs on this machine."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from lab import Lab
+from lab.lifecycle import take_down
+
+NAME = "pdtest"
+SUBNET = "10.78.0.0/24"
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """A running lab, taken down after the last test whatever happened."""
+    if os.geteuid() != 0:
+        pytest.fail("the lab's tests make namespaces and mounts: run them as root", pytrace=False)
+    try:
+        yield Lab.up(NAME, SUBNET)
+    finally:
+        take_down(NAME)

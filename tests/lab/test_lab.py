@@ -1,0 +1,377 @@
+"""The lab itself: two hosts like real ones, that come and go without a trace."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncssh
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from lab import Lab, LabError, LabHost, cache
+from lab.cli import app
+from lab.lifecycle import CGROUPS, STATE, take_down
+from lab.system import wait_until
+
+OTHER = "pdtest-2"
+OTHER_SUBNET = "10.79.0.0/24"
+
+
+async def on(lab: Lab, host: str, command: str, **login: object) -> asyncssh.SSHCompletedProcess:
+    login = {"username": "root", "client_keys": [str(lab.ssh_key)], **login}
+    async with asyncssh.connect(
+        lab.hosts[host].address, known_hosts=str(lab.known_hosts), **login
+    ) as connection:
+        return await connection.run(command)
+
+
+def container(lab: Lab, host: LabHost, *command: str) -> str:
+    argv = ["docker", "run", "--rm", "--net", "host", "--init", lab.image, *command]
+    return host.run(argv).stdout
+
+
+@pytest.fixture
+def other_lab(lab: Lab) -> Iterator[Lab]:
+    """A second lab, for tests that break it."""
+    try:
+        yield Lab.up(OTHER, OTHER_SUBNET)
+    finally:
+        take_down(OTHER)
+
+
+def traces(name: str) -> list[str]:
+    """Whatever of a lab the machine still has."""
+    processes = [
+        f"process {process.name}"
+        for process in Path("/proc").glob("[0-9]*")
+        if mentions(process, str(STATE / name))
+    ]
+    links = json.loads(subprocess.check_output(["ip", "-json", "link", "show"]))
+    interfaces = [f"interface {link['ifname']}" for link in links if name in link["ifname"]]
+    groups = [str(group) for group in CGROUPS.glob(f"**/pd-deploy-lab-{name}")]
+    directories = [str(STATE / name)] if (STATE / name).exists() else []
+    return [*processes, *interfaces, *groups, *directories]
+
+
+def mentions(process: Path, directory: str) -> bool:
+    """Whether a process lives in a mount namespace that has mounts from a lab's directory."""
+    try:
+        return f"{directory}/" in (process / "mountinfo").read_text()
+    except OSError:
+        return False
+
+
+def firewall() -> str:
+    """The machine's packet filter as far as its tools are installed, and its forwarding."""
+    forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text()
+    try:
+        return forwarding + subprocess.check_output(["iptables-save"], text=True)
+    except FileNotFoundError:
+        return forwarding
+
+
+@pytest.mark.parametrize("user", ["root", "deployer", "nodocker"])
+@pytest.mark.parametrize("host", ["a", "b"])
+async def test_every_user_logs_in_with_the_labs_key(lab: Lab, host: str, user: str) -> None:
+    result = await on(lab, host, "whoami; hostname", username=user)
+    assert result.stdout == f"{user}\n{lab.name}-{host}\n"
+
+
+async def test_the_password_lets_deployer_in_and_another_one_does_not(lab: Lab) -> None:
+    password = lab.password_file.read_text()
+    result = await on(lab, "a", "whoami", username="deployer", client_keys=[], password=password)
+    assert result.stdout == "deployer\n"
+    with pytest.raises(asyncssh.PermissionDenied):
+        await on(lab, "a", "true", username="deployer", client_keys=[], password="wrong")
+
+
+async def test_only_members_of_the_group_docker_use_the_engine(lab: Lab) -> None:
+    allowed = await on(lab, "b", "docker ps", username="deployer")
+    refused = await on(lab, "b", "docker ps", username="nodocker")
+    assert (allowed.exit_status, refused.exit_status) == (0, 1)
+    assert "permission denied" in str(refused.stderr)
+
+
+async def test_sftp_works(lab: Lab, tmp_path: Path) -> None:
+    host = lab.hosts["a"]
+    async with (
+        asyncssh.connect(
+            host.address,
+            username="root",
+            client_keys=[str(lab.ssh_key)],
+            known_hosts=str(lab.known_hosts),
+        ) as connection,
+        connection.start_sftp_client() as sftp,
+    ):
+        await sftp.get("/etc/hccn.conf", tmp_path)
+    assert (tmp_path / "hccn.conf").read_text() == host.run(["cat", "/etc/hccn.conf"]).stdout
+
+
+def test_secrets_are_readable_by_root_only(lab: Lab) -> None:
+    assert lab.directory.stat().st_mode & 0o777 == 0o700
+    for secret in (lab.ssh_key, lab.password_file, lab.directory / "lab.json"):
+        assert secret.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_containers_run_in_their_hosts_network(lab: Lab, name: str) -> None:
+    host = lab.hosts[name]
+    assert container(lab, host, "hostname", "-I").split() == [host.address]
+
+
+def test_containers_of_one_host_are_unknown_to_the_other(lab: Lab) -> None:
+    a, b = lab.hosts["a"], lab.hosts["b"]
+    a.run(["docker", "run", "-d", "--name", "lonely", "--net", "host", lab.image, "sleep", "99"])
+    try:
+        assert (a.containers(), b.containers()) == (1, 0)
+    finally:
+        a.run(["docker", "rm", "-f", "lonely"])
+
+
+def test_each_npu_host_has_its_devices_and_their_addresses(lab: Lab) -> None:
+    for number, host in ((11, lab.hosts["a"]), (12, lab.hosts["b"])):
+        devices = host.run(["sh", "-c", "ls -d /dev/davinci[0-9]*"]).stdout.split()
+        assert len(devices) == 16
+        conf = host.run(["cat", "/etc/hccn.conf"]).stdout.splitlines()
+        assert f"address_15=192.168.{number}.115" in conf
+        assert "netmask_15=255.255.255.0" in conf
+
+
+def test_a_device_can_be_given_to_a_container(lab: Lab) -> None:
+    argv = ["docker", "run", "--rm", "--net", "host", "--device", "/dev/davinci3"]
+    listed = lab.hosts["a"].run([*argv, lab.image, "sh", "-c", "ls /dev/davinci*"]).stdout
+    assert listed.split() == ["/dev/davinci3"]
+
+
+def test_hosts_see_their_own_files_only(lab: Lab) -> None:
+    a, b = lab.hosts["a"], lab.hosts["b"]
+    a.run(["sh", "-c", "echo a >/data/mark; echo a >/tmp/mark"])
+    for path in ("/data/mark", "/tmp/mark"):
+        assert b.run(["test", "-e", path], check=False).returncode == 1
+        assert not Path(path).exists()
+
+
+def test_hosts_reach_each_other_and_nothing_outside(lab: Lab) -> None:
+    a, b = lab.hosts["a"], lab.hosts["b"]
+    a.run(["ping", "-c1", "-W2", b.address])
+    a.run(["ping", "-c1", "-W2", lab.machine_address])
+    # 192.0.2.0/24 is reserved for documentation: whoever answers, it is not the network.
+    outside = a.run(["ping", "-c1", "-W1", "192.0.2.1"], check=False)
+    assert outside.returncode == 1
+    machine = next(
+        info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+    )
+    assert a.run(["ping", "-c1", "-W1", machine], check=False).returncode != 0 or (
+        machine.startswith("127.")
+    )
+
+
+def test_a_variant_differs_in_its_files_only(lab: Lab) -> None:
+    digest = lab.push_variant(
+        "variant", {"/opt/say": "#!/bin/sh\necho variant\n", "/usr/bin/python3": None}
+    )
+    image = f"{lab.image.rpartition(':')[0]}@{digest}"
+    run = ["docker", "run", "--rm", "--net", "host", image]
+    assert lab.hosts["a"].run([*run, "/opt/say"]).stdout == "variant\n"
+    assert lab.hosts["a"].run([*run, "python3"], check=False).returncode == 127
+    assert lab.push_variant("again", {"/opt/say": "x"}) == lab.push_variant(
+        "and-again", {"/opt/say": "x"}
+    )
+
+
+def test_one_variant_has_no_nginx(lab: Lab) -> None:
+    host = lab.hosts["b"]
+    argv = ["docker", "run", "--rm", "--net", "host"]
+    which = ["sh", "-c", "command -v nginx"]
+    assert host.run([*argv, lab.image, *which]).stdout == "/usr/sbin/nginx\n"
+    assert host.run([*argv, f"{lab.image}-nonginx", *which], check=False).returncode == 127
+
+
+def test_a_host_runs_this_checkout_with_this_python(lab: Lab) -> None:
+    script = "import prefect, lab, socket; print(lab.__file__, socket.gethostname())"
+    root = Path(__file__).parents[2]
+    env = {"PYTHONPATH": str(root)}
+    output = lab.hosts["a"].run([sys.executable, "-c", script], env=env).stdout
+    assert output.split() == [str(root / "lab" / "__init__.py"), f"{lab.name}-a"]
+    written = lab.hosts["a"].run(["touch", str(root / "mark")], check=False)
+    assert "Read-only file system" in written.stderr
+
+
+def test_a_cut_host_lives_on_unreached(lab: Lab) -> None:
+    host = lab.hosts["b"]
+    host.cut()
+    try:
+        assert not host.ssh_answers()
+        assert host.engine_answers()
+    finally:
+        host.mend()
+    wait_until("b to be back", host.ssh_answers, timeout=5)
+
+
+def test_engine_and_sshd_stop_and_start(lab: Lab) -> None:
+    host = lab.hosts["b"]
+    host.stop_engine()
+    assert not host.engine_answers()
+    host.start_engine()
+    host.stop_sshd()
+    assert not host.ssh_answers()
+    host.start_sshd()
+    assert lab.healthy()
+
+
+def test_ending_a_started_command_ends_it_in_the_host(lab: Lab) -> None:
+    host = lab.hosts["a"]
+    command = host.popen(["sleep", "4711"])
+    find = ["pgrep", "-f", "^sleep 4711"]
+    wait_until("it to run", lambda: host.run(find, check=False).returncode == 0, timeout=5)
+    command.kill()
+    command.communicate()
+    wait_until("it to end", lambda: host.run(find, check=False).returncode == 1, timeout=5)
+
+
+def test_a_power_failure_ends_everything_and_the_disk_stays(lab: Lab) -> None:
+    host = lab.hosts["b"]
+    host.run(["docker", "run", "-d", "--name", "victim", "--net", "host", lab.image, "sleep", "99"])
+    host.run(["sh", "-c", "echo kept >/data/kept"])
+    host.power_off()
+    assert not any(mentions(p, str(host.box.directory)) for p in Path("/proc").glob("[0-9]*"))
+    assert not host.ssh_answers()
+    with pytest.raises(LabError, match="off"):
+        host.run(["true"])
+    host.power_on()
+    assert host.run(["cat", "/data/kept"]).stdout == "kept\n"
+    state = host.run(["docker", "inspect", "-f", "{{.State.Running}}", "victim"]).stdout
+    assert state == "false\n"
+    host.run(["docker", "rm", "victim"])
+
+
+def test_up_finds_a_running_lab_at_once(lab: Lab) -> None:
+    pids = [host.init_pid for host in lab.hosts.values()]
+    began = time.monotonic()
+    again = Lab.up(lab.name, str(lab.subnet))
+    assert time.monotonic() - began < 1
+    assert [host.init_pid for host in again.hosts.values()] == pids
+
+
+def test_up_replaces_a_lab_whose_host_died(other_lab: Lab) -> None:
+    os.kill(other_lab.hosts["a"].init_pid, signal.SIGKILL)
+    again = Lab.up(OTHER, OTHER_SUBNET)
+    assert again.healthy()
+    assert container(again, again.hosts["a"], "hostname", "-I").split() == ["10.79.0.11"]
+
+
+def test_up_after_a_killed_up(lab: Lab) -> None:
+    script = f"from lab import Lab; Lab.up({OTHER!r}, {OTHER_SUBNET!r}, say=print)"
+    root = Path(__file__).parents[2]
+    first = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.DEVNULL)
+    try:
+        booted = STATE / OTHER / "b" / "init.json"
+        wait_until("host b to boot", booted.exists, timeout=20)
+        first.kill()
+        first.wait()
+        assert not (STATE / OTHER / "lab.json").exists()
+        assert Lab.up(OTHER, OTHER_SUBNET).healthy()
+    finally:
+        first.kill()
+        take_down(OTHER)
+    assert traces(OTHER) == []
+
+
+def test_an_interrupted_up_leaves_nothing(lab: Lab) -> None:
+    def interrupt(step: str) -> None:
+        if "SSH" in step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Lab.up(OTHER, OTHER_SUBNET, say=interrupt)
+    assert traces(OTHER) == []
+
+
+def test_down_leaves_nothing(lab: Lab) -> None:
+    before = firewall()
+    other = Lab.up(OTHER, OTHER_SUBNET)
+    run = ["docker", "run", "-d", "--net", "host", "--init", other.image, "sleep", "99"]
+    other.hosts["a"].run(run)
+    assert traces(OTHER) != []
+    removed = other.down()
+    assert removed[:3] == [f"{OTHER}-a", f"{OTHER}-b", f"{OTHER}-switch"]
+    assert traces(OTHER) == []
+    assert firewall() == before
+    assert lab.healthy()
+    assert cache.CACHE.exists()
+    assert take_down(OTHER) == []
+
+
+def test_a_taken_subnet_is_refused(lab: Lab) -> None:
+    with pytest.raises(LabError, match=f"overlaps .* on interface {lab.name}: .*--subnet"):
+        Lab.up(OTHER, str(lab.subnet))
+    assert traces(OTHER) == []
+
+
+def test_a_taken_interface_name_is_refused(lab: Lab) -> None:
+    subprocess.run(["ip", "link", "add", OTHER, "type", "bridge"], check=True)
+    try:
+        with pytest.raises(LabError, match=f"{OTHER} exists and is not this lab's"):
+            Lab.up(OTHER, OTHER_SUBNET)
+        # What is not the lab's also survives its removal.
+        take_down(OTHER)
+        assert traces(OTHER) == [f"interface {OTHER}"]
+    finally:
+        subprocess.run(["ip", "link", "delete", OTHER], check=True)
+
+
+@pytest.mark.parametrize("name", ["", "Lab", "../x", "a-name-too-long-for-a-link"])
+def test_a_bad_name_is_refused(name: str) -> None:
+    with pytest.raises(LabError, match="lab name"):
+        Lab.up(name, OTHER_SUBNET)
+
+
+@pytest.mark.parametrize("subnet", ["10.79.0.0", "10.79.0.1/24", "10.79.0.0/30", "fd00::/64"])
+def test_a_bad_subnet_is_refused(subnet: str) -> None:
+    with pytest.raises(LabError, match="subnet"):
+        Lab.up(OTHER, subnet)
+
+
+def test_status_tells_what_is_up(lab: Lab) -> None:
+    lab.hosts["b"].stop_sshd()
+    try:
+        result = CliRunner().invoke(app, ["status", "--name", lab.name, "--json"])
+    finally:
+        lab.hosts["b"].start_sshd()
+    rows = json.loads(result.output)
+    assert [(row["host"], row["ssh"], row["engine"]) for row in rows] == [
+        ("a", True, True),
+        ("b", False, True),
+    ]
+
+
+def test_exec_runs_in_the_host_and_returns_its_exit_code(lab: Lab) -> None:
+    command = [sys.executable, "-c", "from lab.cli import app; app()", "exec", "--name", lab.name]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, "a", "--", "sh", "-c", "hostname; exit 3"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, f"{lab.name}-a\n")
+
+
+def test_a_command_for_an_unknown_lab_or_host_says_what_to_do(lab: Lab) -> None:
+    no_lab = CliRunner().invoke(app, ["status", "--name", "nowhere"])
+    assert (no_lab.exit_code, "`lab up`" in no_lab.output) == (1, True)
+    no_host = CliRunner().invoke(app, ["cut", "c", "--name", lab.name])
+    assert (no_host.exit_code, "choose one of a, b" in no_host.output) == (1, True)
+
+
+def test_the_registry_is_the_labs_own(lab: Lab) -> None:
+    tags = httpx.get(f"http://{lab.registry}/v2/omni-ci/daily_omniinfer/tags/list").json()["tags"]
+    assert {"20250722_26", "20250722_26-nonginx"} <= set(tags)
