@@ -1,7 +1,8 @@
 #!/bin/sh
 # Turns the fresh namespaces it is started in into one simulated host, as their process 1.
-# In:  LOWER (read-only layers of its root), BOX (its directory), ADDRESS (with prefix length),
-#      GATEWAY (empty on the switch itself), HOST (its name), SHARED (paths, one a line).
+# In:  LOWER (read-only layers of its root), BOX (its directory), HOST (its name), ADDRESS (with
+#      prefix length), HARDWARE_ADDRESS, GATEWAY (empty on the switch itself), SHARED (paths, one
+#      a line), DEVICES (names of its NPU devices).
 # Says its process id as the machine sees it, waits for one line (its network link is plugged
 # in), says "ready". End of input instead of that line: the starter died, so does this.
 set -eu
@@ -53,9 +54,8 @@ set_up_network() {
     ip link set lo up
     if [ -z "$GATEWAY" ]; then
         ip link add eth0 type bridge
-        # Of its own: otherwise it changes with every cable, and neighbours remember the old one.
-        ip link set dev eth0 address "$(od -An -N5 -tx1 /dev/urandom | sed 's/^/02/; s/ /:/g')"
     fi
+    ip link set dev eth0 address "$HARDWARE_ADDRESS"
     ip address add "$ADDRESS" dev eth0
     ip link set eth0 up
     if [ -n "$GATEWAY" ]; then

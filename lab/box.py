@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import IO
 
@@ -161,6 +162,7 @@ class Box(BaseModel):
             "HOST": self.name,
             "LOWER": ":".join(str(layer) for layer in self.layers),
             "ADDRESS": self.address,
+            "HARDWARE_ADDRESS": hardware_address(self.address),
             "GATEWAY": self.gateway,
             "SHARED": "\n".join(str(path) for path in self.shared),
             "DEVICES": " ".join(self.devices),
@@ -205,6 +207,14 @@ class Starting:
     def _failed(self) -> LabError:
         said = (self._box.directory / "boot.log").read_text().strip()
         return LabError(f"{self._box.name} did not start: {said or 'no message'}")
+
+
+def hardware_address(address: str) -> str:
+    """The MAC address that belongs to an IPv4 address (with prefix length).
+
+    A box keeps it from one boot to the next, as a real host does: its neighbours remember it.
+    """
+    return ":".join(["02", "00", *(f"{byte:02x}" for byte in IPv4Interface(address).packed)])
 
 
 def recorded_init(directory: Path) -> Init | None:

@@ -101,7 +101,7 @@ class LabHost(BaseModel):
         starting = self.box.start()
         # After a power failure the kernel takes a moment to remove the old cable.
         wait_until(f"the old cable of {self.name} to go", self._cable_gone, timeout=10)
-        network.plug_in_host(self.name, starting.pid, self.address, self.switch)
+        network.plug_in_host(self.name, starting.pid, self.switch)
         starting.go_on()
 
     def start_sshd(self) -> None:

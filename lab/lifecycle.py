@@ -76,6 +76,8 @@ class Lab(BaseModel):
     ) -> "Lab":
         """Start a lab, or find it running; remains of a broken one are removed first.
 
+        In a running lab cut cables are mended and changed stand-in images pushed.
+
         Args:
             subnet: hosts get .11 and .12 of it, the registry .1, the machine the last address.
             share: paths of the machine that the hosts see, read-only, at the same places; by
@@ -93,7 +95,7 @@ class Lab(BaseModel):
             running = _running(name)
             if running is not None and running.subnet == wanted:
                 say(f"lab {name} is up already")
-                return running
+                return _refresh(running, say)
             if running is not None:
                 raise LabError(
                     f"lab {name} is up on {running.subnet}, not {wanted}: "
@@ -306,11 +308,26 @@ def _push_images(lab: Lab, cached: cache.Cached) -> dict[str, str]:
 
 
 def _running(name: str) -> Lab | None:
+    """The lab of this name if it works, a cable that was cut plugged in again."""
     try:
         lab = Lab.load(name)
+        for host in lab.hosts.values():
+            host.mend()
+        wait_until(f"lab {name} to answer", lab.healthy, timeout=3)
     except LabError:
         return None
-    return lab if lab.healthy() else None
+    return lab
+
+
+def _refresh(lab: Lab, say: Say) -> Lab:
+    """Push the stand-in images again if their files changed since the lab's start."""
+    pushed = _push_images(lab, cache.prepare(_image_packages(), say))
+    if pushed == lab.images:
+        return lab
+    say("stand-in images changed and were pushed anew")
+    lab = lab.model_copy(update={"images": pushed})
+    _write_secret(lab.directory / "lab.json", lab.model_dump_json(indent=1))
+    return lab
 
 
 def _remove(name: str) -> list[str]:

@@ -6,7 +6,7 @@ setting or Docker engine of the machine concerns the lab's traffic, and no traff
 
 import contextlib
 import json
-from ipaddress import IPv4Address, IPv4Network, ip_network
+from ipaddress import IPv4Network, ip_network
 
 from lab.box import Box
 from lab.errors import LabError
@@ -53,18 +53,9 @@ def check_free(link: str, subnet: IPv4Network) -> None:
             )
 
 
-def hardware_address(address: str) -> str:
-    """The MAC address that belongs to an IPv4 address.
-
-    A box keeps it from one boot to the next, as a real host does: its neighbours remember it.
-    """
-    return ":".join(["02", "00", *(f"{byte:02x}" for byte in IPv4Address(address).packed)])
-
-
-def plug_in_host(cable: str, host_pid: int, address: str, switch: Box) -> None:
+def plug_in_host(cable: str, host_pid: int, switch: Box) -> None:
     """Connect a host's eth0 to the switch's bridge; there the cable's end is named ``cable``."""
-    hardware = hardware_address(address)
-    in_host = ["peer", "name", "eth0", "address", hardware, "netns", str(host_pid)]
+    in_host = ["peer", "name", "eth0", "netns", str(host_pid)]
     at_switch = ["name", cable, "netns", str(switch.init_pid)]
     run(["ip", "link", "add", *at_switch, "type", "veth", *in_host])
     in_switch(switch, "ip", "link", "set", "dev", cable, "master", "eth0", "up")
