@@ -1,14 +1,15 @@
 """Starts stand-in instances as plain processes: simulated hosts are loopback addresses."""
 
 import contextlib
+import http.client
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
+import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 
 STANDIN = Path(__file__).parent
 LAUNCHER = STANDIN / "image/workspace/omniinfer/tools/scripts/start_api_servers.py"
-BIN = STANDIN / "image/usr/local/Ascend/latest/bin"
+VLLM = STANDIN / "image/usr/local/Ascend/latest/bin/vllm"
+PYTHON = str(Path(sys.executable).resolve())  # without a virtual environment: starts faster
 DEVICES_PER_INSTANCE = 8
 TIMEOUT_SECONDS = 15.0
 
@@ -49,12 +51,12 @@ class Instance:
 
     def start(self) -> None:
         """Start the launcher."""
-        argv = ["python3", str(LAUNCHER), *self.extra]
+        argv = [PYTHON, "-S", str(LAUNCHER), *self.extra]  # no site-packages: starts faster
         for flag, value in {**self.args, "--kv-transfer-config": json.dumps(self.kv)}.items():
             argv += [flag, value]
         environment = {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PATH": f"{self.root.parent / 'bin'}:{os.environ['PATH']}",
+            "PYTHONPYCACHEPREFIX": str(self.root.parent.parent / "pycache"),
             **self.env,
         }
         with (self.root / f"{self.name}.launcher.log").open("wb") as log:
@@ -79,8 +81,9 @@ class Instance:
         os.kill(pid, signal.SIGKILL)
 
     def log(self) -> str:
-        """The server's log."""
-        return (Path(self.args["--log-dir"]) / "server_0.log").read_text()
+        """The server's log; empty before its start."""
+        file = Path(self.args["--log-dir"]) / "server_0.log"
+        return file.read_text() if file.exists() else ""
 
     def launcher_log(self) -> str:
         """The launcher's log."""
@@ -95,14 +98,13 @@ class Instance:
     def request(self, path: str, body: Any = None, **headers: str) -> Answer:
         """Send a GET, or a POST if there is a body."""
         data = None if body is None else json.dumps(body).encode()
-        url = f"http://{self.host}:{self.api_port}{path}"
         names = {key.replace("_", "-"): value for key, value in headers.items()}
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | names)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-                return Answer(answer.status, answer.read().decode())
-        except urllib.error.HTTPError as error:
-            return Answer(error.code, error.read().decode())
+        connection = http.client.HTTPConnection(self.host, self.api_port, timeout=TIMEOUT_SECONDS)
+        with contextlib.closing(connection):
+            method = "GET" if data is None else "POST"
+            connection.request(method, path, data, {"Content-Type": "application/json"} | names)
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.read().decode())
 
     def refuses_connections(self) -> bool:
         """Whether nothing listens on the API port."""
@@ -134,16 +136,17 @@ class Instance:
 class StandinSet:
     """A set of instances with its ranktables, by default all on two loopback hosts."""
 
-    def __init__(self, directory: Path, prefills: int, run: int) -> None:
+    def __init__(self, directory: Path, prefills: int) -> None:
         self.directory = directory
         self.prefills = prefills
-        # An own loopback network per set: other runs on this machine have other addresses.
-        self._network = f"127.{1 + run % 250}.{1 + run // 250 % 250}"
-        self._npu_prefix = f"standin-test-{os.getpid()}-{run}"
+        # An own loopback network per set, so that sets that run at the same time do not meet.
+        self._network = f"127.{1 + secrets.randbelow(250)}.{secrets.randbelow(250)}"
+        self._npu_prefix = f"standin-{secrets.token_hex(4)}"
         self._ports = _free_ports(3 * (prefills + 1))
         model = directory / "model"
         model.mkdir(parents=True)
         (model / "config.json").write_text("{}")
+        _write_script(directory / "bin/vllm", f'exec {PYTHON} -S {VLLM} "$@"')
         names = [*(f"p{i}" for i in range(prefills)), "d0"]
         self.places = {name: divmod(slot, 2) for slot, name in enumerate(names)}
         for host in {host for host, _ in self.places.values()}:
@@ -252,9 +255,7 @@ class StandinSet:
             "kv_parallel_size": self.prefills + 1,
         }
         extra = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
-        return Instance(
-            name, self.address(host), self.root(host), api_port, env, args, kv, extra
-        )
+        return Instance(name, self.address(host), self.root(host), api_port, env, args, kv, extra)
 
     def _env(self, name: str, role: str) -> dict[str, str]:
         host, _ = self.places[name]
@@ -285,6 +286,12 @@ class StandinSet:
         }
 
 
+def _write_script(path: Path, command: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{command}\n")
+    path.chmod(0o755)
+
+
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -306,9 +313,9 @@ _HEAD = {"version": "1.0", "status": "completed"}
 
 
 @contextlib.contextmanager
-def standin_set(directory: Path, prefills: int, run: int) -> Iterator[StandinSet]:
+def standin_set(directory: Path, prefills: int) -> Iterator[StandinSet]:
     """A set that is stopped at the end."""
-    instances = StandinSet(directory, prefills, run)
+    instances = StandinSet(directory, prefills)
     try:
         yield instances
     finally:

@@ -1,10 +1,11 @@
 #!/bin/bash
-# Stand-in for the proxy's build (contract 5.1): needs the unpacked nginx sources beside it and
-# installs below /usr/local/nginx what the image's remove-nginx took away.
+# Stand-in for the proxy's build (contract 5.1): needs the unpacked nginx sources beside it.
+# "Compiles" what the image's variant without nginx keeps below /usr/libexec/standin.
 set -eu
 
 ROOT=${STANDIN_ROOT:-}
-KEPT=$ROOT/usr/libexec/standin/nginx-install
+KEPT=$ROOT/usr/libexec/standin
+PREFIX=$ROOT/usr/local/nginx
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 sources=$here/nginx-${NGINX_VERSION:-1.24.0}
 
@@ -15,13 +16,15 @@ fail() {
 
 [ -z "${http_proxy:-}${https_proxy:-}" ] || fail "http_proxy or https_proxy is set: unset both first"
 [ -d "$sources" ] || fail "$sources does not exist: unpack the nginx sources there first"
-if [ -x "$ROOT/usr/local/nginx/nginx" ]; then
-    echo "build.sh: /usr/local/nginx/nginx is there already"
+if [ -x "$PREFIX/nginx" ]; then
+    echo "build.sh: $PREFIX/nginx is there already"
     exit 0
 fi
-[ -d "$KEPT" ] || fail "nothing to build from: this image was not made by remove-nginx"
+[ -f "$KEPT/nginx" ] || fail "$KEPT/nginx does not exist: this image cannot build nginx"
 echo "build.sh: compiling $(basename "$sources") with nine modules"
-sleep 1  # models the compiler
-mkdir -p "$ROOT/usr/local/nginx"
-cp -a "$KEPT/." "$ROOT/usr/local/nginx/"
-echo "build.sh: installed /usr/local/nginx/nginx"
+sleep 1 # models the compiler
+mkdir -p "$PREFIX/conf" "$PREFIX/modules"
+cp "$KEPT/pd_handover.lua" "$PREFIX/modules/"
+# Copies, so that the directory can be kept and used in another container.
+install -m 755 "$KEPT/nginx" "$PREFIX/nginx"
+echo "build.sh: installed $PREFIX/nginx"
