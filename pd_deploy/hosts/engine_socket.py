@@ -94,10 +94,9 @@ class EngineSocket:
     async def _dialled(self) -> AsyncIterator[Stream]:
         link = self._link_with_room()
         command = shlex.join(["docker", "-H", f"unix://{self._path}", "system", "dial-stdio"])
-        async with link.slot():
-            process = await link.open(
-                lambda connection: connection.create_process(command, encoding=None)
-            )
+        async with link.session(
+            lambda connection: connection.create_process(command, encoding=None)
+        ) as process:
             try:
                 yield process.stdout, process.stdin
                 # Its status comes after the end of its output.
@@ -119,9 +118,8 @@ class EngineSocket:
     async def _diagnose(self) -> None:
         """Raises what is wrong with the engine; returns if it answers on the host itself."""
         command = shlex.join(["sh", "-c", DIAGNOSE, "sh", self._path])
-        async with self._link.slot():
-            result = await self._link.open(lambda connection: connection.run(command))
-        verdict = str(result.stdout or "").strip()
+        async with self._link.session(lambda connection: connection.run(command)) as result:
+            verdict = str(result.stdout or "").strip()
         if verdict != "up":
             raise self._error(verdict)
 

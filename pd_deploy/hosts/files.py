@@ -5,7 +5,7 @@ import contextlib
 import posixpath
 import secrets
 import stat
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -225,15 +225,6 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-@contextlib.asynccontextmanager
-async def sftp_session(sftp: asyncssh.SFTPClient, where: str) -> AsyncIterator[Files]:
-    """The files of a host for as long as the SFTP session lasts."""
-    try:
-        yield Files(sftp, where)
-    finally:
-        sftp.exit()
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -15,7 +15,7 @@ from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, TimedOut
 from pd_deploy.hosts.engine import Engine
 from pd_deploy.hosts.engine_socket import EngineSocket
 from pd_deploy.hosts.facts import Facts
-from pd_deploy.hosts.files import File, Files, sftp_error, sftp_session
+from pd_deploy.hosts.files import File, Files, sftp_error
 from pd_deploy.hosts.link import Link
 from pd_deploy.hosts.login import HostKeys, Login
 from pd_deploy.hosts.tunnel import Stream, Tunnel
@@ -103,8 +103,7 @@ class Host:
         """
         data = input.encode() if isinstance(input, str) else input
         try:
-            async with self._link.slot(), asyncio.timeout(timeout):
-                done = await self._run(_bounded(argv, timeout), data)
+            done = await self._run(argv, data, timeout)
         except TimeoutError:
             raise TimedOut(
                 f"`{shlex.join(argv)}` did not end within {timeout:g} s",
@@ -210,26 +209,25 @@ class Host:
 
     @contextlib.asynccontextmanager
     async def _files(self) -> AsyncIterator[Files]:
-        async with self._link.slot():
-            try:
-                sftp = await self._link.open(lambda connection: connection.start_sftp_client())
-            except asyncssh.SFTPError as exc:
-                raise sftp_error(exc, "its SFTP server", self.where) from None
-            async with sftp_session(sftp, self.where) as files:
-                yield files
-
-    async def _run(self, command: str, data: bytes | None) -> Completed:
-        stdin = asyncssh.PIPE if data else asyncssh.DEVNULL
-        process = await self._link.open(
-            lambda connection: connection.create_process(command, encoding=None, stdin=stdin)
-        )
         try:
-            stdout, stderr = await process.communicate(data)
-        finally:
-            if process.returncode is None:
-                _kill(process)
+            async with self._link.session(lambda link: link.start_sftp_client()) as sftp, sftp:
+                yield Files(sftp, self.where)
+        except asyncssh.SFTPError as exc:
+            raise sftp_error(exc, "its SFTP server", self.where) from None
+
+    async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> Completed:
+        command = _bounded(argv, timeout)
+        stdin = asyncssh.PIPE if data else asyncssh.DEVNULL
+        async with self._link.session(
+            lambda link: link.create_process(command, encoding=None, stdin=stdin)
+        ) as process:
+            try:
+                async with asyncio.timeout(timeout):
+                    stdout, stderr = await process.communicate(data)
+            finally:
+                process.close()
         if process.returncode is None:
-            raise self._link.dropped(f"the connection was lost while `{command}` ran")
+            raise self._link.dropped(f"the connection was lost while `{shlex.join(argv)}` ran")
         return Completed(process.returncode, _text(stdout), _text(stderr))
 
     def _failed(self, argv: Sequence[str], done: Completed) -> HostError:
@@ -287,12 +285,6 @@ def _bounded(argv: Sequence[str], timeout: float) -> str:
     sshd lets a command run on when its connection is lost, and passes no signals on for root.
     """
     return shlex.join(["timeout", "-k", "5", f"{timeout + 1:.1f}", *argv])
-
-
-def _kill(process: "asyncssh.SSHClientProcess[bytes]") -> None:
-    with contextlib.suppress(OSError, asyncssh.Error):
-        process.kill()
-    process.close()
 
 
 def _text(output: bytes | str | None) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ MAX_SESSIONS = 8
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_COUNT = 3
 CLOSE_TIMEOUT_S = 5.0
+SESSION_PATIENCE_S = 5.0
+SESSION_POLL_S = 0.02
 
 
 class Link:
@@ -57,10 +60,12 @@ class Link:
         return self._slots.locked()
 
     @contextlib.asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Holds one of the connection's sessions."""
+    async def session(
+        self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
+    ) -> AsyncIterator[T]:
+        """Starts a session as `open` does and holds one of the connection's slots for it."""
         async with self._slots:
-            yield
+            yield await self._open_session(start)
 
     async def open(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
         """Starts something on the connection.
@@ -103,6 +108,19 @@ class Link:
                 connection.abort()
             if isinstance(exc, asyncio.CancelledError):
                 raise
+
+    async def _open_session(
+        self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
+    ) -> T:
+        # sshd counts a session for a moment after it has confirmed its end.
+        deadline = time.monotonic() + SESSION_PATIENCE_S
+        while True:
+            try:
+                return await self.open(start)
+            except SessionRefused:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(SESSION_POLL_S)
 
     async def _start(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
         connection = await self._connection()
@@ -160,7 +178,9 @@ class Link:
                 **options,
             )
         except (asyncssh.Error, OSError, ValueError) as exc:
-            raise self._cannot_connect(exc, f"{address}:{options['port']}") from None
+            raise self._cannot_connect(
+                exc, f"{address}:{options.get('port', self._login.port)}"
+            ) from None
 
     def _cannot_connect(self, exc: Exception, target: str) -> PdDeployError:
         login = self._login
@@ -168,9 +188,9 @@ class Link:
             return self._keys.error(exc.reason)
         if isinstance(exc, asyncssh.PermissionDenied) or "authentication failures" in str(exc):
             return AuthenticationFailed(
-                f"{target} does not let user {login.user} in; tried {login.offers}",
+                f"{target} does not let user {login.who} in; tried {login.offers}",
                 host=self._where,
-                hint=_login_hint(login, f"ssh -p {login.port} {login.user}@{self._address}"),
+                hint=_login_hint(login, f"ssh -p {login.port} {login.who}@{self._address}"),
             )
         if isinstance(exc, asyncssh.KeyExchangeFailed):
             return HostError(
@@ -193,7 +213,7 @@ class _NotStarted(Exception):
 
 def _login_hint(login: Login, command: str) -> str:
     if login.private_key or not login.explicit:
-        place = f"~{login.user}/.ssh/authorized_keys"
+        place = f"~{login.who}/.ssh/authorized_keys"
         return f"the public key belongs in {place} on the host; `{command}` must work"
     return f"check user and password, and that sshd allows passwords; `{command}` must work"
 

@@ -102,7 +102,7 @@ class Login:
             return asyncssh.import_private_key(self.private_key or "", self.passphrase)
         except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as exc:
             raise AuthenticationFailed(
-                f"the private key for user {self.user} can't be read ({exc})",
+                f"the private key for user {self.who} can't be read ({exc})",
                 host=where,
                 hint="give the whole key file's text and, if it is encrypted, its passphrase",
             ) from None

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from uuid import uuid4
 
 import asyncssh
@@ -18,6 +19,7 @@ from pd_deploy.hosts import (
     File,
     Host,
     Hosts,
+    Jump,
     Login,
     Mount,
     PullProgress,
@@ -153,9 +155,10 @@ class TestCommands:
         assert (await host.run(["sh", "-c", "exit 3"], check=False)).exit_status == 3
 
     async def test_a_slow_command_times_out_and_is_ended(self, host: Host, box: LabHost) -> None:
-        with pytest.raises(errors.TimedOut, match=r"sleep 4242.*within 0\.3 s"):
-            await host.run(["sleep", "4242"], timeout=0.3)
-        until(lambda: not running(box, "sleep 4242"), "the command is gone")
+        nap = a_nap()
+        with pytest.raises(errors.TimedOut, match=rf"{' '.join(nap)}.*within 0\.3 s"):
+            await host.run(nap, timeout=0.3)
+        until(lambda: not running(box, " ".join(nap)), "the command is gone")
 
     async def test_many_calls_share_one_connection(self, host: Host, box: LabHost) -> None:
         before = connections(box)
@@ -166,6 +169,12 @@ class TestCommands:
         assert len({one.stdout for one in done}) == 1
         assert host.connects == 1
         assert connections(box) == before + 1
+
+    async def test_many_short_calls_fit_the_servers_sessions(self, host: Host) -> None:
+        calls = [host.run(["echo", str(n)]) for n in range(60)]
+        reads = [host.read_file("/etc/hostname") for _ in range(20)]
+        done, _ = await asyncio.gather(asyncio.gather(*calls), asyncio.gather(*reads))
+        assert [one.stdout for one in done] == [f"{n}\n" for n in range(60)]
 
 
 class TestLoginFaults:
@@ -218,6 +227,51 @@ class TestLoginFaults:
         host = connect(replace(login, known_hosts="", trust_on_first_use=True))
         assert (await host.run(["true"])).exit_status == 0
 
+    async def test_trust_on_first_use_is_remembered(
+        self,
+        connect: Callable[..., Host],
+        login: Login,
+        box: LabHost,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        own = replace(login, known_hosts=None)
+        with pytest.raises(errors.HostKeyMismatch, match="not known"):
+            await connect(own).run(["true"])
+        await connect(replace(own, trust_on_first_use=True)).run(["true"])
+        known = tmp_path / ".ssh" / "known_hosts"
+        assert known.read_text().startswith(f"{box.address} ssh-ed25519 ")
+        assert known.stat().st_mode & 0o777 == 0o600
+        await connect(own).run(["true"])
+
+    async def test_without_credentials_the_users_own_serve(
+        self,
+        connect: Callable[..., Host],
+        lab: Lab,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ssh = tmp_path / ".ssh"
+        ssh.mkdir(mode=0o700)
+        (ssh / "known_hosts").write_text(lab.known_hosts.read_text())
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        with pytest.raises(errors.AuthenticationFailed, match=r"keys in ~/\.ssh"):
+            await connect(Login("root")).run(["true"])
+        (ssh / "id_ed25519").write_text(lab.ssh_key.read_text())
+        (ssh / "id_ed25519").chmod(0o600)
+        assert (await connect(Login("root")).run(["true"])).exit_status == 0
+
+    async def test_through_a_jump_host(
+        self, connect: Callable[..., Host], login: Login, lab: Lab
+    ) -> None:
+        jump = lab.hosts["b"].address
+        host = connect(replace(login, jump=Jump(jump)))
+        done = await host.run(["sh", "-c", "echo $SSH_CONNECTION"])
+        assert done.stdout.startswith(f"{jump} ")
+        assert (await host.engine.info()).version
+
     async def test_unreachable(self, connect: Callable[..., Host], login: Login, lab: Lab) -> None:
         nobody = str(lab.subnet[99])
         host = connect(login, address=nobody, timeout=1)
@@ -262,9 +316,9 @@ class TestLostConnections:
     async def test_cut_and_mended(
         self, connect: Callable[..., Host], login: Login, box: LabHost
     ) -> None:
-        host = connect(login, timeout=2)
-        call = asyncio.ensure_future(host.run(["sleep", "601"], timeout=600))
-        await eventually(lambda: running(box, "sleep 601"))
+        host, nap = connect(login, timeout=2), a_nap()
+        call = asyncio.ensure_future(host.run(nap, timeout=600))
+        await eventually(lambda: running(box, " ".join(nap)))
         began = time.monotonic()
         box.cut()
         try:
@@ -286,15 +340,15 @@ class TestLostConnections:
             await host.run(["true"])
 
     async def test_hosts_close_when_cancelled(self, login: Login, box: LabHost) -> None:
-        before = connections(box)
+        before, nap = connections(box), a_nap()
 
         async def work() -> None:
             async with Hosts([Host("a", box.address, login)]) as hosts:
                 await hosts["a"].engine.info()
-                await hosts["a"].run(["sleep", "602"])
+                await hosts["a"].run(nap)
 
         task = asyncio.ensure_future(work())
-        await eventually(lambda: running(box, "sleep 602"))
+        await eventually(lambda: running(box, " ".join(nap)))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -414,6 +468,13 @@ class TestEngine:
         assert found is not None
         assert (found.id, found.digest) == (image.id, ref)
 
+    async def test_resolve_asks_the_registry_without_pulling(self, host: Host, lab: Lab) -> None:
+        tag = f"t{uuid4().hex[:8]}"
+        digest = lab.push_variant(tag, {"/etc/marker": tag})
+        ref = f"{lab.image.rpartition(':')[0]}:{tag}"
+        assert await host.engine.resolve(ref) == digest
+        assert await host.engine.image(ref) is None
+
     async def test_a_tag_keeps_the_image(self, host: Host, image: str) -> None:
         await host.engine.tag(image, "pd-deploy/kept:x")
         kept, original = await asyncio.gather(
@@ -488,6 +549,22 @@ class TestEngine:
         await asyncio.gather(host.engine.start(short), host.engine.start(long))
         assert await host.engine.wait_log(short, "never", 30) == "ended"
         assert await host.engine.wait_log(long, "never", 0.5) == "timeout"
+
+    async def test_output_of_an_earlier_run_can_be_left_out(
+        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+    ) -> None:
+        engine = host.engine
+        script = "echo run; if [ -e /tmp/ran ]; then echo again; fi; touch /tmp/ran; sleep 600"
+        id = await container("sh", "-c", script)
+        await engine.start(id)
+        assert await engine.wait_log(id, "run", 30) == "seen"
+        await engine.stop(id, deployment=OURS, timeout=1)
+        await engine.start(id)
+        since = (await engine.inspect(id)).finished_at
+        assert since is not None
+        assert await engine.wait_log(id, "again", 30, since=since) == "seen"
+        assert (await engine.logs(id, "all", since=since)).split() == ["run", "again"]
+        assert (await engine.logs(id, "all")).split() == ["run", "run", "again"]
 
     async def test_more_waits_than_sessions(
         self, host: Host, container: Callable[..., "asyncio.Future[str]"]
@@ -586,16 +663,22 @@ class TestEngineFaults:
         assert await host.engine.image(absent) is None
         with pytest.raises(errors.ImageNotFound, match="no-such-tag"):
             await host.engine.pull(absent)
+        with pytest.raises(errors.ImageNotFound, match="no-such-tag"):
+            await host.engine.resolve(absent)
         with pytest.raises(errors.ImageNotFound, match="pull the image first"):
             await host.engine.create(ContainerSpec(name="x", image=absent))
 
     async def test_registry_down(self, host: Host) -> None:
         with pytest.raises(errors.RegistryUnavailable):
             await host.engine.pull("127.0.0.1:5998/some/image:1")
+        with pytest.raises(errors.RegistryUnavailable):
+            await host.engine.resolve("127.0.0.1:5998/some/image:1")
 
     async def test_registry_wants_credentials(self, host: Host, strict_registry: str) -> None:
         with pytest.raises(errors.RegistryDenied):
             await host.engine.pull(strict_registry)
+        with pytest.raises(errors.RegistryDenied):
+            await host.engine.resolve(strict_registry)
         with pytest.raises(errors.RegistryDenied) as caught:
             await host.engine.pull(strict_registry, RegistryLogin("me", "wr0ng-one"))
         assert "wr0ng-one" not in str(caught.value)
@@ -650,6 +733,11 @@ async def eventually(condition: Callable[[], bool], seconds: float = 30) -> None
 
 def threads(name: str) -> int:
     return sum(name in thread.name for thread in threading.enumerate())
+
+
+def a_nap() -> list[str]:
+    """A long sleep unlike any other, to be found among the processes."""
+    return ["sleep", f"600.{uuid4().int % 10**9}"]
 
 
 def listening(box: LabHost, port: int) -> bool:
