@@ -106,6 +106,7 @@ def test_a_lone_restart_cannot_rejoin(pair: StandinSet) -> None:
     assert pair["d0"].exit_code() == 1
     assert "cluster 8 is linked already" in pair["d0"].log()
     assert pair["p0"].request("/health").status == 200
+    assert pair["p0"].metric("standin:links") == 0
 
 
 # Serving

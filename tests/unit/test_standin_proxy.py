@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +26,23 @@ needs_nginx = pytest.mark.skipif(
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root() -> Iterator[Path]:
     """A root directory with the image's proxy files and links to the machine's nginx."""
-    prefix = tmp_path / "usr/local/nginx"
+    with tempfile.TemporaryDirectory() as directory:
+        # nginx's workers give up root: below pytest's own directory they could read nothing.
+        Path(directory).chmod(0o755)
+        fill_root(Path(directory))
+        yield Path(directory)
+
+
+def fill_root(root: Path) -> None:
+    prefix = root / "usr/local/nginx"
     (prefix / "modules").mkdir(parents=True)
     (prefix / "nginx").symlink_to(NGINX)
     (prefix / "modules/pd_handover.lua").symlink_to(HANDOVER)
     for shared in ("usr/lib/nginx", "usr/share/lua"):
-        (tmp_path / shared).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / shared).symlink_to(f"/{shared}")
-    return tmp_path
+        (root / shared).parent.mkdir(parents=True, exist_ok=True)
+        (root / shared).symlink_to(f"/{shared}")
 
 
 def run(root: Path, *args: str, script: Path = SCRIPT, **env: str) -> Any:

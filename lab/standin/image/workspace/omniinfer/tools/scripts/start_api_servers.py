@@ -145,10 +145,12 @@ def command(args: argparse.Namespace, port: int) -> list[str]:
 def wait_for_first(servers: list[subprocess.Popen]) -> int:
     """Wait until one server has ended; the launcher's exit code, never 0."""
     # Waits for the event instead of polling each second: a death is noticed at once.
-    ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
-    rank = next(i for i, server in enumerate(servers) if server.pid == ended.si_pid)
+    ranks = {server.pid: rank for rank, server in enumerate(servers)}
+    while (pid := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid) not in ranks:
+        os.waitpid(pid, 0)  # as PID 1 of a container it inherits the orphans
+    rank = ranks[pid]
     code = servers[rank].wait()
-    log(f"server {rank} (pid {ended.si_pid}) exited with code {code}, stopping the others")
+    log(f"server {rank} (pid {pid}) exited with code {code}, stopping the others")
     return code if code > 0 else 1
 
 

@@ -107,9 +107,13 @@ def _link(
 def _announce(arguments: argparse.Namespace, env: Environment, instance: Instance) -> None:
     _log("vLLM API server version 0.9.0 (stand-in)")
     _log(f"{instance.role} {instance.name}: cluster id {instance.cluster_id}, "
-         f"devices {instance.devices}, dp rank {instance.dp_rank} of {instance.dp_size}")
+         f"devices {instance.devices}, dp rank {instance.dp_rank} of {instance.dp_size}, "
+         f"HCCL_CONNECT_TIMEOUT {instance.link_timeout:g} s")
     for name in env.unread:
         _log(f"{name} is read by nothing (contract 4.1), did you mean {RULES['unread_env'][name]}?",
+             "WARNING")
+    if "decode_gear_list" in (arguments.additional_config or {}):
+        _log("decode_gear_list is read only inside graph_model_compile_config (contract 4.6)",
              "WARNING")
     if 0 < arguments.max_num_batched_tokens < arguments.max_model_len:
         _log(f"max_num_batched_tokens {arguments.max_num_batched_tokens} < max_model_len "

@@ -54,13 +54,17 @@ class PrefillSide:
         return 0 < self._decode_servers == up
 
     def _serve_peer(self, stream: BinaryIO, connection: socket.socket) -> None:
+        linked = False
         while message := wire.receive(stream):
             if message.get("op") == "pull":
                 self._send_kv(message, connection)
-            elif message.get("op") == "poll":
-                wire.send(connection, self._polled(message))
-            else:
-                wire.send(connection, self._linked(message))
+                continue
+            answer = self._polled(message) if message.get("op") == "poll" else self._linked(message)
+            linked = linked or answer.get("status") == "ok"
+            wire.send(connection, answer)
+        if linked:
+            self._metrics.add("standin:links", -1)
+            print("ERROR lost the link with decode", flush=True)
 
     def _linked(self, hello: dict[str, Any]) -> dict[str, Any]:
         problem = self._mismatch(hello)

@@ -191,6 +191,10 @@ events {
 
 http {
     lua_package_path "$ROOT/usr/share/lua/5.1/?.lua;;";
+    # Loaded by the master, like a C module: the workers' user need not be able to read it.
+    init_by_lua_block {
+        package.loaded.pd_handover = assert(loadfile("$PREFIX/modules/pd_handover.lua"))
+    }
     access_log off;
     client_body_temp_path $PREFIX/tmp/body;
     proxy_temp_path $PREFIX/tmp/proxy;
@@ -219,7 +223,7 @@ $(upstream decode_servers "$decode_servers" "$decode_lb")
             proxy_pass http://prefill_servers;
         }
         location ~ ^/v1(/chat)?/completions\$ {
-            access_by_lua_file $PREFIX/modules/pd_handover.lua;
+            access_by_lua_block { package.loaded.pd_handover() }
             proxy_pass http://decode_servers;
         }
         location /prefill_internal {
