@@ -4,6 +4,7 @@ import fcntl
 import gzip
 import hashlib
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lab.system import clean_environment, remove_tree
 
 CACHE = Path("/var/cache/pd-deploy-lab")
 SUITE = "bookworm"
+NGINX = Path("usr/sbin/nginx")  # in the image's base
 HOST_PACKAGES = (
     "ca-certificates",
     "curl",
@@ -52,6 +54,7 @@ class Cached(BaseModel):
     root: Path
     base: Layer
     base_blob: Path
+    nginx: Path  # the base's nginx program, for the image variant without it
 
 
 def prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached:
@@ -66,7 +69,7 @@ def prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached
 
 def _prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached:
     root = CACHE / f"root-{_key(SUITE, *SLIM, *HOST_PACKAGES, HOST_SETUP)}"
-    base = CACHE / f"base-{_key(SUITE, *SLIM, *image_packages)}"
+    base = CACHE / f"base-{_key(SUITE, *SLIM, str(NGINX), *image_packages)}"
     missing = [part for part in (root, base) if not part.exists()]
     if missing:
         with _work_directory() as work:
@@ -87,7 +90,7 @@ def _prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cache
                 say("compressing the image's base")
                 _compress(work / "base.tar", work / "base").rename(base)
     layer = Layer.model_validate_json((base / "layer.json").read_bytes())
-    return Cached(root=root, base=layer, base_blob=base / "layer.tar.gz")
+    return Cached(root=root, base=layer, base_blob=base / "layer.tar.gz", nginx=base / NGINX.name)
 
 
 @contextmanager
@@ -166,6 +169,10 @@ def _compress(tar: Path, directory: Path) -> Path:
             out.write(chunk)
     with blob.open("rb") as compressed:
         digest = hashlib.file_digest(compressed, "sha256").hexdigest()
+    with tarfile.open(tar) as members:
+        nginx = members.extractfile(f"./{NGINX}")
+        assert nginx is not None, f"{NGINX} is no file in the image's base"
+        (directory / NGINX.name).write_bytes(nginx.read())
     layer = Layer(
         digest=f"sha256:{digest}",
         diff_id=f"sha256:{diff_id.hexdigest()}",

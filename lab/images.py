@@ -123,7 +123,7 @@ def tar_directory(directory: Path, links: Mapping[str, str]) -> bytes:
 def tar_files(files: Mapping[str, str | bytes | None]) -> bytes:
     """A tar of files by their path in the image; None removes a path that a layer below has.
 
-    A file whose content starts with ``#!`` is executable.
+    Scripts (``#!``) and programs (ELF) are executable.
     """
     contents = []
     for path, content in sorted(files.items()):
@@ -133,7 +133,7 @@ def tar_files(files: Mapping[str, str | bytes | None]) -> bytes:
             continue
         data = content.encode() if isinstance(content, str) else content
         entry = tarfile.TarInfo(str(relative))
-        entry.mode = 0o755 if data.startswith(b"#!") else 0o644
+        entry.mode = 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644
         contents.append((entry, data))
     return _tar(contents)
 

@@ -32,7 +32,7 @@ TAG = "20250722_26"
 IMAGE_LINKS = {"usr/local/bin/python": "/usr/bin/python3"}
 # Images of this age carry no nginx; one variant of the stand-in is like them.
 TAG_WITHOUT_NGINX = f"{TAG}-nonginx"
-NGINX_PATHS = ("usr/sbin/nginx", "usr/lib/nginx", "usr/share/nginx", "etc/nginx")
+KEPT_NGINX = "usr/libexec/standin/nginx"  # what its build script installs
 CGROUPS = Path("/sys/fs/cgroup")
 
 Say = Callable[[str], None]
@@ -93,14 +93,8 @@ class Lab(BaseModel):
         install_missing_packages(say)
         with cache.locked(name):
             running = _running(name)
-            if running is not None and running.subnet == wanted:
-                say(f"lab {name} is up already")
-                return _refresh(running, say)
             if running is not None:
-                raise LabError(
-                    f"lab {name} is up on {running.subnet}, not {wanted}: "
-                    f"`lab down` first, or choose another --name"
-                )
+                return _reuse(running, wanted, say)
             for removed in _remove(name):
                 say(f"removed remains: {removed}")
             network.check_free(name, wanted)
@@ -301,7 +295,9 @@ def _push_images(lab: Lab, cached: cache.Cached) -> dict[str, str]:
     repository = images.Repository(lab.registry, REPOSITORY)
     tree = images.tar_directory(STANDIN / "image", IMAGE_LINKS)
     digest = images.push_image(repository, TAG, cached.base, cached.base_blob, tree)
-    no_nginx = images.tar_files(dict.fromkeys(NGINX_PATHS))
+    no_nginx = images.tar_files(
+        {str(cache.NGINX): None, "usr/local/nginx": None, KEPT_NGINX: cached.nginx.read_bytes()}
+    )
     without = images.push_variant(repository, TAG, TAG_WITHOUT_NGINX, no_nginx)
     name = f"{lab.registry}/{REPOSITORY}"
     return {f"{name}:{TAG}": digest, f"{name}:{TAG_WITHOUT_NGINX}": without}
@@ -319,8 +315,14 @@ def _running(name: str) -> Lab | None:
     return lab
 
 
-def _refresh(lab: Lab, say: Say) -> Lab:
-    """Push the stand-in images again if their files changed since the lab's start."""
+def _reuse(lab: Lab, wanted: IPv4Network, say: Say) -> Lab:
+    """Keep a running lab; push the stand-in images again if their files changed since."""
+    if lab.subnet != wanted:
+        raise LabError(
+            f"lab {lab.name} is up on {lab.subnet}, not {wanted}: "
+            f"`lab down` first, or choose another --name"
+        )
+    say(f"lab {lab.name} is up already")
     pushed = _push_images(lab, cache.prepare(_image_packages(), say))
     if pushed == lab.images:
         return lab
