@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cli import facts_file, show
+from cli import credentials, facts_file, show
 from lab import cli as lab_cli
 from pd_deploy import deployment as files
 from pd_deploy import topology
@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(credentials.app, name="credentials")
 app.add_typer(lab_cli.app, name="lab")
 
 

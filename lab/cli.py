@@ -14,7 +14,7 @@ from lab import cache
 from lab.box import INSIDE_ENVIRONMENT
 from lab.errors import LabError
 from lab.host import LabHost
-from lab.lifecycle import DEFAULT_NAME, DEFAULT_SUBNET, Lab, take_down
+from lab.lifecycle import DEFAULT_NAME, DEFAULT_SUBNET, Lab, purge_cache, take_down
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +50,7 @@ def down(
     """Stop the lab and remove everything of it from this machine, but for the cache."""
     with _plain_errors():
         removed = take_down(name, say=_say)
-        if purge and cache.purge():
+        if purge and purge_cache():
             _say(f"removed {cache.CACHE}")
         elif not removed:
             _say(f"there is no lab {name}: nothing to remove")

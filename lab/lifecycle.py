@@ -183,6 +183,19 @@ def take_down(name: str, say: Say = lambda _: None) -> list[str]:
     return removed
 
 
+def purge_cache() -> bool:
+    """Delete the cache; False when there was none.
+
+    Raises:
+        LabError: a lab is left, and the cache is part of its hosts' file systems.
+    """
+    require_root()
+    if STATE.exists():
+        left = ", ".join(sorted(path.name for path in STATE.iterdir()))
+        raise LabError(f"the cache is in use: first `lab down --name` each of {left}")
+    return cache.purge()
+
+
 def default_shares() -> list[Path]:
     """This checkout and the running Python, so that a host can run them as the machine does."""
     # /usr is the host's own: the system's Python is not shared but the host's used.

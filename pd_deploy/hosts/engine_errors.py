@@ -40,6 +40,7 @@ _UNAVAILABLE = (
 )
 _BIND = re.compile(r"bind source path does not exist: (\S+)")
 _DEVICE = re.compile(r'(?:custom device "|error gathering device information.*? ")([^"]+)"')
+_GONE = re.compile(r"no such container|removal of container .* is already in progress", re.I)
 _NAME = re.compile(r'container name "/?([^"]+)" is already in use by container "?(\w{12})')
 
 
@@ -58,7 +59,7 @@ def container_error(exc: sdk.APIError, what: str, where: str) -> PdDeployError:
         )
     if "no such image" in text.lower():
         return ImageNotFound(f"{what}: {text}", host=where, hint="pull the image first")
-    if exc.status_code == 404 and "no such container" in text.lower():
+    if _GONE.search(text):
         return ContainerMissing(f"{what}: there is no such container (any more)", host=where)
     return _other(text, exc.status_code, what, where)
 

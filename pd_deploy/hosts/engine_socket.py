@@ -27,7 +27,7 @@ if ! command -v docker >/dev/null; then
   elif [ ! -w "$sock" ]; then echo denied
   else echo down; fi
 elif [ -e "$sock" ] && [ ! -w "$sock" ]; then echo denied
-elif docker -H "unix://$sock" version --format ok >/dev/null 2>&1; then echo up
+elif timeout 20 docker -H "unix://$sock" version --format ok >/dev/null 2>&1; then echo up
 else echo down; fi"""
 
 

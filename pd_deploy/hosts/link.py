@@ -48,7 +48,7 @@ class Link:
         self._login = login
         self._keys = keys
         self._connect_timeout = connect_timeout
-        self._lock = asyncio.Lock()
+        self._connecting: asyncio.Task[asyncssh.SSHClientConnection] | None = None
         self._slots = asyncio.Semaphore(MAX_SESSIONS)
         self._connections: list[asyncssh.SSHClientConnection] = []
         self._closed = False
@@ -96,6 +96,9 @@ class Link:
     async def aclose(self) -> None:
         """Closes the connection; safe to call twice and while being cancelled."""
         self._closed = True
+        if self._connecting:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
         connections, self._connections = self._connections[::-1], []
         for connection in connections:
             connection.close()
@@ -140,21 +143,24 @@ class Link:
             raise self.dropped(f"the connection was lost ({exc})") from None
 
     async def _connection(self) -> asyncssh.SSHClientConnection:
-        async with self._lock:
-            if self._closed:
-                raise HostError("is closed already", host=self._where)
-            if not self._connections or self._connections[-1].is_closed():
-                self._abandon()
-                await self._connect()
+        if self._closed:
+            raise HostError("is closed already", host=self._where)
+        if self._connections and not self._connections[-1].is_closed():
             return self._connections[-1]
+        # One attempt for all who wait, so that an unreachable host costs them one timeout.
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.ensure_future(self._connect())
+            self._connecting.add_done_callback(_retrieve)
+        return await asyncio.shield(self._connecting)
 
     def _abandon(self) -> None:
         for connection in self._connections:
             connection.abort()
         self._connections = []
 
-    async def _connect(self) -> None:
-        """Appends the jump host's connection, if any, then the host's own."""
+    async def _connect(self) -> asyncssh.SSHClientConnection:
+        """Makes the jump host's connection, if any, then the host's own."""
+        self._abandon()
         options = self._login.options(self._where) | self._keys.option()
         try:
             if jump := self._login.jump:
@@ -166,6 +172,7 @@ class Link:
             self._abandon()
             raise
         self.connects += 1
+        return self._connections[-1]
 
     async def _dial(self, address: str, options: dict[str, Any]) -> asyncssh.SSHClientConnection:
         try:
@@ -209,6 +216,12 @@ class Link:
 
 class _NotStarted(Exception):
     """The connection was dead before anything started on it."""
+
+
+def _retrieve(connecting: "asyncio.Task[asyncssh.SSHClientConnection]") -> None:
+    """Looks at the outcome, as those who waited for it may all be gone."""
+    if not connecting.cancelled():
+        connecting.exception()
 
 
 def _login_hint(login: Login, command: str) -> str:

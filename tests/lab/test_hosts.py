@@ -278,6 +278,23 @@ class TestLoginFaults:
         with pytest.raises(errors.HostUnreachable, match=f"{nobody}:22"):
             await host.run(["true"])
 
+    async def test_unreachable_costs_all_callers_one_timeout(
+        self, connect: Callable[..., Host], login: Login, lab: Lab
+    ) -> None:
+        host = connect(login, address=str(lab.subnet[99]), timeout=1)
+        began = time.monotonic()
+        calls = [host.run(["true"]) for _ in range(20)]
+        answers = await asyncio.gather(*calls, host.engine.info(), return_exceptions=True)
+        assert {type(answer) for answer in answers} == {errors.HostUnreachable}
+        assert time.monotonic() - began < 4
+
+    async def test_a_cancelled_caller_does_not_break_the_others_login(self, host: Host) -> None:
+        first, second = (asyncio.ensure_future(host.run(["echo", "x"])) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second).stdout == "x\n"
+        assert host.connects == 1
+
     async def test_refused(self, connect: Callable[..., Host], login: Login) -> None:
         with pytest.raises(errors.HostUnreachable, match=":23"):
             await connect(replace(login, port=23)).run(["true"])

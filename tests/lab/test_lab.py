@@ -407,6 +407,12 @@ def test_a_command_for_an_unknown_lab_or_host_says_what_to_do(lab: Lab) -> None:
     assert (no_host.exit_code, "choose one of a, b" in no_host.output) == (1, True)
 
 
+def test_the_cache_of_a_running_lab_is_not_purged(lab: Lab) -> None:
+    result = CliRunner().invoke(app, ["down", "--purge", "--name", OTHER])
+    assert (result.exit_code, lab.name in result.output) == (1, True)
+    assert cache.CACHE.exists()
+
+
 def test_the_registry_is_the_labs_own(lab: Lab) -> None:
     tags = httpx.get(f"http://{lab.registry}/v2/omni-ci/daily_omniinfer/tags/list").json()["tags"]
     assert {"20250722_26", "20250722_26-nonginx"} <= set(tags)

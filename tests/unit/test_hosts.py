@@ -1,6 +1,8 @@
 """What the hosts layer says and reads, without a host."""
 
 import pickle
+import subprocess
+import sys
 
 import asyncssh
 import pytest
@@ -13,6 +15,7 @@ from pd_deploy.hosts.containers import PullMeter, state_of
 from pd_deploy.hosts.engine_errors import container_error, pull_error
 from pd_deploy.hosts.facts import parse_disk_free, parse_interface, parse_listeners
 from pd_deploy.hosts.login import known_hosts_line
+from pd_deploy.hosts.threads import in_thread
 
 WHERE = "a (10.0.0.1)"
 
@@ -242,6 +245,8 @@ class TestEngineErrors:
                 "NameTaken",
             ),
             ("No such image: x:1", "ImageNotFound"),
+            ("No such container: c", "ContainerMissing"),
+            ("removal of container 1234 is already in progress", "ContainerMissing"),
             ("unable to apply caps: operation not permitted", "EngineRefused"),
         ],
     )
@@ -297,3 +302,28 @@ class TestFacts:
         assert parse_disk_free(output) == 400 * 1024
         with pytest.raises(errors.FactsError, match="df -P -k"):
             parse_disk_free("df: no", WHERE)
+
+
+class TestThreads:
+    def test_a_call_that_hangs_does_not_keep_the_process(self) -> None:
+        program = (
+            "import asyncio, time\n"
+            "from pd_deploy.hosts.threads import in_thread\n"
+            "async def main():\n"
+            "    async with asyncio.timeout(0.1):\n"
+            "        await in_thread(lambda: time.sleep(600), 'hangs')\n"
+            "asyncio.run(main())\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "TimeoutError" in done.stderr
+
+    async def test_errors_and_results_come_back(self) -> None:
+        assert await in_thread(lambda: 1, "x") == 1
+        with pytest.raises(ZeroDivisionError):
+            await in_thread(lambda: 1 // 0, "x")

@@ -1,0 +1,55 @@
+# make demo: from nothing to a verified completion.   make test: all tests.   make help: the rest.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+.PHONY: help demo demo-down test test-unit lint bench lock ready ready-dev clean
+
+help:           ## Show this.
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: ready     ## Deploy QwQ-32B's 3P1D on the lab through Prefect, and leave it up.
+	@$(BIN)/python -m demo up
+
+demo-down:      ## Remove every trace of the demo.
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo down; else echo "nothing to remove"; fi
+
+test: ready-dev ## Unit, lab and end-to-end tests.
+	@$(BIN)/pytest
+
+test-unit: ready-dev ## Only the tests that need no host.
+	@$(BIN)/pytest tests/unit
+
+lint: ready-dev ## Format, lint and type checks.
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+bench: ready    ## What the control plane itself costs, by part.
+	@$(BIN)/python -m bench
+
+lock:           ## Resolve the dependencies anew.
+	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras -o requirements.lock pyproject.toml
+	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+
+ready: check-machine $(VENV)/ready
+
+ready-dev: check-machine-for-tests $(VENV)/ready-dev
+
+.PHONY: check-machine check-machine-for-tests
+check-machine:
+	@$(PYTHON) -m demo.preconditions
+
+check-machine-for-tests:
+	@$(PYTHON) -m demo.preconditions --no-server
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	@echo "installing the locked packages into $(VENV) (about a minute the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.lock
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@

@@ -1,0 +1,76 @@
+"""Saving secrets as Prefect blocks, without a secret on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pd_deploy.errors import InvalidInput, Problem
+
+app = typer.Typer(
+    help="Save the credentials that a deployment file names, as Prefect blocks.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(help="The block's name, as the deployment file gives it.")]
+
+
+@app.command()
+def ssh(
+    name: Name,
+    private_key: Annotated[
+        Path | None, typer.Option(help="File with the private key; its content is saved.")
+    ] = None,
+    passphrase: Annotated[bool, typer.Option(help="Ask for the key's passphrase.")] = False,
+    password: Annotated[bool, typer.Option(help="Ask for the user's password.")] = False,
+    known_hosts: Annotated[
+        Path | None,
+        typer.Option(help="File with the hosts' keys, as ssh-keyscan prints them."),
+    ] = None,
+    jump_host: Annotated[str | None, typer.Option(help="Host to go through.")] = None,
+    jump_user: Annotated[str | None, typer.Option(help="User on the jump host.")] = None,
+) -> None:
+    """Save SSH credentials; passphrase and password are asked for, never given as arguments.
+
+    Example: pd-deploy credentials ssh pd-ssh --private-key ~/.ssh/id_ed25519
+    --known-hosts ~/.ssh/known_hosts
+    """
+    from blocks.ssh import SshCredentials  # noqa: PLC0415  Prefect takes seconds to import
+
+    block = SshCredentials(
+        private_key=_content("--private-key", private_key),
+        passphrase=typer.prompt("Passphrase", hide_input=True) if passphrase else None,
+        password=typer.prompt("Password", hide_input=True) if password else None,
+        known_hosts=_content("--known-hosts", known_hosts),
+        jump_host=jump_host,
+        jump_user=jump_user,
+    )
+    block.save(name, overwrite=True)
+    typer.echo(f"saved {block.get_block_type_slug()}/{name}")
+
+
+@app.command()
+def registry(
+    name: Name,
+    username: Annotated[str, typer.Option(help="User or robot account.")],
+) -> None:
+    """Save registry credentials; the password is asked for, or read from standard input.
+
+    Example: pd-deploy credentials registry pd-registry --username robot
+    """
+    from blocks.registry import RegistryCredentials  # noqa: PLC0415  as above
+
+    password = typer.prompt("Password", hide_input=True)
+    block = RegistryCredentials(username=username, password=password)
+    block.save(name, overwrite=True)
+    typer.echo(f"saved {block.get_block_type_slug()}/{name}")
+
+
+def _content(option: str, path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput([Problem(option, f"{path} cannot be read: {error}")]) from error

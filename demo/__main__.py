@@ -1,0 +1,106 @@
+"""`python -m demo up|down`: lab, Prefect server, worker, and a real deployment run.
+
+Every command that a user would type is shown before it runs.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from demo.preconditions import PORT
+from demo.processes import Processes
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / ".demo"
+BIN = Path(sys.executable).parent
+LAB = Path("/var/lib/pd-deploy-lab/pdlab")
+API = f"http://127.0.0.1:{PORT}/api"
+ENV = os.environ | {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "PREFECT_HOME": str(HOME / "prefect"),
+    "PREFECT_API_URL": API,
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "DO_NOT_TRACK": "1",
+}
+processes = Processes(HOME)
+
+
+def up() -> int:
+    """Everything up, the deployment run, its result; 0 when it completed."""
+    if not processes.running("server"):
+        host, port = "127.0.0.1", str(PORT)
+        processes.start("server", [f"{BIN}/prefect", "server", "start", "--host", host, "--port", port], ENV)
+    run("pd-deploy", "lab", "up")
+    processes.until("server", answers, 120)
+    run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite")
+    if not processes.running("worker"):
+        processes.start("worker", [f"{BIN}/prefect", "worker", "start", "--pool", "pd-pool"], ENV)
+    run("pd-deploy", "credentials", "ssh", "pd-lab-ssh", "--private-key", f"{LAB}/id_ed25519",
+        "--known-hosts", f"{LAB}/known_hosts")  # fmt: skip
+    run("prefect", "--no-prompt", "deploy", "--all")
+    output = run("prefect", "deployment", "run", "pd-deploy/lab-qwq-3p1d", quiet=True)
+    flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", output)
+    if not flow_run:
+        raise RuntimeError(f"expected the id of a flow run, found:\n{output}")
+    followed = subprocess.run(["pd-deploy", "follow", flow_run[0]], env=ENV, check=False)
+    print(f"\nLook around: http://127.0.0.1:{PORT}/runs/flow-run/{flow_run[0]}")
+    print("Again:       make demo        Remove everything: make demo-down")
+    return followed.returncode
+
+
+def down() -> int:
+    """Everything gone but the lab's cache of Debian packages."""
+    ended = processes.stop_all()
+    if ended:
+        print(f"stopped Prefect {' and '.join(ended)}")
+    run("pd-deploy", "lab", "down")
+    shutil.rmtree(HOME, ignore_errors=True)
+    return 0
+
+
+def run(*argv: str, quiet: bool = False) -> str:
+    """Shows and runs a command; returns what it printed if `quiet`."""
+    print(f"$ {shlex.join(argv)}", flush=True)
+    pipe = subprocess.PIPE if quiet else None
+    done = subprocess.run(argv, env=ENV, cwd=ROOT, stdout=pipe, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"`{shlex.join(argv)}` failed with exit code {done.returncode}")
+    return done.stdout or ""
+
+
+def answers() -> bool:
+    """Whether the Prefect server is up."""
+    try:
+        with urllib.request.urlopen(f"{API}/health", timeout=2) as answer:  # noqa: S310
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def main() -> int:
+    """The command; what a failed or interrupted start left is taken down again."""
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__)
+    parser.add_argument("verb", choices=["up", "down"])
+    if parser.parse_args().verb == "down":
+        return down()
+    fresh = not processes.running("server")
+    try:
+        return up()
+    except (RuntimeError, KeyboardInterrupt) as error:
+        print(f"demo: {str(error) or 'interrupted'}", file=sys.stderr)
+        if fresh:
+            down()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Background processes that outlive the command that started them, found again by their record."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+STOP_TIMEOUT_S = 20
+POLL_S = 0.1
+
+
+class Processes:
+    """Processes of the demo, recorded with pid and start time so that no other is ever ended."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._record = directory / "processes.json"
+
+    def running(self, name: str) -> bool:
+        """Whether the process of that name lives."""
+        pid, started = self._read().get(name, (0, ""))
+        return bool(pid) and _started(pid) == started
+
+    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        """Starts a process in a session of its own, with a log file of its name."""
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        with (self._directory / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603
+                argv,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._write(self._read() | {name: (process.pid, _started(process.pid))})
+
+    def stop_all(self) -> list[str]:
+        """Ends all of them, each with its children; returns the names of those that lived."""
+        alive = [name for name in self._read() if self.running(name)]
+        for name in reversed(alive):
+            self._stop(name)
+        self._record.unlink(missing_ok=True)
+        return alive
+
+    def until(self, name: str, condition: Callable[[], bool], timeout: float) -> None:
+        """Waits for a condition while a process lives.
+
+        Raises:
+            RuntimeError: it ended, or the time is over; with the last lines of its log.
+        """
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if not self.running(name):
+                raise RuntimeError(f"{name} ended:\n{self._tail(name)}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} not ready in {timeout:g} s:\n{self._tail(name)}")
+            time.sleep(POLL_S)
+
+    def _stop(self, name: str) -> None:
+        group = self._read()[name][0]
+        os.killpg(group, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while _group_lives(group) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        if _group_lives(group):
+            os.killpg(group, signal.SIGKILL)
+
+    def _tail(self, name: str) -> str:
+        lines = (self._directory / f"{name}.log").read_text(errors="replace").splitlines()
+        return "\n".join(f"  | {line}" for line in lines[-15:])
+
+    def _read(self) -> dict[str, tuple[int, str]]:
+        try:
+            return {k: (v[0], v[1]) for k, v in json.loads(self._record.read_text()).items()}
+        except (OSError, ValueError):
+            return {}
+
+    def _write(self, record: Mapping[str, tuple[int, str]]) -> None:
+        draft = self._record.with_suffix(".new")
+        draft.write_text(json.dumps(record))
+        draft.replace(self._record)
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks since boot; empty if it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _group_lives(group: int) -> bool:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            return True
+    return False
