@@ -64,6 +64,8 @@ class Link:
         self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
     ) -> AsyncIterator[T]:
         """Starts a session as `open` does and holds one of the connection's slots for it."""
+        # Before it queues for a slot, so that all who queue learn at once of an unreachable host.
+        await self._connection()
         async with self._slots:
             yield await self._open_session(start)
 

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -92,7 +92,7 @@ async def image(host: Host, lab: Lab) -> str:
 
 
 @pytest.fixture
-async def container(host: Host, image: str) -> AsyncIterator[Callable[..., "asyncio.Future[str]"]]:
+async def container(host: Host, image: str) -> AsyncIterator[Callable[..., Awaitable[str]]]:
     """Creates labelled containers that are removed after the test."""
 
     async def make(*command: str, **more: object) -> str:
@@ -286,7 +286,7 @@ class TestLoginFaults:
         calls = [host.run(["true"]) for _ in range(20)]
         answers = await asyncio.gather(*calls, host.engine.info(), return_exceptions=True)
         assert {type(answer) for answer in answers} == {errors.HostUnreachable}
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 1.9
 
     async def test_a_cancelled_caller_does_not_break_the_others_login(self, host: Host) -> None:
         first, second = (asyncio.ensure_future(host.run(["echo", "x"])) for _ in range(2))
@@ -502,7 +502,7 @@ class TestEngine:
         assert kept.id == original.id
 
     async def test_life_of_a_container(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         engine = host.engine
         id = await container("sh", "-c", "echo out; echo err >&2; sleep 600")
@@ -525,7 +525,7 @@ class TestEngine:
             await engine.start(id)
 
     async def test_wait_gives_the_exit_code(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container("sh", "-c", "sleep 0.5; exit 7")
         waiting = asyncio.ensure_future(host.engine.wait(id))
@@ -534,7 +534,7 @@ class TestEngine:
         assert await host.engine.wait(id) == 7
 
     async def test_wait_survives_a_reconnect(
-        self, host: Host, box: LabHost, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, box: LabHost, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container("sh", "-c", "while ! [ -e /tmp/go ]; do sleep 0.1; done; exit 7")
         await host.engine.start(id)
@@ -547,7 +547,7 @@ class TestEngine:
         assert await waiting == 7
 
     async def test_a_cancelled_wait_leaves_nothing_behind(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container()
         await host.engine.start(id)
@@ -560,7 +560,7 @@ class TestEngine:
         assert (await host.engine.inspect(id)).running
 
     async def test_wait_log_ends_with_the_container_or_in_time(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         short, long = await container("echo", "x"), await container()
         await asyncio.gather(host.engine.start(short), host.engine.start(long))
@@ -568,7 +568,7 @@ class TestEngine:
         assert await host.engine.wait_log(long, "never", 0.5) == "timeout"
 
     async def test_output_of_an_earlier_run_can_be_left_out(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         engine = host.engine
         script = "echo run; if [ -e /tmp/ran ]; then echo again; fi; touch /tmp/ran; sleep 600"
@@ -584,7 +584,7 @@ class TestEngine:
         assert (await engine.logs(id, "all")).split() == ["run", "run", "again"]
 
     async def test_more_waits_than_sessions(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container()
         await host.engine.start(id)
@@ -644,7 +644,7 @@ class TestEngineFaults:
         connect: Callable[..., Host],
         login: Login,
         no_forwarding: int,
-        container: Callable[..., "asyncio.Future[str]"],
+        container: Callable[..., Awaitable[str]],
     ) -> None:
         host = connect(replace(login, port=no_forwarding))
         assert (await host.engine.info()).version
@@ -703,7 +703,7 @@ class TestEngineFaults:
             await host.engine.pull(strict_registry, RegistryLogin("me", "open-sesame"))
 
     async def test_missing_mount_source(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         mounts = (Mount(source="/no/such/model", target="/model"),)
         with pytest.raises(errors.FileMissing) as caught:
@@ -712,22 +712,20 @@ class TestEngineFaults:
         assert await host.facts.missing_paths(["/no/such/model"])
 
     async def test_missing_device(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container("true", devices=("/dev/davinci99",))
         with pytest.raises(errors.FileMissing) as caught:
             await host.engine.start(id)
         assert caught.value.path == "/dev/davinci99"
 
-    async def test_name_taken(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
-    ) -> None:
+    async def test_name_taken(self, host: Host, container: Callable[..., Awaitable[str]]) -> None:
         await container(name=f"{OURS}-twice")
         with pytest.raises(errors.NameTaken, match=f"{OURS}-twice"):
             await container(name=f"{OURS}-twice")
 
     async def test_no_such_command(
-        self, host: Host, container: Callable[..., "asyncio.Future[str]"]
+        self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container("no-such-command", init=False)
         with pytest.raises(errors.EngineRefused, match="no-such-command"):
