@@ -272,7 +272,7 @@ class StandinSet:
             "DECODE_POD_NUM": "1",
             "LOCAL_DECODE_SERVER_IP_LIST": decode_ip,
             "GLOBAL_DECODE_SERVER_IP_LIST": decode_ip,
-            "HCCL_CONNECT_TIMEOUT": "10",
+            "HCCL_CONNECT_TIMEOUT": "30",
             "HCCL_EXEC_TIMEOUT": "1800",
             "HCCL_INTRA_ROCE_ENABLE": "1",
             "HCCL_INTRA_PCIE_ENABLE": "0",
@@ -293,11 +293,22 @@ def _write_script(path: Path, command: str) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in sockets]
+    # Below the ephemeral range, where any outgoing connection could take them; every second one,
+    # so that a port's successor is free too.
+    while True:
+        first = 10000 + 2 * secrets.randbelow(4500)
+        ports = range(first, first + 2 * count)
+        if all(_is_free(port) for port in ports):
+            return list(ports[::2])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def hand_over(prefill: Instance, decode: Instance, body: dict[str, Any]) -> Answer:
