@@ -18,6 +18,12 @@ from lab.system import clean_environment, remove_tree
 
 CACHE = Path("/var/cache/pd-deploy-lab")
 SUITE = "bookworm"
+# mmdebstrap's processes ignore polite signals and make mounts: in namespaces of their own they
+# all end, mounts included, when the process that started them ends or kills the first of them.
+CONFINED = (
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+)
 NGINX = Path("usr/sbin/nginx")  # in the image's base
 HOST_PACKAGES = (
     "ca-certificates",
@@ -115,9 +121,8 @@ class _Bootstrap:
         self.log = CACHE / f"{target.name}.log"
         command = ["mmdebstrap", f"--variant={variant}", f"--include={','.join(packages)}"]
         with self.log.open("w") as log:
-            # The death signal: an `up` that is killed must not leave a bootstrap running.
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", *command, *SLIM, *options, SUITE, str(target)],
+                [*CONFINED, *command, *SLIM, *options, SUITE, str(target)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -136,7 +141,7 @@ def _finish(bootstraps: Sequence[_Bootstrap]) -> None:
             bootstrap.finish()
     except BaseException:
         for bootstrap in bootstraps:
-            bootstrap.process.terminate()
+            bootstrap.process.kill()
             bootstrap.process.wait()
         raise
 
