@@ -38,7 +38,9 @@ def up() -> int:
     """Everything up, the deployment run, its result; 0 when it completed."""
     if not processes.running("server"):
         host, port = "127.0.0.1", str(PORT)
-        processes.start("server", [f"{BIN}/prefect", "server", "start", "--host", host, "--port", port], ENV)
+        processes.start(
+            "server", [f"{BIN}/prefect", "server", "start", "--host", host, "--port", port], ENV
+        )
     run("pd-deploy", "lab", "up")
     processes.until("server", answers, 120)
     run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite")

@@ -129,7 +129,7 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
     """The error for an instance that ended: exit code and the last lines of its logs."""
     host, state = rollout.site.host_of(instance), await require(rollout, instance)
     code = await host.engine.wait(state.id)
-    lines = (await host.engine.logs(state.id, tail=LOG_LINES, since=state.finished_at)).splitlines()
+    lines = (await host.engine.logs(state.id, tail=LOG_LINES, since=state.started_at)).splitlines()
     directory = rollout.log_directory(instance)
     files = await host.facts.tail([directory], lines=LOG_LINES)
     shown = [f"  | {line}" for line in lines]

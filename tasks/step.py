@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, cast
@@ -18,6 +19,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 RETRY_DELAYS_S = (1, 3, 8)
+
+
+class _OnlyTheStory(logging.Filter):
+    """Leaves out what Prefect says of every finished task: our own line says what was done."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Finished in state Completed")
+
+
+logging.getLogger("prefect.task_runs").addFilter(_OnlyTheStory())
 
 
 def step(run_name: str) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., Awaitable[R]]]:
