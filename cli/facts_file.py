@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pd_deploy import engines, plan, topology
-from pd_deploy.deployment import Deployment, problems_of
+from pd_deploy.deployment import Address, Deployment, Text, Word, problems_of
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import InvalidInput, Problem
 
@@ -17,15 +17,15 @@ class _Strict(BaseModel):
 class FactsOfHost(_Strict):
     """What one host would say."""
 
-    interface: str
-    device_addresses: dict[int, str] = {}
+    interface: Text
+    device_addresses: dict[int, Address] = {}
 
 
 class FactsFile(_Strict):
     """What the hosts and the registry would say."""
 
     hosts: dict[str, FactsOfHost]
-    image: str | None = Field(default=None, description="By digest; else the file's reference.")
+    image: Word | None = Field(default=None, description="By digest; else the file's reference.")
     generations: list[str] = Field(default=[], description="Generations already on the hosts.")
 
 
@@ -69,4 +69,4 @@ def _read(path: Path) -> FactsFile:
             [Problem("", f"cannot be read: {error.strerror}")], source=str(path)
         ) from error
     except ValidationError as error:
-        raise InvalidInput(problems_of(error), source=str(path)) from error
+        raise InvalidInput(problems_of(error, FactsFile), source=str(path)) from error

@@ -23,7 +23,7 @@ async def fan_out(barrier: Barrier, steps: Iterable[Awaitable[T]]) -> list[T]:
     results = await asyncio.gather(*(_guarded(barrier, s) for s in steps), return_exceptions=True)
     faults = [fault for result in results for fault in _faults(result)]
     causes = [fault for fault in faults if not isinstance(fault, Abandoned)] or faults[:1]
-    causes = list({str(cause): cause for cause in causes}.values())
+    causes = list({(type(cause), str(cause)): cause for cause in causes}.values())
     if len(causes) == 1:
         raise causes[0]
     if causes:
@@ -35,7 +35,7 @@ async def _guarded(barrier: Barrier, step: Awaitable[T]) -> T:
     try:
         return await step
     except Exception as error:
-        barrier.fail(str(error).splitlines()[0])
+        barrier.fail((str(error) or repr(error)).splitlines()[0])
         raise
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import PurePosixPath
 
 from pd_deploy import generation
 from pd_deploy.plan import Plan
@@ -31,7 +32,8 @@ def planned(rollout: Rollout, stages: Sequence[str]) -> list[Action]:
         for name, spec in planned_host.containers.items():
             present = rollout.present(name)
             if present is None and "launch" in stages:
-                files = [f.path for f in planned_host.files_of("launch") if f"/{name}/" in f.path]
+                scripts = planned_host.files_of("launch")
+                files = [f.path for f in scripts if PurePosixPath(f.path).parent.name == name]
                 actions += [Action(host, "write", path) for path in files]
                 actions += [Action(host, "create", spec.name)]
             starting = "proxy" if name == rollout.site.topology.proxy.name else "server"

@@ -5,9 +5,11 @@ no host is touched.
 """
 
 import difflib
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -18,16 +20,42 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
-    model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from pd_deploy import documents
 from pd_deploy.errors import InvalidInput, Problem
 
 PROFILES = Path(__file__).parent / "profiles"
 MAX_DEVICES = 64
+# What pydantic calls its findings, in words for the file's author.
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "mapping_type": "a mapping",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} entry",
+    "too_long": "at most {max_length} entry",
+    "invalid_key": "a key that is text",
+}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 Role = Literal["prefill", "decode", "proxy"]
@@ -38,7 +66,8 @@ Scalar = str | int | float | bool
 class Model(BaseModel):
     """Base of all models of the file: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Inputs stay out of pydantic's own messages: they may hold what should not be in the file.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 def parse_devices(value: object) -> tuple[int, ...]:
@@ -60,7 +89,9 @@ def parse_devices(value: object) -> tuple[int, ...]:
     devices = [device for part in parts for device in _device_range(part)]
     twice = sorted({d for d in devices if devices.count(d) > 1})
     if twice:
-        raise ValueError(f"device {', '.join(map(str, twice))} is given twice")
+        raise ValueError(
+            f"expected each device once, found {', '.join(map(str, twice))} more than once"
+        )
     if not devices:
         raise ValueError("expected at least one device")
     return tuple(devices)
@@ -72,7 +103,7 @@ def _device_range(part: object) -> range:
         raise ValueError(f"expected device ids such as 0-7 or 0,1,2, found {part!r}")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise ValueError(f"the range {part!r} runs backwards; write {last}-{first}")
+        raise ValueError(f"expected a range that runs upwards, {last}-{first}, found {part!r}")
     if last >= MAX_DEVICES:
         raise ValueError(f"expected device ids below {MAX_DEVICES}, found {last}")
     return range(first, last + 1)
@@ -120,16 +151,77 @@ def _host_from_address(value: object) -> object:
     return {"address": value} if isinstance(value, str) else value
 
 
+def _like(pattern: str, expected: str) -> BeforeValidator:
+    """Text of a given form; `expected` describes the form to people."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError(f"expected {expected}, found {_shown(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"expected text, a number, true or false, found {_shown(value)}")
+    if "\0" in str(value):
+        raise ValueError(f"expected text without NUL characters, found {_shown(value)}")
+    return value
+
+
+def _without_login(pattern: str) -> BeforeValidator:
+    """Refuses text with a user or password where `pattern` looks; the message never repeats it."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and re.search(pattern, value):
+            raise ValueError("expected no user or password in the file, found some (not shown)")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _json(value: object) -> object:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected values that JSON can hold, found another: {error}") from error
+    return value
+
+
+def _code(value: object) -> object:
+    if value != "image" and not (isinstance(value, str) and value.startswith("/")):
+        raise ValueError(
+            f"expected `image` (the code in the image) or an absolute path, found {_shown(value)}"
+        )
+    return value
+
+
+def _shown(value: object) -> str:
+    shown = reprlib.repr(value)
+    return shown if len(shown) < 80 else shown[:77] + "..."
+
+
 Name = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?$", strict=True)
+    str,
+    _like(
+        r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?",
+        "small letters, digits and '-' (at most 40, no '-' at either end)",
+    ),
 ]
-Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$", strict=True)]
+Text = Annotated[
+    str, _like(r"(?s:[^\x00-\x1f\x7f]+)", "text that is not empty, without control characters")
+]
+Word = Annotated[str, _like(r"[^\x00-\x20\x7f]+", "text without blanks")]
 AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Devices = Annotated[tuple[int, ...], BeforeValidator(parse_devices)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
-Environment = dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Scalar]
+Value = Annotated[Scalar, BeforeValidator(_scalar), _without_login(r"://[^/@]*@")]
+Environment = dict[
+    Annotated[str, _like(r"[A-Za-z_][A-Za-z0-9_]*", "letters, digits and '_'")], Value
+]
 
 
 class ModelSource(Model):
@@ -153,7 +245,7 @@ class Ssh(Model):
 class Registry(Model):
     """Where the image comes from. `host` replaces the registry named in `image`."""
 
-    host: Text | None = None
+    host: Annotated[Word | None, _without_login(r"^([^/]*://)?[^/]*@")] = None
     credentials: Text | None = None
 
 
@@ -173,9 +265,10 @@ class Settings(Model):
     tensor_parallel: Annotated[int, Field(gt=0, strict=True)] | None = None
     environment: Environment = {}
     arguments: dict[
-        Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-_]*$")], Scalar
+        Annotated[str, _like(r"[a-z0-9][a-z0-9_-]*", "an option without its leading dashes")],
+        Value,
     ] = {}
-    additional_config: dict[str, Any] | None = None
+    additional_config: Annotated[dict[str, Any] | None, BeforeValidator(_json)] = None
 
 
 class InstanceEntry(Settings):
@@ -259,7 +352,7 @@ class ContainerOptions(Model):
         )
     )
     time_zone: Annotated[
-        str, StringConstraints(pattern=r"^[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*$")
+        str, _like(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", "a time zone such as Asia/Shanghai")
     ] = "Asia/Shanghai"
     stop_timeout: Annotated[int, Field(ge=1, le=3600)] = 60
 
@@ -291,7 +384,7 @@ class Deployment(Model):
     name: Name
     engine: EngineName
     profile: Name
-    image: Text
+    image: Word
     pull: Literal["always", "never"] = "always"
     model: ModelSource
     ssh: Ssh = Ssh()
@@ -303,8 +396,8 @@ class Deployment(Model):
     decode: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     proxy: Annotated[dict[Name, ProxyEntry], Field(min_length=1, max_length=1)]
     settings: dict[Literal["all", "prefill", "decode"], Settings] = {}
-    code: Literal["image"] | AbsolutePath = "image"
-    http_proxy: Text | None = None
+    code: Annotated[Literal["image"] | AbsolutePath, BeforeValidator(_code)] = "image"
+    http_proxy: Annotated[Word | None, _without_login(r"^([^/]*://)?[^/]*@")] = None
     ports: Ports = Ports()
     paths: Paths = Paths()
     container: ContainerOptions = ContainerOptions()
@@ -313,18 +406,6 @@ class Deployment(Model):
     kv_parallel_size: KvParallelSize
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
     profile_settings: dict[Literal["all", "prefill", "decode"], Settings] = Field(exclude=True)
-
-    @model_validator(mode="after")
-    def _placed_on_known_hosts(self) -> "Deployment":
-        problems = [
-            f"{group}.{name}.host: expected one of {', '.join(self.hosts)}, found {entry.host}"
-            for group in ("prefill", "decode", "proxy")
-            for name, entry in getattr(self, group).items()
-            if entry.host not in self.hosts
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
 
     @property
     def image_reference(self) -> str:
@@ -366,9 +447,13 @@ def load(path: Path, *, image: str | None = None) -> Deployment:
 def parse(document: Mapping[str, Any], *, file: str = "deployment") -> Deployment:
     """The deployment that a mapping describes; see `load`."""
     try:
-        return Deployment.model_validate(_on_profile(document, file))
+        deployment = Deployment.model_validate(_on_profile(document, file))
     except ValidationError as error:
-        raise InvalidInput(problems_of(error), source=file) from error
+        raise InvalidInput(problems_of(error, Deployment), source=file) from error
+    problems = list(_placed_on_unknown_hosts(deployment))
+    if problems:
+        raise InvalidInput(problems, source=file)
+    return deployment
 
 
 def profiles() -> list[str]:
@@ -391,43 +476,59 @@ def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
     return {**documents.merge(profile, document), "profile_settings": settings}
 
 
-def problems_of(error: ValidationError) -> list[Problem]:
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """A validation error as problems with key paths, unknown keys with their nearest known one."""
-    problems = []
-    for detail in error.errors(include_url=False):
-        key = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("function-"))
-        if detail["type"] == "extra_forbidden":
-            message = _unknown_key(detail["loc"])
-        elif detail["type"] == "missing":
-            message = "is missing"
-        else:
-            message = _found(detail["msg"].removeprefix("Value error, "), detail["input"])
-        problems.append(Problem(key, message))
-    return problems
+    return [
+        Problem(_key(detail["loc"]), _message(detail, model))
+        for detail in error.errors(include_url=False)
+    ]
 
 
-def _found(message: str, value: object) -> str:
-    if "found" in message:
-        return message
-    shown = repr(value)
-    return f"{message}, found {shown if len(shown) < 80 else shown[:77] + '...'}"
+def _placed_on_unknown_hosts(deployment: Deployment) -> Iterator[Problem]:
+    for group in ("prefill", "decode", "proxy"):
+        for name, entry in getattr(deployment, group).items():
+            if entry.host not in deployment.hosts:
+                known = ", ".join(deployment.hosts)
+                yield Problem(
+                    f"{group}.{name}.host", f"expected one of {known}, found {entry.host}"
+                )
 
 
-def _unknown_key(location: tuple[int | str, ...]) -> str:
-    known = _known_keys(location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return (
-        f"is not a known key; did you mean {near[0]}?"
-        if near
-        else (
-            f"is not a known key; known are {', '.join(known)}" if known else "is not a known key"
-        )
+def _key(location: tuple[int | str, ...]) -> str:
+    """The path of a key, without what pydantic adds for itself."""
+    return ".".join(
+        str(part) for part in location if not str(part).startswith(("function-", "[key]"))
     )
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return _unknown_key(detail["loc"], model)
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        message = detail["msg"].removeprefix("Value error, ")
+        return message if "found" in message else f"{message}, found {_shown(value)}"
+    if kind == "json_invalid":
+        return f"not valid JSON: {detail['msg'].removeprefix('Invalid JSON: ')}"
+    expected = _EXPECTED.get(kind)
+    if expected is None:
+        return f"{detail['msg']}, found {_shown(value)}"
+    return f"expected {expected.format(**detail.get('ctx', {}))}, found {_shown(value)}"
+
+
+def _unknown_key(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    known = _known_keys(location[:-1], model)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    if near:
+        return f"is not a known key; did you mean {near[0]}?"
+    return f"is not a known key; known are {', '.join(known)}" if known else "is not a known key"
+
+
+def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
     """Keys of the model at a place in the file."""
-    model: Any = Deployment
+    model: Any = root
     for part in location:
         field = model.model_fields.get(part) if _is_model(model) else None
         model = _model_in(field.annotation) if field else model

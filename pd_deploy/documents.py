@@ -11,6 +11,16 @@ from pd_deploy.errors import InvalidInput, Problem
 Document = dict[str, Any]
 
 MAX_BYTES = 1 << 20
+# Tagged values such as `!!int ""` or `!!bool x` make the YAML library fail in ways of their own.
+_UNREADABLE = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -18,9 +28,19 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+    result = _without_repeats(loader, own)
+    # What `<<` brings in comes before the mapping's own keys, which take precedence.
     loader.flatten_mapping(node)
+    brought_in = yaml.MappingNode(node.tag, node.value[: len(node.value) - len(own)])
+    return {**dict(loader.construct_pairs(brought_in, deep=True)), **result}
+
+
+def _without_repeats(
+    loader: yaml.SafeLoader, pairs: list[tuple[yaml.Node, yaml.Node]]
+) -> dict[Any, Any]:
     result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
+    for key_node, value_node in pairs:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(
@@ -47,7 +67,7 @@ def read(path: Path) -> Document:
         InvalidInput: the file is missing, not a file, not UTF-8, not YAML, not a mapping, has a
             key twice, or extends itself.
     """
-    return _read(path.resolve(), seen=())
+    return _read(_resolved(path, path), seen=())
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
@@ -74,10 +94,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Document:
         return document
     if not isinstance(parent, str):
         raise _invalid(path, "extends", f"expected the path of a file, found {parent!r}")
-    return merge(_read((path.parent / parent).resolve(), (*seen, path)), document)
+    return merge(_read(_resolved(path.parent / parent, path), (*seen, path)), document)
+
+
+def _resolved(path: Path, named_in: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _invalid(named_in, "", f"{str(path)!r} cannot be found: {error}") from error
 
 
 def _parse(path: Path) -> Document:
+    if path.exists() and not path.is_file():
+        raise _invalid(path, "", "expected a file, found a directory or a device")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _invalid(path, "", f"expected a file of at most {MAX_BYTES} bytes")
@@ -85,11 +114,13 @@ def _parse(path: Path) -> Document:
     except OSError as error:
         raise _invalid(path, "", f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise _invalid(path, "", f"expected UTF-8 text, found byte {error.start} is not") from error
+        raise _invalid(
+            path, "", f"expected UTF-8 text, found other bytes at {error.start}"
+        ) from error
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise _invalid(path, "", f"not valid YAML: {where}{error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise _invalid(path, "", f"not valid YAML: {error}") from error
     if not isinstance(document, dict):
         found = "nothing" if document is None else type(document).__name__

@@ -66,9 +66,9 @@ def to_stop(
 ) -> list[tuple[str, ContainerState]]:
     """Running containers (with their host) that must stop before the generation can start.
 
-    These are all of other generations; and of this one, when a member has ended, every other
-    member, because links between prefill and decode are made once, while loading. The proxy stops
-    whenever a server does not run.
+    These are all of other generations; and of this one, when a member has ended or is gone, every
+    other member, because links between prefill and decode are made once, while loading. The proxy
+    stops whenever a server does not run.
     """
     ours: list[tuple[str, ContainerState]] = []
     others: list[tuple[str, ContainerState]] = []
@@ -78,7 +78,8 @@ def to_stop(
             (ours if mine else others).append((host, state))
     members = set(instances)
     servers = [(h, s) for h, s in ours if s.labels[INSTANCE] in members]
-    ended = any(state.status in ENDED for _, state in servers)
+    gone = members - {state.labels[INSTANCE] for _, state in servers}
+    ended = gone or any(state.status in ENDED for _, state in servers)
     complete = sum(state.status in RUNNING for _, state in servers) == len(members)
     stopping = others
     if ended:

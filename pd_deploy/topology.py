@@ -12,6 +12,8 @@ from typing import Literal
 from pd_deploy.deployment import Deployment, ProxyEntry, Settings
 from pd_deploy.errors import InvalidInput, Problem
 
+_RESERVED = {"ranktables"}
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -101,7 +103,7 @@ def build(deployment: Deployment) -> Topology:
     topology = _derive(deployment)
     problems = list(_problems(deployment, topology))
     if problems:
-        raise InvalidInput(problems)
+        raise InvalidInput(problems, source=f"deployment {deployment.name}")
     return topology
 
 
@@ -157,6 +159,8 @@ def _shared_names(topology: Topology) -> Iterator[Problem]:
     for name, count in Counter(topology.names).items():
         if count > 1:
             yield Problem(name, "expected a name used once among prefill, decode and proxy")
+        if name in _RESERVED:
+            yield Problem(name, "expected another name; it is that of the ranktables' directory")
 
 
 def _shared_addresses(deployment: Deployment) -> Iterator[Problem]:
