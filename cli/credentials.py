@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import SecretStr
 
 from pd_deploy.errors import InvalidInput, Problem
 
@@ -39,9 +40,9 @@ def ssh(
     from blocks.ssh import SshCredentials  # noqa: PLC0415  Prefect takes seconds to import
 
     block = SshCredentials(
-        private_key=_content("--private-key", private_key),
-        passphrase=typer.prompt("Passphrase", hide_input=True) if passphrase else None,
-        password=typer.prompt("Password", hide_input=True) if password else None,
+        private_key=_secret(_content("--private-key", private_key)),
+        passphrase=_secret(typer.prompt("Passphrase", hide_input=True) if passphrase else None),
+        password=_secret(typer.prompt("Password", hide_input=True) if password else None),
         known_hosts=_content("--known-hosts", known_hosts),
         jump_host=jump_host,
         jump_user=jump_user,
@@ -65,6 +66,10 @@ def registry(
     block = RegistryCredentials(username=username, password=password)
     block.save(name, overwrite=True)
     typer.echo(f"saved {block.get_block_type_slug()}/{name}")
+
+
+def _secret(text: str | None) -> SecretStr | None:
+    return None if text is None else SecretStr(text)
 
 
 def _content(option: str, path: Path | None) -> str | None:

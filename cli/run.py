@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import typer
@@ -11,6 +12,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 
 from flows.deploy import deploy as flow
+from pd_deploy.errors import PdDeployError
 
 POLL_INTERVAL_S = 0.5
 MAX_TASKS = 200
@@ -28,9 +30,13 @@ def follow(flow_run: str) -> int:
 
 
 async def _deploy(file: str, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
-    return _last_word(
-        await flow(file=file, image=image, stages=stages, dry_run=dry_run, return_state=True)
+    state: State[Any] = await flow(
+        file=file, image=image, stages=stages, dry_run=dry_run, return_state=True
     )
+    error = await state.aresult(raise_on_failure=False)
+    if isinstance(error, PdDeployError):
+        raise error
+    return _last_word(state)
 
 
 async def _follow(flow_run: UUID) -> int:

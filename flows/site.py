@@ -15,6 +15,11 @@ from pd_deploy.rollout import Site
 
 B = TypeVar("B", bound=Block)
 
+_COMMANDS: dict[type[Block], str] = {
+    SshCredentials: "pd-deploy credentials ssh",
+    RegistryCredentials: "pd-deploy credentials registry",
+}
+
 
 @asynccontextmanager
 async def open_site(deployment: Deployment) -> AsyncIterator[Site]:
@@ -78,7 +83,7 @@ async def _load(kind: type[B], name: str, key: str) -> B:
                 Problem(
                     key,
                     f"expected a block {kind.get_block_type_slug()}/{name}, found none; create it "
-                    "in the UI under Blocks, or with `pd-deploy credentials`",
+                    f"in the UI under Blocks, or with `{_COMMANDS[kind]} {name}`",
                 )
             ]
         ) from error

@@ -121,8 +121,9 @@ async def _healthy(rollout: Rollout, instance: str) -> None:
     """Returns once the instance's API server answers 200 on /health."""
     place = next(i for i in rollout.site.topology.instances if i.name == instance)
     async with rollout.site.host_of(instance).http(place.address, place.api_port) as client:
-        while not await _answers(client, f"http://{place.server}/health"):
-            await asyncio.sleep(POLL_INTERVAL_S)  # noqa: ASYNC110  another machine sets no event
+        # An asyncio.Event can't be set from another machine
+        while not await _answers(client, f"http://{place.server}/health"):  # noqa: ASYNC110
+            await asyncio.sleep(POLL_INTERVAL_S)
 
 
 async def _answers(client: httpx.AsyncClient, url: str) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, cast
@@ -14,21 +13,14 @@ from prefect.logging import get_run_logger
 
 from pd_deploy.errors import is_transient
 from pd_deploy.report import Report
+from tasks import story
+
+story.tell()
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 RETRY_DELAYS_S = (1, 3, 8)
-
-
-class _OnlyTheStory(logging.Filter):
-    """Leaves out what Prefect says of every finished task: our own line says what was done."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Finished in state Completed")
-
-
-logging.getLogger("prefect.task_runs").addFilter(_OnlyTheStory())
 
 
 def step(run_name: str) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., Awaitable[R]]]:

@@ -39,7 +39,7 @@ def container(service: Service, name: str) -> ContainerSpec:
         entrypoint=("bash",),
         command=(service.layout.start_script(name),),
         environment=_container_environment(service, name),
-        mounts=_mounts(service),
+        mounts=_mounts(service, name),
         devices=_devices(service, instance),
         privileged=options.privileged,
         shm_size=options.shm_size,
@@ -122,7 +122,7 @@ def _container_environment(service: Service, name: str) -> dict[str, str]:
     return environment
 
 
-def _mounts(service: Service) -> tuple[Mount, ...]:
+def _mounts(service: Service, name: str) -> tuple[Mount, ...]:
     deployment, layout = service.deployment, service.layout
     zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
     mounts = [
@@ -134,8 +134,9 @@ def _mounts(service: Service) -> tuple[Mount, ...]:
     mounts += [Mount(source=deployment.model.path, target=deployment.model.path)]
     if deployment.code != "image":
         mounts += [Mount(source=deployment.code, target=deployment.code)]
-    tarball = service.topology.proxy.entry.nginx_tarball
-    if tarball:
+    proxy = service.topology.proxy
+    tarball = proxy.entry.nginx_tarball
+    if tarball and name == proxy.name:
         mounts += [Mount(source=tarball, target=tarball, read_only=True)]
     return (*mounts, Mount(source=zone, target="/etc/localtime", read_only=True))
 

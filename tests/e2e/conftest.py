@@ -16,13 +16,13 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from blocks.ssh import SshCredentials
 from demo.processes import Processes
 from lab import Lab, LabHost
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"
+INSTANCES = {"p0", "p1", "p2", "d0", "c0"}
 CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 
 
@@ -57,7 +57,13 @@ def prefect(prefect_env: dict[str, str]) -> Iterator[Callable[..., str]]:
 
     def run(*argv: str, status: int = 0, input: str | None = None) -> str:
         done = subprocess.run(
-            argv, env=prefect_env, cwd=ROOT, capture_output=True, text=True, input=input
+            argv,
+            env=prefect_env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            input=input,
+            check=False,
         )
         assert done.returncode == status, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from flows.deploy import STAGES, deploy
-from tests.e2e.conftest import Service
+from tests.e2e.conftest import INSTANCES, Service
 
-INSTANCES = {"p0", "p1", "p2", "d0", "c0"}
 CHANGING = {"create", "start", "kill", "stop", "die", "destroy"}
 
 
@@ -32,10 +30,11 @@ async def test_deployment_run_ends_with_a_verified_service(
     assert "Completed: Generation 1-" in followed
 
     assert set(service.containers(running=True)) == INSTANCES
-    answer = httpx.post(
-        f"http://{service.lab.hosts['a'].address}:7000/v1/completions",
-        json={"model": "qwen", "max_tokens": 5, "prompt": "hello"},
-    )
+    async with httpx.AsyncClient() as client:
+        answer = await client.post(
+            f"http://{service.lab.hosts['a'].address}:7000/v1/completions",
+            json={"model": "qwen", "max_tokens": 5, "prompt": "hello"},
+        )
     assert answer.json()["choices"][0]["text"].strip()
     async with get_client() as client:
         chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run[0]]))

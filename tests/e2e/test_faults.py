@@ -1,0 +1,229 @@
+"""What goes wrong, done for real: each fault ends in one clear error, and nothing is half done."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+
+import pytest
+from prefect.client.schemas.objects import State
+
+from blocks.ssh import SshCredentials
+from flows.deploy import deploy
+from tests.e2e.conftest import Service, until
+
+TRACEBACK = "Traceback (most recent call last)"
+
+
+async def run(service: Service, **parameters: object) -> State[None]:
+    """A run in this process, on the tests' Prefect server; its final state."""
+    return await deploy(service.file, return_state=True, **parameters)  # type: ignore[call-overload]
+
+
+def seconds_after_death(service: Service, instance: str, state: State[None]) -> float:
+    """From the end of an instance's container to the end of the run."""
+    finished = service.containers()[instance]["State"]["FinishedAt"]
+    return (state.timestamp - datetime.fromisoformat(finished)).total_seconds()
+
+
+async def test_server_that_dies_while_loading_fails_the_run_at_once(service: Service) -> None:
+    """With the last lines of its log; the rest is stopped, and the proxy never opened."""
+    service.faults("p1", load_seconds=30, crash_after=1.5, exit_code=3)
+    service.faults("p2", load_seconds=30)
+    state = await run(service)
+    message = str(state.message)
+    assert state.is_failed()
+    assert "instance p1: ended with exit code 3" in message
+    assert TRACEBACK in message
+    assert seconds_after_death(service, "p1", state) < 2
+    assert service.containers(running=True) == {}
+    assert not service.port_open()
+
+
+async def test_server_killed_from_outside_fails_the_run_at_once(service: Service) -> None:
+    """Also without a word in its log."""
+    service.faults("d0", load_seconds=30)
+    running = asyncio.ensure_future(run(service))
+    await asyncio.to_thread(until, lambda: {"d0", "p0"} <= service.containers(running=True).keys())
+    await asyncio.to_thread(service.kill, "d0")
+    state = await running
+    assert "instance d0: ended with exit code 137" in str(state.message)
+    assert seconds_after_death(service, "d0", state) < 2
+
+
+async def test_the_proxy_opens_only_when_every_backend_is_ready(service: Service) -> None:
+    """While one prefill still loads, nobody can connect."""
+    service.faults("p2", load_seconds=4)
+    running = asyncio.ensure_future(run(service))
+    await asyncio.to_thread(until, lambda: "c0" in service.containers(running=True))
+    log = ["docker", "logs", service.containers()["c0"]["Id"]]
+    proxy = service.host_of("c0")
+    await asyncio.to_thread(until, lambda: "proxy prepared" in proxy.run(log).stdout)
+    for _ in range(20):
+        assert not service.port_open()
+        await asyncio.sleep(0.05)
+    assert (await running).is_completed()
+    assert service.port_open()
+
+
+@pytest.mark.parametrize(
+    ("faults", "expected"),
+    [
+        ({"hang": True}, "expected an answer on its health endpoint within 6 s"),
+        ({"garbage": True}, "expected a completion from http://"),
+        ({"error_status": 503}, "status 503"),
+    ],
+)
+async def test_server_that_lives_but_does_not_serve(
+    service: Service, faults: dict[str, object], expected: str
+) -> None:
+    """Hanging, garbage and errors are failures, each by its name."""
+    service.change(gates={"ready": 6})
+    service.faults("d0", **faults)
+    state = await run(service)
+    assert state.is_failed()
+    assert expected in str(state.message)
+    assert service.containers(running=True) == {}
+
+
+async def test_a_member_that_died_restarts_the_whole_set(service: Service) -> None:
+    """A lone restart cannot link again; `stages=[server]` is enough to mend it."""
+    await deploy(service.file)
+    before = service.states()
+    service.kill("p1")
+    state = await run(service, stages=["server"])
+    assert state.is_completed(), state.message
+    after = service.states()
+    assert set(service.containers(running=True)) == set(before)
+    for name, (identity, was) in before.items():
+        assert after[name][0] == identity
+        assert after[name][1]["StartedAt"] > was["StartedAt"]  # type: ignore[index]
+
+
+async def test_run_after_a_failed_one_completes(service: Service) -> None:
+    """The same generation is started again, with its own containers."""
+    service.faults("p0", crash_after=0.2)
+    assert (await run(service)).is_failed()
+    failed = service.containers()
+    service.faults("p0")
+    assert (await run(service)).is_completed()
+    assert {n: c["Id"] for n, c in failed.items()} == {
+        n: c["Id"] for n, c in service.containers(running=True).items()
+    }
+
+
+async def test_absent_image_leaves_the_old_service_alone(service: Service) -> None:
+    """It is found out before anything stops, and not retried."""
+    await deploy(service.file)
+    before = service.states()
+    repository = "omni-ci/daily_omniinfer"
+    state = await run(service, image=f"registry.example/{repository}:20990101_1")
+    assert state.is_failed()
+    assert f"{repository}:20990101_1" in str(state.message)
+    assert service.states() == before
+
+
+async def test_taken_port_and_missing_paths_are_named_together(service: Service) -> None:
+    """All faults of a host at once, with who holds the port; nothing was created."""
+    service.change(model={"path": "/data/models/absent"})
+    script = "import socket, time; s = socket.create_server(('', 9001)); time.sleep(600)"
+    holder = service.lab.hosts["a"].popen(["python3", "-c", script])
+    try:
+        ports = ["ss", "-Hltn"]
+        until(lambda: ":9001" in service.lab.hosts["a"].run(ports).stdout)
+        state = await run(service)
+    finally:
+        holder.kill()
+        holder.wait()
+    message = str(state.message)
+    assert "port 9001" in message
+    assert "python3" in message
+    assert message.count("/data/models/absent") == 2
+    assert service.containers() == {}
+    assert service.files() == {}
+
+
+async def test_host_unplugged_during_launch_is_retried_until_it_is_back(service: Service) -> None:
+    """A cut link is a transient fault: the same run goes on when the link is mended."""
+    running = asyncio.ensure_future(run(service))
+    await asyncio.to_thread(until, service.containers)
+    service.lab.hosts["b"].cut()
+    await asyncio.sleep(1)
+    service.lab.hosts["b"].mend()
+    assert (await running).is_completed()
+
+
+async def test_host_that_stays_away_is_named(service: Service) -> None:
+    """After the retries the error says which host, and the other one is untouched."""
+    service.change(gates={"connect": 0.5})
+    service.lab.hosts["b"].cut()
+    state = await run(service)
+    assert state.is_failed()
+    assert f"host b ({service.lab.hosts['b'].address})" in str(state.message)
+    assert service.containers() == {}
+
+
+async def test_wrong_password_fails_at_once_and_is_never_shown(
+    service: Service, prefect: Callable[..., str]
+) -> None:
+    """One error per host, no retry, and the password in no message."""
+    known = service.lab.known_hosts.read_text()
+    block = SshCredentials(password="not-the-password", known_hosts=known)  # type: ignore[arg-type]
+    await block.save("test-wrong", overwrite=True)  # type: ignore[misc]
+    service.change(ssh={"user": "deployer", "credentials": "test-wrong"})
+    output = prefect("pd-deploy", "deploy", service.file, status=1)
+    assert "does not let user deployer in" in output
+    assert "will retry" not in output
+    assert "not-the-password" not in output
+    assert "Traceback" not in output
+
+
+async def test_missing_block_says_how_to_make_it(
+    service: Service, prefect: Callable[..., str]
+) -> None:
+    """Invalid input: exit code 2."""
+    service.change(ssh={"credentials": "no-such-block"})
+    output = prefect("pd-deploy", "deploy", service.file, status=2)
+    assert "pd-deploy credentials ssh no-such-block" in output
+
+
+async def test_unknown_host_key_is_refused(service: Service) -> None:
+    """And the message has what is needed to add it."""
+    block = SshCredentials(private_key=service.lab.ssh_key.read_text(), known_hosts="")  # type: ignore[arg-type]
+    await block.save("test-unknown", overwrite=True)  # type: ignore[misc]
+    service.change(ssh={"credentials": "test-unknown"})
+    state = await run(service)
+    assert "its host key is not known" in str(state.message)
+    assert "ssh-ed25519" in str(state.message)
+
+
+async def test_image_without_nginx_is_prepared_from_the_given_sources(service: Service) -> None:
+    """The proxy builds nginx before anything else of it starts."""
+    host = service.lab.hosts["a"]
+    host.run(["mkdir", "-p", "/data/src/nginx-1.24.0"])
+    host.run(["touch", "/data/src/nginx-1.24.0/configure"])
+    host.run(["tar", "czf", "/data/src/nginx.tar.gz", "-C", "/data/src", "nginx-1.24.0"])
+    service.change(proxy={"c0": {"nginx_tarball": "/data/src/nginx.tar.gz"}})
+    service.change(image=f"{service.lab.image}-nonginx")
+    state = await run(service)
+    assert state.is_completed(), state.message
+
+
+async def test_cancelled_run_stops_what_it_started(service: Service) -> None:
+    """Nothing is left running, nothing is lost; the next run completes."""
+    service.faults("d0", load_seconds=30)
+    running = asyncio.ensure_future(run(service))
+    await asyncio.to_thread(until, lambda: len(service.containers(running=True)) == 5)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert service.containers(running=True) == {}
+    assert len(service.containers()) == 5
+
+
+async def test_one_connection_per_host_serves_a_whole_run(service: Service) -> None:
+    """Counted by sshd itself."""
+    count = ["grep", "-c", "Accepted publickey", "/var/log/sshd.log"]
+    before = [int(h.run(count, check=False).stdout) for h in service.lab.hosts.values()]
+    await deploy(service.file)
+    after = [int(host.run(count).stdout) for host in service.lab.hosts.values()]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
