@@ -1,0 +1,1 @@
+"""`make bench`: what the control plane itself costs, by part, measured on a lab of its own."""

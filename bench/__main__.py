@@ -1,0 +1,147 @@
+"""`python -m bench`: bring a 3P1D up on a lab several times; how long took what.
+
+The control plane's own cost is the time of the flow run without the time in which only the engine
+was awaited. Everything that is started is taken down again.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Callable
+
+from bench.service import on_lab
+from bench.timeline import Measured
+from lab import LabError
+
+EXPECTED_S = 8.0
+EXPECTED = f"expected on clean hosts: {EXPECTED_S:g} or less"
+ENGINE_MEANS = "from Docker's start of the last server to the last 200 on /health"
+MEANING = {
+    "connect": "log in; facts, device addresses, image digest",
+    "preflight": "paths, devices and ports of both hosts",
+    "image present": "look for the image",
+    "clean up": "look for what must stop first",
+    "launch": "directories, start scripts, containers",
+    "ranktable": "ranktable documents",
+    "start": "decode, prefills and proxy, until the last server is started",
+    "ready": "notice that all servers are ready",
+    "open proxy": "let nginx open its port",
+    "smoke test": "a completion through the proxy",
+    "between steps": "Prefect: task states, report, artifacts",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """All runs of a bench; `pull` is in seconds."""
+
+    pull: float
+    runs: list[Measured]
+    again: list[Measured]
+
+
+def bench(runs: int) -> Result:
+    """Measures runs on clean hosts, each followed by one that finds nothing to do."""
+    _say("starting a lab and a Prefect server (a minute or two the first time)")
+    with on_lab() as service:
+        first = service.bring_up()
+        _say(f"warm-up, with the pull: {first.wall:.1f} s")
+        up, again = [], []
+        for number in range(1, runs + 1):
+            service.clean()
+            up.append(service.bring_up())
+            again.append(service.run_again())
+            _say(f"run {number} of {runs}: {up[-1].wall:.1f} s, again: {again[-1].wall:.1f} s")
+        _say("taking the lab down")
+    return Result(first.parts["image present"], up, again)
+
+
+def table(result: Result) -> str:
+    """The result for people."""
+    own = statistics.median(run.own for run in result.runs)
+    verdict = "met" if own <= EXPECTED_S else "MISSED"
+    rows = [
+        _row("flow run, start to end", result, lambda run: run.wall, "as Prefect's API has it"),
+        _row("- engine loads", result, lambda run: run.engine, ENGINE_MEANS),
+        _row("= control plane itself", result, lambda run: run.own, f"{EXPECTED}: {verdict}"),
+        *(_part_row(part, meaning, result) for part, meaning in MEANING.items()),
+    ]
+    return "\n".join(
+        [
+            "3 prefill + 1 decode + 1 proxy on two simulated hosts, "
+            f"{os.cpu_count()} cores, {len(result.runs)} times",
+            "",
+            f"{'':26}------ clean hosts ------      run again",
+            f"{'seconds':26}{'min':>7}{'median':>9}{'max':>9}{'median':>15}",
+            *rows,
+            "",
+            f"Before that the image was pulled onto both hosts at once, in {result.pull:.1f} s.",
+            "`run again` finds everything as it should be, changes nothing and proves the service.",
+            "A moment counts for the earliest step under way on any host: the parts add up to the",
+            "control plane's own time. Python's start and the import of Prefect come before.",
+        ]
+    )
+
+
+def as_json(result: Result) -> str:
+    """The result for programs, each run by itself; seconds."""
+    return json.dumps(
+        {
+            "expected_own": EXPECTED_S,
+            "cores": os.cpu_count(),
+            "pull": result.pull,
+            "runs": [dataclasses.asdict(run) | {"own": run.own} for run in result.runs],
+            "again": [dataclasses.asdict(run) for run in result.again],
+        },
+        indent=2,
+    )
+
+
+def main() -> int:
+    """The command; 0 when all runs went well."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--runs", type=_at_least_one, default=3, help="how many (default 3)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args()
+    # So that a polite kill takes the lab down as well.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = bench(options.runs)
+    except (LabError, RuntimeError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; the lab is gone", file=sys.stderr)
+        return 130
+    print(as_json(result) if options.json else f"\n{table(result)}")
+    return 0
+
+
+def _part_row(part: str, meaning: str, result: Result) -> str:
+    return _row(f"    {part}", result, lambda run: run.parts[part], meaning)
+
+
+def _row(name: str, result: Result, value: Callable[[Measured], float], meaning: str) -> str:
+    clean = [value(run) for run in result.runs]
+    again = statistics.median(value(run) for run in result.again)
+    columns = f"{min(clean):7.2f}{statistics.median(clean):9.2f}{max(clean):9.2f}{again:15.2f}"
+    return f"{name:26}{columns}   {meaning}"
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

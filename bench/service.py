@@ -1,0 +1,213 @@
+"""The documented 3P1D on a lab, deployed by the flow, with a Prefect server of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+import httpx
+import yaml
+
+from bench.timeline import Measured, Span, measure
+from demo.processes import Processes
+from lab import Lab
+from lab.lifecycle import take_down
+from pd_deploy import deployment, topology
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+NAME = "pdbench"
+SUBNET = "10.80.0.0/24"
+BLOCK = "bench-ssh"
+POLL_S = 0.05
+RECORDS_TIMEOUT_S = 20
+CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
+STARTED = '{{index .Config.Labels "pd-deploy.role"}} {{.State.StartedAt}}'
+
+
+class Service:
+    """A deployment file for the lab, and a Prefect server that records its runs."""
+
+    def __init__(self, lab: Lab, directory: Path) -> None:
+        self._lab = lab
+        self._file = _write_file(lab, directory)
+        self._directory = directory
+        self._processes = Processes(directory / "processes")
+        port = _free_port()
+        self._api = f"http://127.0.0.1:{port}/api"
+        self._env = os.environ | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PREFECT_HOME": str(directory / "prefect"),
+            "PREFECT_API_URL": self._api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+        }
+        self._server = [f"{BIN}/prefect", "server", "start", "--host", "127.0.0.1"]
+        self._server += ["--port", str(port)]
+
+    def __enter__(self) -> Self:
+        try:
+            self._processes.start("server", self._server, self._env)
+            self._processes.until("server", self._answers, 120)
+            key, known = str(self._lab.ssh_key), str(self._lab.known_hosts)
+            save = ["pd-deploy", "credentials", "ssh", BLOCK]
+            self._run(*save, "--private-key", key, "--known-hosts", known)
+        except BaseException:
+            self._processes.stop_all()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._processes.stop_all()
+
+    def clean(self) -> None:
+        """Removes the service from the hosts; the image stays."""
+        for host in self._lab.hosts.values():
+            ids = host.run(CONTAINERS).stdout.split()
+            if ids:
+                host.run(["docker", "rm", "-f", *ids])
+            host.run(["rm", "-rf", "/var/lib/pd-deploy", "/data/log_path"])
+
+    def bring_up(self) -> Measured:
+        """Runs the flow on clean hosts."""
+        with _Watch(self._health_urls()) as watch:
+            self._run("pd-deploy", "deploy", self._file)
+            ready = watch.all_answered()
+        return measure(*self._records(), Span(self._last_start(), ready))
+
+    def run_again(self) -> Measured:
+        """Runs the flow on a service that is as it should be."""
+        self._run("pd-deploy", "deploy", self._file)
+        return measure(*self._records(), None)
+
+    def _run(self, *argv: str) -> None:
+        done = subprocess.run(
+            argv, env=self._env, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"`{' '.join(argv)}` failed:\n{done.stdout}{done.stderr}")
+
+    def _answers(self) -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"{self._api}/health", timeout=2) as answer:  # noqa: S310
+            return bool(answer.status == 200)
+        return False
+
+    def _health_urls(self) -> list[str]:
+        built = topology.build(deployment.load(Path(self._file)))
+        return [f"http://{instance.server}/health" for instance in built.instances]
+
+    def _last_start(self) -> datetime:
+        """When Docker started the last server."""
+        starts = []
+        for host in self._lab.hosts.values():
+            ids = host.run(CONTAINERS).stdout.split()
+            for line in host.run(["docker", "inspect", "-f", STARTED, *ids]).stdout.splitlines():
+                role, when = line.split()
+                if role != "proxy":
+                    starts.append(datetime.fromisoformat(when))
+        return max(starts)
+
+    def _records(self) -> tuple[Span, list[tuple[str, Span]]]:
+        """The last flow run and its task runs, as Prefect's API has them."""
+        run = self._ask("flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
+        wanted = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+        deadline = time.monotonic() + RECORDS_TIMEOUT_S
+        while True:
+            # Task runs are recorded from events, which come in some time after the run's end.
+            tasks = self._ask("task_runs", wanted)
+            if all(task["end_time"] for task in tasks) and any(
+                task["name"].startswith("smoke test") for task in tasks
+            ):
+                return _span(run), [(task["name"], _span(task)) for task in tasks]
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"expected all task runs of {run['name']} to be recorded as ended within "
+                    f"{RECORDS_TIMEOUT_S} s, found {len(tasks)} of which not all are"
+                )
+            time.sleep(POLL_S)
+
+    def _ask(self, what: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        answer = httpx.post(f"{self._api}/{what}/filter", json=body, trust_env=False, timeout=30)
+        found: list[dict[str, Any]] = answer.raise_for_status().json()
+        return found
+
+
+@contextmanager
+def on_lab() -> Iterator[Service]:
+    """The service on a lab of its own; both are gone afterwards, whatever happened."""
+    try:
+        lab = Lab.up(NAME, SUBNET)
+        with TemporaryDirectory(prefix="pd-bench-") as path, Service(lab, Path(path)) as service:
+            service.clean()
+            yield service
+    finally:
+        take_down(NAME)
+
+
+class _Watch:
+    """Asks health endpoints, from the side of the engine, until each has answered once."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self._left = list(urls)
+        self._last: datetime | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def all_answered(self) -> datetime:
+        """When the last of them answered for the first time."""
+        if self._left or self._last is None:
+            raise RuntimeError(f"expected a run that made all ready, but not {self._left}")
+        return self._last
+
+    def _watch(self) -> None:
+        with httpx.Client(trust_env=False, timeout=1) as client:
+            while self._left and not self._over.wait(POLL_S):
+                self._left = [url for url in self._left if not self._healthy(client, url)]
+
+    def _healthy(self, client: httpx.Client, url: str) -> bool:
+        try:
+            if client.get(url).status_code != 200:
+                return False
+        except httpx.HTTPError:
+            return False
+        self._last = datetime.now(UTC)
+        return True
+
+
+def _write_file(lab: Lab, directory: Path) -> str:
+    document = {
+        "extends": str(ROOT / "deployments/lab-qwq-3p1d.yaml"),
+        "hosts": {name: host.address for name, host in lab.hosts.items()},
+        "registry": {"host": lab.registry},
+        "ssh": {"credentials": BLOCK},
+    }
+    path = directory / "bench-3p1d.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return str(path)
+
+
+def _span(run: dict[str, Any]) -> Span:
+    return Span(datetime.fromisoformat(run["start_time"]), datetime.fromisoformat(run["end_time"]))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,98 @@
+"""Where the time of a flow run went (pure)."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+ENGINE = "engine loads"
+READY = "ready"
+BETWEEN = "between steps"
+
+# First words of the names of task runs → part of the run, in the order of the runbook.
+PARTS = {
+    "survey": "connect",
+    "resolve image": "connect",
+    "device addresses": "connect",
+    "preflight": "preflight",
+    "pull": "image present",
+    "clean up": "clean up",
+    "launch": "launch",
+    "ranktable": "ranktable",
+    "prepare proxy": "start",
+    "start server": "start",
+    "ready": READY,
+    "open proxy": "open proxy",
+    "smoke test": "smoke test",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of time."""
+
+    start: datetime
+    end: datetime
+
+    @property
+    def seconds(self) -> float:
+        """Its length in seconds."""
+        return (self.end - self.start) / timedelta(seconds=1)
+
+    def covers(self, moment: datetime) -> bool:
+        """Whether a moment lies in it."""
+        return self.start <= moment < self.end
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One flow run; all in seconds. `parts` add up to `own`."""
+
+    wall: float
+    engine: float
+    parts: Mapping[str, float]
+
+    @property
+    def own(self) -> float:
+        """What the control plane itself cost."""
+        return self.wall - self.engine
+
+
+def part_of(task_run: str) -> str:
+    """The part of the run that a task run belongs to, by its name.
+
+    Raises:
+        ValueError: no part is known for it.
+    """
+    for words, part in PARTS.items():
+        if task_run.startswith(words):
+            return part
+    raise ValueError(f"expected a task run of a part in bench/timeline.py, found {task_run!r}")
+
+
+def measure(flow_run: Span, tasks: Sequence[tuple[str, Span]], engine: Span | None) -> Measured:
+    """Divides a flow run: every moment of it goes to exactly one part.
+
+    While the engine loads it goes to the engine. Else to the earliest step of the runbook that is
+    still under way on any host: that one holds up the rest. Else to the time between steps.
+
+    Args:
+        flow_run: from its start to its end.
+        tasks: name and time of each task run.
+        engine: when all servers were started and not yet all ready; None if nothing was started.
+    """
+    of_part = [(part_of(name), span) for name, span in tasks]
+    spans = [flow_run, *(span for _, span in tasks), *([engine] if engine else [])]
+    edges = sorted({edge for span in spans for edge in (span.start, span.end)})
+    seconds = dict.fromkeys([ENGINE, *PARTS.values(), BETWEEN], 0.0)
+    for start, end in itertools.pairwise(edges):
+        if flow_run.covers(start):
+            seconds[_holds(start, of_part, engine)] += Span(start, end).seconds
+    return Measured(flow_run.seconds, seconds.pop(ENGINE), seconds)
+
+
+def _holds(moment: datetime, tasks: Sequence[tuple[str, Span]], engine: Span | None) -> str:
+    if engine and engine.covers(moment):
+        return ENGINE
+    active = {part for part, span in tasks if span.covers(moment)}
+    return next((part for part in PARTS.values() if part in active), BETWEEN)
