@@ -190,11 +190,13 @@ def _json(value: object) -> object:
 
 
 def _code(value: object) -> object:
-    if value != "image" and not (isinstance(value, str) and value.startswith("/")):
+    if value == "image":
+        return value
+    if not isinstance(value, str) or not value.startswith("/"):
         raise ValueError(
             f"expected `image` (the code in the image) or an absolute path, found {_shown(value)}"
         )
-    return value
+    return _absolute(value)
 
 
 def _shown(value: object) -> str:
@@ -396,7 +398,7 @@ class Deployment(Model):
     decode: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     proxy: Annotated[dict[Name, ProxyEntry], Field(min_length=1, max_length=1)]
     settings: dict[Literal["all", "prefill", "decode"], Settings] = {}
-    code: Annotated[Literal["image"] | AbsolutePath, BeforeValidator(_code)] = "image"
+    code: Annotated[str, BeforeValidator(_code)] = "image"
     http_proxy: Annotated[Word | None, _without_login(r"^([^/]*://)?[^/]*@")] = None
     ports: Ports = Ports()
     paths: Paths = Paths()

@@ -1,0 +1,78 @@
+"""The documented 3P1D service, and ways to change it: what the unit tests start from."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pd_deploy import deployment, engines, topology
+from pd_deploy import plan as plans
+from pd_deploy.deployment import Deployment
+from pd_deploy.documents import merge
+from pd_deploy.engines.base import HostFacts, Layout, Service
+from pd_deploy.plan import Plan
+from pd_deploy.topology import Topology
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "deployments" / "qwq-3p1d.yaml"
+GOLDEN: dict[str, Any] = json.loads((ROOT / "tests/data/golden-3p1d.json").read_text())
+IMAGE = "registry.example/omni@sha256:" + "0" * 64
+GENERATION = "1-0123abcd"
+INTERFACE = "enp23s0f3"
+_DOCUMENT = yaml.safe_load(FILE.read_text())
+
+
+def document(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The example's document with changes merged in; null removes a key."""
+    return merge(_DOCUMENT, changes or {})
+
+
+def service(changes: Mapping[str, Any] | None = None) -> Deployment:
+    """The example as a deployment."""
+    return deployment.parse(document(changes))
+
+
+def place(changes: Mapping[str, Any] | None = None) -> Topology:
+    """The example's topology."""
+    return topology.build(service(changes))
+
+
+def addresses(of: Deployment) -> dict[str, dict[int, str]]:
+    """Device addresses as in the golden file: 192.168.<last octet of the host>.<100 + device>."""
+    return {
+        name: {d: f"192.168.{host.address.rsplit('.', 1)[1]}.{100 + d}" for d in range(16)}
+        for name, host in of.hosts.items()
+    }
+
+
+def facts(of: Deployment, interface: str = INTERFACE) -> dict[str, HostFacts]:
+    """What the hosts would say."""
+    return {name: HostFacts(interface, known) for name, known in addresses(of).items()}
+
+
+def for_engine(changes: Mapping[str, Any] | None = None, interface: str = INTERFACE) -> Service:
+    """The example as an engine is given it."""
+    of = service(changes)
+    layout = Layout(of.name, GENERATION, of.paths.state, of.paths.logs)
+    return Service(of, topology.build(of), layout, facts(of, interface), IMAGE)
+
+
+def plan(
+    changes: Mapping[str, Any] | None = None,
+    *,
+    image: str = IMAGE,
+    generations: list[str] | None = None,
+    known: dict[str, HostFacts] | None = None,
+) -> Plan:
+    """The example's plan."""
+    of = service(changes)
+    return plans.make(
+        of,
+        topology.build(of),
+        engines.get(of.engine),
+        facts=known or facts(of),
+        image=image,
+        generations=generations or [],
+    )
