@@ -4,10 +4,12 @@ Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid.
 """
 
 import asyncio
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
+from uuid import UUID
 
 import typer
 
@@ -18,7 +20,15 @@ from pd_deploy import topology
 from pd_deploy.errors import InvalidInput, PdDeployError
 from pd_deploy.plan import Plan
 
-FAILED, INVALID = 1, 2
+FAILED, INVALID, INTERRUPTED = 1, 2, 130
+
+# For the temporary server that Prefect brings when none is set up: it takes a while to start on a
+# busy machine, and reports to nobody. What the user has set stays.
+PREFECT_DEFAULTS = {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+}
 
 app = typer.Typer(
     help="Brings up prefill/decode-disaggregated LLM inference on bare-metal hosts.\n\n"
@@ -123,7 +133,7 @@ def deploy(
 
 @app.command()
 def follow(
-    flow_run: Annotated[str, typer.Argument(help="Id of the flow run, as Prefect prints it.")],
+    flow_run: Annotated[UUID, typer.Argument(help="Id of the flow run, as Prefect prints it.")],
 ) -> None:
     """Follow a run on the Prefect server live, until it ends.
 
@@ -136,6 +146,8 @@ def follow(
 
 def main() -> NoReturn:
     """The command; turns errors into one message and an exit code."""
+    for key, value in PREFECT_DEFAULTS.items():
+        os.environ.setdefault(key, value)
     try:
         app(standalone_mode=True)
     except InvalidInput as error:
@@ -143,7 +155,7 @@ def main() -> NoReturn:
     except PdDeployError as error:
         _fail(error, FAILED)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     sys.exit(0)
 
 

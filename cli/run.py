@@ -1,7 +1,7 @@
 """Running the flow here, and following a run elsewhere."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -10,23 +10,37 @@ import typer
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.settings import get_current_settings
 
 from flows.deploy import deploy as flow
 from pd_deploy.errors import PdDeployError
 
 POLL_INTERVAL_S = 0.5
 MAX_TASKS = 200
+QUIET_POLLS = 4
 _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
 
 
 def deploy(file: str, *, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
     """Runs the flow in this process; 0 when it completed, 1 when it failed."""
-    return asyncio.run(_deploy(file, image, stages, dry_run))
+    return _run(_deploy(file, image, stages, dry_run))
 
 
-def follow(flow_run: str) -> int:
+def follow(flow_run: UUID) -> int:
     """Prints a run's steps as they happen; 0 when it completed, 1 otherwise."""
-    return asyncio.run(_follow(UUID(flow_run)))
+    return _run(_follow(flow_run))
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    try:
+        return asyncio.run(work)
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise PdDeployError(
+            f"expected a Prefect server at {get_current_settings().api.url}, found none",
+            hint="start it with `prefect server start`, or unset PREFECT_API_URL for a temporary one",
+        ) from error
 
 
 async def _deploy(file: str, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
@@ -42,17 +56,20 @@ async def _deploy(file: str, image: str | None, stages: list[str] | None, dry_ru
 async def _follow(flow_run: UUID) -> int:
     chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
     shown: set[tuple[UUID, UUID]] = set()
+    quiet = 0
     async with get_client() as client:
         while True:
             run = await client.read_flow_run(flow_run)
-            _show(await client.read_task_runs(flow_run_filter=chosen, limit=MAX_TASKS), shown)
-            if run.state and run.state.is_final():
+            tasks = await client.read_task_runs(flow_run_filter=chosen, limit=MAX_TASKS)
+            quiet = 0 if _show(tasks, shown) else quiet + 1
+            # The server records task runs a little later than the end of their flow run.
+            if run.state and run.state.is_final() and quiet >= QUIET_POLLS:
                 return _last_word(run.state)
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
-def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> None:
-    """Prints what has changed since the last look, oldest first."""
+def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> bool:
+    """Prints what has changed since the last look, oldest first; whether anything has."""
     changed = [
         (task.state.timestamp, task)
         for task in tasks
@@ -63,6 +80,7 @@ def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> None:
         shown.add((task.id, task.state.id))
         if task.state.type.value in _MARKS:
             typer.echo(_line(when, task, task.state))
+    return bool(changed)
 
 
 def _line(when: datetime, task: TaskRun, state: State[object]) -> str:

@@ -28,7 +28,7 @@ class Processes:
         """Starts a process in a session of its own, with a log file of its name."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         with (self._directory / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(  # noqa: S603
+            process = subprocess.Popen(
                 argv,
                 env=dict(env),
                 stdin=subprocess.DEVNULL,

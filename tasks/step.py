@@ -58,5 +58,5 @@ def _worth_a_retry(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -
 def _timed(result: Any, seconds: float) -> Any:
     if not isinstance(result, Report):
         return result
-    get_run_logger().info("%s %s: %s (%.1f s)", result.step, result.subject, result.detail, seconds)
+    get_run_logger().info("%s (%.1f s)", result.detail, seconds)
     return dataclasses.replace(result, seconds=seconds)

@@ -1,0 +1,350 @@
+"""Containers, environment and arguments equal the documented ones, but for what DIFFERENCES list."""
+
+import json
+import shlex
+import subprocess
+from typing import Any
+
+import pytest
+
+from pd_deploy.engines import omniinfer
+from pd_deploy.engines.base import Service
+from pd_deploy.hosts import ContainerSpec
+from tests.unit import example
+
+SERVERS = ("p0", "p1", "p2", "d0")
+STATE = f"/var/lib/pd-deploy/qwq-3p1d/{example.GENERATION}"
+LOGS = f"/data/log_path/qwq-3p1d/{example.GENERATION}"
+SET_BY_LAUNCHER = "VLLM_DP_"
+
+# Instance pattern → variable → (documented value, ours, why). None: not set.
+ENVIRONMENT_DIFFERENCES: dict[str, dict[str, tuple[str | None, str | None, str]]] = {
+    "all": {
+        "CODE_PATH": ("/data/local_code_path", "/workspace", "code of the image is the default"),
+        "RANKTABLE_SAVE_PATH": (
+            "/tmp/ranktable_save_path",
+            f"{STATE}/ranktables",
+            "one directory per generation, never /tmp",
+        ),
+        "GLOBAL_RANK_TABLE_FILE_PATH": (
+            "/tmp/ranktable_save_path/global/global_ranktable_merge.json",
+            f"{STATE}/ranktables/global_ranktable_merge.json",
+            "one directory per generation",
+        ),
+        "HCCL_SOCKET_IFNAME": (None, example.INTERFACE, "HCCL must take the host's interface too"),
+        "PYTHONUNBUFFERED": (None, "1", "the log shows what happens when it happens"),
+    },
+    "d0": {
+        "HCCL_OP_EXPANSION_MOD": ("AIV", None, "misspelt: nothing reads it"),
+        "HCCL_OP_EXPANSION_MODE": (None, "AIV", "the name that HCCL reads"),
+    },
+}
+EXACT_FILE = "the exact file, not the first match of a pattern"
+LAUNCHER_DIFFERENCES = {
+    "all": {
+        "--max-port-attempts": (None, "1", "the server must not drift from the proxy's port"),
+        "max-num-batched-tokens": ("40960", "61440", "a prompt must fit, or it blocks the queue"),
+    },
+    "prefill": {"--gpu-util": ("0.88", "0.65", "what is proven with 61440 batched tokens")},
+    "d0": {
+        "engine_id": (0, 3, "unique among the pods; 0 is p0's"),
+        "additional_config": (
+            {"graph_model_compile_config": {"level": 1}, "decode_gear_list": [64]},
+            {"graph_model_compile_config": {"level": 1, "decode_gear_list": [64]}},
+            "the gear list is read inside",
+        ),
+    },
+}
+
+
+def spec(service: Service, name: str) -> ContainerSpec:
+    return omniinfer.container(service, name)
+
+
+def options(argv: list[str]) -> dict[str, Any]:
+    """A launcher's arguments by name; those within `--extra-args` and the JSON values unpacked."""
+    found: dict[str, Any] = {}
+    words = iter(argv[2:])
+    key = ""
+    for word in words:
+        if word.startswith("--") and key != "--extra-args":
+            key = word
+            found[key] = True
+        else:
+            found[key] = word
+            key = ""
+    extra = found.pop("--extra-args").split()
+    for word, after in zip(extra, [*extra[1:], "--"], strict=True):
+        if word.startswith("--"):
+            found[word.removeprefix("--")] = True if after.startswith("--") else after
+    return found
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_environment_is_the_documented_one_but_for_the_differences(name: str) -> None:
+    service = example.for_engine()
+    found = {**spec(service, name).environment, **omniinfer.environment(service, name)}
+    golden = {
+        key: value
+        for key, value in example.GOLDEN["engine"][name]["vllm_env"].items()
+        if not key.startswith(SET_BY_LAUNCHER)
+    }
+    of_instance = {
+        "LOG_PATH": (f"/data/log_path/{name}", f"{LOGS}/{name}", "logs per generation"),
+        "RANK_TABLE_FILE_PATH": (
+            golden["RANK_TABLE_FILE_PATH"],
+            f"{STATE}/ranktables/local_ranktable_{name}.json",
+            EXACT_FILE,
+        ),
+    }
+    differences = (
+        ENVIRONMENT_DIFFERENCES["all"] | of_instance | ENVIRONMENT_DIFFERENCES.get(name, {})
+    )
+    for key, (documented, ours, _) in differences.items():
+        assert (golden.pop(key, None), found.pop(key, None)) == (documented, ours), key
+    assert found == golden
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_launcher_arguments_are_the_documented_ones_but_for_the_differences(name: str) -> None:
+    engine = example.GOLDEN["engine"][name]
+    argv = omniinfer.command(example.for_engine(), name)
+    found, golden = options(argv), options(engine["start_api_servers_argv"])
+    assert argv[:2] == engine["start_api_servers_argv"][:2]
+    for each in (found, golden):
+        each.pop("--additional-config", None)
+        each.pop("--kv-transfer-config")
+        each["additional_config"] = None
+    transfer = json.loads(argv[argv.index("--kv-transfer-config") + 1])
+    found |= transfer
+    golden |= engine["kv_transfer_config_parsed"]
+    if "--additional-config" in argv:
+        found["additional_config"] = json.loads(argv[argv.index("--additional-config") + 1])
+        golden["additional_config"] = engine["additional_config_parsed"]
+    logs = {"--log-dir": (f"/data/log_path/{name}", f"{LOGS}/{name}", "logs per generation")}
+    role = "d0" if name == "d0" else "prefill"
+    differences = LAUNCHER_DIFFERENCES["all"] | LAUNCHER_DIFFERENCES[role] | logs
+    for key, (documented, ours, _) in differences.items():
+        assert (golden.pop(key, None), found.pop(key, None)) == (documented, ours), key
+    assert found == golden
+
+
+def test_engine_ids_are_unique() -> None:
+    service = example.for_engine()
+    configs = [omniinfer.kv_transfer_config(service, i) for i in service.topology.instances]
+    assert [c["engine_id"] for c in configs] == [c["kv_rank"] for c in configs] == [0, 1, 2, 3]
+    assert {c["kv_parallel_size"] for c in configs} == {4}
+
+
+def test_kv_parallel_size_follows_the_age_of_the_image() -> None:
+    service = example.for_engine({"kv_parallel_size": "decode-tensor-parallel"})
+    config = omniinfer.kv_transfer_config(service, service.topology.decode[0])
+    assert config["kv_parallel_size"] == 8
+
+
+@pytest.mark.parametrize("name", [*SERVERS, "c0"])
+def test_container_is_the_documented_one_but_for_the_differences(name: str) -> None:
+    found = spec(example.for_engine(), name)
+    (argv,) = [
+        argv
+        for title, argv in example.GOLDEN["docker_argv"][name].items()
+        if title.startswith("Run container")
+    ]
+    mounts = {v for flag, v in zip(argv, argv[1:], strict=False) if flag == "-v"}
+    variables = {v for flag, v in zip(argv, argv[1:], strict=False) if flag == "-e"}
+    for word in ("--net=host", "--privileged=true", "--shm-size=500g", "--entrypoint=bash"):
+        assert word in argv
+    assert (found.network_mode, found.privileged) == ("host", True)
+    assert (found.shm_size, found.entrypoint) == (500 << 30, ("bash",))
+    assert (found.user, found.working_dir) == (
+        argv[argv.index("-u") + 1],
+        argv[argv.index("-w") + 1],
+    )
+    assert [f"--device={d}" for d in found.devices] == [w for w in argv if "--device" in w]
+    ours = {f"{m.source}:{m.target}" for m in found.mounts}
+    assert mounts - ours == {
+        "/tmp:/tmp",  # nothing of ours lies there
+        "/tmp/scripts_path:/tmp/scripts_path",  # start scripts lie in the generation's directory
+        "/tmp/ranktable_save_path:/tmp/ranktable_save_path",  # so do ranktables
+        "/data/log_path:/data/log_path",  # only the generation's part of it
+        "/data/local_code_path:/data/local_code_path",  # the code of the image is the default
+    }
+    assert ours - mounts == {f"{STATE}:{STATE}", f"{LOGS}:{LOGS}"}
+    assert {m.source for m in found.mounts if m.read_only} == {
+        STATE,
+        "/usr/share/zoneinfo/Asia/Shanghai",
+    }
+    assert set(found.environment) == {variable.partition("=")[0] for variable in variables}
+    assert found.environment.get("PROXY_NODE_PORT") == ("7000" if name == "c0" else None)
+    # The server is the main process: no terminal, an init, the launcher's own stop signal.
+    assert (found.tty, found.init, found.stop_signal) == (False, True, "SIGINT")
+    assert found.command == (f"{STATE}/{name}/start.sh",)
+    assert (found.stop_timeout or 0) >= 30
+    assert found.image == example.IMAGE
+
+
+def test_names_hold_role_instance_and_generation() -> None:
+    service = example.for_engine({"container": {"names": {"decode": "my-decode"}}})
+    assert spec(service, "p1").name == f"omni-infer-prefill_p1_{example.GENERATION}"
+    assert spec(service, "d0").name == f"my-decode_d0_{example.GENERATION}"
+
+
+def test_proxy_arguments_are_the_documented_ones() -> None:
+    golden = list(example.GOLDEN["proxy"]["argv"])
+    golden[golden.index("--log-file") + 1] = f"{LOGS}/c0/nginx_error.log"  # logs per generation
+    assert omniinfer.command(example.for_engine(), "c0") == golden
+
+
+def test_prefill_starts_once_decode_has_started() -> None:
+    placed = example.place()
+    assert {name: omniinfer.starts_after(placed, name) for name in placed.names} == {
+        **dict.fromkeys(("p0", "p1", "p2"), ("d0",)),
+        "d0": (),
+        "c0": (),
+    }
+
+
+def test_ranktables_lie_where_the_environment_says() -> None:
+    service = example.for_engine()
+    for host in ("a", "b"):
+        files = omniinfer.ranktables(service, host)
+        for instance in service.topology.on_host(host):
+            environment = omniinfer.environment(service, instance.name)
+            assert environment["RANK_TABLE_FILE_PATH"] in files
+            assert environment["GLOBAL_RANK_TABLE_FILE_PATH"] in files
+        assert len(files) == 3
+    merged = f"{STATE}/ranktables/global_ranktable_merge.json"
+    assert omniinfer.ranktables(service, "a")[merged] == omniinfer.ranktables(service, "b")[merged]
+
+
+class TestVariants:
+    @pytest.mark.parametrize("name", SERVERS)
+    def test_every_interface_variable_follows_the_hosts_interface(self, name: str) -> None:
+        environment = omniinfer.environment(example.for_engine(interface="ens3"), name)
+        kinds = ("", "GLOO_", "TP_", "HCCL_")
+        assert [environment[f"{kind}SOCKET_IFNAME"] for kind in kinds] == ["ens3"] * 4
+
+    @pytest.mark.parametrize("name", ["p0", "c0"])
+    def test_code_of_the_host_is_mounted_and_used(self, name: str) -> None:
+        service = example.for_engine({"code": "/data/local_code_path"})
+        found = spec(service, name)
+        assert "/data/local_code_path" in {m.source for m in found.mounts}
+        assert found.environment["CODE_PATH"] == "/data/local_code_path"
+        script = omniinfer.start_script(service, name)
+        assert "cd /data/local_code_path/omniinfer/tools/scripts" in script
+        assert "/workspace" not in script
+
+    def test_unprivileged_instances_get_their_own_devices(self) -> None:
+        service = example.for_engine({"container": {"privileged": False}})
+        common = ("/dev/davinci_manager", "/dev/hisi_hdc", "/dev/devmm_svm")
+        own = tuple(f"/dev/davinci{d}" for d in range(8, 16))
+        assert spec(service, "d0").devices == (*common, *own)
+        assert spec(service, "c0").devices == common
+        assert spec(service, "d0").privileged is False
+
+    def test_time_zone_mounts_its_file(self) -> None:
+        service = example.for_engine({"container": {"time_zone": "UTC"}})
+        assert ("/usr/share/zoneinfo/UTC", "/etc/localtime") in {
+            (m.source, m.target) for m in spec(service, "p0").mounts
+        }
+
+    def test_local_nginx_sources_are_mounted_in_the_proxy_and_copied(self) -> None:
+        tarball = "/data/nginx's.tar.gz"
+        service = example.for_engine({"proxy": {"c0": {"nginx_tarball": tarball}}})
+        assert tarball in {m.source for m in spec(service, "c0").mounts}
+        assert tarball not in {m.source for m in spec(service, "p0").mounts}
+        script = omniinfer.start_script(service, "c0")
+        assert f"cp {shlex.quote(tarball)} nginx-1.24.0.tar.gz" in script
+        assert "curl" not in script
+
+    def test_http_proxy_is_for_building_only(self) -> None:
+        service = example.for_engine({"http_proxy": "http://proxy.example:3128"})
+        assert omniinfer.environment(service, "c0") == {
+            "http_proxy": "http://proxy.example:3128",
+            "https_proxy": "http://proxy.example:3128",
+        }
+        script = omniinfer.start_script(service, "c0")
+        assert script.index("build.sh") < script.index("unset http_proxy https_proxy")
+        assert script.index("unset http_proxy https_proxy") < script.index('"${proxy[@]}"')
+        assert "proxy.example" not in omniinfer.start_script(service, "p0")
+
+    def test_instance_settings_win_over_the_template(self) -> None:
+        service = example.for_engine(
+            {
+                "prefill": {
+                    "p0": {
+                        "environment": {"HCCL_BUFFSIZE": 7, "FLAG": True, "IP": "10.9.9.9"},
+                        "arguments": {"enforce-eager": False, "seed": 1},
+                    }
+                }
+            }
+        )
+        environment = omniinfer.environment(service, "p0")
+        found = options(omniinfer.command(service, "p0"))
+        assert [environment[key] for key in ("HCCL_BUFFSIZE", "FLAG", "IP")] == [
+            "7",
+            "1",
+            "10.9.9.9",
+        ]
+        assert "enforce-eager" not in found
+        assert found["seed"] == "1"
+
+
+HOSTILE = """it's "$(touch /tmp/owned)" `id` \\ ; exit 9 # ${HOME} !! *"""
+
+
+class TestStartScripts:
+    @pytest.mark.parametrize("name", [*SERVERS, "c0"])
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {
+                "model": {"served_name": HOSTILE, "path": f"/data/{HOSTILE.replace('/', '_')}"},
+                "code": "/data/a b's $(id)",
+                "http_proxy": "http://proxy.example:3128/$(id)'",
+                "settings": {"all": {"environment": {"X": HOSTILE}}},
+                "proxy": {"c0": {"nginx_tarball": "/data/a b's $(id).tar.gz"}},
+            },
+        ],
+        ids=["plain", "hostile"],
+    )
+    def test_are_valid_bash(self, name: str, changes: dict[str, Any]) -> None:
+        script = omniinfer.start_script(example.for_engine(changes), name)
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+    @pytest.mark.parametrize("name", SERVERS)
+    def test_reach_the_launcher_with_every_value_intact(self, name: str, tmp_path: Any) -> None:
+        """Runs the script with a `python` that prints what it was given."""
+        code = tmp_path / "a b's $(id)"
+        scripts = code / "omniinfer/tools/scripts"
+        scripts.mkdir(parents=True)
+        service = example.for_engine(
+            {
+                "model": {"served_name": HOSTILE},
+                "code": str(code),
+                "settings": {"all": {"environment": {"X": HOSTILE, "MULTI": "a\nb"}}},
+            }
+        )
+        python = tmp_path / "bin/python"
+        python.parent.mkdir()
+        python.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$X" "$MULTI" "$@"\n')
+        python.chmod(0o755)
+        # The image's ~/.bashrc sets PATH and may set variables that are ours to decide.
+        (tmp_path / ".bashrc").write_text(f'PATH="{python.parent}:$PATH"; export X=overwritten\n')
+        ran = subprocess.run(
+            ["bash", "-c", omniinfer.start_script(service, name)],
+            env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        line, _, rest = ran.stdout.partition("\n")
+        assert line.startswith(omniinfer.STARTED)
+        assert rest.split("\0")[:-1] == [
+            str(scripts),
+            HOSTILE,
+            "a\nb",
+            *omniinfer.command(service, name)[1:],
+        ]
