@@ -1,0 +1,122 @@
+"""Which generation is wanted, and what must stop before it can start."""
+
+import pytest
+
+from pd_deploy import generation as gen
+from pd_deploy.generation import Generation
+from pd_deploy.hosts import ContainerState
+
+OURS = Generation(3, "0123abcd")
+OLD = Generation(2, "89abcdef")
+HOSTS = {"p0": "a", "p1": "a", "p2": "b", "d0": "b", "c0": "a"}
+SERVERS = ["p0", "p1", "p2", "d0"]
+
+
+def state(name: str, status: str, generation: Generation = OURS) -> ContainerState:
+    labels = {
+        gen.GENERATION: str(generation),
+        gen.INSTANCE: name,
+        gen.ROLE: {"p": "prefill", "d": "decode", "c": "proxy"}[name[0]],
+    }
+    full = f"{name}_{generation}"
+    return ContainerState(full, full, labels, status, None, None, None, "image", "sha256:0")
+
+
+def stopping(ours: dict[str, str], old: dict[str, str] | None = None) -> set[str]:
+    """Names of what must stop, by the states of our and the old generation's containers."""
+    containers: dict[str, list[ContainerState]] = {"a": [], "b": []}
+    for generation, states in ((OURS, ours), (OLD, old or {})):
+        for name, status in states.items():
+            containers[HOSTS[name]].append(state(name, status, generation))
+    found = gen.to_stop(OURS, SERVERS, containers)
+    assert [host for host, s in found] == [HOSTS[s.labels[gen.INSTANCE]] for _, s in found]
+    return {s.name for _, s in found}
+
+
+def names(*instances: str, generation: Generation = OURS) -> set[str]:
+    return {f"{instance}_{generation}" for instance in instances}
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("1-0123abcd", Generation(1, "0123abcd")),
+        ("12-ffffffff", Generation(12, "ffffffff")),
+        *((odd, None) for odd in ("0-0123abcd", "01-0123abcd", "1-0123ABCD", "1-0123abc", "x")),
+        *((odd, None) for odd in ("", "1-0123abcd\n", "²-0123abcd", "-1-0123abcd", "1-0123abcde")),
+    ],
+)
+def test_names_are_epoch_and_fingerprint(name: str, parsed: Generation | None) -> None:
+    assert Generation.parse(name) == parsed
+    if parsed:
+        assert str(parsed) == name
+
+
+def test_latest_counts_epochs_as_numbers_and_passes_over_other_names() -> None:
+    assert gen.latest(["9-0123abcd", "10-89abcdef", "lost+found", "2-ffffffff"]) == Generation(
+        10, "89abcdef"
+    )
+    assert gen.latest(["x"]) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "desired"),
+    [
+        ([], "0123abcd", "1-0123abcd"),
+        (["1-0123abcd"], "0123abcd", "1-0123abcd"),
+        (["1-0123abcd"], "89abcdef", "2-89abcdef"),
+        (["1-0123abcd", "2-89abcdef"], "0123abcd", "3-0123abcd"),  # back: a new epoch all the same
+        (["2-89abcdef", "2-89abcdef", "1-0123abcd"], "89abcdef", "2-89abcdef"),
+    ],
+)
+def test_same_fingerprint_keeps_the_generation(found: list[str], wanted: str, desired: str) -> None:
+    assert str(gen.desired(found, wanted)) == desired
+
+
+def test_fingerprint_is_stable_hexadecimal() -> None:
+    assert gen.fingerprint("a") == gen.fingerprint("a") != gen.fingerprint("b")
+    assert Generation.parse(f"1-{gen.fingerprint('a')}")
+
+
+def all_of(status: str, **but: str) -> dict[str, str]:
+    return dict.fromkeys(HOSTS, status) | but
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        ({}, set()),
+        (all_of("running"), set()),
+        (all_of("created"), set()),
+        (all_of("running", c0="created"), set()),
+        (all_of("running", c0="exited"), set()),
+        (all_of("exited"), set()),
+        # a member ended: links are made once, so the whole set starts anew
+        (all_of("running", d0="exited"), names("p0", "p1", "p2", "c0")),
+        (all_of("running", p1="dead"), names("p0", "p2", "d0", "c0")),
+        (all_of("running", p1="exited", c0="exited"), names("p0", "p2", "d0")),
+        (all_of("created", d0="exited", p0="running"), names("p0")),
+        # somebody removed a member
+        ({k: "running" for k in HOSTS if k != "d0"}, names("p0", "p1", "p2", "c0")),
+        # an interrupted start goes on; only the proxy must not stay open
+        (all_of("created", d0="running"), set()),
+        (all_of("created", c0="running"), names("c0")),
+        (all_of("running", p2="created"), names("c0")),
+        ({"c0": "running"}, names("c0")),
+        (all_of("exited", c0="paused", p0="restarting"), names("c0", "p0")),
+    ],
+    ids=str,
+)
+def test_what_stops_of_the_same_generation(ours: dict[str, str], expected: set[str]) -> None:
+    assert stopping(ours) == expected
+
+
+def test_all_that_runs_of_another_generation_stops() -> None:
+    old = all_of("running", p1="exited", d0="paused")
+    assert stopping({}, old) == names("p0", "p2", "d0", "c0", generation=OLD)
+    assert stopping(all_of("running"), old) == names("p0", "p2", "d0", "c0", generation=OLD)
+
+
+def test_instances_that_left_the_file_stop_with_their_generation() -> None:
+    containers = {"a": [state("p9", "running", OLD)], "b": []}
+    assert [s.name for _, s in gen.to_stop(OURS, SERVERS, containers)] == [f"p9_{OLD}"]
