@@ -1,0 +1,57 @@
+"""The documentation says what is so."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from pd_deploy import deployment, topology
+from pd_deploy.deployment import Deployment
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/deployment-file.md").read_text()
+EXAMPLE = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+
+
+def documented() -> dict[str, Any]:
+    assert EXAMPLE
+    document: dict[str, Any] = yaml.safe_load(EXAMPLE[1])
+    del document["extends"]
+    return document
+
+
+def models(kind: type[BaseModel]) -> set[type[BaseModel]]:
+    """The models below a model."""
+    found = {kind}
+    pending: list[Any] = [field.annotation for field in kind.model_fields.values()]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            found |= models(one)
+        pending += getattr(one, "__args__", ())
+    return found
+
+
+def keys(document: object) -> set[str]:
+    if isinstance(document, dict):
+        return set(document).union(*(keys(value) for value in document.values()))
+    return set()
+
+
+def test_the_documented_file_is_valid() -> None:
+    topology.build(deployment.parse(documented()))
+
+
+def test_every_key_is_documented() -> None:
+    written = keys(documented()) | {"source", "target", "read_only"}
+    fields = {field for model in models(Deployment) for field in model.model_fields}
+    assert fields - written == {"profile_settings"}
+
+
+@pytest.mark.parametrize("section", ["ports", "paths", "container", "gates", "smoke"])
+def test_documented_defaults_are_the_defaults(section: str) -> None:
+    default = Deployment.model_fields[section].default
+    assert type(default).model_validate(documented()[section]) == default
