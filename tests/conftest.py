@@ -8,8 +8,9 @@ import pytest
 from lab import Lab
 from lab.lifecycle import take_down
 
-NAME = "pdtest"
-SUBNET = "10.78.0.0/24"
+# Others for those who run the tests twice at a time.
+NAME = os.environ.get("PD_TEST_LAB", "pdtest")
+SUBNET = os.environ.get("PD_TEST_SUBNET", "10.78.0.0/24")
 
 
 @pytest.fixture(scope="session")

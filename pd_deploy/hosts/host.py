@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shlex
+import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,7 +12,13 @@ from typing import Self
 import asyncssh
 import httpx
 
-from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, TimedOut
+from pd_deploy.errors import (
+    CommandFailed,
+    ConnectionDropped,
+    HostError,
+    HostUnreachable,
+    TimedOut,
+)
 from pd_deploy.hosts.engine import Engine
 from pd_deploy.hosts.engine_socket import EngineSocket
 from pd_deploy.hosts.facts import Facts
@@ -21,6 +28,9 @@ from pd_deploy.hosts.login import HostKeys, Login
 from pd_deploy.hosts.tunnel import Stream, Tunnel
 
 STDERR_TAIL = 2000
+# Trusts nobody. httpx would read the machine's certificates for every client, 40 ms on the event
+# loop, though SSH is what secures these requests.
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Host:
         self._connect_timeout = connect_timeout
         self._keys = HostKeys(self.where, login)
         self._link = self._new_link()
+        self._sftp: tuple[asyncssh.SSHClientConnection, asyncssh.SFTPClient] | None = None
+        self._sftp_opening = asyncio.Lock()
         socket = EngineSocket(self._link, self._new_link, docker_socket, self.where, login.who)
         self.engine = Engine(socket, self.where)
         self.facts = Facts(self)
@@ -172,7 +184,7 @@ class Host:
         """
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
-            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start())
+            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start(), verify=_NO_TLS)
             async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
                 yield client
         finally:
@@ -210,10 +222,23 @@ class Host:
     @contextlib.asynccontextmanager
     async def _files(self) -> AsyncIterator[Files]:
         try:
-            async with self._link.session(lambda link: link.start_sftp_client()) as sftp, sftp:
-                yield Files(sftp, self.where)
+            async with self._sftp_opening:
+                sftp = await self._link.open_session(self._sftp_of)
         except asyncssh.SFTPError as exc:
             raise sftp_error(exc, "its SFTP server", self.where) from None
+        try:
+            yield Files(sftp, self.where)
+        except ConnectionDropped:
+            # The SFTP server may have ended alone, while the connection is still up.
+            if self._sftp and self._sftp[1] is sftp:
+                self._sftp = None
+            raise
+
+    async def _sftp_of(self, connection: asyncssh.SSHClientConnection) -> asyncssh.SFTPClient:
+        """The connection's one SFTP session: each has a process on the host."""
+        if self._sftp is None or self._sftp[0] is not connection:
+            self._sftp = connection, await connection.start_sftp_client()
+        return self._sftp[1]
 
     async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> Completed:
         command = _bounded(argv, timeout)

@@ -20,8 +20,9 @@ from pd_deploy.hosts.login import HostKeys, Login
 
 T = TypeVar("T")
 
-# sshd's MaxSessions is 10 by default; two are left for whoever shares the connection with us.
-MAX_SESSIONS = 8
+# sshd's MaxSessions is 10 by default; one is for all files, two are left for whoever shares the
+# connection with us.
+MAX_SESSIONS = 7
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_COUNT = 3
 CLOSE_TIMEOUT_S = 5.0
@@ -67,7 +68,7 @@ class Link:
         # Before it queues for a slot, so that all who queue learn at once of an unreachable host.
         await self._connection()
         async with self._slots:
-            yield await self._open_session(start)
+            yield await self.open_session(start)
 
     async def open(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
         """Starts something on the connection.
@@ -88,6 +89,20 @@ class Link:
             return await self._start(start)
         except _NotStarted:
             raise self.dropped("the connection was lost twice in a row") from None
+
+    async def open_session(
+        self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
+    ) -> T:
+        """Starts a session as `open` does, without one of the slots that `session` counts."""
+        # sshd counts a session for a moment after it has confirmed its end.
+        deadline = time.monotonic() + SESSION_PATIENCE_S
+        while True:
+            try:
+                return await self.open(start)
+            except SessionRefused:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(SESSION_POLL_S)
 
     def dropped(self, what: str) -> ConnectionDropped:
         """The error for a call that was under way when the connection went."""
@@ -113,19 +128,6 @@ class Link:
                 connection.abort()
             if isinstance(exc, asyncio.CancelledError):
                 raise
-
-    async def _open_session(
-        self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
-    ) -> T:
-        # sshd counts a session for a moment after it has confirmed its end.
-        deadline = time.monotonic() + SESSION_PATIENCE_S
-        while True:
-            try:
-                return await self.open(start)
-            except SessionRefused:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(SESSION_POLL_S)
 
     async def _start(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
         connection = await self._connection()
