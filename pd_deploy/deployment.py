@@ -215,6 +215,13 @@ Text = Annotated[
     str, _like(r"(?s:[^\x00-\x1f\x7f]+)", "text that is not empty, without control characters")
 ]
 Word = Annotated[str, _like(r"[^\x00-\x20\x7f]+", "text without blanks")]
+Image = Annotated[
+    str,
+    _like(
+        r"[^\s:@]([^\s@]*[^\s:@])?(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})",
+        "an image with a tag or a digest, NAME:TAG or NAME@sha256:…",
+    ),
+]
 AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
@@ -386,7 +393,7 @@ class Deployment(Model):
     name: Name
     engine: EngineName
     profile: Name
-    image: Word
+    image: Image
     pull: Literal["always", "never"] = "always"
     model: ModelSource
     ssh: Ssh = Ssh()

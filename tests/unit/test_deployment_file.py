@@ -129,8 +129,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"name": None, "image": None}, ["name: is missing", "image: is missing"]),
     ({"engine": "vlm"}, ["engine: expected 'omniinfer', found 'vlm'"]),
     ({"pull": "maybe"}, ["pull: expected 'always' or 'never', found 'maybe'"]),
-    ({"image": "a b"}, ["image: expected text without blanks, found 'a b'"]),
-    ({"image": ["a"]}, ["image: expected text without blanks, found ['a']"]),
+    *(
+        ({"image": odd}, ["image: expected an image with a tag or a digest, NAME:TAG or"])
+        for odd in ("a b", ["a"], "", "omni", "host:5000/omni", ":x", "omni:", "omni@sha256:0")
+    ),
     ({"smok": {}}, ["smok: is not a known key; did you mean smoke?"]),
     ({"model": {"pth": 1}}, ["model.pth: is not a known key; did you mean path?"]),
     (
@@ -307,6 +309,14 @@ def test_sizes(given_: object, size: int) -> None:
 def test_mounts(given_: object, mount: tuple[str, str, bool]) -> None:
     (found,) = example.service({"container": {"mounts": [given_]}}).container.mounts
     assert (found.source, found.target, found.read_only) == mount
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["a:1", "host:5000/a/b:1.2_3-x", "a@sha256:" + "0" * 64, "h:5000/a:1@sha256:" + "0" * 64],
+)
+def test_images(image: str) -> None:
+    assert example.service({"image": image}).image == image
 
 
 @pytest.mark.parametrize(
