@@ -124,7 +124,7 @@ def deploy(
 
     Example: pd-deploy deploy deployments/qwq-3p1d.yaml
     """
-    files.load(file, image=image)
+    topology.build(files.load(file, image=image))
     from cli import run  # noqa: PLC0415  Prefect takes seconds to import
 
     stages = [one.value for one in stage] if stage else None
@@ -165,7 +165,7 @@ def _fail(error: PdDeployError | str, code: int) -> NoReturn:
 
 
 def _plan_on_hosts(service: files.Deployment) -> Plan:
+    topology.build(service)
     from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
-    topology.build(service)
     return asyncio.run(hosts.plan(service))

@@ -1,0 +1,217 @@
+"""The command line: what it prints, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import main as cli
+from pd_deploy.plan import Plan
+from tests.unit import example
+
+
+class Result:
+    """How a call of `pd-deploy` ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Calls `pd-deploy` with arguments, in this process."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["pd-deploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Path:
+    """A facts file for the example."""
+    path = tmp_path / "facts.json"
+    known = {
+        name: {"interface": f.interface, "device_addresses": f.device_addresses}
+        for name, f in example.facts(example.service()).items()
+    }
+    path.write_text(json.dumps({"image": example.IMAGE, "hosts": known}))
+    return path
+
+
+def test_the_installed_command_checks_a_file() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("pd-deploy"), "check", example.FILE],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "The file is right." in done.stdout
+    assert done.stderr == ""
+
+
+def test_check_shows_every_instance_and_its_ports(call: Any) -> None:
+    done = call("check", example.FILE)
+    assert (done.code, done.err) == (0, "")
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["p2", "prefill", "b", "10.0.0.2:9002", "0,1,2,3,4,5,6,7", "8002", "5570"] in rows
+    assert ["d0", "decode", "b", "10.0.0.2:9100", "8,9,10,11,12,13,14,15", "8100", "5668"] in rows
+    assert ["c0", "proxy", "a", "10.0.0.1:7000"] in rows
+
+
+def test_image_replaces_the_files_own(call: Any) -> None:
+    assert "image other:2\n" in call("check", example.FILE, "--image", "other:2").out
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "deploy"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("nam: x\npull: 1\n", ["nam: is not a known key; did you mean name?", "pull: expected"]),
+        (
+            "hosts: {b: 10.0.0.1}\nprefill: {p1: {devices: 0-7}}\n",
+            ["hosts.b: expected an address of its own", "prefill.p1.devices: expected devices"],
+        ),
+        ("a: [", ["not valid YAML"]),
+    ],
+)
+def test_invalid_file_is_2_with_all_problems_on_stderr(
+    call: Any, tmp_path: Path, command: str, content: str, says: list[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"extends: {example.FILE}\n{content}")
+    done = call(command, path)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("pd-deploy: ")
+    assert "Traceback" not in done.err
+    assert [text for text in says if text not in done.err] == []
+
+
+def test_missing_file_is_2(call: Any, tmp_path: Path) -> None:
+    done = call("check", tmp_path / "none.yaml")
+    assert (done.code, done.out) == (2, "")
+    assert "none.yaml: 1 problem\n  cannot be read: No such file or directory" in done.err
+
+
+class TestPlanOffline:
+    def test_json_is_the_plan(self, call: Any, facts: Path) -> None:
+        done = call("plan", example.FILE, "--facts", facts, "--format", "json")
+        assert (done.code, done.err) == (0, "")
+        found, made = Plan.model_validate_json(done.out), example.plan()
+        assert (found.generation, found.image) == (made.generation, example.IMAGE)
+        for name, host in made.hosts.items():
+            assert found.hosts[name].containers == host.containers
+            assert found.hosts[name].files == host.files
+            assert found.hosts[name].commands == host.commands
+
+    def test_text_shows_containers_commands_and_files_of_each_host(
+        self, call: Any, facts: Path
+    ) -> None:
+        done = call("plan", example.FILE, "--facts", facts)
+        made = example.plan()
+        assert (done.code, done.err) == (0, "")
+        for host in made.hosts.values():
+            wanted = [host.address, *host.directories]
+            wanted += [spec.name for spec in host.containers.values()]
+            wanted += [file.path for file in host.files]
+            wanted += [f"{k}={v}" for c in host.commands for k, v in c.environment.items()]
+            assert [text for text in wanted if text not in done.out] == []
+        assert f"generation {made.generation}\nimage {example.IMAGE}\n" in done.out
+
+    def test_generations_on_the_hosts_decide_the_epoch(self, call: Any, facts: Path) -> None:
+        known = json.loads(facts.read_text())
+        facts.write_text(json.dumps(known | {"generations": ["4-0123abcd"]}))
+        done = call("plan", example.FILE, "--facts", facts, "--format", "json")
+        assert json.loads(done.out)["generation"].startswith("5-")
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ("{", ["not valid JSON: EOF"]),
+            ("[]", ["expected "]),
+            ("\udcff", ["not valid JSON"]),
+            ("{}", ["hosts: is missing"]),
+            ('{"hosts": {}}', ["hosts.a: is missing", "hosts.b: is missing"]),
+            (
+                '{"hosts": {"a": {"interfac": "x"}}}',
+                [
+                    "hosts.a.interface: is missing",
+                    "hosts.a.interfac: is not a known key; did you mean interface?",
+                ],
+            ),
+            ('{"host": {}, "hosts": {}}', ["host: is not a known key; did you mean hosts?"]),
+            (
+                '{"hosts": {"a": {"interface": "", "device_addresses": {"x": "1.1.1.1", "0": 1}}}}',
+                [
+                    "hosts.a.interface: expected text that is not empty",
+                    "hosts.a.device_addresses.x: expected a whole number, found 'x'",
+                    "hosts.a.device_addresses.0: expected text, found 1",
+                ],
+            ),
+            (
+                '{"hosts": {"a": {"interface": "x"}, "b": {"interface": "x"}}}',
+                [
+                    "hosts.a.device_addresses.0: is missing; p0 uses it",
+                    "hosts.b.device_addresses.15: is missing; d0 uses it",
+                ],
+            ),
+        ],
+    )  # fmt: skip
+    def test_problems_of_the_facts_file_are_2_and_all_named(
+        self, call: Any, tmp_path: Path, content: str, says: list[str]
+    ) -> None:
+        path = tmp_path / "facts.json"
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        done = call("plan", example.FILE, "--facts", path)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"pd-deploy: {path}: ")
+        assert [text for text in says if text not in done.err] == []
+
+    def test_missing_facts_file_is_2(self, call: Any, tmp_path: Path) -> None:
+        for path in (tmp_path, tmp_path / "none.json"):
+            done = call("plan", example.FILE, "--facts", path)
+            assert done.code == 2
+            assert f"{path}: 1 problem\n  cannot be read: " in done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"),
+    [
+        ("", ["check", "plan", "deploy", "follow", "credentials", "lab", "Exit codes: 0 success"]),
+        ("check", ["FILE", "--image", "no host is touched", "Example: pd-deploy check"]),
+        ("plan", ["FILE", "--facts", "device_addresses", "--format", "Example: pd-deploy plan"]),
+        ("deploy", ["FILE", "--stage", "--dry-run", "PREFECT_API_URL", "Example: pd-deploy"]),
+        ("follow", ["Id of the flow run", "Exit code 0"]),
+        ("credentials ssh", ["--private-key", "--known-hosts", "never given as", "Example:"]),
+        ("credentials registry", ["--username", "password is asked for", "Example:"]),
+        ("lab", ["up", "down", "status"]),
+        ("lab up", ["root", "--subnet"]),
+        ("lab down", ["--name"]),
+        ("lab exec", ["HOST", "docker ps"]),
+        ("lab cut", ["HOST"]),
+    ],
+)
+def test_help_says_what_a_command_needs(call: Any, command: str, needs: list[str]) -> None:
+    done = call(*command.split(), "--help")
+    assert (done.code, done.err) == (0, "")
+    assert [text for text in needs if text not in " ".join(done.out.split())] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["check"], ["chek"], ["plan", example.FILE, "--format", "xml"], ["check", "a", "b"]],
+    ids=str,
+)
+def test_wrong_use_is_2_with_a_way_to_the_help(call: Any, arguments: list[object]) -> None:
+    done = call(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "--help" in done.err
