@@ -361,7 +361,7 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 FEW = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -41,7 +41,7 @@ ENVIRONMENT_DIFFERENCES: dict[str, dict[str, tuple[str | None, str | None, str]]
     },
 }
 EXACT_FILE = "the exact file, not the first match of a pattern"
-LAUNCHER_DIFFERENCES = {
+LAUNCHER_DIFFERENCES: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "all": {
         "--max-port-attempts": (None, "1", "the server must not drift from the proxy's port"),
         "max-num-batched-tokens": ("40960", "61440", "a prompt must fit, or it blocks the queue"),

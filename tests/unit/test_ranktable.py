@@ -70,7 +70,7 @@ def services(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(changes=services())
 def test_every_topology_has_dense_unique_ids_and_locals_that_equal_their_group(
     changes: dict[str, Any],
@@ -136,7 +136,7 @@ def test_devices_without_an_address_of_their_own_are_all_named(
 
 
 @given(st.dictionaries(st.integers(0, 63), st.ip_addresses(v=4), max_size=16))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_what_is_printed_is_what_is_read(known: dict[int, IPv4Address]) -> None:
     output = "".join(f"device {device}\nipaddr:{address}\n" for device, address in known.items())
     wanted = {device: str(address) for device, address in known.items()}
