@@ -4,10 +4,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pd_deploy import engines, plan, topology
+from pd_deploy import actions, engines, plan, topology
 from pd_deploy.deployment import Address, Deployment, Text, Word, problems_of
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.plan import STAGES
 
 
 class _Strict(BaseModel):
@@ -51,7 +52,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
     ]
     if missing:
         raise InvalidInput(missing, source=str(path))
-    return plan.make(
+    made = plan.make(
         deployment,
         placed,
         engines.get(deployment.engine),
@@ -59,6 +60,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
         image=facts.image or deployment.image_reference,
         generations=facts.generations,
     )
+    return actions.with_actions(made, {}, {}, STAGES)
 
 
 def _read(path: Path) -> FactsFile:

@@ -39,7 +39,7 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
             raise
         raise PdDeployError(
             f"expected a Prefect server at {get_current_settings().api.url}, found none",
-            hint="start it with `prefect server start`, or unset PREFECT_API_URL for a temporary one",
+            hint="run `prefect server start`, or unset PREFECT_API_URL for a temporary one",
         ) from error
 
 

@@ -55,7 +55,9 @@ def plan(made: Plan) -> str:
 
 
 def _host(host: HostPlan) -> list[str]:
-    lines = [f"directory {path}" for path in host.directories]
+    lines = [f"would {action.verb} {action.subject}" for action in host.actions]
+    lines = lines or ["nothing to do"]
+    lines += ["", *(f"directory {path}" for path in host.directories)]
     for name, spec in host.containers.items():
         lines += ["", f"-- container {spec.name} ({name})"]
         settings = spec.model_dump(exclude={"name"}, exclude_defaults=True)

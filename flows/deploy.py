@@ -2,7 +2,6 @@
 
 import asyncio
 from pathlib import Path
-from typing import Literal, get_args
 
 from prefect import State, flow
 
@@ -10,6 +9,7 @@ from flows import publish
 from flows.fan_out import fan_out
 from flows.site import open_site
 from pd_deploy import containers, deployment
+from pd_deploy.plan import STAGES, Stage
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout, Site
 from tasks.clean_up import clean_up
@@ -21,9 +21,6 @@ from tasks.ranktable import write_ranktables
 from tasks.server import start_server, until_ready
 from tasks.smoke_test import smoke_test
 from tasks.survey import device_addresses, survey
-
-Stage = Literal["cleanup", "launch", "ranktable", "proxy", "server"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @flow(name="pd-deploy", flow_run_name=publish.run_name, persist_result=False)

@@ -38,15 +38,17 @@ def found(rollout: Rollout) -> None:
 
 async def dry_run(file: str, rollout: Rollout, stages: Sequence[str]) -> State[None]:
     """Shows per host what the stages would do."""
-    listed = actions.planned(rollout, stages)
-    for action in listed:
-        get_run_logger().info("would do on %s", action)
+    plan = rollout.with_actions(stages)
+    for name, host in plan.hosts.items():
+        for action in host.actions:
+            get_run_logger().info("%s: would %s %s", name, action.verb, action.subject)
     await acreate_markdown_artifact(
         key=f"{_key(file)}-dry-run",
-        markdown=actions.as_markdown(rollout.plan, listed),
+        markdown=actions.as_markdown(plan),
         description=f"What a run of {file} would do",
     )
-    return Completed(message=f"Dry run: {len(listed)} changes; nothing was touched")
+    changes = sum(len(host.actions) for host in plan.hosts.values())
+    return Completed(message=f"Dry run: {changes} changes; nothing was touched")
 
 
 async def success(

@@ -1,58 +1,66 @@
-"""What a run would do, from the plan and what the hosts said. Pure."""
+"""What a run would do, from the plan and what is on the hosts. Pure."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from pathlib import PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
 
 from pd_deploy import generation
-from pd_deploy.plan import Plan
-from pd_deploy.rollout import Rollout
+from pd_deploy.generation import Containers, Generation
+from pd_deploy.plan import Action, HostPlan, Plan
 
 
-@dataclass(frozen=True)
-class Action:
-    """One change on a host."""
+def with_actions(
+    plan: Plan,
+    containers: Containers,
+    generations: Mapping[str, Sequence[str]],
+    stages: Sequence[str],
+) -> Plan:
+    """The plan with the changes that the stages would make, host by host.
 
-    host: str
-    verb: str
-    subject: str
-
-    def __str__(self) -> str:
-        return f"{self.host}: {self.verb} {self.subject}"
-
-
-def planned(rollout: Rollout, stages: Sequence[str]) -> list[Action]:
-    """The changes that the stages would make, host by host; empty when there is nothing to do."""
-    actions: list[Action] = []
-    stopping = {state.name for _, state in rollout.stopping()} if "cleanup" in stages else set()
-    if "cleanup" in stages:
-        actions += [Action(host, "stop", state.name) for host, state in rollout.stopping()]
-    for host, planned_host in rollout.plan.hosts.items():
-        for name, spec in planned_host.containers.items():
-            present = rollout.present(name)
-            if present is None and "launch" in stages:
-                scripts = planned_host.files_of("launch")
-                files = [f.path for f in scripts if PurePosixPath(f.path).parent.name == name]
-                actions += [Action(host, "write", path) for path in files]
-                actions += [Action(host, "create", spec.name)]
-            starting = "proxy" if name == rollout.site.topology.proxy.name else "server"
-            running = present is not None and present.status in generation.RUNNING
-            if starting in stages and (not running or spec.name in stopping):
-                actions += [Action(host, "start", spec.name)]
-        new = rollout.plan.generation not in rollout.surveys[host].generations
-        if "ranktable" in stages and new:
-            actions += [Action(host, "write", f.path) for f in planned_host.files_of("ranktable")]
-    return sorted(actions, key=lambda action: action.host)
+    Args:
+        containers: per host, the deployment's containers that exist.
+        generations: per host, names of the generations whose files are there.
+    """
+    current = Generation.parse(plan.generation)
+    assert current is not None
+    stopping = generation.to_stop(current, plan.instances, containers) if _cleans(stages) else []
+    hosts = {}
+    for name, host in plan.hosts.items():
+        stops = [state.name for where, state in stopping if where == name]
+        running = {s.name for s in containers.get(name, ()) if s.status in generation.RUNNING}
+        existing = {state.name for state in containers.get(name, ())}
+        actions = [Action(verb="stop", subject=container) for container in stops]
+        if "launch" in stages:
+            actions += _launch(host, existing)
+        if "ranktable" in stages and plan.generation not in generations.get(name, ()):
+            actions += [Action(verb="write", subject=f.path) for f in host.files_of("ranktable")]
+        actions += _start(host, running - set(stops), stages)
+        hosts[name] = host.model_copy(update={"actions": actions})
+    return plan.model_copy(update={"hosts": hosts})
 
 
-def as_markdown(plan: Plan, actions: Iterable[Action]) -> str:
+def as_markdown(plan: Plan) -> str:
     """The changes as a page, host by host."""
     lines = [f"# {plan.deployment}: generation {plan.generation}", "", f"Image `{plan.image}`", ""]
-    for host, of_host in groupby(actions, key=lambda action: action.host):
-        lines += [f"## {host} ({plan.hosts[host].address})", ""]
-        lines += [f"- {action.verb} `{action.subject}`" for action in of_host]
-        lines += [""]
-    if len(lines) == 4:
-        lines += ["Nothing to do."]
+    for name, host in plan.hosts.items():
+        listed = [f"- {action.verb} `{action.subject}`" for action in host.actions]
+        lines += [f"## {name} ({host.address})", "", *(listed or ["Nothing to do."]), ""]
     return "\n".join(lines)
+
+
+def _cleans(stages: Sequence[str]) -> bool:
+    return "cleanup" in stages or "server" in stages
+
+
+def _launch(host: HostPlan, existing: set[str]) -> Iterator[Action]:
+    for name, spec in host.containers.items():
+        if spec.name not in existing:
+            for file in host.files_of("launch"):
+                if file.path in spec.command:
+                    yield Action(verb="write", subject=file.path)
+            yield Action(verb="create", subject=spec.name)
+
+
+def _start(host: HostPlan, running: set[str], stages: Sequence[str]) -> Iterator[Action]:
+    for spec in host.containers.values():
+        stage = "proxy" if spec.labels[generation.ROLE] == "proxy" else "server"
+        if stage in stages and spec.name not in running:
+            yield Action(verb="start", subject=spec.name)

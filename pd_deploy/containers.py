@@ -1,10 +1,11 @@
 """Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
 
 import asyncio
+from collections.abc import Callable
 
 from pd_deploy import generation
 from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder
-from pd_deploy.hosts import ContainerState, File, Host
+from pd_deploy.hosts import ContainerState, File, Host, PullProgress
 from pd_deploy.plan import HostPlan
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout, Site
@@ -13,12 +14,27 @@ LOG_LINES = 20
 ABORT_TIMEOUT_S = 10
 
 
-async def pull(rollout: Rollout, name: str) -> Report:
-    """Brings the image to a host unless it is there."""
+async def pull(
+    rollout: Rollout, name: str, on_progress: Callable[[PullProgress], None] | None = None
+) -> Report:
+    """Brings the image to a host unless it is there.
+
+    Raises:
+        NotReady: it took longer than `gates.pull`.
+    """
     host, image = rollout.site.host(name), rollout.plan.image
     if await host.engine.image(image):
         return Report("pull image", name, name, False, "present")
-    await host.engine.pull(image, rollout.site.registry_login)
+    limit = rollout.site.deployment.gates.pull
+    try:
+        async with asyncio.timeout(limit):
+            await host.engine.pull(image, rollout.site.registry_login, on_progress)
+    except TimeoutError as error:
+        raise NotReady(
+            f"expected {image} to be pulled within {limit:g} s",
+            host=host.where,
+            hint="raise gates.pull, or pull it on the host by hand",
+        ) from error
     return Report("pull image", name, name, True, f"pulled {image}")
 
 
@@ -42,7 +58,7 @@ async def launch(rollout: Rollout, instance: str) -> Report:
     own = [d for d in planned.directories if d.endswith(f"/{instance}")]
     shared = [d for d in planned.directories if d.endswith("/ranktables")]
     made = await host.make_dirs(own + shared)
-    written = await _write(host, planned, "launch", f"/{instance}/")
+    written = await _write(host, planned, "launch", spec.command[0])
     if await _find(rollout, instance):
         changes = [f"wrote {path}" for path in (*made, *written)]
         return Report("launch", instance, host.name, bool(changes), ", ".join(changes) or "present")
@@ -76,7 +92,7 @@ async def prepare_proxy(rollout: Rollout) -> Report:
     if state.status in generation.RUNNING:
         return Report("prepare proxy", name, site.topology.proxy.host, False, "runs")
     await _start(rollout, name, state)
-    await _log_says(rollout, name, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
+    await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
     return Report("prepare proxy", name, site.topology.proxy.host, True, "prepared, port closed")
 
 
@@ -93,7 +109,7 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
         return Report("start server", instance, host.name, False, "runs")
     await _require_ranktables(rollout, host)
     await _start(rollout, instance, state)
-    await _log_says(rollout, instance, site.engine.STARTED, site.deployment.gates.start)
+    await _log_says(rollout, instance, state, site.engine.STARTED, site.deployment.gates.start)
     return Report("start server", instance, host.name, True, f"started {state.name}")
 
 
@@ -107,8 +123,9 @@ async def open_proxy(rollout: Rollout) -> Report:
         return Report(
             "open proxy", name, host.name, False, f"port {site.topology.proxy.port} is open"
         )
+    await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
     await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
-    await _log_says(rollout, name, site.engine.OPENED, site.deployment.gates.start)
+    await _log_says(rollout, name, state, site.engine.OPENED, site.deployment.gates.start)
     return Report("open proxy", name, host.name, True, f"opened port {site.topology.proxy.port}")
 
 
@@ -194,9 +211,11 @@ async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None
     await rollout.site.host_of(instance).engine.start(state.id)
 
 
-async def _log_says(rollout: Rollout, instance: str, text: str, timeout: float) -> None:
+async def _log_says(
+    rollout: Rollout, instance: str, state: ContainerState, text: str, timeout: float
+) -> None:
     """Waits for a text in the container's log since its last start."""
-    host, state = rollout.site.host_of(instance), await require(rollout, instance)
+    host = rollout.site.host_of(instance)
     said = await host.engine.wait_log(state.id, text, timeout, since=state.finished_at)
     if said == "ended":
         raise await died(rollout, instance)

@@ -20,6 +20,9 @@ PORTS = "pd-deploy.ports"
 DEVICES = "pd-deploy.devices"
 IMAGE = "pd-deploy.image"
 
+Containers = Mapping[str, Iterable[ContainerState]]
+"""Host name → the deployment's containers on it."""
+
 RUNNING = frozenset({"running", "restarting", "paused"})
 ENDED = frozenset({"exited", "dead"})
 
@@ -62,7 +65,7 @@ def desired(names: Iterable[str], wanted: str) -> Generation:
 def to_stop(
     generation: Generation,
     instances: Iterable[str],
-    containers: Mapping[str, Iterable[ContainerState]],
+    containers: Containers,
 ) -> list[tuple[str, ContainerState]]:
     """Running containers (with their host) that must stop before the generation can start.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,6 +12,10 @@ from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
 from pd_deploy.generation import Generation
 from pd_deploy.hosts import ContainerSpec
 from pd_deploy.topology import Topology
+
+Stage = Literal["cleanup", "launch", "ranktable", "proxy", "server"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""Parts of a deployment, in their order."""
 
 _ANY = Generation(1, "00000000")
 # Labels say nothing that is not in the rest, but for the image's tag, which may move.
@@ -38,10 +43,18 @@ class PlannedCommand(_Frozen):
     environment: dict[str, str]
 
 
+class Action(_Frozen):
+    """One change on a host: stop, create or start a container, or write a file."""
+
+    verb: str
+    subject: str
+
+
 class HostPlan(_Frozen):
-    """All of one host."""
+    """All of one host. `actions` are the changes against what is there, if that is known."""
 
     address: str
+    actions: list[Action] = []
     directories: list[str]
     containers: dict[str, ContainerSpec]
     files: list[PlannedFile]
@@ -59,6 +72,16 @@ class Plan(_Frozen):
     generation: str
     image: str
     hosts: dict[str, HostPlan]
+
+    @property
+    def instances(self) -> list[str]:
+        """Names of the engine instances, without the proxy."""
+        return [
+            name
+            for host in self.hosts.values()
+            for name, spec in host.containers.items()
+            if spec.labels[gen.ROLE] != "proxy"
+        ]
 
     def container(self, name: str) -> ContainerSpec:
         """The container of an instance or of the proxy."""

@@ -1,9 +1,9 @@
 """One run's view of a service: the deployment, its hosts, what they said, and the plan."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pd_deploy import engines, generation, plan, topology
+from pd_deploy import actions, engines, generation, plan, topology
 from pd_deploy.barrier import Barrier
 from pd_deploy.deployment import Deployment
 from pd_deploy.engines.base import HostFacts, Layout
@@ -87,7 +87,7 @@ class Rollout:
         """Containers, with their host, that cleanup has to stop."""
         return generation.to_stop(
             self.generation,
-            [instance.name for instance in self.site.topology.instances],
+            self.plan.instances,
             {name: survey.containers for name, survey in self.surveys.items()},
         )
 
@@ -123,8 +123,11 @@ class Rollout:
         proxy = self.site.topology.proxy.name
         return sorted(names & {proxy}), sorted(names - {proxy})
 
-    def present(self, name: str) -> ContainerState | None:
-        """The generation's container of an instance, as the survey saw it."""
-        wanted = self.plan.container(name).name
-        survey = self.surveys[self.site.topology.host_of(name)]
-        return next((c for c in survey.containers if c.name == wanted), None)
+    def with_actions(self, stages: Sequence[str]) -> plan.Plan:
+        """The plan with what the stages would change on each host."""
+        return actions.with_actions(
+            self.plan,
+            {name: survey.containers for name, survey in self.surveys.items()},
+            {name: survey.generations for name, survey in self.surveys.items()},
+            stages,
+        )

@@ -1,10 +1,17 @@
 """Resolve the image, and bring it to a host."""
 
+from collections.abc import Callable
+
+from prefect.logging import get_run_logger
+
 from pd_deploy import containers, survey
+from pd_deploy.hosts import PullProgress
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout, Site
 from pd_deploy.survey import ResolvedImage
 from tasks.step import step
+
+MIB = 1 << 20
 
 
 @step("resolve image")
@@ -15,5 +22,25 @@ async def resolve_image(site: Site) -> ResolvedImage:
 
 @step("pull image {host}")
 async def pull_image(rollout: Rollout, host: str) -> Report:
-    """Brings the image to a host unless it is there."""
-    return await containers.pull(rollout, host)
+    """Brings the image to a host unless it is there, and logs how far it is."""
+    return await containers.pull(rollout, host, _every_tenth())
+
+
+def _every_tenth() -> Callable[[PullProgress], None]:
+    """Logs a pull's progress when another tenth of the known bytes has come."""
+    logger, logged = get_run_logger(), 0
+
+    def log(progress: PullProgress) -> None:
+        nonlocal logged
+        tenth = 10 * progress.bytes_done // max(progress.bytes_total, 1)
+        if tenth > logged:
+            logged = tenth
+            logger.info(
+                "%d of %d MiB, %d of %d layers",
+                progress.bytes_done // MIB,
+                progress.bytes_total // MIB,
+                progress.layers_done,
+                progress.layers,
+            )
+
+    return log

@@ -1,12 +1,14 @@
 """A lab of the tests' own, beside whatever other lab runs on this machine."""
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from lab import Lab
 from lab.lifecycle import take_down
+from tests import prefect_settings
 
 # Others for those who run the tests twice at a time.
 NAME = os.environ.get("PD_TEST_LAB", "pdtest")
@@ -22,3 +24,8 @@ def lab() -> Iterator[Lab]:
         yield Lab.up(NAME, SUBNET)
     finally:
         take_down(NAME)
+
+
+def pytest_unconfigure() -> None:
+    """Leaves nothing of the tests' Prefect server behind."""
+    shutil.rmtree(prefect_settings.HOME, ignore_errors=True)

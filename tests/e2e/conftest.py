@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from demo.processes import Processes
 from lab import Lab, LabHost
+from tests import prefect_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -27,33 +27,22 @@ CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 
 
 @pytest.fixture(scope="session")
-def prefect_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def prefect_env() -> Iterator[dict[str, str]]:
     """Environment of a command that talks to the tests' own Prefect server."""
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
-    processes = Processes(home / "processes")
-    server = [f"{BIN}/prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    processes = Processes(prefect_settings.HOME / "processes")
+    server = [f"{BIN}/prefect", "server", "start", "--host", "127.0.0.1"]
     try:
-        processes.start("server", server, env)
-        processes.until("server", lambda: _answers(env["PREFECT_API_URL"]), 120)
+        processes.start("server", [*server, "--port", str(prefect_settings.PORT)], env)
+        processes.until("server", _answers, 120)
         yield env
     finally:
         processes.stop_all()
 
 
 @pytest.fixture(scope="session")
-def prefect(prefect_env: dict[str, str]) -> Iterator[Callable[..., str]]:
-    """Runs a command against the server; its output, failing the test when it fails."""
+def prefect(prefect_env: dict[str, str]) -> Callable[..., str]:
+    """Runs a command against the server: its standard output, or all of it if it has to fail."""
 
     def run(*argv: str, status: int = 0, input: str | None = None) -> str:
         done = subprocess.run(
@@ -66,10 +55,9 @@ def prefect(prefect_env: dict[str, str]) -> Iterator[Callable[..., str]]:
             check=False,
         )
         assert done.returncode == status, f"{argv}: {done.returncode}\n{done.stdout}{done.stderr}"
-        return done.stdout + done.stderr
+        return done.stdout if status == 0 else done.stdout + done.stderr
 
-    with temporary_settings({PREFECT_API_URL: prefect_env["PREFECT_API_URL"]}):
-        yield run
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -190,8 +178,9 @@ def service(lab: Lab, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
         service.clean()
 
 
-def _answers(api: str) -> bool:
-    with suppress(OSError), urllib.request.urlopen(f"{api}/health", timeout=2) as answer:
+def _answers() -> bool:
+    url = f"{prefect_settings.API}/health"
+    with suppress(OSError), urllib.request.urlopen(url, timeout=2) as answer:
         return bool(answer.status == 200)
     return False
 

@@ -10,10 +10,11 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-from flows.deploy import STAGES, deploy
+from flows.deploy import deploy
+from pd_deploy.plan import STAGES
 from tests.e2e.conftest import INSTANCES, Service
 
-CHANGING = {"create", "start", "kill", "stop", "die", "destroy"}
+CHANGING = {"create", "start", "stop", "die", "destroy"}
 
 
 async def test_deployment_run_ends_with_a_verified_service(
@@ -84,10 +85,8 @@ async def test_what_plan_prints_is_what_happens(
     events = {name: follow_events(host) for name, host in service.lab.hosts.items()}
     await deploy(service.file)
 
+    assert_only_planned_events(plan, events)
     for name, planned in plan["hosts"].items():
-        specs = planned["containers"].values()
-        expected = sorted((verb, s["name"]) for s in specs for verb in ("create", "start"))
-        assert sorted(e for e in events[name]() if e[0] != "kill") == expected
         for file in planned["files"]:
             seen = service.lab.hosts[name].run(["cat", file["path"]]).stdout
             assert seen == file["content"]
@@ -100,6 +99,30 @@ async def test_what_plan_prints_is_what_happens(
     for host in plan["hosts"].values():
         for instance, spec in host["containers"].items():
             assert_matches(containers[instance], spec)
+
+
+async def test_what_plan_prints_of_an_upgrade_is_what_happens(
+    service: Service, prefect: Callable[..., str]
+) -> None:
+    """Also what stops; and once it is done, the plan is to do nothing."""
+    await deploy(service.file)
+    service.change(settings={"all": {"environment": {"EXAMPLE": "1"}}})
+    plan = json.loads(prefect("pd-deploy", "plan", service.file, "--format", "json"))
+    events = {name: follow_events(host) for name, host in service.lab.hosts.items()}
+    await deploy(service.file)
+    assert_only_planned_events(plan, events)
+    assert "stop" in {action["verb"] for action in plan["hosts"]["a"]["actions"]}
+    again = json.loads(prefect("pd-deploy", "plan", service.file, "--format", "json"))
+    assert [host["actions"] for host in again["hosts"].values()] == [[], []]
+
+
+def assert_only_planned_events(plan: dict, events: dict) -> None:  # type: ignore[type-arg]
+    """The engines created, started and stopped the planned containers and no others."""
+    for name, planned in plan["hosts"].items():
+        expected = {(a["verb"], a["subject"]) for a in planned["actions"] if a["verb"] != "write"}
+        seen = events[name]()
+        assert {event for event in seen if event[0] in ("create", "start", "stop")} == expected
+        assert len(seen) == len(set(seen))
 
 
 def assert_matches(inspected: dict, spec: dict) -> None:  # type: ignore[type-arg]
