@@ -1,0 +1,126 @@
+"""What a dry run says it would do, from what the hosts said."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pytest
+
+from pd_deploy import actions
+from pd_deploy import generation as gen
+from pd_deploy.errors import OutOfOrder
+from pd_deploy.hosts import ContainerState, Hosts
+from pd_deploy.plan import STAGES
+from pd_deploy.rollout import Rollout, Site, Survey
+from tests.unit import example
+
+OLD = "1-0123abcd"
+
+
+def state(name: str, host_generation: str, status: str) -> ContainerState:
+    role = {"p": "prefill", "d": "decode", "c": "proxy"}[name[0]]
+    labels = {gen.GENERATION: host_generation, gen.INSTANCE: name, gen.ROLE: role}
+    full = f"omni-infer-{role}_{name}_{host_generation}"
+    began = datetime(2025, 1, 1, tzinfo=UTC)
+    return ContainerState(full, full, labels, status, None, began, None, "image", "sha256:0")
+
+
+def rollout(
+    states: dict[str, str], *, known: list[str] | None = None, name: str = "qwq-3p1d"
+) -> Rollout:
+    """A rollout whose hosts hold containers in these states, and these generations."""
+    of = example.service({"name": name})
+    site = Site(of, Hosts())
+    known = known or []
+    wanted = example.plan({"name": name}, generations=known).generation
+    surveys = {
+        host: Survey(
+            host=host,
+            interface=example.INTERFACE,
+            architecture="aarch64",
+            engine_version="27.0",
+            containers=tuple(
+                state(n, known[0] if known and known[0] != wanted else wanted, status)
+                for n, status in states.items()
+                if (site.topology.host_of(n) if n in site.topology.names else "b") == host
+            ),
+            generations=tuple(known),
+        )
+        for host in of.hosts
+    }
+    return Rollout(site, surveys, example.addresses(of), example.IMAGE)
+
+
+def verbs(of: Rollout, stages: Sequence[str] = STAGES) -> list[tuple[str, str, str]]:
+    return [
+        (host, action.verb, action.subject.rpartition("/")[2])
+        for host, planned in of.with_actions(stages).hosts.items()
+        for action in planned.actions
+    ]
+
+
+ALL = ("p0", "p1", "p2", "d0", "c0")
+
+
+@pytest.mark.parametrize("name", ["qwq-3p1d", "p0"])
+def test_on_empty_hosts_everything_is_made(name: str) -> None:
+    of = rollout({}, name=name)
+    found = verbs(of)
+    made = [spec.name for host in of.plan.hosts.values() for spec in host.containers.values()]
+    assert [subject for _, verb, subject in found if verb == "create"] == made
+    assert [subject for _, verb, subject in found if verb == "start"] == made
+    assert sum(subject == "start.sh" for _, _, subject in found) == 5
+    assert sum(subject.endswith(".json") for _, _, subject in found) == 6
+    assert [verb for _, verb, _ in found if verb == "stop"] == []
+
+
+def test_where_all_runs_there_is_nothing_to_do() -> None:
+    known = [rollout({}).plan.generation]
+    of = rollout(dict.fromkeys(ALL, "running"), known=known)
+    assert verbs(of) == []
+    assert actions.as_markdown(of.with_actions(STAGES)).count("Nothing to do.") == 2
+
+
+def test_death_of_one_server_restarts_the_set() -> None:
+    known = [rollout({}).plan.generation]
+    of = rollout(dict.fromkeys(ALL, "running") | {"d0": "exited"}, known=known)
+    found = [(verb, subject.split("_")[1]) for _, verb, subject in verbs(of)]
+    assert sorted(found) == sorted(
+        [("stop", name) for name in ALL if name != "d0"] + [("start", name) for name in ALL]
+    )
+    assert of.to_restart() == (["c0"], ["p0", "p1", "p2"])
+
+
+def test_old_generation_stops_and_the_new_one_is_made() -> None:
+    of = rollout(dict.fromkeys(ALL, "running"), known=[OLD])
+    found = verbs(of)
+    assert sum(verb == "stop" and subject.endswith(OLD) for _, verb, subject in found) == 5
+    assert sum(verb == "start" and OLD not in subject for _, verb, subject in found) == 5
+    with pytest.raises(OutOfOrder, match=r"run the stage `cleanup` first"):
+        of.to_restart()
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (["cleanup"], {"stop"}),
+        (["launch"], {"write", "create"}),
+        (["ranktable"], {"write"}),
+        (["proxy"], {"start"}),
+        (["server"], {"stop", "start"}),
+    ],
+)
+def test_stages_do_their_own_part(stages: list[str], expected: set[str]) -> None:
+    of = rollout(dict.fromkeys(ALL, "running"), known=[OLD])
+    assert {verb for _, verb, _ in verbs(of, stages)} == expected
+
+
+def test_page_groups_by_host() -> None:
+    of = rollout({})
+    page = actions.as_markdown(of.with_actions(STAGES))
+    assert page.count("## a (10.0.0.1)") == page.count("## b (10.0.0.2)") == 1
+    assert f"- create `{of.plan.container('d0').name}`" in page
+
+
+def test_cleanup_looks_at_instances_that_left_the_file_too() -> None:
+    of = rollout({"c9": "running", "p9": "running"}, known=[OLD])
+    assert of.to_clean_up() == (["c0", "c9"], ["p0", "p1", "p2", "d0", "p9"])
