@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -477,12 +478,18 @@ def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
         raise InvalidInput(
             [Problem("profile", f"expected one of {expected}, found {name!r}")], source=file
         )
-    profile = documents.read(PROFILES / f"{name}.yaml")
+    profile = dict(_profile(str(name)))
     settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
     given = [key for key in ("profile_settings",) if key in document]
     if given:
         raise InvalidInput([Problem(given[0], "is not a key of a deployment file")], source=file)
     return {**documents.merge(profile, document), "profile_settings": settings}
+
+
+@cache
+def _profile(name: str) -> Mapping[str, Any]:
+    """Read once: it comes with the package and does not change."""
+    return documents.read(PROFILES / f"{name}.yaml")
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
