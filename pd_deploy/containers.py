@@ -153,7 +153,7 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
     for path, text in files.items():
         shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
     return InstanceDied(
-        f"ended with exit code {code}; its last lines:\n" + "\n".join(shown),
+        f"ended with exit code {code}\nits last lines:\n" + "\n".join(shown),
         host=host.where,
         instance=instance,
         hint=f"the whole log is on the host: `docker logs {state.name}` and {directory}",

@@ -75,7 +75,10 @@ class PdDeployError(Exception):
             if name
         )
         text = f"{where}: {self.message}" if where else self.message
-        return f"{text} → {self.hint}" if self.hint else text
+        if not self.hint:
+            return text
+        separator = "\n" if "\n" in text else " "
+        return f"{text}{separator}→ {self.hint}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own way back calls the class with `args`, which keyword arguments are not in.
