@@ -51,7 +51,7 @@ def _cleans(stages: Sequence[str]) -> bool:
 
 
 def _launch(host: HostPlan, existing: set[str]) -> Iterator[Action]:
-    for name, spec in host.containers.items():
+    for spec in host.containers.values():
         if spec.name not in existing:
             for file in host.files_of("launch"):
                 if file.path in spec.command:
