@@ -414,6 +414,23 @@ class TestFiles:
         assert await host.make_dirs([f"{place}/p/q"]) == []
         assert (await host.run(["stat", "-c", "%a", f"{place}/p/q"])).stdout == "700\n"
 
+    async def test_all_files_go_over_one_session(self, host: Host, box: LabHost) -> None:
+        await asyncio.gather(*(host.read_file("/etc/hostname") for _ in range(20)))
+        await host.list_dir("/etc")
+        assert len(sftp_servers(box)) == 1
+
+    async def test_an_ended_file_server_comes_back(
+        self, host: Host, box: LabHost, place: str
+    ) -> None:
+        path = f"{place}/file"
+        await host.write_files({path: File(b"kept")})
+        box.run(["kill", *sftp_servers(box)])
+        until(lambda: not sftp_servers(box), "the SFTP server ends")
+        with pytest.raises(errors.ConnectionDropped):
+            await host.read_file(path)
+        assert await host.read_file(path) == b"kept"
+        assert host.connects == 1
+
     async def test_a_user_without_rights(self, connect: Callable[..., Host], login: Login) -> None:
         host = connect(replace(login, user="deployer"))
         with pytest.raises(errors.FileDenied, match="/etc/new"):
@@ -753,6 +770,10 @@ def threads(name: str) -> int:
 def a_nap() -> list[str]:
     """A long sleep unlike any other, to be found among the processes."""
     return ["sleep", f"600.{uuid4().int % 10**9}"]
+
+
+def sftp_servers(box: LabHost) -> list[str]:
+    return box.run(["pgrep", "-x", "sftp-server"], check=False).stdout.split()
 
 
 def listening(box: LabHost, port: int) -> bool:
