@@ -61,7 +61,7 @@ async def success(
     message = f"generation {rollout.plan.generation}: {what}"
     if completion:
         message += f"; serves at {completion.url}"
-        get_run_logger().info("smoke test: %r → %r", completion.prompt, completion.text)
+        message += f", which answered {completion.prompt!r} with {completion.text.strip()!r}"
     await _publish(file, rollout, f"**{message}**", reports, completion)
     return Completed(message=message[0].upper() + message[1:])
 

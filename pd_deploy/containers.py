@@ -146,18 +146,53 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
     """The error for an instance that ended: exit code and the last lines of its logs."""
     host, state = rollout.site.host_of(instance), await require(rollout, instance)
     code = await host.engine.wait(state.id)
-    lines = (await host.engine.logs(state.id, tail=LOG_LINES, since=state.started_at)).splitlines()
-    directory = rollout.log_directory(instance)
-    files = await host.facts.tail([directory], lines=LOG_LINES)
-    shown = [f"  | {line}" for line in lines]
-    for path, text in files.items():
-        shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
     return InstanceDied(
-        f"ended with exit code {code}\nits last lines:\n" + "\n".join(shown),
+        f"ended with exit code {code}\n{await last_lines(rollout, instance)}",
         host=host.where,
         instance=instance,
-        hint=f"the whole log is on the host: `docker logs {state.name}` and {directory}",
+        hint=f"the whole log is on the host: `docker logs {state.name}` and "
+        f"{rollout.log_directory(instance)}",
     )
+
+
+async def last_lines(rollout: Rollout, instance: str) -> str:
+    """The end of an instance's output and log files since its last start, for messages."""
+    host, state = rollout.site.host_of(instance), await require(rollout, instance)
+    output, files = await asyncio.gather(
+        host.engine.logs(state.id, tail=LOG_LINES, since=state.started_at),
+        host.facts.tail([rollout.log_directory(instance)], lines=LOG_LINES),
+    )
+    shown = ["its last lines:", *(f"  | {line}" for line in output.splitlines())]
+    for path, text in files.items():
+        shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
+    return "\n".join(shown)
+
+
+async def any_dead(rollout: Rollout) -> InstanceDied | None:
+    """The error for the first instance, or the proxy, that does not run any longer."""
+    names = rollout.site.topology.names
+    states = await asyncio.gather(*(require(rollout, name) for name in names))
+    for name, state in zip(names, states, strict=True):
+        if state.status in generation.ENDED:
+            return await died(rollout, name)
+    return None
+
+
+async def require(rollout: Rollout, instance: str) -> ContainerState:
+    """The generation's container of an instance.
+
+    Raises:
+        OutOfOrder: it was not launched.
+    """
+    state = await _find(rollout, instance)
+    if state is None:
+        raise OutOfOrder(
+            f"expected the container {rollout.plan.container(instance).name}, found none",
+            host=rollout.site.host_of(instance).where,
+            instance=instance,
+            hint="run the stage `launch` first",
+        )
+    return state
 
 
 async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:
@@ -171,18 +206,6 @@ async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
         return await rollout.site.host_of(instance).engine.inspect(spec.name)
     except ContainerMissing:
         return None
-
-
-async def require(rollout: Rollout, instance: str) -> ContainerState:
-    state = await _find(rollout, instance)
-    if state is None:
-        raise OutOfOrder(
-            f"expected the container {rollout.plan.container(instance).name}, found none",
-            host=rollout.site.host_of(instance).where,
-            instance=instance,
-            hint="run the stage `launch` first",
-        )
-    return state
 
 
 async def _require_ranktables(rollout: Rollout, host: Host) -> None:
@@ -221,8 +244,8 @@ async def _log_says(
         raise await died(rollout, instance)
     if said == "timeout":
         raise NotReady(
-            f"expected {text!r} in its log within {timeout:g} s, found nothing of it",
+            f"expected {text!r} in its log within {timeout:g} s, found nothing of it\n"
+            + await last_lines(rollout, instance),
             host=host.where,
             instance=instance,
-            hint=f"see `docker logs {state.name}` on the host",
         )

@@ -44,11 +44,24 @@ async def until_ready(rollout: Rollout, instance: str) -> Report:
 
 
 async def smoke_test(rollout: Rollout) -> Completion:
-    """Asks the proxy for a completion, as a client would.
+    """Asks the proxy for a completion, as a client would, and sees that nobody died of it.
 
     Raises:
         SmokeTestFailed: no answer, an error, or an answer of another shape.
+        InstanceDied: a server or the proxy has ended since it was ready.
     """
+    try:
+        completion = await _complete(rollout)
+    except SmokeTestFailed as error:
+        if dead := await containers.any_dead(rollout):
+            raise dead from error
+        raise
+    if dead := await containers.any_dead(rollout):
+        raise dead
+    return completion
+
+
+async def _complete(rollout: Rollout) -> Completion:
     site, proxy = rollout.site, rollout.site.topology.proxy
     smoke = site.deployment.smoke
     body = {
@@ -106,13 +119,15 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
         ended.cancel()
         healthy.cancel()
     if ended in done:
+        ended.result()
         raise await containers.died(rollout, instance)
     if not done:
         raise NotReady(
-            f"expected an answer on its health endpoint within {limit:g} s, found none",
+            f"expected an answer on its health endpoint within {limit:g} s, found none\n"
+            + await containers.last_lines(rollout, instance),
             host=host.where,
             instance=instance,
-            hint=f"see `docker logs {state.name}` on the host, or raise gates.ready",
+            hint="raise gates.ready if it only needs longer",
         )
     healthy.result()
 

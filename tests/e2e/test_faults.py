@@ -227,3 +227,11 @@ async def test_one_connection_per_host_serves_a_whole_run(service: Service) -> N
     await deploy(service.file)
     after = [int(host.run(count).stdout) for host in service.lab.hosts.values()]
     assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
+
+
+async def test_server_that_dies_of_the_first_request(service: Service) -> None:
+    """The error is its death with its log, and not just that no answer came."""
+    service.faults("d0", crash_on_request=True)
+    state = await run(service)
+    assert "instance d0: ended with exit code" in str(state.message)
+    assert service.containers(running=True) == {}
