@@ -58,12 +58,12 @@ async def success(
     reports = list(reports)
     changed = sum(report.changed for report in reports)
     what = f"{changed} steps changed something" if changed else "nothing to do, nothing changed"
-    message = f"generation {rollout.plan.generation}: {what}"
+    message = f"Generation {rollout.plan.generation}: {what}"
+    await _publish(file, rollout, f"**{message}**", reports, completion)
     if completion:
         message += f"; serves at {completion.url}"
         message += f", which answered {completion.prompt!r} with {completion.text.strip()!r}"
-    await _publish(file, rollout, f"**{message}**", reports, completion)
-    return Completed(message=message[0].upper() + message[1:])
+    return Completed(message=message)
 
 
 async def failure(
@@ -101,7 +101,7 @@ def _report(
     rollout: Rollout, headline: str, reports: Sequence[Report], completion: Completion | None
 ) -> str:
     lines = [f"# {rollout.plan.deployment}", "", headline, ""]
-    lines += [f"Generation `{rollout.plan.generation}`, image `{rollout.plan.image}`", ""]
+    lines += [f"Image `{rollout.plan.image}`", ""]
     if completion:
         lines += [
             f"Completion through `{completion.url}` in {completion.seconds:.2f} s:",

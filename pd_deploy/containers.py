@@ -35,7 +35,7 @@ async def pull(
             host=host.where,
             hint="raise gates.pull, or pull it on the host by hand",
         ) from error
-    return Report("pull image", name, name, True, f"pulled {image}")
+    return Report("pull image", name, name, True, f"pulled {image.rpartition('@')[2][:19]}")
 
 
 async def clean_up(rollout: Rollout, instance: str) -> Report:
