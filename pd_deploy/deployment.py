@@ -238,6 +238,13 @@ Name = Annotated[
         "small letters, digits and '-' (at most 40, no '-' at either end)",
     ),
 ]
+ContainerName = Annotated[
+    str,
+    _like(
+        r"[A-Za-z0-9][A-Za-z0-9_.-]{1,63}",
+        "letters, digits, '_', '.' and '-' (2 to 64, the first a letter or digit)",
+    ),
+]
 Text = Annotated[
     str, _like(r"(?s:[^\x00-\x1f\x7f]+)", "text that is not empty, without control characters")
 ]
@@ -399,9 +406,9 @@ class Paths(Model):
 class ContainerNames(Model):
     """What container names begin with; instance and generation follow."""
 
-    prefill: Name = "omni-infer-prefill"
-    decode: Name = "omni-infer-decode"
-    proxy: Name = "omni-infer-proxy"
+    prefill: ContainerName = "omni-infer-prefill"
+    decode: ContainerName = "omni-infer-decode"
+    proxy: ContainerName = "omni-infer-proxy"
 
 
 class ContainerOptions(Model):
