@@ -104,6 +104,9 @@ def parse_devices(value: object) -> tuple[int, ...]:
 def parse_pod_devices(value: object) -> object:
     """Device ids, or a mapping of hosts to device ids; see `parse_devices`."""
     if isinstance(value, Mapping):
+        odd = [host for host in value if not isinstance(host, str)]
+        if odd:
+            raise ValueError(f"expected hosts of the file, found {_shown(odd[0])}")
         return {host: parse_devices(devices) for host, devices in value.items()}
     return parse_devices(value)
 
@@ -261,7 +264,7 @@ Address = Annotated[str, BeforeValidator(_ipv4)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Devices = Annotated[tuple[int, ...], BeforeValidator(parse_devices)]
 PodDevices = Annotated[
-    tuple[int, ...] | dict[Name, tuple[int, ...]], BeforeValidator(parse_pod_devices)
+    tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
 ]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Value = Annotated[Scalar, BeforeValidator(_scalar), _without_login(r"://[^/@]*@")]
@@ -352,7 +355,7 @@ class InstanceEntry(Settings):
         if isinstance(self.devices, Mapping) and set(self.devices) != set(self.on):
             raise ValueError(
                 f"expected devices for its hosts ({', '.join(self.on)}), "
-                f"found them for {', '.join(self.devices)}"
+                f"found them for {', '.join(self.devices) or 'none'}"
             )
         return self
 
@@ -462,7 +465,7 @@ class Smoke(Model):
 class Supports(Model):
     """What the image of a profile can do beyond a single-host decode with prefills of its size."""
 
-    multi_host_prefill: Literal["no", "ray"] = "no"
+    multi_host_prefill: Literal["none", "ray"] = "none"
     multi_host_decode: bool = False
     tensor_parallel: Literal["equal", "divisible"] = "equal"
     server_offset: Literal["servers", "devices"] = "servers"
@@ -576,7 +579,7 @@ def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
             raise InvalidInput([Problem("compat", f"{message}; {found}")], source=file)
         profile = documents.merge(profile, upstream)
     settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
-    allow = [*_listed(profile, "allow"), *_listed(document, "allow")]
+    allow = [*_listed(document, "allow"), *_listed(profile, "allow")]
     merged = documents.merge(profile, document)
     if isinstance(merged.get("allow"), list):
         merged["allow"] = allow

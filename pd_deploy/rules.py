@@ -161,7 +161,7 @@ def _pods(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
             Problem("decode", f"{message}: this engine links every prefill with a single one"),
         )
     supports, profile = deployment.supports, deployment.profile
-    refused = {"prefill": supports.multi_host_prefill == "no", "decode": False}
+    refused = {"prefill": supports.multi_host_prefill == "none", "decode": False}
     refused["decode"] = not supports.multi_host_decode
     for pod in topology.pods:
         if len(pod.members) > 1 and refused[pod.role]:

@@ -1,4 +1,7 @@
-"""With `compat: upstream` every value of the golden file is matched; the exceptions stand here."""
+"""With `compat: upstream` every value of the golden file is matched; the exceptions stand here.
+
+Without it, each difference is one of the corrections.
+"""
 
 import importlib.util
 import json
@@ -15,7 +18,7 @@ import pytest
 
 from lab.standin.processes import LAUNCHER
 from pd_deploy import probes
-from pd_deploy.engines import omniinfer
+from pd_deploy.engines import corrections, omniinfer
 from pd_deploy.engines.base import Service
 from pd_deploy.topology import Instance
 from tests.unit import example
@@ -48,7 +51,7 @@ EXCEPTIONS = {
     "derived_global.*_RANKTABLE_LIST": CENTRAL,
     "docker_argv.*.Generate the *": CENTRAL,
     "docker_argv.*.exec.-d": MAIN_PROCESS,
-    "docker_argv.*.exec.runs": MAIN_PROCESS,
+    "docker_argv.*.exec.runs.*": MAIN_PROCESS,
     "docker_argv.*.run.-d": MAIN_PROCESS,
     "docker_argv.*.run.-it": MAIN_PROCESS,
     "docker_argv.*.run.-v./tmp/scripts_path": GENERATION,
@@ -65,6 +68,57 @@ EXCEPTIONS = {
 }
 
 
+ABSENT = None
+P0, D0 = "engine.p0.vllm_argv", "engine.d0.vllm_argv"
+# Correction → a key where it shows → (upstream, ours), and patterns of all its other keys.
+DIFFERENCES: dict[str, tuple[dict[str, tuple[Any, Any]], tuple[str, ...]]] = {
+    "engine-ids": (
+        {f"{D0}.--kv-transfer-config.engine_id": (0, 3)},
+        ("*.engine_id", "derived_global.decode_engine_id"),
+    ),
+    "hccl-interface": (
+        {"engine.p0.vllm_env.HCCL_SOCKET_IFNAME": (ABSENT, example.INTERFACE)},
+        ("*.HCCL_SOCKET_IFNAME",),
+    ),
+    "fixed-ports": (
+        {"engine.p1.start_api_servers_argv.--max-port-attempts": (ABSENT, "1")},
+        ("*.--max-port-attempts",),
+    ),
+    "unbuffered-log": (
+        {"engine.p2.vllm_env.PYTHONUNBUFFERED": (ABSENT, "1")},
+        ("*.PYTHONUNBUFFERED",),
+    ),
+    "no-shared-tmp": ({"docker_argv.p0.run.-v./tmp": ("/tmp", ABSENT)}, ("*.-v./tmp",)),
+    "proxy-environment": (
+        {"docker_argv.c0.exec.-e.HOST": ("c0", ABSENT)},
+        ("docker_argv.c0.exec.-e.*",),
+    ),
+    "batched-tokens": (
+        {f"{P0}.--max-num-batched-tokens": ("40960", "61440")},
+        ("*.--max-num-batched-tokens",),
+    ),
+    "prefill-memory": (
+        {f"{P0}.--gpu-memory-utilization": ("0.88", "0.65")},
+        ("engine.p?.*.--gpu-util", "engine.p?.*.--gpu-memory-utilization"),
+    ),
+    "expansion-mode": (
+        {
+            "engine.d0.vllm_env.HCCL_OP_EXPANSION_MOD": ("AIV", ABSENT),
+            "engine.d0.vllm_env.HCCL_OP_EXPANSION_MODE": (ABSENT, "AIV"),
+        },
+        (),
+    ),
+    "gear-list": (
+        {
+            f"{D0}.--additional-config.decode_gear_list.0": (64, ABSENT),
+            f"{D0}.--additional-config.graph_model_compile_config.decode_gear_list.0": (ABSENT, 64),
+        },
+        ("*.decode_gear_list.0",),
+    ),
+}
+OF_OTHER_PROFILES = {"launch-blocking"}
+
+
 @pytest.fixture(scope="module")
 def service() -> Service:
     return example.for_engine(CHANGES)
@@ -79,6 +133,40 @@ def test_every_value_is_matched_but_for_the_exceptions(service: Service, tmp_pat
     assert [(key, golden.get(key), ours.get(key)) for key in unexplained] == []
     unused = [p for p in EXCEPTIONS if not any(fnmatchcase(key, p) for key in differing)]
     assert unused == []
+
+
+def test_each_correction_shows_where_it_says_and_nothing_else_differs(
+    service: Service, tmp_path: Path
+) -> None:
+    for name in ("upstream", "ours"):
+        (tmp_path / name).mkdir()
+    upstream = flat(comparable(reproduced(service, tmp_path / "upstream")))
+    corrected = example.for_engine({**CHANGES, "compat": None})
+    ours = flat(comparable(reproduced(corrected, tmp_path / "ours")))
+    differing = {k for k in upstream.keys() | ours.keys() if upstream.get(k) != ours.get(k)}
+    for name, (shown, patterns) in DIFFERENCES.items():
+        assert {k: (upstream.get(k), ours.get(k)) for k in shown} == shown, name
+        differing -= {k for k in differing if any(fnmatchcase(k, p) for p in (*shown, *patterns))}
+    assert differing == set()
+
+
+def test_every_correction_of_a_value_is_stated() -> None:
+    listed = {c.name for c in corrections.CORRECTIONS if c.where != "always"}
+    assert listed == DIFFERENCES.keys() | OF_OTHER_PROFILES
+    with pytest.raises(KeyError):
+        corrections.corrected(example.service(), "unheard-of")
+
+
+def test_deepseek_decode_does_not_block_on_launch() -> None:
+    changes = {
+        "profile": "deepseek-r1-a3-2p1d",
+        "decode": {"d0": {"host": None, "hosts": ["b"]}},
+    }
+    found = [
+        omniinfer.environment(example.for_engine({**changes, "compat": compat}), "d0")
+        for compat in ("upstream", None)
+    ]
+    assert [one["ASCEND_LAUNCH_BLOCKING"] for one in found] == ["1", "0"]
 
 
 def reasons(key: str) -> list[str]:
@@ -303,7 +391,9 @@ def docker_argv(service: Service, name: str) -> dict[str, list[str]]:
         *(word for m in spec.mounts for word in ("-v", f"{m.source}:{m.target}")),
         "--name", container_name(service, name), "REPOSITORY:TAG",
     ]  # fmt: skip
-    execute = [word for key in passed for word in ("-e", f"{key}={environment[key]}")]
+    execute = [
+        word for key in passed if key in environment for word in ("-e", f"{key}={environment[key]}")
+    ]
     return {
         "run": [word or "" for word in run],
         "exec": ["docker", "exec", *execute, container_name(service, name)],
