@@ -125,7 +125,11 @@ RECORD = '#!/bin/bash\nprintf "%s\\n" "${0##*/} $*" >>"$SAID"\n'
 # The second time it is asked, both nodes are there.
 PYTHON = (
     RECORD
-    + '[ "$1" = -c ] && echo "noise" && [ $(grep -c "python -c" "$SAID") -ge 2 ] && echo 2\nexit 0\n'
+    + """\
+[ "$1" = -c ] || exit 0
+echo noise
+[ $(grep -c "python -c" "$SAID") -lt 2 ] || echo 2
+"""
 )
 
 

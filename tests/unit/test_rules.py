@@ -63,7 +63,9 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
             }
         }
     ],
-    "one-decode-pod": [{"prefill": {"p2": None}, "decode": {"d1": {"host": "b", "devices": "0-7"}}}],
+    "one-decode-pod": [
+        {"prefill": {"p2": None}, "decode": {"d1": {"host": "b", "devices": "0-7"}}}
+    ],
     "ports-distinct": [{"proxy": {"c0": {"port": 9000}}}, {"ports": {"api": 8001}}],
     "ports-in-range": [{"ports": {"zmq": 65500}}, {"ports": {"decode_offset": 2}}],
     "prefill-pods": [
@@ -80,7 +82,8 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
     "tensor-parallel-ratio": [
         {"prefill": {"p0": {"devices": "0-3"}}},
         {"decode": {"d0": {"tensor_parallel": 4}}},
-        DEEPSEEK | {"prefill": {"p0": {"devices": "0-3"}}, "decode": {"d0": {"tensor_parallel": 8}}},
+        DEEPSEEK
+        | {"prefill": {"p0": {"devices": "0-3"}}, "decode": {"d0": {"tensor_parallel": 8}}},
     ],
     "values-without-blanks": [{"settings": {"all": {"arguments": {"x": "a b"}}}}],
 }  # fmt: skip
