@@ -13,11 +13,11 @@ from uuid import UUID
 
 import typer
 
-from cli import credentials, facts_file, show
+from cli import credentials, facts_file, shell, show
 from lab import cli as lab_cli
 from pd_deploy import deployment as files
 from pd_deploy import topology
-from pd_deploy.errors import InvalidInput, PdDeployError
+from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.plan import Plan
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
@@ -48,6 +48,7 @@ class Format(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+    SHELL = "shell"
 
 
 class Stage(StrEnum):
@@ -80,9 +81,16 @@ def check(file: File, image: Image = None) -> None:
 def plan(
     file: File,
     image: Image = None,
-    format: Annotated[Format, typer.Option(help="text for people, json for programs.")] = (
-        Format.TEXT
-    ),
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="text for people, json for programs, shell for scripts with the equivalent "
+            "docker commands and files."
+        ),
+    ] = Format.TEXT,
+    host: Annotated[
+        str | None, typer.Option(help="With --format shell: only the script of this host.")
+    ] = None,
     facts: Annotated[
         Path | None,
         typer.Option(
@@ -100,8 +108,16 @@ def plan(
     Example: pd-deploy plan deployments/qwq-3p1d.yaml --format json
     """
     service = files.load(file, image=image)
+    if host is not None and host not in service.hosts:
+        known = ", ".join(service.hosts)
+        raise InvalidInput([Problem("--host", f"expected one of {known}, found {host}")])
     made = facts_file.make_plan(service, facts) if facts else _plan_on_hosts(service)
-    typer.echo(made.model_dump_json(indent=2) if format is Format.JSON else show.plan(made))
+    if format is Format.SHELL:
+        hosts = [host] if host else list(service.hosts)
+        placed = topology.build(service)
+        typer.echo("\n".join(shell.script(service, placed, made, name) for name in hosts), nl=False)
+    else:
+        typer.echo(made.model_dump_json(indent=2) if format is Format.JSON else show.plan(made))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The runbook: bring a service up and prove that it serves."""
 
-import asyncio
 from pathlib import Path
+from typing import Any
 
 from prefect import State, flow
 
@@ -61,10 +61,11 @@ async def look(site: Site) -> Rollout:
     """Reads everything a plan needs, on all hosts at once; changes nothing."""
     names = list(site.deployment.hosts)
     surveys = await fan_out(site.barrier, [survey(site, name) for name in names])
-    image, addresses = await asyncio.gather(
-        resolve_image(site, wait_for=surveys),
-        fan_out(site.barrier, [device_addresses(site, n, wait_for=surveys) for n in names]),
+    reading = [device_addresses(site, name, wait_for=surveys) for name in names]
+    found: list[Any] = await fan_out(
+        site.barrier, [resolve_image(site, wait_for=surveys), fan_out(site.barrier, reading)]
     )
+    image, addresses = found
     return Rollout(
         site,
         {survey.host: survey for survey in surveys},

@@ -1,7 +1,7 @@
 """What a run shows in the UI: log lines, a report and a table under stable keys, its last word."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from prefect import State, runtime
@@ -67,14 +67,19 @@ async def success(
 
 
 async def failure(
-    file: str, rollout: Rollout, error: BaseException, stopped: Sequence[str]
+    file: str,
+    rollout: Rollout,
+    error: BaseException,
+    stopped: Mapping[str, Exception | None],
 ) -> None:
     """Publishes why a run failed, and what was stopped because of it."""
+    done = [name for name, fault in stopped.items() if fault is None]
+    if done:
+        get_run_logger().warning("stopped %s again; containers and logs are kept", ", ".join(done))
+    for name, fault in stopped.items():
+        if fault:
+            get_run_logger().error("%s may still run: %s", name, fault)
     reason = str(error) or type(error).__name__
-    if stopped:
-        get_run_logger().warning(
-            "stopped %s again; containers and logs are kept", ", ".join(stopped)
-        )
     await _publish(file, rollout, f"**Failed:**\n\n```\n{reason}\n```", [], None)
 
 

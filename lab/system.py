@@ -98,8 +98,10 @@ def install_missing_packages(say: Callable[[str], None]) -> None:
     if not shutil.which("apt-get", path=SEARCH_PATH):
         raise LabError(f"this machine lacks {names} and has no apt-get: install them by hand")
     say(f"installing {names}")
-    run(["apt-get", "update", "-qq"])
-    run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing])
+    # Another apt-get, such as the nightly one, may be at work.
+    patiently = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
+    run([*patiently, "update"])
+    run([*patiently, "install", "-y", "--no-install-recommends", *missing])
 
 
 def mounts_below(directory: Path) -> list[str]:

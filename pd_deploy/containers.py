@@ -129,17 +129,20 @@ async def open_proxy(rollout: Rollout) -> Report:
     return Report("open proxy", name, host.name, True, f"opened port {site.topology.proxy.port}")
 
 
-async def stop_started(rollout: Rollout) -> list[str]:
-    """Stops, after a failure, what this run has started; keeps the containers and their logs."""
-    states = {name: await _find(rollout, name) for name in rollout.started}
-    running = {n: s for n, s in states.items() if s and s.status in generation.RUNNING}
-    await asyncio.gather(
-        *(
-            _stop(rollout.site, rollout.site.topology.host_of(name), state, ABORT_TIMEOUT_S)
-            for name, state in running.items()
-        )
+async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
+    """Stops, after a failure, what this run has started; keeps the containers and their logs.
+
+    Returns:
+        By instance, None if it is stopped, or why it could not be.
+    """
+    names = sorted(rollout.started)
+    outcomes = await asyncio.gather(
+        *(_stop_instance(rollout, name) for name in names), return_exceptions=True
     )
-    return sorted(running)
+    return {
+        name: outcome if isinstance(outcome, Exception) else None
+        for name, outcome in zip(names, outcomes, strict=True)
+    }
 
 
 async def died(rollout: Rollout, instance: str) -> InstanceDied:
@@ -168,14 +171,23 @@ async def last_lines(rollout: Rollout, instance: str) -> str:
     return "\n".join(shown)
 
 
-async def any_dead(rollout: Rollout) -> InstanceDied | None:
-    """The error for the first instance, or the proxy, that does not run any longer."""
+async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | None:
+    """The error for an instance, or the proxy, that has ended or ends within some seconds."""
     names = rollout.site.topology.names
     states = await asyncio.gather(*(require(rollout, name) for name in names))
-    for name, state in zip(names, states, strict=True):
-        if state.status in generation.ENDED:
-            return await died(rollout, name)
-    return None
+    ends = {
+        asyncio.ensure_future(rollout.site.host_of(name).engine.wait(state.id)): name
+        for name, state in zip(names, states, strict=True)
+        if within or state.status in generation.ENDED
+    }
+    if not ends:
+        return None
+    done, running = await asyncio.wait(
+        ends, timeout=within or None, return_when=asyncio.FIRST_COMPLETED
+    )
+    for one in running:
+        one.cancel()
+    return await died(rollout, ends[done.pop()]) if done else None
 
 
 async def require(rollout: Rollout, instance: str) -> ContainerState:
@@ -193,6 +205,12 @@ async def require(rollout: Rollout, instance: str) -> ContainerState:
             hint="run the stage `launch` first",
         )
     return state
+
+
+async def _stop_instance(rollout: Rollout, instance: str) -> None:
+    state, host = await require(rollout, instance), rollout.site.topology.host_of(instance)
+    if state.status in generation.RUNNING:
+        await _stop(rollout.site, host, state, ABORT_TIMEOUT_S)
 
 
 async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:

@@ -17,6 +17,7 @@ from pd_deploy.topology import Proxy
 
 POLL_INTERVAL_S = 0.25
 PROBE_TIMEOUT_S = 5.0
+DEATH_NOTICED_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ async def smoke_test(rollout: Rollout) -> Completion:
     try:
         completion = await _complete(rollout)
     except SmokeTestFailed as error:
-        if dead := await containers.any_dead(rollout):
+        # Its proxy notices a server's death before its container has ended.
+        if dead := await containers.any_dead(rollout, within=DEATH_NOTICED_S):
             raise dead from error
         raise
     if dead := await containers.any_dead(rollout):

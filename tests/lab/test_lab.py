@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -271,11 +270,9 @@ def test_a_power_failure_ends_everything_and_the_disk_stays(lab: Lab) -> None:
     host.run(["docker", "rm", "victim"])
 
 
-def test_up_finds_a_running_lab_at_once(lab: Lab) -> None:
+def test_up_leaves_a_running_lab_as_it_is(lab: Lab) -> None:
     pids = [host.init_pid for host in lab.hosts.values()]
-    began = time.monotonic()
     again = Lab.up(lab.name, str(lab.subnet))
-    assert time.monotonic() - began < 1
     assert [host.init_pid for host in again.hosts.values()] == pids
 
 

@@ -1,0 +1,82 @@
+"""A plan as shell scripts, one per host: to compare with what runs today, or to run by hand."""
+
+import json
+import shlex
+
+from pd_deploy import docker_command, engines
+from pd_deploy.deployment import Deployment
+from pd_deploy.plan import HostPlan, Plan, PlannedFile
+from pd_deploy.topology import Topology
+
+_END = "PD_DEPLOY_END"
+
+
+def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> str:
+    """The script that does on a host, as root, what a run does there.
+
+    Run it on all hosts at the same time: servers wait for each other while they load, and the one
+    on the proxy's host opens the port when all are ready.
+    """
+    planned = made.hosts[host]
+    lines = [
+        "#!/bin/sh",
+        f"# {made.deployment}, generation {made.generation}: run this as root on host {host} "
+        f"({planned.address})",
+        "set -eu",
+        "",
+        shlex.join(["docker", "pull", made.image]),
+        shlex.join(["mkdir", "-p", *planned.directories]),
+    ]
+    for file in planned.files:
+        lines += ["", *_write(file)]
+    for spec in planned.containers.values():
+        lines += ["", _wrapped(docker_command.create(spec))]
+    lines += ["", shlex.join(["docker", "start", *_names(planned)])]
+    if host == placed.proxy.host:
+        lines += ["", *_open(deployment, placed, made)]
+    return "\n".join(lines) + "\n"
+
+
+def _names(planned: HostPlan) -> list[str]:
+    return [spec.name for spec in planned.containers.values()]
+
+
+def _write(file: PlannedFile) -> list[str]:
+    target = shlex.quote(file.path)
+    return [
+        f"install -m {file.mode} /dev/stdin {target} <<'{_END}'",
+        file.content.removesuffix("\n"),
+        _END,
+    ]
+
+
+def _wrapped(argv: list[str]) -> str:
+    """One option a line, as people write long commands."""
+    words = [shlex.quote(word) for word in argv]
+    return " ".join(words[:2]) + "".join(
+        f" \\\n  {word}" if word.startswith("--") else f" {word}" for word in words[2:]
+    )
+
+
+def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
+    servers = " ".join(instance.server for instance in placed.instances)
+    proxy = made.container(placed.proxy.name).name
+    signal = engines.get(deployment.engine).OPEN_SIGNAL
+    url = f"http://{placed.proxy.address}:{placed.proxy.port}/v1/completions"
+    body = json.dumps(
+        {
+            "model": deployment.model.served_name,
+            "prompt": deployment.smoke.prompt,
+            "max_tokens": deployment.smoke.max_tokens,
+        }
+    )
+    header = "content-type: application/json"
+    ask = ["curl", "-fsS", "--retry", "20", "--retry-delay", "1", "--retry-all-errors", "-H"]
+    return [
+        "# the proxy opens its port when every server is ready",
+        f"for server in {servers}; do",
+        '  until curl -fsS -o /dev/null "http://$server/health" 2>/dev/null; do sleep 1; done',
+        "done",
+        shlex.join(["docker", "kill", "--signal", signal, proxy]),
+        shlex.join([*ask, header, "-d", body, url]),
+    ]
