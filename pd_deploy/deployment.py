@@ -212,7 +212,7 @@ def _kv_parallel_size(value: object) -> object:
 
 
 def _rule(value: object) -> object:
-    if value not in rules.RULES:
+    if not isinstance(value, str) or value not in rules.RULES:
         near = difflib.get_close_matches(str(value), rules.RULES, n=1)
         expected = f"did you mean {near[0]}?" if near else f"known are {', '.join(rules.RULES)}"
         raise ValueError(f"expected the name of a rule, found {_shown(value)}; {expected}")

@@ -131,6 +131,21 @@ CORRECTIONS = (
         "parts get lost or mixed up, with exit code 0",
     ),
     Correction(
+        "exact-ranktables",
+        "always",
+        "an instance's ranktable is the first match of a pattern that other devices match too",
+        "the exact path",
+        "the wrong file, or none, without a word",
+    ),
+    Correction(
+        "interface-of-address",
+        "always",
+        "the interface is that of the default route",
+        "the one that owns the host's address; `hosts.<name>.interface` overrides it",
+        "the default route may use another network, or not exist",
+        untried=True,
+    ),
+    Correction(
         "one-order",
         "always",
         "decode's addresses are master first, its offsets and ranktable in the file's order; a "
