@@ -149,9 +149,16 @@ async def _healthy(rollout: Rollout, instance: str) -> None:
     place = next(member for member in pod.members if member.name == instance)
     answering = place if place.api_ports else pod.master
     host = rollout.site.host_of(answering.name)
-    async with asyncio.TaskGroup() as group:
-        for port in answering.api_ports:
-            group.create_task(_server_healthy(host, answering.address, port))
+    waits = [
+        asyncio.ensure_future(_server_healthy(host, answering.address, port))
+        for port in answering.api_ports
+    ]
+    try:
+        await asyncio.gather(*waits)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
 
 
 async def _server_healthy(host: Host, address: str, port: int) -> None:

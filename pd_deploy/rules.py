@@ -77,6 +77,7 @@ def _findings(deployment: "Deployment", topology: "Topology") -> Iterator[Findin
     yield from _pods(deployment, topology)
     yield from _device_ids(deployment, topology)
     for pod in topology.pods:
+        yield from _spanning(deployment, pod)
         yield from _devices_of_pod(pod)
         yield from _arguments(deployment, pod)
         yield from _overrides(deployment, pod)
@@ -160,17 +161,16 @@ def _pods(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
             "one-decode-pod",
             Problem("decode", f"{message}: this engine links every prefill with a single one"),
         )
-    supports, profile = deployment.supports, deployment.profile
-    refused = {"prefill": supports.multi_host_prefill == "none", "decode": False}
-    refused["decode"] = not supports.multi_host_decode
-    for pod in topology.pods:
-        if len(pod.members) > 1 and refused[pod.role]:
-            message = f"expected one host, found {len(pod.members)}: profile {profile} starts "
-            why = {
-                "prefill": "no executor that spans hosts",
-                "decode": "a decode of one host only",
-            }[pod.role]
-            yield f"multi-host-{pod.role}", Problem(f"{pod.key}.hosts", message + why)
+
+
+def _spanning(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
+    supports = deployment.supports
+    prefill = pod.role == "prefill"
+    supported = supports.multi_host_prefill != "none" if prefill else supports.multi_host_decode
+    if len(pod.members) > 1 and not supported:
+        starts = "no executor that spans hosts" if prefill else "a decode of one host only"
+        message = f"expected one host, found {len(pod.members)}: profile {deployment.profile} "
+        yield f"multi-host-{pod.role}", Problem(f"{pod.key}.hosts", f"{message}starts {starts}")
 
 
 def _device_ids(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from flows.deploy import deploy
-from tests.e2e.conftest import Service
+from tests.e2e.conftest import INSTANCES, Service
 
 OVER_TWO_HOSTS: dict[str, Any] = {
     "profile": "deepseek-r1-a3-2p1d",
@@ -75,6 +75,16 @@ async def test_two_prefills_and_decode_share_one_host(service: Service) -> None:
     await deploy(service.file)
     assert set(service.containers(running=True)) == {"p0", "p1", "d0", "c0"}
     assert service.lab.hosts["b"].run(["docker", "ps", "-aq"]).stdout == ""
+
+
+async def test_upstreams_own_values_bring_a_service_up(service: Service) -> None:
+    """Faults and all: the engine warns of what it does not read, and serves."""
+    service.change(compat="upstream")
+    await deploy(service.file)
+    assert set(service.containers(running=True)) == INSTANCES
+    script = "cat /data/log_path/*/*/d0/server_0.log"
+    log = service.lab.hosts["b"].run(["sh", "-c", script]).stdout
+    assert "HCCL_OP_EXPANSION_MOD is read by nothing" in log
 
 
 @pytest.mark.parametrize("instance", ["d0-0", "d0-1"])
