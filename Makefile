@@ -44,7 +44,7 @@ check-machine-for-tests:
 	@$(PYTHON) -m demo.preconditions --no-server
 
 $(VENV)/ready: requirements.lock pyproject.toml
-	@echo "installing the locked packages into $(VENV) (about a minute the first time)"
+	@echo "installing the locked packages into $(VENV) (a minute or two the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -1,12 +1,16 @@
 """Saving secrets as Prefect blocks, without a secret on the command line."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import SecretStr
 
 from pd_deploy.errors import InvalidInput, Problem
+
+if TYPE_CHECKING:
+    from prefect.blocks.core import Block
 
 app = typer.Typer(
     help="Save the credentials that a deployment file names, as Prefect blocks.",
@@ -31,8 +35,14 @@ def ssh(
     ] = None,
     jump_host: Annotated[str | None, typer.Option(help="Host to go through.")] = None,
     jump_user: Annotated[str | None, typer.Option(help="User on the jump host.")] = None,
+    jump_port: Annotated[int, typer.Option(help="SSH port of the jump host.")] = 22,
+    trust_on_first_use: Annotated[
+        bool, typer.Option(help="Accept the key of a host that is not known yet.")
+    ] = False,
 ) -> None:
     """Save SSH credentials; passphrase and password are asked for, never given as arguments.
+
+    Where there is no terminal they are read from standard input, a line each.
 
     Example: pd-deploy credentials ssh pd-ssh --private-key ~/.ssh/id_ed25519
     --known-hosts ~/.ssh/known_hosts
@@ -41,14 +51,17 @@ def ssh(
 
     block = SshCredentials(
         private_key=_secret(_content("--private-key", private_key)),
-        passphrase=_secret(typer.prompt("Passphrase", hide_input=True) if passphrase else None),
-        password=_secret(typer.prompt("Password", hide_input=True) if password else None),
+        passphrase=_secret(_ask("Passphrase") if passphrase else None),
+        password=_secret(_ask("Password") if password else None),
         known_hosts=_content("--known-hosts", known_hosts),
+        trust_on_first_use=trust_on_first_use,
         jump_host=jump_host,
         jump_user=jump_user,
+        jump_port=jump_port,
     )
-    block.save(name, overwrite=True)
-    typer.echo(f"saved {block.get_block_type_slug()}/{name}")
+    # A key that cannot be read is better found now than in a run at night.
+    block.login(user="root", port=22).options(str(private_key))
+    _save(block, name)
 
 
 @app.command()
@@ -62,10 +75,21 @@ def registry(
     """
     from blocks.registry import RegistryCredentials  # noqa: PLC0415  as above
 
-    password = typer.prompt("Password", hide_input=True)
-    block = RegistryCredentials(username=username, password=password)
-    block.save(name, overwrite=True)
+    _save(RegistryCredentials(username=username, password=SecretStr(_ask("Password"))), name)
+
+
+def _save(block: "Block", name: str) -> None:
+    from cli.prefect_api import reached  # noqa: PLC0415  Prefect takes seconds to import
+
+    with reached():
+        block.save(name, overwrite=True)
     typer.echo(f"saved {block.get_block_type_slug()}/{name}")
+
+
+def _ask(what: str) -> str:
+    if sys.stdin.isatty():
+        return str(typer.prompt(what, hide_input=True))
+    return sys.stdin.readline().removesuffix("\n")
 
 
 def _secret(text: str | None) -> SecretStr | None:

@@ -60,7 +60,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
         image=facts.image or deployment.image_reference,
         generations=facts.generations,
     )
-    return actions.with_actions(made, {}, {}, STAGES)
+    return actions.with_actions(made, {}, {}, {}, STAGES)
 
 
 def _read(path: Path) -> FactsFile:

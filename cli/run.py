@@ -1,7 +1,7 @@
 """Running the flow here, and following a run elsewhere."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -10,8 +10,8 @@ import typer
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.settings import get_current_settings
 
+from cli.prefect_api import reached
 from flows.deploy import deploy as flow
 from pd_deploy.errors import PdDeployError
 
@@ -23,24 +23,14 @@ _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗
 
 def deploy(file: str, *, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
     """Runs the flow in this process; 0 when it completed, 1 when it failed."""
-    return _run(_deploy(file, image, stages, dry_run))
+    with reached():
+        return asyncio.run(_deploy(file, image, stages, dry_run))
 
 
 def follow(flow_run: UUID) -> int:
     """Prints a run's steps as they happen; 0 when it completed, 1 otherwise."""
-    return _run(_follow(flow_run))
-
-
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    try:
-        return asyncio.run(work)
-    except RuntimeError as error:
-        if "Failed to reach API" not in str(error):
-            raise
-        raise PdDeployError(
-            f"expected a Prefect server at {get_current_settings().api.url}, found none",
-            hint="run `prefect server start`, or unset PREFECT_API_URL for a temporary one",
-        ) from error
+    with reached():
+        return asyncio.run(_follow(flow_run))
 
 
 async def _deploy(file: str, image: str | None, stages: list[str] | None, dry_run: bool) -> int:

@@ -4,6 +4,7 @@ Every command that a user would type is shown before it runs.
 """
 
 import argparse
+import fcntl
 import os
 import re
 import shlex
@@ -11,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from demo.preconditions import PORT
@@ -34,6 +37,21 @@ ENV = os.environ | {
 processes = Processes(HOME)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Holds off another demo of this checkout.
+
+    Raises:
+        RuntimeError: another one is at work.
+    """
+    with Path(__file__).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError("another one is at work here; wait until it ends") from error
+        yield
+
+
 def up() -> int:
     """Everything up, the deployment run, its result; 0 when it completed."""
     if not processes.running("server"):
@@ -43,12 +61,12 @@ def up() -> int:
         )
     run("pd-deploy", "lab", "up")
     processes.until("server", answers, 120)
-    run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite")
+    run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite", quiet=True)
     if not processes.running("worker"):
         processes.start("worker", [f"{BIN}/prefect", "worker", "start", "--pool", "pd-pool"], ENV)
     run("pd-deploy", "credentials", "ssh", "pd-lab-ssh", "--private-key", f"{LAB}/id_ed25519",
         "--known-hosts", f"{LAB}/known_hosts")  # fmt: skip
-    run("prefect", "--no-prompt", "deploy", "--all")
+    run("prefect", "--no-prompt", "deploy", "--all", quiet=True)
     output = run("prefect", "deployment", "run", "pd-deploy/lab-qwq-3p1d", quiet=True)
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", output)
     if not flow_run:
@@ -72,9 +90,18 @@ def down() -> int:
 def run(*argv: str, quiet: bool = False) -> str:
     """Shows and runs a command; returns what it printed if `quiet`."""
     print(f"$ {shlex.join(argv)}", flush=True)
-    pipe = subprocess.PIPE if quiet else None
-    done = subprocess.run(argv, env=ENV, cwd=ROOT, stdout=pipe, text=True, check=False)
+    pipe, both = (subprocess.PIPE, subprocess.STDOUT) if quiet else (None, None)
+    done = subprocess.run(
+        argv,
+        env=ENV,
+        cwd=ROOT,
+        stdout=pipe,
+        stderr=both,
+        text=True,
+        check=False,
+    )
     if done.returncode:
+        print(done.stdout or "", end="")
         raise RuntimeError(f"`{shlex.join(argv)}` failed with exit code {done.returncode}")
     return done.stdout or ""
 
@@ -92,11 +119,12 @@ def main() -> int:
     """The command; what a failed or interrupted start left is taken down again."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("verb", choices=["up", "down"])
-    if parser.parse_args().verb == "down":
-        return down()
-    fresh = not processes.running("server")
+    verb = parser.parse_args().verb
+    fresh = False
     try:
-        return up()
+        with alone():
+            fresh = not processes.running("server")
+            return up() if verb == "up" else down()
     except (RuntimeError, KeyboardInterrupt) as error:
         print(f"demo: {str(error) or 'interrupted'}", file=sys.stderr)
         if fresh:

@@ -1,6 +1,7 @@
 """What a run shows in the UI: log lines, a report and a table under stable keys, its last word."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -57,12 +58,13 @@ async def success(
     """Publishes the report of a run that went well; returns the run's last word."""
     reports = list(reports)
     changed = sum(report.changed for report in reports)
-    what = f"{changed} steps changed something" if changed else "nothing to do, nothing changed"
+    what = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
     message = f"Generation {rollout.plan.generation}: {what}"
     await _publish(file, rollout, f"**{message}**", reports, completion)
     if completion:
         message += f"; serves at {completion.url}"
-        message += f", which answered {completion.prompt!r} with {completion.text.strip()!r}"
+        answer = textwrap.shorten(completion.text, 80, placeholder=" …")
+        message += f", which answered {completion.prompt!r} with {answer!r}"
     return Completed(message=message)
 
 

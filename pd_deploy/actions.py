@@ -1,6 +1,6 @@
 """What a run would do, from the plan and what is on the hosts. Pure."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pd_deploy import generation
 from pd_deploy.generation import Containers, Generation
@@ -11,6 +11,7 @@ def with_actions(
     plan: Plan,
     containers: Containers,
     generations: Mapping[str, Sequence[str]],
+    listening: Mapping[str, Collection[int]],
     stages: Sequence[str],
 ) -> Plan:
     """The plan with the changes that the stages would make, host by host.
@@ -18,6 +19,7 @@ def with_actions(
     Args:
         containers: per host, the deployment's containers that exist.
         generations: per host, names of the generations whose files are there.
+        listening: per host, the TCP ports that somebody listens on.
     """
     current = Generation.parse(plan.generation)
     assert current is not None
@@ -33,6 +35,8 @@ def with_actions(
         if "ranktable" in stages and plan.generation not in generations.get(name, ()):
             actions += [Action(verb="write", subject=f.path) for f in host.files_of("ranktable")]
         actions += _start(host, running - set(stops), stages)
+        if "server" in stages:
+            actions += _open(host, running - set(stops), listening.get(name, ()))
         hosts[name] = host.model_copy(update={"actions": actions})
     return plan.model_copy(update={"hosts": hosts})
 
@@ -64,3 +68,11 @@ def _start(host: HostPlan, running: set[str], stages: Sequence[str]) -> Iterator
         stage = "proxy" if spec.labels[generation.ROLE] == "proxy" else "server"
         if stage in stages and spec.name not in running:
             yield Action(verb="start", subject=spec.name)
+
+
+def _open(host: HostPlan, running: set[str], listening: Collection[int]) -> Iterator[Action]:
+    for spec in host.containers.values():
+        if spec.labels[generation.ROLE] == "proxy":
+            port = spec.labels[generation.PORTS]
+            if spec.name not in running or int(port) not in listening:
+                yield Action(verb="open", subject=f"port {port}")

@@ -67,6 +67,8 @@ class PdDeployError(Exception):
         self.host = host
         self.instance = instance
         self.hint = hint
+        self.told = False
+        """Whether it has been logged already."""
 
     def __str__(self) -> str:
         where = ", ".join(

@@ -44,7 +44,7 @@ class PlannedCommand(_Frozen):
 
 
 class Action(_Frozen):
-    """One change on a host: stop, create or start a container, or write a file."""
+    """One change on a host: stop, create or start a container, write a file, or open a port."""
 
     verb: str
     subject: str

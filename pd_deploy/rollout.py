@@ -21,6 +21,7 @@ class Survey:
     engine_version: str
     containers: tuple[ContainerState, ...]
     generations: tuple[str, ...]
+    listening: frozenset[int]
 
 
 class Site:
@@ -129,5 +130,6 @@ class Rollout:
             self.plan,
             {name: survey.containers for name, survey in self.surveys.items()},
             {name: survey.generations for name, survey in self.surveys.items()},
+            {name: survey.listening for name, survey in self.surveys.items()},
             stages,
         )

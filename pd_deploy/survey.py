@@ -52,11 +52,12 @@ async def survey(site: Site, name: str) -> Survey:
     """
     host, entry = site.host(name), site.deployment.hosts[name]
     state = f"{site.deployment.paths.state}/{site.deployment.name}"
-    info, containers, directories, interface = await asyncio.gather(
+    info, containers, directories, interface, listening = await asyncio.gather(
         host.engine.info(),
         host.engine.containers({generation.DEPLOYMENT: site.deployment.name}),
         host.list_dir(state),
         host.facts.interface_of(entry.address),
+        host.facts.listening_ports(),
     )
     if interface is None:
         raise FactsError(
@@ -72,6 +73,7 @@ async def survey(site: Site, name: str) -> Survey:
         engine_version=info.version,
         containers=tuple(containers),
         generations=tuple(sorted(names | set(directories))),
+        listening=frozenset(listening),
     )
 
 

@@ -5,16 +5,24 @@ import logging
 from pd_deploy.errors import PdDeployError
 
 _LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
-_REPEATS = ("Finished in state Completed()", "Finished in state Failed(")
+_REPEATS = (
+    "Finished in state Completed()",
+    "Finished in state Failed(",
+    "Finished in state Crashed(",
+    "Crash detected! Execution was cancelled",
+)
 
 
 class _Story(logging.Filter):
     """Drops the last state of each run, which our own line or the error tells better, and shows
-    an error of ours as its message: a traceback says nothing about a host."""
+    an error of ours as its message, once: a traceback says nothing about a host."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, PdDeployError):
+            if error.told:
+                return False
+            error.told = True
             record.msg, record.args = str(error), ()
             record.exc_info = record.exc_text = None
         return not record.getMessage().startswith(_REPEATS)

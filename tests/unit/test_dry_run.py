@@ -25,7 +25,11 @@ def state(name: str, host_generation: str, status: str) -> ContainerState:
 
 
 def rollout(
-    states: dict[str, str], *, known: list[str] | None = None, name: str = "qwq-3p1d"
+    states: dict[str, str],
+    *,
+    known: list[str] | None = None,
+    name: str = "qwq-3p1d",
+    listening: Sequence[int] = (7000,),
 ) -> Rollout:
     """A rollout whose hosts hold containers in these states, and these generations."""
     of = example.service({"name": name})
@@ -44,6 +48,7 @@ def rollout(
                 if (site.topology.host_of(n) if n in site.topology.names else "b") == host
             ),
             generations=tuple(known),
+            listening=frozenset(listening),
         )
         for host in of.hosts
     }
@@ -80,10 +85,16 @@ def test_where_all_runs_there_is_nothing_to_do() -> None:
     assert actions.as_markdown(of.with_actions(STAGES)).count("Nothing to do.") == 2
 
 
+def test_a_proxy_whose_port_is_closed_is_opened() -> None:
+    known = [rollout({}).plan.generation]
+    of = rollout(dict.fromkeys(ALL, "running"), known=known, listening=())
+    assert verbs(of) == [("a", "open", "port 7000")]
+
+
 def test_death_of_one_server_restarts_the_set() -> None:
     known = [rollout({}).plan.generation]
     of = rollout(dict.fromkeys(ALL, "running") | {"d0": "exited"}, known=known)
-    found = [(verb, subject.split("_")[1]) for _, verb, subject in verbs(of)]
+    found = [(verb, subject.split("_")[1]) for _, verb, subject in verbs(of) if verb != "open"]
     assert sorted(found) == sorted(
         [("stop", name) for name in ALL if name != "d0"] + [("start", name) for name in ALL]
     )
@@ -106,7 +117,7 @@ def test_old_generation_stops_and_the_new_one_is_made() -> None:
         (["launch"], {"write", "create"}),
         (["ranktable"], {"write"}),
         (["proxy"], {"start"}),
-        (["server"], {"stop", "start"}),
+        (["server"], {"stop", "start", "open"}),
     ],
 )
 def test_stages_do_their_own_part(stages: list[str], expected: set[str]) -> None:

@@ -1,0 +1,33 @@
+"""What can go wrong between the command and the Prefect server, as errors of ours."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+
+from pd_deploy.errors import PdDeployError
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Turns a server that is not there, or does not know what it is asked for, into one error.
+
+    Raises:
+        PdDeployError: instead of the client's own errors.
+    """
+    try:
+        yield
+    except ObjectNotFound as error:
+        raise PdDeployError(
+            f"the Prefect server at {get_current_settings().api.url} does not know it",
+            hint="look for its id with `prefect flow-run ls`",
+        ) from error
+    except (httpx.TransportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+            raise
+        raise PdDeployError(
+            f"expected a Prefect server at {get_current_settings().api.url}, found none",
+            hint="run `prefect server start`, or unset PREFECT_API_URL for a temporary one",
+        ) from error
