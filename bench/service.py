@@ -103,7 +103,7 @@ class Service:
 
     def _health_urls(self) -> list[str]:
         built = topology.build(deployment.load(Path(self._file)))
-        return [f"http://{instance.server}/health" for instance in built.instances]
+        return [f"http://{server}/health" for pod in built.pods for server in pod.servers]
 
     def _last_start(self) -> datetime:
         """When Docker started the last server."""

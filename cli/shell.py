@@ -3,7 +3,7 @@
 import json
 import shlex
 
-from pd_deploy import docker_command, engines
+from pd_deploy import docker_command, engines, probes
 from pd_deploy.deployment import Deployment
 from pd_deploy.plan import HostPlan, Plan, PlannedFile
 from pd_deploy.topology import Topology
@@ -59,17 +59,10 @@ def _wrapped(argv: list[str]) -> str:
 
 
 def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
-    servers = " ".join(instance.server for instance in placed.instances)
+    servers = " ".join(server for pod in placed.pods for server in pod.servers)
     proxy = made.container(placed.proxy.name).name
     signal = engines.get(deployment.engine).OPEN_SIGNAL
-    url = f"http://{placed.proxy.address}:{placed.proxy.port}/v1/completions"
-    body = json.dumps(
-        {
-            "model": deployment.model.served_name,
-            "prompt": deployment.smoke.prompt,
-            "max_tokens": deployment.smoke.max_tokens,
-        }
-    )
+    url, body = probes.smoke_request(deployment, placed.proxy)
     header = "content-type: application/json"
     ask = ["curl", "-fsS", "--retry", "20", "--retry-delay", "1", "--retry-all-errors", "-H"]
     return [
@@ -78,5 +71,5 @@ def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
         '  until curl -fsS -o /dev/null "http://$server/health" 2>/dev/null; do sleep 1; done',
         "done",
         shlex.join(["docker", "kill", "--signal", signal, proxy]),
-        shlex.join([*ask, header, "-d", body, url]),
+        shlex.join([*ask, header, "-d", json.dumps(body), url]),
     ]

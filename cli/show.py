@@ -29,12 +29,20 @@ def topology(deployment: Deployment, placed: Topology) -> str:
             f"{deployment.name}: {len(placed.prefill)} prefill + {len(placed.decode)} decode, "
             f"{deployment.engine}, profile {deployment.profile}",
             f"image {deployment.image_reference}",
+            *_unusual(deployment),
             "",
             *table(rows),
             "",
             "The file is right. Next: pd-deploy plan FILE",
         ]
     )
+
+
+def _unusual(deployment: Deployment) -> list[str]:
+    lines = ["values as upstream has them"] if deployment.compat else []
+    if deployment.allow:
+        lines.append(f"may break the rules {', '.join(dict.fromkeys(deployment.allow))}")
+    return lines
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -22,10 +22,11 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from pd_deploy import documents
+from pd_deploy import documents, rules
 from pd_deploy.errors import InvalidInput, Problem
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -57,6 +58,8 @@ _EXPECTED = {
     "too_long": "at most {max_length} entry",
     "invalid_key": "a key that is text",
 }
+# Keys of profiles that no deployment file may have.
+_OF_PROFILES = ("profile_settings", "all", "upstream")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 Role = Literal["prefill", "decode", "proxy"]
@@ -96,6 +99,16 @@ def parse_devices(value: object) -> tuple[int, ...]:
     if not devices:
         raise ValueError("expected at least one device")
     return tuple(devices)
+
+
+def parse_pod_devices(value: object) -> object:
+    """Device ids, or a mapping of hosts to device ids; see `parse_devices`."""
+    if isinstance(value, Mapping):
+        odd = [host for host in value if not isinstance(host, str)]
+        if odd:
+            raise ValueError(f"expected hosts of the file, found {_shown(odd[0])}")
+        return {host: parse_devices(devices) for host, devices in value.items()}
+    return parse_devices(value)
 
 
 def _device_range(part: object) -> range:
@@ -190,6 +203,22 @@ def _json(value: object) -> object:
     return value
 
 
+def _kv_parallel_size(value: object) -> object:
+    known = ("prefill-pods-plus-one", "decode-tensor-parallel")
+    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not number and value not in known:
+        raise ValueError(f"expected {', '.join(known)} or a number, found {_shown(value)}")
+    return value
+
+
+def _rule(value: object) -> object:
+    if not isinstance(value, str) or value not in rules.RULES:
+        near = difflib.get_close_matches(str(value), rules.RULES, n=1)
+        expected = f"did you mean {near[0]}?" if near else f"known are {', '.join(rules.RULES)}"
+        raise ValueError(f"expected the name of a rule, found {_shown(value)}; {expected}")
+    return value
+
+
 def _code(value: object) -> object:
     if value == "image":
         return value
@@ -212,6 +241,13 @@ Name = Annotated[
         "small letters, digits and '-' (at most 40, no '-' at either end)",
     ),
 ]
+ContainerName = Annotated[
+    str,
+    _like(
+        r"[A-Za-z0-9][A-Za-z0-9_.-]{1,63}",
+        "letters, digits, '_', '.' and '-' (2 to 64, the first a letter or digit)",
+    ),
+]
 Text = Annotated[
     str, _like(r"(?s:[^\x00-\x1f\x7f]+)", "text that is not empty, without control characters")
 ]
@@ -227,6 +263,9 @@ AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 Devices = Annotated[tuple[int, ...], BeforeValidator(parse_devices)]
+PodDevices = Annotated[
+    tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
+]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Value = Annotated[Scalar, BeforeValidator(_scalar), _without_login(r"://[^/@]*@")]
 Environment = dict[
@@ -267,9 +306,21 @@ class HostEntry(Model):
     ssh: Ssh | None = None
 
 
+class MountEntry(Model):
+    """A path of the host made visible in the containers."""
+
+    source: AbsolutePath
+    target: AbsolutePath
+    read_only: bool = False
+
+
+MountEntries = tuple[Annotated[MountEntry, BeforeValidator(_parse_mount)], ...]
+
+
 class Settings(Model):
     """Tuning of the instances of a role, or of one instance. What is not given comes from the
-    level below: profile, then `settings`, then the instance."""
+    level below: profile, then `settings`, then the instance. Mounts and container devices of all
+    levels add up; they come on top of `container`'s, and a mount replaces one of its target."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     tensor_parallel: Annotated[int, Field(gt=0, strict=True)] | None = None
@@ -279,13 +330,46 @@ class Settings(Model):
         Value,
     ] = {}
     additional_config: Annotated[dict[str, Any] | None, BeforeValidator(_json)] = None
+    mounts: MountEntries = ()
+    container_devices: tuple[AbsolutePath, ...] = ()
 
 
 class InstanceEntry(Settings):
-    """One engine instance: where it runs, and what differs from its role's settings."""
+    """One pod: where it runs, and what differs from its role's settings.
 
-    host: Name
-    devices: Devices
+    On several hosts (`hosts`, the master first) it is one engine with an instance on each.
+    `devices` are those of every host, or differ by host in a mapping.
+    """
+
+    host: Name | None = None
+    hosts: Annotated[tuple[Name, ...] | None, Field(min_length=1)] = None
+    devices: PodDevices
+
+    @model_validator(mode="after")
+    def _placed_once(self) -> "InstanceEntry":
+        if (self.host is None) == (self.hosts is None):
+            raise ValueError("expected either `host` or `hosts`, found " + self._given())
+        twice = sorted({host for host in self.on if self.on.count(host) > 1})
+        if twice:
+            raise ValueError(f"expected each of its hosts once, found {', '.join(twice)} again")
+        if isinstance(self.devices, Mapping) and set(self.devices) != set(self.on):
+            raise ValueError(
+                f"expected devices for its hosts ({', '.join(self.on)}), "
+                f"found them for {', '.join(self.devices) or 'none'}"
+            )
+        return self
+
+    def _given(self) -> str:
+        return "neither" if self.host is None else "both"
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """Its hosts, the master first."""
+        return self.hosts or (self.host or "",)
+
+    def devices_on(self, host: str) -> tuple[int, ...]:
+        """Its devices on one of its hosts."""
+        return self.devices[host] if isinstance(self.devices, Mapping) else self.devices
 
 
 class ProxyEntry(Model):
@@ -311,6 +395,7 @@ class Ports(Model):
     master: Port = 8000
     api: Port = 9000
     zmq: Port = 5568
+    ray: Port = 6379
     decode_offset: Annotated[int, Field(ge=1, le=10000, strict=True)] = 100
 
 
@@ -321,20 +406,12 @@ class Paths(Model):
     logs: AbsolutePath = "/data/log_path"
 
 
-class MountEntry(Model):
-    """A path of the host made visible in the containers."""
-
-    source: AbsolutePath
-    target: AbsolutePath
-    read_only: bool = False
-
-
 class ContainerNames(Model):
     """What container names begin with; instance and generation follow."""
 
-    prefill: Name = "omni-infer-prefill"
-    decode: Name = "omni-infer-decode"
-    proxy: Name = "omni-infer-proxy"
+    prefill: ContainerName = "omni-infer-prefill"
+    decode: ContainerName = "omni-infer-decode"
+    proxy: ContainerName = "omni-infer-proxy"
 
 
 class ContainerOptions(Model):
@@ -348,7 +425,7 @@ class ContainerOptions(Model):
         "/dev/hisi_hdc",
         "/dev/devmm_svm",
     )
-    mounts: tuple[Annotated[MountEntry, BeforeValidator(_parse_mount)], ...] = tuple(
+    mounts: MountEntries = tuple(
         MountEntry(source=path, target=path)
         for path in (
             "/data",
@@ -385,7 +462,20 @@ class Smoke(Model):
     max_tokens: Annotated[int, Field(gt=0, le=4096)] = 50
 
 
-KvParallelSize = Literal["prefill-pods-plus-one", "decode-tensor-parallel"]
+class Supports(Model):
+    """What the image of a profile can do beyond a single-host decode with prefills of its size."""
+
+    multi_host_prefill: Literal["none", "ray"] = "none"
+    multi_host_decode: bool = False
+    tensor_parallel: Literal["equal", "divisible"] = "equal"
+    server_offset: Literal["servers", "devices"] = "servers"
+
+
+KvParallelSize = Annotated[
+    Literal["prefill-pods-plus-one", "decode-tensor-parallel"] | int,
+    BeforeValidator(_kv_parallel_size),
+]
+Rule = Annotated[str, BeforeValidator(_rule)]
 
 
 class Deployment(Model):
@@ -393,7 +483,9 @@ class Deployment(Model):
 
     name: Name
     engine: EngineName
-    profile: Name
+    profile: Text
+    compat: Literal["upstream"] | None = None
+    allow: tuple[Rule, ...] = ()
     image: Image
     pull: Literal["always", "never"] = "always"
     model: ModelSource
@@ -414,6 +506,7 @@ class Deployment(Model):
     gates: Gates = Gates()
     smoke: Smoke = Smoke()
     kv_parallel_size: KvParallelSize
+    supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
     profile_settings: dict[Literal["all", "prefill", "decode"], Settings] = Field(exclude=True)
 
@@ -436,9 +529,10 @@ class Deployment(Model):
         ]
         merged: Mapping[str, Any] = {}
         for level in (*levels, entry):
-            merged = documents.merge(
-                merged, level.model_dump(include=set(Settings.model_fields), exclude_unset=True)
-            )
+            given = level.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+            for key in ("mounts", "container_devices"):
+                given[key] = (*merged.get(key, ()), *given.get(key, ()))
+            merged = documents.merge(merged, given)
         return Settings.model_validate(merged)
 
 
@@ -448,7 +542,7 @@ def load(path: Path, *, image: str | None = None) -> Deployment:
     Raises:
         InvalidInput: all that is wrong with the file, each with the path of its key.
     """
-    document = documents.read(path)
+    document = documents.read(path, names_file=("profile",))
     if image is not None:
         document["image"] = image
     return parse(document, file=str(path))
@@ -472,22 +566,59 @@ def profiles() -> list[str]:
 
 
 def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
-    name = document.get("profile")
-    if name not in profiles():
+    given = [key for key in _OF_PROFILES if key in document]
+    if given:
+        problems = [Problem(key, "is not a key of a deployment file") for key in given]
+        raise InvalidInput(problems, source=file)
+    profile = dict(_profile(document.get("profile"), file))
+    upstream = profile.pop("upstream", None)
+    if document.get("compat") == "upstream":
+        if not isinstance(upstream, Mapping):
+            message = "expected a profile that says under `upstream` what upstream does"
+            found = f"found {document['profile']}, which does not"
+            raise InvalidInput([Problem("compat", f"{message}; {found}")], source=file)
+        profile = documents.merge(profile, upstream)
+    settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
+    allow = [*_listed(document, "allow"), *_listed(profile, "allow")]
+    merged = documents.merge(profile, document)
+    if isinstance(merged.get("allow"), list):
+        merged["allow"] = allow
+    return {**merged, "profile_settings": settings}
+
+
+def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
+    value = document.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _profile(name: object, file: str) -> Mapping[str, Any]:
+    """A profile that comes with pd-deploy, by name, or a user's own, by path."""
+    if isinstance(name, str) and name in profiles():
+        return _own_profile(name)
+    if not isinstance(name, str) or not documents.is_path(name):
         expected = ", ".join(profiles())
         raise InvalidInput(
-            [Problem("profile", f"expected one of {expected}, found {name!r}")], source=file
+            [
+                Problem(
+                    "profile",
+                    f"expected one of {expected}, or the path of a file such as ./my.yaml, "
+                    f"found {_shown(name)}",
+                )
+            ],
+            source=file,
         )
-    profile = dict(_profile(str(name)))
-    settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
-    given = [key for key in ("profile_settings",) if key in document]
-    if given:
-        raise InvalidInput([Problem(given[0], "is not a key of a deployment file")], source=file)
-    return {**documents.merge(profile, document), "profile_settings": settings}
+    profile = documents.read(Path(name), names_file=("profile",))
+    base = profile.pop("profile", None)
+    if base is None:
+        return profile
+    if base not in profiles():
+        expected = f"expected one of {', '.join(profiles())}, found {_shown(base)}"
+        raise InvalidInput([Problem("profile", expected)], source=name)
+    return documents.merge(_own_profile(base), profile)
 
 
 @cache
-def _profile(name: str) -> Mapping[str, Any]:
+def _own_profile(name: str) -> Mapping[str, Any]:
     """Read once: it comes with the package and does not change."""
     return documents.read(PROFILES / f"{name}.yaml")
 
@@ -501,13 +632,16 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
 
 
 def _placed_on_unknown_hosts(deployment: Deployment) -> Iterator[Problem]:
-    for group in ("prefill", "decode", "proxy"):
-        for name, entry in getattr(deployment, group).items():
-            if entry.host not in deployment.hosts:
-                known = ", ".join(deployment.hosts)
-                yield Problem(
-                    f"{group}.{name}.host", f"expected one of {known}, found {entry.host}"
-                )
+    known = ", ".join(deployment.hosts)
+    places = [
+        (f"{group}.{name}.{'host' if entry.host else 'hosts'}", host)
+        for group in ("prefill", "decode", "proxy")
+        for name, entry in getattr(deployment, group).items()
+        for host in (entry.on if isinstance(entry, InstanceEntry) else (entry.host,))
+    ]
+    for key, host in places:
+        if host not in deployment.hosts:
+            yield Problem(key, f"expected one of {known}, found {host}")
 
 
 def _key(location: tuple[int | str, ...]) -> str:

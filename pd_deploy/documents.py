@@ -57,17 +57,26 @@ def _without_repeats(
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def read(path: Path) -> Document:
+def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
     """The mapping that a YAML file holds, with what it `extends` merged beneath it.
 
     Mappings merge key by key, lists and scalars replace, and a key set to null removes what the
     extended file gave.
 
+    Args:
+        names_file: keys whose value may be the path of a file, relative to the file it stands in;
+            such a path comes back absolute.
+
     Raises:
         InvalidInput: the file is missing, not a file, not UTF-8, not YAML, not a mapping, has a
             key twice, or extends itself.
     """
-    return _read(_resolved(path, path), seen=())
+    return _read(_resolved(path, path), names_file, seen=())
+
+
+def is_path(value: str) -> bool:
+    """Whether a value is written as a path, not as a name."""
+    return "/" in value or value.endswith((".yaml", ".yml"))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
@@ -84,17 +93,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
     return result
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> Document:
+def _read(path: Path, names_file: tuple[str, ...], seen: tuple[Path, ...]) -> Document:
     if path in seen:
         chain = " → ".join(p.name for p in (*seen, path))
         raise _invalid(path, "extends", f"the files extend each other in a circle: {chain}")
     document = _parse(path)
+    for key in names_file:
+        value = document.get(key)
+        if isinstance(value, str) and is_path(value):
+            document[key] = str(_resolved(path.parent / value, path))
     parent = document.pop("extends", None)
     if parent is None:
         return document
     if not isinstance(parent, str):
         raise _invalid(path, "extends", f"expected the path of a file, found {parent!r}")
-    return merge(_read(_resolved(path.parent / parent, path), (*seen, path)), document)
+    extended = _read(_resolved(path.parent / parent, path), names_file, (*seen, path))
+    return merge(extended, document)
 
 
 def _resolved(path: Path, named_in: Path) -> Path:

@@ -60,6 +60,7 @@ async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
         int(port): instance
         for instance, spec in rollout.plan.hosts[name].containers.items()
         for port in spec.labels[generation.PORTS].split(",")
+        if port
     }
     taken = await host.facts.ports_taken(sorted(wanted.keys() - ours))
     return [

@@ -8,9 +8,12 @@ from typing import Any
 import httpx
 
 from pd_deploy import containers
+from pd_deploy.deployment import Deployment
 from pd_deploy.errors import NotReady, SmokeTestFailed
+from pd_deploy.hosts import Host
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout
+from pd_deploy.topology import Proxy
 
 POLL_INTERVAL_S = 0.25
 PROBE_TIMEOUT_S = 5.0
@@ -63,16 +66,21 @@ async def smoke_test(rollout: Rollout) -> Completion:
     return completion
 
 
+def smoke_request(deployment: Deployment, proxy: Proxy) -> tuple[str, dict[str, object]]:
+    """URL and body of the completion that proves the service."""
+    body: dict[str, object] = {
+        "model": deployment.model.served_name,
+        "prompt": deployment.smoke.prompt,
+        "max_tokens": deployment.smoke.max_tokens,
+        "temperature": 0,
+    }
+    return f"http://{proxy.address}:{proxy.port}/v1/completions", body
+
+
 async def _complete(rollout: Rollout) -> Completion:
     site, proxy = rollout.site, rollout.site.topology.proxy
     smoke = site.deployment.smoke
-    body = {
-        "model": site.deployment.model.served_name,
-        "prompt": smoke.prompt,
-        "max_tokens": smoke.max_tokens,
-        "temperature": 0,
-    }
-    url = f"http://{proxy.address}:{proxy.port}/v1/completions"
+    url, body = smoke_request(site.deployment, proxy)
     begin = time.monotonic()
     async with site.host(proxy.host).http(proxy.address, proxy.port) as client:
         try:
@@ -135,11 +143,28 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
 
 
 async def _healthy(rollout: Rollout, instance: str) -> None:
-    """Returns once the instance's API server answers 200 on /health."""
-    place = next(i for i in rollout.site.topology.instances if i.name == instance)
-    async with rollout.site.host_of(instance).http(place.address, place.api_port) as client:
+    """Returns once all API servers of an instance answer 200 on /health. One without any is
+    ready when its pod's master is."""
+    pod = rollout.site.topology.pod_of(instance)
+    place = next(member for member in pod.members if member.name == instance)
+    answering = place if place.api_ports else pod.master
+    host = rollout.site.host_of(answering.name)
+    waits = [
+        asyncio.ensure_future(_server_healthy(host, answering.address, port))
+        for port in answering.api_ports
+    ]
+    try:
+        await asyncio.gather(*waits)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+async def _server_healthy(host: Host, address: str, port: int) -> None:
+    async with host.http(address, port) as client:
         # An asyncio.Event can't be set from another machine
-        while not await _answers(client, f"http://{place.server}/health"):  # noqa: ASYNC110
+        while not await _answers(client, f"http://{address}:{port}/health"):  # noqa: ASYNC110
             await asyncio.sleep(POLL_INTERVAL_S)
 
 

@@ -4,23 +4,24 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address
+from itertools import count
 from typing import Any
 
 from pd_deploy.errors import FactsError
-from pd_deploy.topology import Instance, Topology
+from pd_deploy.topology import Pod, Topology
 
 DeviceAddresses = Mapping[str, Mapping[int, str]]
 """Host name → device id → IPv4 address of the device's network port."""
 
 
-def local(instance: Instance, addresses: DeviceAddresses) -> dict[str, Any]:
-    """The document of one instance; here `server_count` is text."""
+def local(pod: Pod, addresses: DeviceAddresses) -> dict[str, Any]:
+    """The document of one pod; `server_count` is text on one host, a number on several."""
     return {
         "version": "1.0",
         "status": "completed",
         "group_id": "0",
-        "server_count": "1",
-        "server_list": [_server(instance, addresses)],
+        "server_count": "1" if len(pod.members) == 1 else len(pod.members),
+        "server_list": _servers(pod, addresses),
     }
 
 
@@ -28,15 +29,15 @@ def merged(topology: Topology, addresses: DeviceAddresses) -> dict[str, Any]:
     """The document of the whole service: one group per pod in canonical order.
 
     The KV-transfer id of a device is the running count over this order, so it must be the same
-    on every host; here `server_count` is a number.
+    on every host; here `server_count` is always a number.
     """
     groups = [
         {
             "group_id": str(index),
-            "server_count": 1,
-            "server_list": [_server(instance, addresses)],
+            "server_count": len(pod.members),
+            "server_list": _servers(pod, addresses),
         }
-        for index, instance in enumerate(topology.instances)
+        for index, pod in enumerate(topology.pods)
     ]
     return {"version": "1.0", "status": "completed", "server_group_list": groups}
 
@@ -87,13 +88,21 @@ def _address(text: str) -> str | None:
         return None
 
 
-def _server(instance: Instance, addresses: DeviceAddresses) -> dict[str, Any]:
-    of_host = addresses[instance.host]
-    return {
-        "server_id": instance.address,
-        "server_ip": instance.address,
-        "device": [
-            {"device_id": str(device), "device_ip": of_host[device], "rank_id": str(rank)}
-            for rank, device in enumerate(instance.devices)
-        ],
-    }
+def _servers(pod: Pod, addresses: DeviceAddresses) -> list[dict[str, Any]]:
+    """A pod's hosts in its order; ranks count over all of them."""
+    rank = count()
+    return [
+        {
+            "server_id": member.address,
+            "server_ip": member.address,
+            "device": [
+                {
+                    "device_id": str(device),
+                    "device_ip": addresses[member.host][device],
+                    "rank_id": str(next(rank)),
+                }
+                for device in member.devices
+            ],
+        }
+        for member in pod.members
+    ]

@@ -1,52 +1,137 @@
-"""What follows from a deployment: pods, ranks, ports, server lists, in one canonical order.
+"""What follows from a deployment: pods, members, ranks, ports and servers in one canonical order.
 
-Prefill pods come first, in the order of the file, then decode; `kv_rank` counts prefill pods
-from 0 and the decode pod follows (contract section 1).
+Prefill pods come first, in the order of the file, then decode; `kv_rank` counts prefill pods from
+0 and the decode pod follows. Within a pod the master comes first, then the other hosts; everything
+that lists hosts, ranks or devices follows this order (contract section 1).
 """
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pd_deploy.deployment import Deployment, ProxyEntry, Settings
-from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy import rules
+from pd_deploy.deployment import Deployment, InstanceEntry, ProxyEntry, Settings
+from pd_deploy.errors import InvalidInput
 
-_RESERVED = {"ranktables"}
+ServingRole = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One engine instance: a launcher with its API server on some devices of one host."""
+    """One launcher on some devices of one host: a pod, or a pod's member on that host.
+
+    `api_ports` are those of its API servers; the other hosts of a multi-host prefill have none.
+    `server_offset` counts the API servers of the members before it.
+    """
 
     name: str
-    role: Literal["prefill", "decode"]
+    pod: str
+    role: ServingRole
     host: str
     address: str
     devices: tuple[int, ...]
     kv_rank: int
     node_rank: int
-    master_address: str
+    pod_addresses: tuple[str, ...]
     master_port: int
     api_port: int
+    api_ports: tuple[int, ...]
     zmq_port: int
+    ray_port: int
     tensor_parallel: int
+    server_offset: int
+    data_parallel: int
     settings: Settings
 
     @property
+    def key(self) -> str:
+        """Where it stands in the deployment file."""
+        return f"{self.role}.{self.pod}"
+
+    @property
+    def is_master(self) -> bool:
+        """Whether its address is the one that its pod is known by."""
+        return self.node_rank == 0
+
+    @property
+    def master_address(self) -> str:
+        """The address of its pod's master."""
+        return self.pod_addresses[0]
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether its pod has other members."""
+        return len(self.pod_addresses) > 1
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether its pod is one engine over several hosts; a decode has one engine per server."""
+        return self.spans_hosts and self.role == "prefill"
+
+    @property
     def ports(self) -> dict[str, int]:
-        """The ports that the instance listens on, by purpose."""
-        return {"api": self.api_port, "master": self.master_port, "zmq": self.zmq_port}
+        """The ports that it listens on, by purpose."""
+        found = {
+            f"api-{index}" if index else "api": port for index, port in enumerate(self.api_ports)
+        }
+        if self.is_master:
+            found["master"] = self.master_port
+        if self.api_ports:
+            found["zmq"] = self.zmq_port
+        if self.uses_ray and self.is_master:
+            found["ray"] = self.ray_port
+        return found
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """`address:port` of each of its API servers."""
+        return tuple(f"{self.address}:{port}" for port in self.api_ports)
 
     @property
     def server(self) -> str:
-        """`address:port` of its API server."""
-        return f"{self.address}:{self.api_port}"
+        """Its API servers for people: `address:first-last`."""
+        if len(self.api_ports) > 1:
+            return f"{self.servers[0]}-{self.api_ports[-1]}"
+        return self.servers[0] if self.servers else self.address
 
     @property
     def device_list(self) -> str:
         """Its devices as the runtime wants them, `0,1,2`."""
         return ",".join(map(str, self.devices))
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One logical engine: a group of the ranktable, on one host or several."""
+
+    name: str
+    role: ServingRole
+    kv_rank: int
+    members: tuple[Instance, ...]
+
+    @property
+    def key(self) -> str:
+        """Where it stands in the deployment file."""
+        return self.master.key
+
+    @property
+    def master(self) -> Instance:
+        """The member that the others follow."""
+        return self.members[0]
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Devices that share one copy of the model."""
+        return self.master.tensor_parallel
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Its hosts' addresses, the master's first."""
+        return self.master.pod_addresses
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """`address:port` of all its API servers."""
+        return tuple(server for member in self.members for server in member.servers)
 
 
 @dataclass(frozen=True)
@@ -66,21 +151,30 @@ class Proxy:
 
 @dataclass(frozen=True)
 class Topology:
-    """All instances in canonical order, and the proxy."""
+    """All pods in canonical order, and the proxy."""
 
-    prefill: tuple[Instance, ...]
-    decode: tuple[Instance, ...]
+    prefill: tuple[Pod, ...]
+    decode: tuple[Pod, ...]
     proxy: Proxy
 
     @property
-    def instances(self) -> tuple[Instance, ...]:
+    def pods(self) -> tuple[Pod, ...]:
         """Prefill, then decode: the order of ranktable groups and of KV-transfer ranks."""
         return self.prefill + self.decode
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """The members of all pods."""
+        return tuple(member for pod in self.pods for member in pod.members)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all that runs: instances, then the proxy."""
         return (*(i.name for i in self.instances), self.proxy.name)
+
+    def pod_of(self, name: str) -> Pod:
+        """The pod that an instance belongs to."""
+        return next(p for p in self.pods if any(m.name == name for m in p.members))
 
     def on_host(self, host: str) -> tuple[Instance, ...]:
         """The instances of one host."""
@@ -97,173 +191,79 @@ def build(deployment: Deployment) -> Topology:
     """The topology of a deployment.
 
     Raises:
-        InvalidInput: instances that share names, devices or ports on a host, and what the engine
-            could not run.
+        InvalidInput: names used twice, and rules that are broken without being allowed to.
     """
     topology = _derive(deployment)
-    problems = list(_problems(deployment, topology))
+    problems = rules.broken(deployment, topology)
     if problems:
-        raise InvalidInput(problems, source=f"deployment {deployment.name}")
+        source = f"deployment {deployment.name}"
+        raise InvalidInput(problems, source=source, hint=rules.hint(problems))
     return topology
 
 
 def _derive(deployment: Deployment) -> Topology:
     (proxy_name, proxy), *_ = deployment.proxy.items()
     prefill = tuple(
-        _instance(deployment, "prefill", name, rank) for rank, name in enumerate(deployment.prefill)
+        _pod(deployment, "prefill", name, entry, rank)
+        for rank, (name, entry) in enumerate(deployment.prefill.items())
     )
     decode = tuple(
-        _instance(deployment, "decode", name, rank) for rank, name in enumerate(deployment.decode)
+        _pod(deployment, "decode", name, entry, rank)
+        for rank, (name, entry) in enumerate(deployment.decode.items())
     )
     address = deployment.hosts[proxy.host].address
     return Topology(prefill, decode, Proxy(proxy_name, proxy.host, address, proxy))
 
 
-def _instance(
-    deployment: Deployment, role: Literal["prefill", "decode"], name: str, rank: int
-) -> Instance:
-    entry = (deployment.prefill if role == "prefill" else deployment.decode)[name]
+def _pod(
+    deployment: Deployment, role: ServingRole, name: str, entry: InstanceEntry, rank: int
+) -> Pod:
+    kv_rank = rank if role == "prefill" else len(deployment.prefill) + rank
+    hosts = _canonical(deployment, role, entry)
     settings = deployment.settings_of(role, entry)
-    address = deployment.hosts[entry.host].address
-    ports, offset = deployment.ports, rank
-    if role == "decode":
-        offset += deployment.ports.decode_offset
-    return Instance(
-        name=name,
-        role=role,
-        host=entry.host,
-        address=address,
-        devices=entry.devices,
-        kv_rank=rank if role == "prefill" else len(deployment.prefill) + rank,
-        node_rank=0,
-        master_address=address,
-        master_port=ports.master + offset,
-        api_port=ports.api + offset,
-        zmq_port=ports.zmq + offset,
-        tensor_parallel=settings.tensor_parallel or len(entry.devices),
-        settings=settings,
+    counts = [len(entry.devices_on(host)) for host in hosts]
+    tp = settings.tensor_parallel or (sum(counts) if role == "prefill" else counts[0])
+    servers = [_servers(role, index, count, tp) for index, count in enumerate(counts)]
+    ports = deployment.ports
+    # All members of a pod share the master's port; a decode's API ports count over its hosts.
+    base = rank if role == "prefill" else ports.decode_offset + rank
+    own = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
+    members = tuple(
+        Instance(
+            name=name if len(hosts) == 1 else f"{name}-{index}",
+            pod=name,
+            role=role,
+            host=host,
+            address=deployment.hosts[host].address,
+            devices=entry.devices_on(host),
+            kv_rank=kv_rank,
+            node_rank=index,
+            pod_addresses=tuple(deployment.hosts[h].address for h in hosts),
+            master_port=ports.master + base,
+            api_port=ports.api + own[index],
+            api_ports=tuple(ports.api + own[index] + i for i in range(servers[index])),
+            zmq_port=ports.zmq + own[index],
+            ray_port=ports.ray + rank,
+            tensor_parallel=tp,
+            server_offset=sum(servers[:index]),
+            data_parallel=max(1, sum(servers)) if role == "decode" else 1,
+            settings=settings,
+        )
+        for index, host in enumerate(hosts)
     )
+    return Pod(name, role, kv_rank, members)
 
 
-def _problems(deployment: Deployment, topology: Topology) -> Iterator[Problem]:
-    yield from _shared_names(topology)
-    yield from _shared_addresses(deployment)
-    yield from _shared_devices(topology)
-    yield from _shared_ports(topology)
-    yield from _beyond_limits(deployment, topology)
-    for instance in topology.instances:
-        yield from _tuning(deployment, instance)
+def _canonical(deployment: Deployment, role: ServingRole, entry: InstanceEntry) -> tuple[str, ...]:
+    """A pod's hosts, the master first. Ray ranks a prefill's other nodes by address as text."""
+    master, *others = entry.on
+    if role == "prefill":
+        others.sort(key=lambda host: deployment.hosts[host].address)
+    return (master, *others)
 
 
-def _shared_names(topology: Topology) -> Iterator[Problem]:
-    for name, count in Counter(topology.names).items():
-        if count > 1:
-            yield Problem(name, "expected a name used once among prefill, decode and proxy")
-        if name in _RESERVED:
-            yield Problem(name, "expected another name; it is that of the ranktables' directory")
-
-
-def _shared_addresses(deployment: Deployment) -> Iterator[Problem]:
-    seen: dict[str, str] = {}
-    for name, entry in deployment.hosts.items():
-        if entry.address in seen:
-            yield Problem(
-                f"hosts.{name}",
-                f"expected an address of its own, found {entry.address}, "
-                f"which host {seen[entry.address]} has",
-            )
-        seen.setdefault(entry.address, name)
-
-
-def _shared_devices(topology: Topology) -> Iterator[Problem]:
-    holder: dict[tuple[str, int], str] = {}
-    for instance in topology.instances:
-        taken = {
-            d: holder[instance.host, d] for d in instance.devices if (instance.host, d) in holder
-        }
-        for other in sorted(set(taken.values())):
-            devices = ", ".join(str(d) for d, name in taken.items() if name == other)
-            yield Problem(
-                f"{instance.role}.{instance.name}.devices",
-                f"expected devices of its own on host {instance.host}, "
-                f"found {devices}, which {other} has",
-            )
-        holder |= {(instance.host, d): instance.name for d in instance.devices if d not in taken}
-
-
-def _shared_ports(topology: Topology) -> Iterator[Problem]:
-    proxy = topology.proxy
-    holder = {(proxy.host, proxy.port): f"the port of proxy {proxy.name}"}
-    for instance in topology.instances:
-        for purpose, port in instance.ports.items():
-            place = (instance.host, port)
-            if port > 65535:
-                yield Problem(
-                    "ports", f"{purpose} port of {instance.name} would be {port}, above 65535"
-                )
-            if place in holder:
-                yield Problem(
-                    f"{instance.role}.{instance.name}",
-                    f"its {purpose} port {port} on host {instance.host} is also {holder[place]}",
-                )
-            holder.setdefault(place, f"the {purpose} port of {instance.name}")
-
-
-def _beyond_limits(deployment: Deployment, topology: Topology) -> Iterator[Problem]:
-    if len(topology.prefill) > deployment.ports.decode_offset:
-        yield Problem(
-            "ports.decode_offset",
-            f"expected at least the number of prefill instances ({len(topology.prefill)}), "
-            f"found {deployment.ports.decode_offset}: their ports would overlap decode's",
-        )
-    for instance in topology.instances:
-        beyond = [d for d in instance.devices if d >= deployment.devices_per_host]
-        if beyond:
-            yield Problem(
-                f"{instance.role}.{instance.name}.devices",
-                f"expected ids below {deployment.devices_per_host} (profile {deployment.profile}), "
-                f"found {', '.join(map(str, beyond))}",
-            )
-    if len(topology.decode) > 1:
-        yield Problem(
-            "decode",
-            f"expected one instance, found {', '.join(i.name for i in topology.decode)}: "
-            "this engine links every prefill with a single decode pod",
-        )
-
-
-def _tuning(deployment: Deployment, instance: Instance) -> Iterator[Problem]:
-    key = f"{instance.role}.{instance.name}"
-    if instance.tensor_parallel != len(instance.devices):
-        yield Problem(
-            f"{key}.tensor_parallel",
-            f"expected the number of its devices ({len(instance.devices)}), "
-            f"found {instance.tensor_parallel}",
-        )
-    model = deployment.model
-    longest = model.max_len_prefill if instance.role == "prefill" else model.max_len_decode
-    batched = instance.settings.arguments.get("max-num-batched-tokens")
-    if batched is not None and (not isinstance(batched, int) or batched < longest):
-        yield Problem(
-            f"{key}.arguments.max-num-batched-tokens",
-            f"expected at least the model length of {longest} tokens, found {batched!r}: "
-            "a longer prompt would be accepted, never scheduled, and block all behind it",
-        )
-    if instance.role == "decode":
-        yield from _links(deployment, instance)
-    for name, value in instance.settings.arguments.items():
-        if isinstance(value, str) and (not value or any(c.isspace() for c in value)):
-            yield Problem(
-                f"{key}.arguments.{name}",
-                f"expected a value without blanks (the launcher splits at them), found {value!r}",
-            )
-
-
-def _links(deployment: Deployment, decode: Instance) -> Iterator[Problem]:
-    for name, entry in deployment.prefill.items():
-        if len(entry.devices) != len(decode.devices):
-            yield Problem(
-                f"prefill.{name}.devices",
-                f"expected as many devices as decode {decode.name} has ({len(decode.devices)}), "
-                f"found {len(entry.devices)}: the image links their ranks one to one",
-            )
+def _servers(role: ServingRole, node_rank: int, devices: int, tensor_parallel: int) -> int:
+    """How many API servers a member starts: prefill one on its master, decode one per model."""
+    if role == "prefill":
+        return 1 if node_rank == 0 else 0
+    return max(1, devices // tensor_parallel)

@@ -1,27 +1,34 @@
 """omni-infer on Ascend: containers, start scripts, environment and arguments.
 
-Values follow the QwQ-32B template; where it is faulty the corrected value is used: exact ranktable
-paths, one unique engine id per pod, the interface that owns the host's address for GLOO, TP and
-HCCL alike, a launcher that must not drift to another port. Pure.
+Values follow the QwQ-32B template; where it is faulty the corrected value is used unless the file
+says `compat: upstream`. `corrections` lists every difference. Pure.
 """
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pd_deploy import ranktable
 from pd_deploy.deployment import Scalar
 from pd_deploy.engines.base import Service
+from pd_deploy.engines.corrections import corrected
 from pd_deploy.hosts import ContainerSpec, Mount
-from pd_deploy.topology import Instance, Topology
+from pd_deploy.topology import Instance, Pod, Topology
 
 STARTED = "pd-deploy: starting"
 PREPARED = "pd-deploy: proxy prepared"
 OPENED = "pd-deploy: proxy open"
 OPEN_SIGNAL = "SIGUSR1"
 
-_LAUNCHER_SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill")
+_LAUNCHER_SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill", "enable-mtp")
+_LAUNCHER_OPTIONS = ("block-size", "num-speculative-tokens")
+_RAY_JOIN_TIMEOUT_S = 300
 _NGINX = "nginx-1.24.0"
+_RAY_ENVIRONMENT: dict[str, Scalar] = {
+    "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": 1,
+    "RAY_CGRAPH_get_timeout": 7200,  # s
+    "RAY_USAGE_STATS_ENABLED": 0,
+}
 
 
 def container(service: Service, name: str) -> ContainerSpec:
@@ -59,28 +66,34 @@ def start_script(service: Service, name: str) -> str:
 
 
 def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
-    """The merged document and the local ones of a host's instances: path → content."""
+    """The merged document and those of the pods on a host: path → content."""
     addresses = {name: facts.device_addresses for name, facts in service.facts.items()}
     merged = ranktable.merged(service.topology, addresses)
     files = {_merged_path(service): ranktable.render(merged)}
     for instance in service.topology.on_host(host):
-        document = ranktable.local(instance, addresses)
+        document = ranktable.local(service.topology.pod_of(instance.name), addresses)
         files[_local_path(service, instance)] = ranktable.render(document)
     return files
 
 
 def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
-    """Prefill starts once decode has started: both link to each other while loading, so neither
-    can wait for the other to be ready (contract sections 3.3 and 4.5)."""
-    if any(instance.name == name for instance in topology.prefill):
-        return tuple(instance.name for instance in topology.decode)
-    return ()
+    """A prefill on one host starts once decode has started, and decode once the prefills that span
+    hosts have: all link to each other while loading, so none can wait for another to be ready
+    (contract sections 3.3 and 4.5)."""
+    instance = next((i for i in topology.instances if i.name == name), None)
+    if instance is None or instance.uses_ray:
+        return ()
+    if instance.role == "prefill":
+        return tuple(i.name for pod in topology.decode for i in pod.members)
+    return tuple(i.name for pod in topology.prefill for i in pod.members if i.uses_ray)
 
 
 def command(service: Service, name: str) -> list[str]:
     """The launcher's arguments for an instance, or those of the proxy's script."""
     instance = _instance(service, name)
-    return _launcher(service, instance) if instance else _proxy_command(service)
+    if instance is None:
+        return _proxy_command(service)
+    return _launcher(service, instance) if instance.api_ports else _ray_worker(instance)
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
@@ -96,9 +109,15 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar
         "kv_buffer_device": "npu",
         "kv_role": "kv_producer" if instance.role == "prefill" else "kv_consumer",
         "kv_rank": instance.kv_rank,
-        "engine_id": instance.kv_rank,
+        "engine_id": _engine_id(service, instance),
         "kv_parallel_size": _kv_parallel_size(service),
     }
+
+
+def _engine_id(service: Service, instance: Instance) -> int:
+    if instance.role == "prefill" or corrected(service.deployment, "engine-ids"):
+        return instance.kv_rank
+    return 0
 
 
 def _instance(service: Service, name: str) -> Instance | None:
@@ -123,29 +142,36 @@ def _container_environment(service: Service, name: str) -> dict[str, str]:
 
 
 def _mounts(service: Service, name: str) -> tuple[Mount, ...]:
+    """By target: what the file gives for an instance replaces what stands before it."""
     deployment, layout = service.deployment, service.layout
     zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
-    mounts = [
-        Mount(source=m.source, target=m.target, read_only=m.read_only)
-        for m in deployment.container.mounts
-    ]
-    mounts += [Mount(source=layout.log_root, target=layout.log_root)]
-    mounts += [Mount(source=layout.directory, target=layout.directory, read_only=True)]
-    mounts += [Mount(source=deployment.model.path, target=deployment.model.path)]
+    instance, proxy = _instance(service, name), service.topology.proxy
+    mounts = [_mount(entry.source, entry.target, entry.read_only)
+              for entry in deployment.container.mounts]  # fmt: skip
+    if not corrected(deployment, "no-shared-tmp"):
+        mounts += [_mount("/tmp")]  # noqa: S108
+    mounts += [_mount(layout.log_root), _mount(layout.directory, read_only=True)]
+    mounts += [_mount(deployment.model.path)]
     if deployment.code != "image":
-        mounts += [Mount(source=deployment.code, target=deployment.code)]
-    proxy = service.topology.proxy
-    tarball = proxy.entry.nginx_tarball
-    if tarball and name == proxy.name:
-        mounts += [Mount(source=tarball, target=tarball, read_only=True)]
-    return (*mounts, Mount(source=zone, target="/etc/localtime", read_only=True))
+        mounts += [_mount(deployment.code)]
+    if proxy.entry.nginx_tarball and name == proxy.name:
+        mounts += [_mount(proxy.entry.nginx_tarball, read_only=True)]
+    mounts += [_mount(zone, "/etc/localtime", read_only=True)]
+    for entry in instance.settings.mounts if instance else ():
+        mounts += [_mount(entry.source, entry.target, entry.read_only)]
+    return tuple({mount.target: mount for mount in mounts}.values())
+
+
+def _mount(source: str, target: str | None = None, read_only: bool = False) -> Mount:
+    return Mount(source=source, target=target or source, read_only=read_only)
 
 
 def _devices(service: Service, instance: Instance | None) -> tuple[str, ...]:
     options = service.deployment.container
-    if options.privileged or instance is None:
+    if instance is None:
         return options.devices
-    return (*options.devices, *(f"/dev/davinci{device}" for device in instance.devices))
+    npus = () if options.privileged else (f"/dev/davinci{d}" for d in instance.devices)
+    return tuple(dict.fromkeys((*options.devices, *npus, *instance.settings.container_devices)))
 
 
 def _merged_path(service: Service) -> str:
@@ -153,14 +179,16 @@ def _merged_path(service: Service) -> str:
 
 
 def _local_path(service: Service, instance: Instance) -> str:
-    return f"{service.layout.ranktables}/local_ranktable_{instance.name}.json"
+    return f"{service.layout.ranktables}/local_ranktable_{instance.pod}.json"
 
 
 def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
     """Contract section 4.1, with the values that today's `docker exec -e` passes (2.2)."""
     topology, model = service.topology, service.deployment.model
     interface = service.facts[instance.host].interface
-    decode_addresses = ",".join(i.master_address for i in topology.decode)
+    decode_pods = [",".join(pod.addresses) for pod in topology.decode]
+    own = topology.pod_of(instance.name)
+    local = ",".join((own if own.role == "decode" else topology.decode[0]).addresses)
     environment = {
         "HOST": instance.name,
         "ROLE": instance.role,
@@ -174,20 +202,28 @@ def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
         "ASCEND_RT_VISIBLE_DEVICES": instance.device_list,
         "GLOBAL_RANK_TABLE_FILE_PATH": _merged_path(service),
         "RANK_TABLE_FILE_PATH": _local_path(service, instance),
-        "SERVER_IP_LIST": decode_addresses,
-        "LOCAL_DECODE_SERVER_IP_LIST": decode_addresses,
-        "GLOBAL_DECODE_SERVER_IP_LIST": decode_addresses,
+        "SERVER_IP_LIST": ",".join(decode_pods),
+        "LOCAL_DECODE_SERVER_IP_LIST": local,
+        "GLOBAL_DECODE_SERVER_IP_LIST": ";".join(decode_pods),
         "PREFILL_POD_NUM": len(topology.prefill),
-        "DECODE_POD_NUM": 1,
+        "DECODE_POD_NUM": len(topology.decode),
         "SOCKET_IFNAME": interface,
         "GLOO_SOCKET_IFNAME": interface,
         "TP_SOCKET_IFNAME": interface,
-        "HCCL_SOCKET_IFNAME": interface,
-        "PYTHONUNBUFFERED": 1,
+        **_corrections_of_environment(service, interface),
         **_role_environment(service, instance),
         **instance.settings.environment,
     }
     return {key: _text(value) for key, value in environment.items()}
+
+
+def _corrections_of_environment(service: Service, interface: str) -> dict[str, Scalar]:
+    environment: dict[str, Scalar] = {}
+    if corrected(service.deployment, "hccl-interface"):
+        environment["HCCL_SOCKET_IFNAME"] = interface
+    if corrected(service.deployment, "unbuffered-log"):
+        environment["PYTHONUNBUFFERED"] = 1
+    return environment
 
 
 def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]:
@@ -199,15 +235,17 @@ def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]
             "PREFILL_SERVER_LIST": instance.device_list,
             "PREFILL_TENSOR_PARALLEL_SIZE": instance.tensor_parallel,
             "KV_RANK": instance.kv_rank,
-            "NNODES": 1,
+            "NNODES": len(instance.pod_addresses),
             "NODE_RANK": instance.node_rank,
-            "NODE_IP_LIST": instance.address,
+            "NODE_IP_LIST": ",".join(instance.pod_addresses),
+            **(_RAY_ENVIRONMENT if instance.uses_ray else {}),
         }
+    members = service.topology.pod_of(instance.name).members
     return {
         "MODEL_LEN_MAX_DECODE": model.max_len_decode,
         "DECODE_SERVER_LIST": instance.device_list,
         "DECODE_TENSOR_PARALLEL_SIZE": instance.tensor_parallel,
-        "DECODE_DATA_PARALLEL_SIZE": instance.device_list,
+        "DECODE_DATA_PARALLEL_SIZE": ",".join(member.device_list for member in members),
         "NUM_SERVERS": len(instance.devices),
     }
 
@@ -217,21 +255,24 @@ def _launcher(service: Service, instance: Instance) -> list[str]:
     model, settings = service.deployment.model, instance.settings
     is_decode = instance.role == "decode"
     longest = model.max_len_decode if is_decode else model.max_len_prefill
-    switches = [f"--{name}" for name in _LAUNCHER_SWITCHES if settings.arguments.get(name)]
-    extra = {k: v for k, v in settings.arguments.items() if k not in _LAUNCHER_SWITCHES}
+    own = (*_LAUNCHER_SWITCHES, *_LAUNCHER_OPTIONS)
+    extra = {name: value for name, value in settings.arguments.items() if name not in own}
+    if instance.uses_ray:
+        extra["distributed-executor-backend"] = "ray"
+    fixed_ports = corrected(service.deployment, "fixed-ports")
     return [
         "python", "start_api_servers.py",
-        "--num-servers", "1",
-        *(["--server-offset", "0", "--num-dp", "1"] if is_decode else []),
+        "--num-servers", str(len(instance.api_ports)),
+        *(_data_parallel(service, instance) if is_decode else []),
         "--model-path", model.path,
         "--master-ip", instance.master_address,
         "--master-port", str(instance.master_port),
         "--base-api-port", str(instance.api_port),
-        "--max-port-attempts", "1",
+        *(["--max-port-attempts", "1"] if fixed_ports else []),
         "--tp", str(instance.tensor_parallel),
         "--served-model-name", model.served_name,
         "--max-model-len", str(longest),
-        *switches,
+        *_flags({name: settings.arguments.get(name, False) for name in own}),
         *(["--gpu-util", str(settings.gpu_memory_utilization)]
           if settings.gpu_memory_utilization is not None else []),
         "--extra-args", " ".join(_flags(extra)),
@@ -242,8 +283,19 @@ def _launcher(service: Service, instance: Instance) -> list[str]:
     ]  # fmt: skip
 
 
+def _data_parallel(service: Service, instance: Instance) -> list[str]:
+    """Where a decode member's servers stand among those of its pod (contract section 1.6)."""
+    offset = instance.server_offset
+    if service.deployment.supports.server_offset == "devices":
+        offset *= instance.tensor_parallel
+    return ["--server-offset", str(offset), "--num-dp", str(instance.data_parallel)]
+
+
 def _kv_parallel_size(service: Service) -> int:
-    if service.deployment.kv_parallel_size == "decode-tensor-parallel":
+    size = service.deployment.kv_parallel_size
+    if isinstance(size, int):
+        return size
+    if size == "decode-tensor-parallel":
         return service.topology.decode[0].tensor_parallel
     return len(service.topology.prefill) + 1
 
@@ -263,8 +315,8 @@ def _proxy_command(service: Service) -> list[str]:
     return [
         "bash", "global_proxy.sh",
         "--listen-port", str(proxy.port),
-        "--prefill-servers-list", ",".join(i.server for i in topology.prefill),
-        "--decode-servers-list", ",".join(i.server for i in topology.decode),
+        "--prefill-servers-list", ",".join(_servers(topology.prefill)),
+        "--decode-servers-list", ",".join(_servers(topology.decode)),
         "--log-file", f"{service.layout.log_directory(topology.proxy.name)}/nginx_error.log",
         "--log-level", proxy.log_level,
         "--core-num", str(proxy.core_num),
@@ -274,10 +326,22 @@ def _proxy_command(service: Service) -> list[str]:
     ]  # fmt: skip
 
 
+def _servers(pods: Iterable[Pod]) -> list[str]:
+    return [server for pod in pods for server in pod.servers]
+
+
 def _build_environment(service: Service) -> dict[str, str]:
     """Where an image without nginx finds its sources."""
-    proxy = service.deployment.http_proxy
-    return {"http_proxy": proxy, "https_proxy": proxy} if proxy else {}
+    url, proxy = service.deployment.http_proxy, service.topology.proxy
+    if corrected(service.deployment, "proxy-environment"):
+        return {"http_proxy": url, "https_proxy": url} if url else {}
+    return {
+        "http_proxy": url or "",
+        "https_proxy": url or "",
+        "HOST": proxy.name,
+        "PREFILL_LB_SDK": proxy.entry.prefill_lb_sdk,
+        "DECODE_LB_SDK": proxy.entry.decode_lb_sdk,
+    }
 
 
 def _server_script(service: Service, instance: Instance) -> str:
@@ -288,8 +352,46 @@ source ~/.bashrc
 {_exports(environment(service, instance.name))}
 cd {shlex.quote(_code(service))}/omniinfer/tools/scripts || exit 1
 echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
-exec {shlex.join(command(service, instance.name))}
+{_ray(instance)}exec {shlex.join(command(service, instance.name))}
 """
+
+
+def _ray(instance: Instance) -> str:
+    """Brings up the executor that spans the pod's hosts, on its master (contract section 1.5)."""
+    if not (instance.uses_ray and instance.is_master):
+        return ""
+    nodes = len(instance.pod_addresses)
+    head = [
+        "ray", "start", "--head", f"--node-ip-address={instance.address}",
+        f"--port={instance.ray_port}", f"--num-gpus={len(instance.devices)}",
+    ]  # fmt: skip
+    alive = "import ray; ray.init(address='auto'); print(sum(n['Alive'] for n in ray.nodes()))"
+    return f"""\
+{shlex.join(head)} || exit 1
+until [ "$(python -c {shlex.quote(alive)} 2>/dev/null | tail -n 1)" = {nodes} ]; do
+    if [ $SECONDS -ge {_RAY_JOIN_TIMEOUT_S} ]; then
+        echo "pd-deploy: expected {nodes} ray nodes within {_RAY_JOIN_TIMEOUT_S} s" >&2
+        exit 1
+    fi
+    sleep 0.5
+done
+"""
+
+
+def _ray_worker(instance: Instance) -> list[str]:
+    """Joins the master's executor as soon as it listens, and stays as long as it lives."""
+    master = f"{instance.master_address}:{instance.ray_port}"
+    join = [
+        "ray", "start", f"--address={master}", f"--node-ip-address={instance.address}",
+        f"--num-gpus={len(instance.devices)}", "--block",
+    ]  # fmt: skip
+    wait = (
+        f"until (: </dev/tcp/{instance.master_address}/{instance.ray_port}) 2>/dev/null; do "
+        f"if [ $SECONDS -ge {_RAY_JOIN_TIMEOUT_S} ]; then "
+        f'echo "pd-deploy: expected ray to listen on {master} within {_RAY_JOIN_TIMEOUT_S} s" >&2; '
+        "exit 1; fi; sleep 0.5; done; "
+    )
+    return ["bash", "-c", f"{wait}exec {shlex.join(join)}"]
 
 
 def _proxy_script(service: Service) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pd_deploy import deployment, engines, topology
+from pd_deploy import deployment, documents, engines, topology
 from pd_deploy import plan as plans
 from pd_deploy.deployment import Deployment
 from pd_deploy.documents import merge
@@ -57,6 +57,15 @@ def for_engine(changes: Mapping[str, Any] | None = None, interface: str = INTERF
     of = service(changes)
     layout = Layout(of.name, GENERATION, of.paths.state, of.paths.logs)
     return Service(of, topology.build(of), layout, facts(of, interface), IMAGE)
+
+
+def plan_of(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of another file, with changes merged in."""
+    of = deployment.parse(merge(documents.read(path), changes or {}))
+    made = topology.build(of)
+    return plans.make(
+        of, made, engines.get(of.engine), facts=facts(of), image=IMAGE, generations=[]
+    )
 
 
 def plan(

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from cli import main as cli
+from pd_deploy import deployment, topology
+from pd_deploy.deployment import Deployment
 from pd_deploy.plan import Plan
 from tests.unit import example
 
@@ -36,15 +38,19 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
+def write_facts(path: Path, of: Deployment) -> None:
+    known = {
+        name: {"interface": f.interface, "device_addresses": f.device_addresses}
+        for name, f in example.facts(of).items()
+    }
+    path.write_text(json.dumps({"image": example.IMAGE, "hosts": known}))
+
+
 @pytest.fixture
 def facts(tmp_path: Path) -> Path:
     """A facts file for the example."""
     path = tmp_path / "facts.json"
-    known = {
-        name: {"interface": f.interface, "device_addresses": f.device_addresses}
-        for name, f in example.facts(example.service()).items()
-    }
-    path.write_text(json.dumps({"image": example.IMAGE, "hosts": known}))
+    write_facts(path, example.service())
     return path
 
 
@@ -66,6 +72,28 @@ def test_check_shows_every_instance_and_its_ports(call: Any) -> None:
     assert ["p2", "prefill", "b", "10.0.0.2:9002", "0,1,2,3,4,5,6,7", "8002", "5570"] in rows
     assert ["d0", "decode", "b", "10.0.0.2:9100", "8,9,10,11,12,13,14,15", "8100", "5668"] in rows
     assert ["c0", "proxy", "a", "10.0.0.1:7000"] in rows
+
+
+def test_check_says_what_is_unusual(call: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"extends: {example.FILE}\ncompat: upstream\nallow: [ports-distinct]\n")
+    out = call("check", path).out
+    assert "values as upstream has them\n" in out
+    assert "may break the rules ports-distinct, batched-tokens, decode-gear-list\n" in out
+
+
+@pytest.mark.parametrize("file", sorted((example.ROOT / "deployments").glob("*.yaml")), ids=str)
+def test_every_deployment_of_the_project_checks_and_renders(
+    call: Any, tmp_path: Path, file: Path
+) -> None:
+    of = deployment.load(file)
+    path = tmp_path / "facts.json"
+    write_facts(path, of)
+    assert call("check", file).code == 0
+    done = call("plan", file, "--facts", path, "--format", "json")
+    assert (done.code, done.err) == (0, "")
+    names = Plan.model_validate_json(done.out).instances
+    assert set(names) == {i.name for i in topology.build(of).instances}
 
 
 def test_image_replaces_the_files_own(call: Any) -> None:

@@ -73,7 +73,10 @@ class TestFile:
             ('extends: "a\\0b"\n', "x.yaml: 1 problem\n  '"),
             ("extends: .\n", "expected a file, found a directory"),
             ("extends: /dev/zero\n", "expected a file, found a directory or a device"),
-            ("name: a\n", "profile: expected one of qwq-32b-a3, found None"),
+            (
+                "name: a\n",
+                "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, or",
+            ),
         ],
     )
     def test_that_cannot_be_read_says_why(
@@ -212,6 +215,32 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"settings": {"all": {"gpu_memory_utilization": 1.5}}},
         ["settings.all.gpu_memory_utilization: expected at most 1"],
     ),
+    *(
+        ({"prefill": {"p0": odd}}, [f"prefill.p0{message}"])
+        for odd, message in (
+            ({"hosts": ["a"]}, ": expected either `host` or `hosts`, found both"),
+            ({"host": None}, ": expected either `host` or `hosts`, found neither"),
+            ({"host": None, "hosts": []}, ".hosts: expected at least 1 entry"),
+            ({"host": None, "hosts": "ab"}, ".hosts: expected a list, found 'ab'"),
+            ({"host": None, "hosts": ["a", "a"]}, ": expected each of its hosts once, found a"),
+            ({"host": None, "hosts": ["a", "z"]}, ".hosts: expected one of a, b, found z"),
+            ({"devices": {"b": "0-7"}}, ": expected devices for its hosts (a), found them for b"),
+            ({"devices": {}}, ": expected devices for its hosts (a), found them for none"),
+            ({"devices": {1: "0-7"}}, ".devices: expected hosts of the file, found 1"),
+            ({"devices": {"a": "7-0"}}, ".devices: expected a range that runs upwards, 0-7"),
+            ({"container_devices": ["x"]}, ".container_devices.0: expected an absolute path"),
+        )
+    ),
+    *(
+        ({"kv_parallel_size": odd}, ["kv_parallel_size: expected prefill-pods-plus-one, "])
+        for odd in ("x", 0, True, 1.5)
+    ),
+    ({"supports": {"multi_host_prefill": "yes"}}, ["supports.multi_host_prefill: expected 'none'"]),
+    ({"allow": "batched-tokens"}, ["allow: expected a list, found 'batched-tokens'"]),
+    ({"compat": "x"}, ["compat: expected 'upstream', found 'x'"]),
+    ({"compat": "upstream", "allow": [5]}, ["allow.0: expected the name of a rule, found 5; "]),
+    ({"upstream": {}, "all": {}}, ["all: is not a key of a", "upstream: is not a key of a"]),
+    ({"container": {"names": {"proxy": "a b"}}}, ["container.names.proxy: expected letters, "]),
     (
         {"smoke": {"max_tokens": "x"}, "smok": 1, "http_proxy": ""},
         [

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pd_deploy import deployment, topology
+from pd_deploy import deployment, rules, topology
 from pd_deploy.deployment import Deployment
+from pd_deploy.engines import corrections
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/deployment-file.md").read_text()
@@ -51,7 +52,17 @@ def test_every_key_is_documented() -> None:
     assert fields - written == {"profile_settings"}
 
 
-@pytest.mark.parametrize("section", ["ports", "paths", "container", "gates", "smoke"])
+@pytest.mark.parametrize("section", ["supports", "ports", "paths", "container", "gates", "smoke"])
 def test_documented_defaults_are_the_defaults(section: str) -> None:
     default = Deployment.model_fields[section].default
     assert type(default).model_validate(documented()[section]) == default
+
+
+def test_every_rule_is_documented_as_it_is() -> None:
+    table = re.findall(r"^\| `([a-z-]+)` \| (.*) \|$", PAGE, re.MULTILINE)
+    assert dict(table) == rules.RULES
+
+
+def test_the_list_of_corrections_is_the_one_in_code() -> None:
+    page = (ROOT / "docs/corrections.md").read_text()
+    assert page == corrections.as_markdown()

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_deploy import ranktable
+from pd_deploy.engines import omniinfer
 from pd_deploy.errors import FactsError
-from tests.unit import example
+from tests.unit import example, topologies
 
 GOLDEN = example.GOLDEN["ranktables"]
 
@@ -32,8 +33,8 @@ def golden(ending: str) -> dict[str, Any]:
 )
 def test_local_documents_are_as_documented(name: str, ending: str) -> None:
     of = example.service()
-    instance = next(i for i in example.place().instances if i.name == name)
-    assert ranktable.local(instance, example.addresses(of)) == golden(ending)
+    pod = example.place().pod_of(name)
+    assert ranktable.local(pod, example.addresses(of)) == golden(ending)
 
 
 def test_merged_document_is_as_documented() -> None:
@@ -42,36 +43,11 @@ def test_merged_document_is_as_documented() -> None:
     assert json.loads(ranktable.render(found)) == found
 
 
-@st.composite
-def services(draw: st.DrawFn) -> dict[str, Any]:
-    """Changes that make a service of 1 to 6 prefill pods on hosts of their own."""
-    size = draw(st.sampled_from([1, 2, 4, 8]))
-    count = draw(st.integers(1, 6))
-    octets = draw(st.lists(st.integers(1, 250), min_size=4, max_size=4, unique=True))
-    slots = draw(
-        st.lists(
-            st.tuples(st.integers(0, 3), st.integers(0, 16 // size - 1)),
-            min_size=count + 1,
-            max_size=count + 1,
-            unique=True,
-        )
-    )
-    places = [
-        {"host": f"h{host}", "devices": list(range(slot * size, (slot + 1) * size))}
-        for host, slot in slots
-    ]
-    return {
-        "hosts": {"a": None, "b": None}
-        | {f"h{index}": f"10.0.0.{octet}" for index, octet in enumerate(octets)},
-        "prefill": {"p0": None, "p1": None, "p2": None}
-        | {f"x{index}": place for index, place in enumerate(places[1:])},
-        "decode": {"d0": places[0]},
-        "proxy": {"c0": {"host": "h0"}},
-    }
+MANY = settings(max_examples=60, deadline=None)
 
 
-@settings(max_examples=25, deadline=None)
-@given(changes=services())
+@MANY
+@given(changes=topologies.services())
 def test_every_topology_has_dense_unique_ids_and_locals_that_equal_their_group(
     changes: dict[str, Any],
 ) -> None:
@@ -79,20 +55,71 @@ def test_every_topology_has_dense_unique_ids_and_locals_that_equal_their_group(
     addresses = example.addresses(of)
     groups = ranktable.merged(placed, addresses)["server_group_list"]
     assert [group["group_id"] for group in groups] == [str(i) for i in range(len(groups))]
-    assert [i.kv_rank for i in placed.instances] == list(range(len(groups)))
-    for instance, group in zip(placed.instances, groups, strict=True):
-        assert ranktable.local(instance, addresses)["server_list"] == group["server_list"]
-        (server,) = group["server_list"]
-        assert server["server_id"] == instance.address
-        assert [d["rank_id"] for d in server["device"]] == [
-            str(rank) for rank in range(len(instance.devices))
-        ]
+    assert [pod.kv_rank for pod in placed.pods] == list(range(len(groups)))
+    for pod, group in zip(placed.pods, groups, strict=True):
+        local = ranktable.local(pod, addresses)
+        assert local["server_list"] == group["server_list"]
+        assert type(group["server_count"]) is int
+        assert group["server_count"] == len(pod.members)
+        assert local["server_count"] == ("1" if len(pod.members) == 1 else len(pod.members))
+        assert [s["server_id"] for s in group["server_list"]] == list(pod.addresses)
+        ranks = [d["rank_id"] for s in group["server_list"] for d in s["device"]]
+        assert ranks == [str(rank) for rank in range(len(ranks))]
+
+
+@MANY
+@given(changes=topologies.services())
+def test_nothing_is_lost_or_doubled_whatever_shares_a_host(changes: dict[str, Any]) -> None:
+    of, placed = example.service(changes), example.place(changes)
+    groups = ranktable.merged(placed, example.addresses(of))["server_group_list"]
     held = [
-        (group["server_list"][0]["server_id"], device["device_id"])
+        (server["server_ip"], device["device_id"])
         for group in groups
-        for device in group["server_list"][0]["device"]
+        for server in group["server_list"]
+        for device in server["device"]
     ]
+    address = {name: host.address for name, host in of.hosts.items()}
+    wanted = [
+        (address[host], str(device))
+        for entry in (*of.prefill.values(), *of.decode.values())
+        for host in entry.on
+        for device in entry.devices_on(host)
+    ]
+    assert sorted(held) == sorted(wanted)
     assert len(set(held)) == len(held)
+
+
+@MANY
+@given(changes=topologies.services())
+def test_ranks_addresses_and_servers_follow_one_order(changes: dict[str, Any]) -> None:
+    """What the launchers, the environment, the proxy and the ranktables say agrees."""
+    service = example.for_engine(changes)
+    placed, (decode,) = service.topology, service.topology.decode
+    groups = ranktable.merged(placed, example.addresses(service.deployment))["server_group_list"]
+    order = ",".join(server["server_id"] for server in groups[-1]["server_list"])
+    for instance in placed.instances:
+        environment = omniinfer.environment(service, instance.name)
+        assert environment["LOCAL_DECODE_SERVER_IP_LIST"] == order
+        assert environment["GLOBAL_DECODE_SERVER_IP_LIST"] == order
+        assert environment["PREFILL_POD_NUM"] == str(len(groups) - 1)
+        path = environment["RANK_TABLE_FILE_PATH"]
+        local = json.loads(omniinfer.ranktables(service, instance.host)[path])
+        assert local["server_list"] == groups[instance.kv_rank]["server_list"]
+    numbers = []
+    for member in decode.members:
+        argv = omniinfer.command(service, member.name)
+        offset, count, world = (
+            int(argv[argv.index(flag) + 1])
+            for flag in ("--server-offset", "--num-servers", "--num-dp")
+        )
+        assert world * decode.tensor_parallel == sum(len(m.devices) for m in decode.members)
+        assert count * decode.tensor_parallel == len(member.devices)
+        numbers += range(offset, offset + count)
+    assert numbers == list(range(len(decode.servers)))
+    proxy = omniinfer.command(service, "c0")
+    listed = proxy[proxy.index("--decode-servers-list") + 1].split(",")
+    assert listed == list(decode.servers)
+    assert len(set(listed)) == len(numbers)
 
 
 def said(**of_device: str) -> str:

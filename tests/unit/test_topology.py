@@ -39,8 +39,13 @@ def test_order_is_prefill_as_in_the_file_then_decode_then_proxy() -> None:
 
 def test_server_lists_are_the_documented_ones() -> None:
     placed, golden = example.place(), example.GOLDEN["derived_global"]
-    assert ",".join(i.server for i in placed.prefill) == golden["proxy_prefill_servers_list"]
-    assert ",".join(i.server for i in placed.decode) == golden["proxy_decode_servers_list"]
+    assert (
+        ",".join(s for p in placed.prefill for s in p.servers)
+        == golden["proxy_prefill_servers_list"]
+    )
+    assert (
+        ",".join(s for p in placed.decode for s in p.servers) == golden["proxy_decode_servers_list"]
+    )
 
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -82,7 +87,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"prefill": {"p2": None}, "decode": {"d1": {"host": "b", "devices": "0-7"}}},
-        ["decode: expected one instance, found d0, d1"],
+        ["decode: expected one pod, found d0, d1"],
     ),
     (
         {"prefill": {"p0": {"tensor_parallel": 4}}},
@@ -90,7 +95,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"prefill": {"p0": {"devices": "0-3"}}},
-        ["prefill.p0.devices: expected as many devices as decode d0 has (8), found 4"],
+        ["prefill.p0.devices: expected the tensor parallel size of decode d0 (8), found 4"],
     ),
     (
         {"decode": {"d0": {"devices": "9-16"}}},
@@ -131,7 +136,8 @@ def test_all_refusals_come_at_once_and_name_the_deployment() -> None:
         example.place(
             {
                 "hosts": {"b": "10.0.0.1"},
-                "prefill": {"p1": {"devices": "0-7"}, "p0": {"tensor_parallel": 4}},
+                "prefill": {"p1": {"devices": "0-7"}},
+                "model": {"max_len_decode": 61441},
             }
         )
     assert len(caught.value.problems) == 3
@@ -143,4 +149,4 @@ def test_fewer_prefill_pods_move_decodes_rank(count: int) -> None:
     changes = {f"p{index}": None for index in range(count, 3)}
     placed = topology.build(example.service({"prefill": changes}))
     assert [i.kv_rank for i in placed.decode] == [count]
-    assert placed.decode[0].api_port == 9100
+    assert placed.decode[0].master.api_port == 9100

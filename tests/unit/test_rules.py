@@ -1,0 +1,291 @@
+"""What breaks a rule is refused by its name, wherever it comes from, unless the file allows it."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from pd_deploy import deployment, rules, topology
+from pd_deploy.engines import omniinfer
+from pd_deploy.errors import InvalidInput
+from tests.unit import example
+
+DEEPSEEK = {"profile": "deepseek-r1-a3-2p1d"}
+D_ON_BOTH = {"host": None, "hosts": ["b", "a"], "devices": {"a": "8-15", "b": "8-15"}}
+# Rule → changes to the example that break it and no other.
+BREAKING: dict[str, list[dict[str, Any]]] = {
+    "batched-tokens": [
+        {place: {where: {"arguments": {"max-num-batched-tokens": 1000}}}}
+        for place, where in (("settings", "all"), ("settings", "decode"), ("prefill", "p1"))
+    ],
+    "decode-gear-list": [
+        {"settings": {"decode": {"additional_config": {"decode_gear_list": [64]}}}},
+        {
+            "decode": {
+                "d0": {
+                    "additional_config": {
+                        "graph_model_compile_config": {"decode_gear_list": list(range(1, 8))}
+                    }
+                }
+            }
+        },
+    ],
+    "derived-arguments": [
+        {"settings": {"prefill": {"arguments": {"tensor-parallel-size": 4}}}},
+        {"prefill": {"p0": {"arguments": {"kv_transfer_config": "x"}}}},
+    ],
+    "derived-environment": [
+        {"settings": {"all": {"environment": {"PREFILL_POD_NUM": 2}}}},
+        {"decode": {"d0": {"environment": {"ASCEND_RT_VISIBLE_DEVICES": "0"}}}},
+    ],
+    "device-ids": [{"devices_per_host": 15, "prefill": {"p1": None}}],
+    "devices-disjoint": [{"prefill": {"p1": {"devices": "7-14"}}}],
+    "equal-devices": [
+        DEEPSEEK
+        | {
+            "prefill": {"p1": None},
+            "decode": {"d0": D_ON_BOTH | {"devices": {"a": "8-15", "b": "12-15"}}},
+        }
+    ],
+    "host-addresses": [{"hosts": {"c": "10.0.0.1"}}],
+    "mount-targets": [
+        {"prefill": {"p0": {"mounts": ["/x:/data/models/QwQ-32B"]}}},
+        {"settings": {"decode": {"mounts": ["/x:/var/lib/pd-deploy/qwq-3p1d/x"]}}},
+        {"container": {"mounts": ["/etc/localtime"]}},
+    ],
+    "multi-host-decode": [{"prefill": {"p1": None}, "decode": {"d0": D_ON_BOTH}}],
+    "multi-host-prefill": [
+        {
+            "prefill": {
+                "p0": {"host": None, "hosts": ["a", "b"], "devices": "0-3"},
+                "p1": None,
+                "p2": None,
+            }
+        }
+    ],
+    "one-decode-pod": [
+        {"prefill": {"p2": None}, "decode": {"d1": {"host": "b", "devices": "0-7"}}}
+    ],
+    "ports-distinct": [{"proxy": {"c0": {"port": 9000}}}, {"ports": {"api": 8001}}],
+    "ports-in-range": [{"ports": {"zmq": 65500}}, {"ports": {"decode_offset": 2}}],
+    "prefill-pods": [
+        {
+            "hosts": {f"h{i}": f"10.0.1.{i}" for i in range(1, 34)},
+            "prefill": {f"x{i}": {"host": f"h{i}", "devices": "0-7"} for i in range(1, 34)},
+        }
+    ],
+    "tensor-parallel": [
+        DEEPSEEK | {"decode": {"d0": {"tensor_parallel": 3}}, "prefill": {
+            name: {"devices": devices} for name, devices in
+            (("p0", "0-5"), ("p1", "8-13"), ("p2", "0-5"))}},
+    ],
+    "tensor-parallel-ratio": [
+        {"prefill": {"p0": {"devices": "0-3"}}},
+        {"decode": {"d0": {"tensor_parallel": 4}}},
+        DEEPSEEK
+        | {"prefill": {"p0": {"devices": "0-3"}}, "decode": {"d0": {"tensor_parallel": 8}}},
+    ],
+    "values-without-blanks": [{"settings": {"all": {"arguments": {"x": "a b"}}}}],
+}  # fmt: skip
+CASES = [(rule, changes) for rule, several in BREAKING.items() for changes in several]
+
+
+def broken(changes: dict[str, Any]) -> set[str]:
+    """Names of the rules that the example with these changes breaks."""
+    try:
+        example.place(changes)
+    except InvalidInput as error:
+        return {problem.message.rpartition("(rule ")[2][:-1] for problem in error.problems}
+    return set()
+
+
+def test_a_refusal_says_how_to_go_on_if_it_is_meant() -> None:
+    with pytest.raises(InvalidInput, match=r"allow: \[RULE\]"):
+        example.place({"proxy": {"c0": {"port": 9000}}})
+
+
+def test_every_rule_is_tried() -> None:
+    assert set(BREAKING) == set(rules.RULES)
+
+
+@pytest.mark.parametrize(("rule", "changes"), CASES, ids=[f"{r} {c}"[:70] for r, c in CASES])
+def test_a_rule_is_refused_by_name_unless_the_file_allows_it(
+    rule: str, changes: dict[str, Any]
+) -> None:
+    found = broken(changes)
+    assert rule in found
+    assert rule not in broken({**changes, "allow": [rule]})
+    assert broken({**changes, "allow": sorted(found)}) == set()
+    others = sorted(set(rules.RULES) - {rule})
+    assert broken({**changes, "allow": others}) == {rule}
+
+
+def test_every_pod_is_a_multiple_of_decode_and_never_less() -> None:
+    """Also where the profile does not want them equal."""
+    changes = DEEPSEEK | {"prefill": {"p0": {"devices": "0-3"}}}
+    assert broken({**changes, "decode": {"d0": {"tensor_parallel": 4}}}) == set()
+    assert broken({**changes, "decode": {"d0": {"tensor_parallel": 8}}}) == {
+        "tensor-parallel-ratio"
+    }
+
+
+def test_an_unknown_rule_gets_its_nearest_name() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        example.service({"allow": ["batched-token"]})
+    (problem,) = caught.value.problems
+    assert str(problem).startswith("allow.0: expected the name of a rule, found 'batched-token'; ")
+    assert "did you mean batched-tokens?" in str(problem)
+
+
+def test_compat_allows_itself_what_upstream_breaks_and_the_file_may_allow_more() -> None:
+    assert broken({"compat": "upstream"}) == set()
+    more = {"compat": "upstream", "proxy": {"c0": {"port": 9000}}, "allow": ["ports-distinct"]}
+    assert broken(more) == set()
+    assert broken({**more, "allow": []}) == {"ports-distinct"}
+
+
+class TestOverrides:
+    """Environment, arguments, mounts and container devices: deployment, role, instance."""
+
+    CHANGES: ClassVar[dict[str, Any]] = {
+        "settings": {
+            "all": {
+                "environment": {"A": "all", "B": "all", "C": "all"},
+                "arguments": {"seed": 1, "swap-space": 1, "max-num-seqs": 1},
+                "mounts": ["/m/all", "/m/x:/x"],
+                "container_devices": ["/dev/all"],
+            },
+            "prefill": {
+                "environment": {"B": "role", "C": "role"},
+                "arguments": {"swap-space": 2, "max-num-seqs": 2},
+                "mounts": ["/m/role", "/m/y:/x:ro"],
+                "container_devices": ["/dev/role"],
+            },
+        },
+        "prefill": {
+            "p0": {
+                "environment": {"C": "instance"},
+                "arguments": {"max-num-seqs": 3},
+                "mounts": ["/m/instance:/data"],
+                "container_devices": ["/dev/instance"],
+            }
+        },
+    }
+
+    @pytest.mark.parametrize(
+        ("name", "environment", "arguments"),
+        [
+            ("p0", ["all", "role", "instance"], ["1", "2", "3"]),
+            ("p1", ["all", "role", "role"], ["1", "2", "2"]),
+            ("d0", ["all", "all", "all"], ["1", "1", "1"]),
+        ],
+    )
+    def test_the_nearest_level_wins(
+        self, name: str, environment: list[str], arguments: list[str]
+    ) -> None:
+        service = example.for_engine(self.CHANGES)
+        found = omniinfer.environment(service, name)
+        assert [found[key] for key in "ABC"] == environment
+        argv = omniinfer.command(service, name)
+        extra = argv[argv.index("--extra-args") + 1].split()
+        options = ("--seed", "--swap-space", "--max-num-seqs")
+        assert [extra[extra.index(option) + 1] for option in options] == arguments
+
+    def test_mounts_and_devices_add_up_and_the_last_of_a_target_stays(self) -> None:
+        service = example.for_engine(self.CHANGES)
+        mounts = {
+            name: {m.target: (m.source, m.read_only) for m in spec.mounts}
+            for name, spec in (
+                (n, omniinfer.container(service, n)) for n in ("p0", "p1", "d0", "c0")
+            )
+        }
+        assert mounts["p0"]["/data"] == ("/m/instance", False)
+        assert mounts["p1"]["/data"] == ("/data", False)
+        assert mounts["p0"]["/x"] == mounts["p1"]["/x"] == ("/m/y", True)
+        assert mounts["d0"]["/x"] == ("/m/x", False)
+        assert {"/m/all", "/m/role"} <= mounts["p0"].keys()
+        assert not {"/x", "/m/all"} & mounts["c0"].keys()
+        devices = {n: omniinfer.container(service, n).devices[3:] for n in ("p0", "p1", "d0", "c0")}
+        assert devices == {
+            "p0": ("/dev/all", "/dev/role", "/dev/instance"),
+            "p1": ("/dev/all", "/dev/role"),
+            "d0": ("/dev/all",),
+            "c0": (),
+        }
+
+
+class TestProfiles:
+    def file(self, directory: Path, profile: str, text: str = "") -> Path:
+        (directory / "sub").mkdir()
+        (directory / "sub/my.yaml").write_text(text)
+        path = directory / "x.yaml"
+        path.write_text(f"extends: {example.FILE}\nprofile: {profile}\n")
+        return path
+
+    def test_of_ones_own_lies_beside_the_file_and_on_one_that_comes_with_us(
+        self, tmp_path: Path
+    ) -> None:
+        text = "profile: qwq-32b-a3\ndecode: {gpu_memory_utilization: 0.5, arguments: {seed: 7}}\n"
+        found = deployment.load(self.file(tmp_path, "sub/my.yaml", text))
+        settings = found.settings_of("decode", found.decode["d0"])
+        assert (settings.gpu_memory_utilization, settings.arguments["seed"]) == (0.5, 7)
+        assert settings.arguments["max-num-batched-tokens"] == 61440
+        assert topology.build(found).decode[0].master.settings == settings
+        # A file elsewhere that extends it means the same profile.
+        other = tmp_path / "sub/other.yaml"
+        other.write_text("extends: ../x.yaml\n")
+        assert deployment.load(other).profile_settings == found.profile_settings
+
+    def test_of_ones_own_stands_alone(self, tmp_path: Path) -> None:
+        text = "engine: omniinfer\nkv_parallel_size: 8\ndevices_per_host: 16\n"
+        found = deployment.load(self.file(tmp_path, "./sub/my.yaml", text))
+        service = example.for_engine({"kv_parallel_size": found.kv_parallel_size})
+        decode = service.topology.decode[0].master
+        assert omniinfer.kv_transfer_config(service, decode)["kv_parallel_size"] == 8
+        assert found.settings_of("decode", found.decode["d0"]).arguments == {}
+
+    @pytest.mark.parametrize(
+        ("profile", "text", "says"),
+        [
+            ("./gone.yaml", "", "gone.yaml: 1 problem\n  cannot be read: No such file"),
+            ("./sub/my.yaml", "", "my.yaml: 1 problem\n  expected a mapping"),
+            (
+                "./sub/my.yaml",
+                "profile: ./my.yaml\n",
+                "my.yaml: 1 problem\n  profile: expected one",
+            ),
+            ("./sub/my.yaml", "devices_per_host: x\n", "devices_per_host: expected a whole number"),
+            ("./sub/my.yaml", "prefil: {}\n", "prefil: is not a known key; did you mean prefill?"),
+            ("./sub/my.yaml", "all: {x: 1}\n", "profile_settings.all.x: is not a known key"),
+            ("my", "", "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, or"),
+            ("[1]", "", "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, or"),
+        ],
+    )
+    def test_that_cannot_be_used_says_why(
+        self, tmp_path: Path, profile: str, text: str, says: str
+    ) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            deployment.load(self.file(tmp_path, profile, text))
+        assert says in str(caught.value)
+
+    def test_compat_needs_a_profile_that_says_what_upstream_does(self, tmp_path: Path) -> None:
+        path = self.file(tmp_path, "./sub/my.yaml", "engine: omniinfer\n")
+        path.write_text(path.read_text() + "compat: upstream\n")
+        with pytest.raises(InvalidInput, match="compat: expected a profile that says"):
+            deployment.load(path)
+
+    @pytest.mark.parametrize("name", deployment.profiles())
+    @pytest.mark.parametrize("compat", [None, "upstream"])
+    def test_that_comes_with_us_has_an_example_that_renders(
+        self, name: str, compat: str | None
+    ) -> None:
+        files = [
+            path
+            for path in (example.ROOT / "deployments").glob("*.yaml")
+            if deployment.load(path).profile == name
+        ]
+        assert files
+        for path in files:
+            plan = example.plan_of(path, {"compat": compat})
+            assert plan.instances
+            assert all(host.containers for host in plan.hosts.values())
