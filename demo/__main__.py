@@ -78,12 +78,13 @@ def up() -> int:
 
 
 def down() -> int:
-    """Everything gone but the lab's cache of Debian packages."""
+    """Everything gone but the lab's cache of Debian packages and images."""
     ended = processes.stop_all()
     if ended:
         print(f"stopped Prefect {' and '.join(ended)}")
     run("pd-deploy", "lab", "down")
     shutil.rmtree(HOME, ignore_errors=True)
+    print("kept: packages and images for the next time; `pd-deploy lab down --purge` removes them")
     return 0
 
 
