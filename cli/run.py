@@ -79,7 +79,7 @@ def _line(when: datetime, task: TaskRun, state: State[object]) -> str:
     if state.is_completed():
         line += f"  {task.total_run_time.total_seconds():.1f} s"
     elif not state.is_running():
-        line += f"  {state.name}: {state.message}"
+        line += f"  {state.name}: {state.message or 'will be tried again'}"
     return line
 
 
