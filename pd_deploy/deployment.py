@@ -62,7 +62,6 @@ _EXPECTED = {
 _OF_PROFILES = ("profile_settings", "all", "upstream")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
-Role = Literal["prefill", "decode", "proxy"]
 EngineName = Literal["omniinfer"]
 Scalar = str | int | float | bool
 
@@ -262,7 +261,6 @@ Image = Annotated[
 AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
-Devices = Annotated[tuple[int, ...], BeforeValidator(parse_devices)]
 PodDevices = Annotated[
     tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
 ]
