@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import shlex
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from pd_deploy.errors import (
     DockerAccessDenied,
@@ -12,7 +13,7 @@ from pd_deploy.errors import (
     PdDeployError,
     SessionRefused,
 )
-from pd_deploy.hosts.link import Link
+from pd_deploy.hosts.link import MAX_SESSIONS, Link
 from pd_deploy.hosts.tunnel import Stream
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EngineSocket:
         self._link = link
         self._spare_link = spare_link
         self._spares: list[Link] = []
+        self._streams: Counter[Link] = Counter()
         self._path = path
         self._where = where
         self._user = user
@@ -92,28 +94,38 @@ class EngineSocket:
 
     @contextlib.asynccontextmanager
     async def _dialled(self) -> AsyncIterator[Stream]:
-        link = self._link_with_room()
         command = shlex.join(["docker", "-H", f"unix://{self._path}", "system", "dial-stdio"])
-        async with link.session(
-            lambda connection: connection.create_process(command, encoding=None)
-        ) as process:
-            try:
-                yield process.stdout, process.stdin
-                # Its status comes after the end of its output.
-                with contextlib.suppress(TimeoutError):
-                    await process.wait(timeout=EXIT_TIMEOUT_S)
-            finally:
-                process.close()
-            if process.exit_status:
-                await self._diagnose()
+        with self._room() as link:
+            async with link.session(
+                lambda connection: connection.create_process(command, encoding=None)
+            ) as process:
+                try:
+                    yield process.stdout, process.stdin
+                    # Its status comes after the end of its output.
+                    with contextlib.suppress(TimeoutError):
+                        await process.wait(timeout=EXIT_TIMEOUT_S)
+                finally:
+                    process.close()
+                if process.exit_status:
+                    await self._diagnose()
 
-    def _link_with_room(self) -> Link:
-        """A link of its own for streams, as they may last and would block the host's commands."""
-        for link in self._spares:
-            if not link.full:
-                return link
-        self._spares.append(self._spare_link())
-        return self._spares[-1]
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[Link]:
+        """A link with room for one stream more.
+
+        Links of their own, as streams may last and would block the host's commands. The room is
+        taken before anything is awaited: a short call that queued behind lasting ones, all meant
+        for the same last place, would never come to its turn.
+        """
+        link = next((one for one in self._spares if self._streams[one] < MAX_SESSIONS), None)
+        if link is None:
+            link = self._spare_link()
+            self._spares.append(link)
+        self._streams[link] += 1
+        try:
+            yield link
+        finally:
+            self._streams[link] -= 1
 
     async def _diagnose(self) -> None:
         """Raises what is wrong with the engine; returns if it answers on the host itself."""

@@ -55,11 +55,6 @@ class Link:
         self._closed = False
         self.connects = 0
 
-    @property
-    def full(self) -> bool:
-        """Whether all sessions are in use."""
-        return self._slots.locked()
-
     @contextlib.asynccontextmanager
     async def session(
         self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
