@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pd_deploy.hosts import ContainerState
+from pd_deploy.hosts import DEPLOYMENT_LABEL, ContainerState
 
-DEPLOYMENT = "pd-deploy.deployment"
+DEPLOYMENT = DEPLOYMENT_LABEL
 GENERATION = "pd-deploy.generation"
 EPOCH = "pd-deploy.epoch"
 INSTANCE = "pd-deploy.instance"

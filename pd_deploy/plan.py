@@ -104,11 +104,11 @@ def make(
         image: the image by digest or id.
         generations: names of the generations found on the hosts; decides the new one's epoch.
     """
-    layout = Layout(deployment.name, str(_ANY), deployment.paths.state, deployment.paths.logs)
+    layout = Layout.of(deployment, str(_ANY))
     service = Service(deployment, topology, layout, facts, image)
     wanted = gen.fingerprint(_render(engine, service, _ANY).model_dump_json(exclude=_LABELS))
     chosen = gen.desired(generations, wanted)
-    service = replace(service, layout=replace(layout, generation=str(chosen)))
+    service = replace(service, layout=Layout.of(deployment, str(chosen)))
     return _render(engine, service, chosen)
 
 

@@ -80,9 +80,7 @@ class Rollout:
 
     def log_directory(self, name: str) -> str:
         """Where an instance writes its log files, on its host."""
-        paths = self.site.deployment.paths
-        layout = Layout(self.site.deployment.name, self.plan.generation, paths.state, paths.logs)
-        return layout.log_directory(name)
+        return Layout.of(self.site.deployment, self.plan.generation).log_directory(name)
 
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""

@@ -27,6 +27,11 @@ class Layout:
     state: str
     logs: str
 
+    @classmethod
+    def of(cls, deployment: Deployment, generation: str) -> "Layout":
+        """The layout of a deployment's generation, as the file's paths give it."""
+        return cls(deployment.name, generation, deployment.paths.state, deployment.paths.logs)
+
     @property
     def directory(self) -> str:
         """All that pd-deploy writes for this generation."""

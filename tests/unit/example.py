@@ -55,7 +55,7 @@ def facts(of: Deployment, interface: str = INTERFACE) -> dict[str, HostFacts]:
 def for_engine(changes: Mapping[str, Any] | None = None, interface: str = INTERFACE) -> Service:
     """The example as an engine is given it."""
     of = service(changes)
-    layout = Layout(of.name, GENERATION, of.paths.state, of.paths.logs)
+    layout = Layout.of(of, GENERATION)
     return Service(of, topology.build(of), layout, facts(of, interface), IMAGE)
 
 
