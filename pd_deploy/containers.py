@@ -1,6 +1,7 @@
 """Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from pd_deploy import generation
@@ -25,6 +26,7 @@ async def pull(
     host, image = rollout.site.host(name), rollout.plan.image
     if await host.engine.image(image):
         return Report("pull image", name, name, False, "present")
+    await rollout.site.may_change(host)
     limit = rollout.site.deployment.gates.pull
     try:
         async with asyncio.timeout(limit):
@@ -45,6 +47,9 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
         for host, state in rollout.stopping()
         if state.labels[generation.INSTANCE] == instance
     ]
+    if stopping:
+        rollout.stopped = True
+        rollout.down.since = rollout.down.since or time.monotonic()
     await asyncio.gather(*(_stop(rollout.site, host, state) for host, state in stopping))
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
@@ -54,6 +59,7 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
 async def launch(rollout: Rollout, instance: str) -> Report:
     """Creates an instance's directories, start script and container; starts nothing."""
     host = rollout.site.host_of(instance)
+    await rollout.site.may_change(host)
     planned, spec = rollout.plan.hosts[host.name], rollout.plan.container(instance)
     own = [d for d in planned.directories if d.endswith(f"/{instance}")]
     shared = [d for d in planned.directories if d.endswith("/ranktables")]
@@ -75,6 +81,7 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
     host, planned = rollout.site.host(name), rollout.plan.hosts[name]
     for instance in planned.containers:
         await require(rollout, instance)
+    await rollout.site.may_change(host)
     written = await _write(host, planned, "ranktable", "/ranktables/")
     detail = f"wrote {len(written)} documents" if written else "up to date"
     return Report("ranktable", name, name, bool(written), detail)
@@ -124,6 +131,7 @@ async def open_proxy(rollout: Rollout) -> Report:
             "open proxy", name, host.name, False, f"port {site.topology.proxy.port} is open"
         )
     await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
+    await site.may_change(host)
     await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
     await _log_says(rollout, name, state, site.engine.OPENED, site.deployment.gates.start)
     return Report("open proxy", name, host.name, True, f"opened port {site.topology.proxy.port}")
@@ -215,6 +223,7 @@ async def _stop_instance(rollout: Rollout, instance: str) -> None:
 
 async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:
     seconds = site.deployment.container.stop_timeout if timeout is None else timeout
+    await site.may_change(site.host(host))
     await site.host(host).engine.stop(state.id, deployment=site.deployment.name, timeout=seconds)
 
 
@@ -248,8 +257,10 @@ async def _write(host: Host, planned: HostPlan, stage: str, below: str) -> list[
 
 
 async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:
+    host = rollout.site.host_of(instance)
+    await rollout.site.may_change(host)
     rollout.started.add(instance)
-    await rollout.site.host_of(instance).engine.start(state.id)
+    await host.engine.start(state.id)
 
 
 async def _log_says(

@@ -443,14 +443,29 @@ class ContainerOptions(Model):
 
 
 class Gates(Model):
-    """How long each wait may last, in seconds."""
+    """How long each wait may last, in seconds.
+
+    `lease` is how long a run waits for another one that works on the deployment, `lease_lasts`
+    after how long without a sign of life that one is given up for dead.
+    """
 
     connect: Seconds = 10
+    lease: Seconds = 60
+    lease_lasts: Annotated[int, Field(ge=2, le=3600, strict=True)] = 30
     pull: Seconds = 3600
+    free: Seconds = 120
     prepare_proxy: Seconds = 900
     start: Seconds = 60
     ready: Seconds = 1800
     smoke: Seconds = 120
+
+
+class Disk(Model):
+    """Room that a host must have before anything stops: for an image that it has not yet, and for
+    logs. In bytes, or as `40g`."""
+
+    image: Annotated[int, BeforeValidator(parse_size)] = 40 << 30
+    logs: Annotated[int, BeforeValidator(parse_size)] = 1 << 30
 
 
 class Smoke(Model):
@@ -502,11 +517,13 @@ class Deployment(Model):
     paths: Paths = Paths()
     container: ContainerOptions = ContainerOptions()
     gates: Gates = Gates()
+    disk: Disk = Disk()
+    keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
     kv_parallel_size: KvParallelSize
     supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
-    profile_settings: dict[Literal["all", "prefill", "decode"], Settings] = Field(exclude=True)
+    profile_settings: dict[Literal["all", "prefill", "decode"], Settings]
 
     @property
     def image_reference(self) -> str:

@@ -1,6 +1,6 @@
 """The plug-in point: what an engine has to say about a service. No I/O."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,16 @@ class Layout:
     def of(cls, deployment: Deployment, generation: str) -> "Layout":
         """The layout of a deployment's generation, as the file's paths give it."""
         return cls(deployment.name, generation, deployment.paths.state, deployment.paths.logs)
+
+    @staticmethod
+    def root_of(deployment: Deployment) -> str:
+        """All that pd-deploy writes for a deployment, but for logs."""
+        return f"{deployment.paths.state}/{deployment.name}"
+
+    @staticmethod
+    def log_root_of(deployment: Deployment) -> str:
+        """All logs of a deployment."""
+        return f"{deployment.paths.logs}/{deployment.name}"
 
     @property
     def directory(self) -> str:
@@ -90,6 +100,12 @@ class Engine(Protocol):
 
     def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:
         """Instances that must be started (not ready) before this one."""
+
+    def users_command(self) -> list[str]:
+        """What to run on a host to see who uses its devices; nothing where that can't be told."""
+
+    def users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+        """Those of the devices that somebody uses, and who, from the output of that command."""
 
     def command(self, service: Service, name: str) -> list[str]:
         """What the start script runs in the end."""

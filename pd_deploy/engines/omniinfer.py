@@ -6,9 +6,9 @@ says `compat: upstream`. `corrections` lists every difference. Pure.
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from pd_deploy import ranktable
+from pd_deploy import npu, ranktable
 from pd_deploy.deployment import Scalar
 from pd_deploy.engines.base import Service
 from pd_deploy.engines.corrections import corrected
@@ -86,6 +86,16 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
     if instance.role == "prefill":
         return tuple(i.name for pod in topology.decode for i in pod.members)
     return tuple(i.name for pod in topology.prefill for i in pod.members if i.uses_ray)
+
+
+def users_command() -> list[str]:
+    """`npu-smi info` lists all devices and their processes (contract section 7.2)."""
+    return npu.COMMAND
+
+
+def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+    """Who uses which device, from the output of `npu-smi info`."""
+    return npu.parse_users(output, devices, host=host)
 
 
 def command(service: Service, name: str) -> list[str]:

@@ -139,10 +139,14 @@ class Service:
             return probe.connect_ex((self.lab.hosts["a"].address, 7000)) == 0
 
     def files(self) -> dict[str, str]:
-        """Checksums of all that pd-deploy wrote, by host and path."""
+        """Checksums of all that pd-deploy wrote for containers, by host and path; its own records
+        and the lease are elsewhere."""
         found = {}
         for name, host in self.lab.hosts.items():
-            script = "find /var/lib/pd-deploy -type f 2>/dev/null | sort | xargs -r sha256sum"
+            script = (
+                "find /var/lib/pd-deploy -mindepth 3 -type f ! -name release.json ! -name plan.json "
+                "2>/dev/null | sort | xargs -r sha256sum"
+            )
             for line in host.run(["sh", "-c", script]).stdout.splitlines():
                 digest, path = line.split(maxsplit=1)
                 found[f"{name}:{path}"] = digest
