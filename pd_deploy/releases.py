@@ -8,7 +8,7 @@ a copy, so that it outlives any of them.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
@@ -178,19 +178,23 @@ class History:
         found = [(one.when, name) for name, one in outcomes if one.result == "good"]
         return [name for _, name in sorted(found) if name in self.releases]
 
+    def with_release(self, release: Release) -> "History":
+        """The history once a release is written."""
+        known = {**self.releases, release.generation: release}
+        return replace(self, releases=known, found=self.found | {release.generation})
+
     def before(self) -> str | None:
         """The good generation that served before the present one: where a rollback goes."""
         others = [name for name in self.good if name != self.record.serving]
         return others[-1] if others else None
 
     def kept(self, count: int) -> set[str]:
-        """Generations that pruning keeps: what serves, the last `count` good ones, and the
-        youngest, whatever became of it."""
-        kept = {self.record.serving, *([] if count < 1 else self.good[-count:])}
-        if not (kept & set(self.good)):
-            kept |= set(self.good[-1:])
-        kept.add(str(latest(self.found)) if latest(self.found) else None)
-        names = {name for name in kept if name}
+        """Generations that pruning keeps: what serves, the last `count` good ones besides, and the
+        youngest, whatever became of it. Those whose servers they run stay with them."""
+        others = [name for name in self.good if name != self.record.serving]
+        names = {*others[-count:], *filter(None, [self.record.serving])}
+        if youngest := latest(self.found):
+            names.add(str(youngest))
         return names | {self.releases[name].servers for name in names if name in self.releases}
 
 

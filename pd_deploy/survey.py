@@ -135,6 +135,7 @@ def planned(
         started_by=by,
     )
     by_host = {survey.host: survey for survey in surveys}
+    past = past.with_release(release)
     return Rollout(site, by_host, past, made.plan, release, image.choice.rule)
 
 
