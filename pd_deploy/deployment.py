@@ -289,10 +289,11 @@ Image = Annotated[
     ),
 ]
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+REPOSITORY = rf"{_COMPONENT}(?:/{_COMPONENT})*"  # a repository's path in its registry
 RepositoryName = Annotated[
     str,
     _like(
-        rf"(?:[A-Za-z0-9.-]+(?::\d{{1,5}})?/)?{_COMPONENT}(?:/{_COMPONENT})*",
+        rf"(?:[A-Za-z0-9.-]+(?::\d{{1,5}})?/)?{REPOSITORY}",
         "a repository without a tag, such as omni-ci/daily_omniinfer",
     ),
 ]
@@ -616,7 +617,7 @@ class Deployment(Model):
         """The image, from the registry that serves it here."""
         if self.registry.host is None:
             return self.image
-        return f"{self.registry.host}/{_split_registry(self.image)[1]}"
+        return f"{self.registry.host}/{split_registry(self.image)[1]}"
 
     @property
     def update_repository(self) -> str:
@@ -626,9 +627,9 @@ class Deployment(Model):
         that one names its own.
         """
         image = re.sub(r"(@sha256:[0-9a-f]{64}|:[\w][\w.-]*)$", "", self.image)
-        registry, repository = _split_registry(image)
+        registry, repository = split_registry(image)
         if self.update and self.update.repository:
-            own, repository = _split_registry(self.update.repository)
+            own, repository = split_registry(self.update.repository)
             registry = own or registry
         return "/".join(filter(None, (self.registry.host or registry, repository)))
 
@@ -744,7 +745,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     ]
 
 
-def _split_registry(name: str) -> tuple[str, str]:
+def split_registry(name: str) -> tuple[str, str]:
     """An image's name as the registry in front of it, empty if there is none, and the rest."""
     first, slash, rest = name.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
