@@ -44,6 +44,7 @@ READ_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 60.0
 MAX_BODY = 16 << 20  # bytes; some registries list all tags at once
 MAX_PAGES = 1000
+MAX_PORT = 65535
 PAGE = 100  # tags
 DEFAULT_TOKEN_LIFE_S = 60.0
 MANIFESTS = (
@@ -86,7 +87,7 @@ class Place:
         """
         host, path = split_registry(name)
         parts = re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", host)
-        port_fits = parts and int((parts[2] or ":443")[1:]) <= 65535
+        port_fits = parts and int((parts[2] or ":443")[1:]) <= MAX_PORT
         if not port_fits or not re.fullmatch(REPOSITORY, path):
             expected = "expected a registry and a repository, HOST[:PORT]/PATH"
             raise InvalidInput([Problem("image", f"{expected}, to look for tags; found {name!r}")])
@@ -267,8 +268,11 @@ class Registry:
         except httpx.InvalidURL:
             realm = httpx.URL()
         schemes = ("http", "https") if self.place.plain else ("https",)
-        if realm.scheme not in schemes or not realm.host or realm.userinfo:
-            raise self._misconfigured(f"expected a {schemes[-1]} address that gives out tokens")
+        is_place = realm.host and not realm.userinfo and (realm.port or 0) <= MAX_PORT
+        if realm.scheme not in schemes or not is_place:
+            raise self._misconfigured(
+                f"expected {' or '.join(schemes)}://… that gives out tokens, found another address"
+            )
         return realm
 
     async def _send(
@@ -291,7 +295,7 @@ class Registry:
                 response = await client.send(request, stream=True, follow_redirects=False)
                 async with contextlib.aclosing(response):
                     body = await self._body(response)
-        # Names that can't be encoded are UnicodeErrors to the resolver.
+        # A UnicodeError is the resolver's, of a name that can't be one.
         except (httpx.RequestError, TimeoutError, UnicodeError) as exc:
             raise self._no_answer(url, exc) from None
         if response.is_redirect:
