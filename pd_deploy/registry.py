@@ -360,10 +360,8 @@ class Registry:
             )
         if isinstance(exc, httpx.RemoteProtocolError) and "illegal" in str(exc):
             return self._misconfigured(f"expected a registry, {url.host} does not speak HTTP")
-        slow = isinstance(exc, TimeoutError | httpx.TimeoutException)
-        reason = "no answer in time" if slow else str(exc) or type(exc).__name__
         return RegistryUnavailable(
-            f"no connection to {url.netloc.decode()} for {self.place.name}: {reason}",
+            f"{url.netloc.decode()} does not answer ({_reason(exc)})",
             host=self._where,
             hint="check the registry's address, and that it runs",
         )
@@ -429,8 +427,16 @@ def straight(tls: ssl.SSLContext) -> Connect:
 
 
 def through(host: Host, tls: ssl.SSLContext) -> Connect:
-    """Connects as a host would, through its SSH connection."""
-    return lambda address, port: host.http(address, port, tls=tls)
+    """Connects as a host would, through its SSH connection; raises as the hosts layer does."""
+
+    @contextlib.asynccontextmanager
+    async def connect(address: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+        # Connects by SSH, so that a fault of the host's is not taken for one of the registry's.
+        await host.run(["true"])
+        async with host.http(address, port, tls=tls) as client:
+            yield client
+
+    return connect
 
 
 @contextlib.asynccontextmanager
@@ -439,7 +445,9 @@ async def reach(
 ) -> AsyncIterator[Registry]:
     """A registry that answers: straight from this machine or else through a host.
 
-    A registry on a loopback address is the host's own, so it is asked through the host alone.
+    Whatever goes wrong straight from here, also an answer that is no registry's, may be this
+    machine's network alone. A registry on a loopback address is the host's own, so it is asked
+    through the host at once.
 
     Args:
         place: the repository.
@@ -449,6 +457,7 @@ async def reach(
     Raises:
         RegistryUnavailable: it answers neither way.
         RegistryDenied, RegistryMisconfigured: as `Registry.ping`.
+        HostError, TransientError: the host can't be gone through.
         InvalidInput: the CA's file is wrong.
     """
     tls = await asyncio.to_thread(trust, place.ca)
@@ -462,12 +471,12 @@ async def reach(
         async with registry:
             try:
                 await registry.ping()
-            except RegistryUnavailable as exc:
+            except PdDeployError as exc:
                 faults.append(exc)
                 continue
             yield registry
             return
-    raise _unreachable(faults)
+    raise _worst(faults)
 
 
 async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str] = ()) -> Found:
@@ -525,18 +534,27 @@ def _is_loopback(host: str) -> bool:
 
 
 def _tls_fault(exc: BaseException | None) -> ssl.SSLError | None:
-    """The TLS error beneath an error, except one that says that the other end hung up."""
-    hung_up = ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError
+    """The TLS error beneath an error."""
     while exc is not None:
-        if isinstance(exc, ssl.SSLError) and not isinstance(exc, hung_up):
+        # The classes derived from SSLError are about waiting and hanging up, except this one.
+        if type(exc) in (ssl.SSLError, ssl.SSLCertVerificationError):
             return exc
         exc = exc.__cause__ or exc.__context__
     return None
 
 
-def _unreachable(faults: list[RegistryUnavailable]) -> RegistryUnavailable:
-    last = faults[-1]
-    if len(faults) == 1:
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, TimeoutError | httpx.TimeoutException):
+        return "no answer in time"
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(exc).rstrip(".")) or "no connection"
+
+
+def _worst(faults: list[PdDeployError]) -> PdDeployError:
+    """The fault to tell of those straight from here and through a host."""
+    first, last = faults[0], faults[-1]
+    if first is last or not isinstance(last, RegistryUnavailable):
         return last
-    message = f"{last.message}; straight from here: {faults[0].message}"
+    if not isinstance(first, RegistryUnavailable):
+        return first
+    message = f"{last.message}; straight from here: {first.message}"
     return RegistryUnavailable(message, host=last.host, hint=last.hint)

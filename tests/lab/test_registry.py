@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -16,6 +17,7 @@ from lab.system import wait_until
 from pd_deploy import registry
 from pd_deploy.deployment import UpdatePolicy
 from pd_deploy.errors import (
+    AuthenticationFailed,
     ImageNotFound,
     RegistryDenied,
     RegistryMisconfigured,
@@ -436,12 +438,12 @@ class TestTls:
 class TestFaults:
     async def test_a_registry_that_is_down_may_be_back_later(self, ask: Ask) -> None:
         address = f"127.0.0.1:{free_port()}"
-        with pytest.raises(RegistryUnavailable, match=f"no connection to {address} for"):
+        with pytest.raises(RegistryUnavailable, match=f"{address} does not answer"):
             await ask(address, "a").ping()
 
     async def test_a_name_that_nobody_knows_may_be_known_later(self, ask: Ask) -> None:
         for host in ("no-such-host.invalid", "x" * 70 + ".invalid"):
-            with pytest.raises(RegistryUnavailable, match=f"no connection to {host}"):
+            with pytest.raises(RegistryUnavailable, match=f"{host} does not answer"):
                 await ask(host, "a").ping()
 
     @pytest.mark.parametrize("status", [429, 500, 502, 503])
@@ -452,14 +454,17 @@ class TestFaults:
                 with pytest.raises(RegistryUnavailable, match=f"answers {status}"):
                     await call
 
+    @pytest.mark.parametrize("tls", [True, False])
     async def test_a_registry_that_is_slow_is_given_up(
-        self, ask: Ask, monkeypatch: pytest.MonkeyPatch
+        self, ask: Ask, authority: Authority, monkeypatch: pytest.MonkeyPatch, tls: bool
     ) -> None:
+        monkeypatch.setattr(registry, "CONNECT_TIMEOUT_S", 0.1)
         monkeypatch.setattr(registry, "READ_TIMEOUT_S", 0.1)
+        ca = authority.pem if tls else None
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
             with pytest.raises(RegistryUnavailable, match="no answer in time"):
-                await ask(f"127.0.0.1:{port}", "a").ping()
+                await ask(f"127.0.0.1:{port}", "a", ca=ca).ping()
 
     @pytest.mark.parametrize(
         ("reply", "says"),
@@ -621,7 +626,7 @@ class TestThroughAHost:
         async with registry.reach(Place.of(f"127.0.0.1:{HOST_PORT}/b"), via=host) as asked:
             assert await asked.digest("1") == digest
         absent = Place.of(f"{anyone}/b")
-        with pytest.raises(RegistryUnavailable, match="no connection to"):
+        with pytest.raises(RegistryUnavailable, match="does not answer"):
             async with registry.reach(absent, via=host):
                 pass
 
@@ -644,8 +649,40 @@ class TestThroughAHost:
         with pytest.raises(RegistryUnavailable) as caught:
             async with registry.reach(place, via=host):
                 pass
-        assert str(caught.value).startswith(f"host a ({box.address}): no connection to")
-        assert "straight from here: no connection to" in str(caught.value)
+        assert str(caught.value).startswith(f"host a ({box.address}): {place.registry} does not")
+        assert f"straight from here: {place.registry} does not answer" in str(caught.value)
+
+    async def test_it_is_asked_where_this_machines_http_proxy_lets_nobody_through(
+        self, lab: Lab, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        name, digest = lab.image.rpartition(":")[0], lab.images[lab.image]
+        with serving(lambda _: Reply(403)) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+            async with registry.reach(Place.of(name, insecure=True), via=host) as asked:
+                assert await asked.digest(lab.image.rpartition(":")[2]) == digest
+            assert [urlsplit(request.path).netloc for request in proxy.requests] == [lab.registry]
+        assert host.connects == 1
+
+    async def test_what_is_wrong_straight_from_here_is_told_if_the_host_knows_no_more(
+        self, lab: Lab, host: Host, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = Place.of(f"{lab.machine_address}:{HOST_PORT}/a", insecure=True)
+        with serving(lambda _: Reply(404)) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+            with pytest.raises(RegistryMisconfigured, match="a server without /v2/"):
+                async with registry.reach(place, via=host):
+                    pass
+
+    async def test_a_host_that_lets_nobody_in_is_not_taken_for_a_registry_that_is_down(
+        self, lab: Lab, box: LabHost
+    ) -> None:
+        login = Login("root", password="wrong", known_hosts=lab.known_hosts.read_text())
+        host = Host("a", box.address, login)
+        place = Place.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
+        with pytest.raises(AuthenticationFailed):
+            async with registry.reach(place, via=host):
+                pass
+        await host.aclose()
 
     async def test_an_error_while_asking_is_not_a_reason_to_ask_again(
         self, lab: Lab, host: Host
