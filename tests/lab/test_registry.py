@@ -24,7 +24,7 @@ from pd_deploy.errors import (
     RegistryUnavailable,
 )
 from pd_deploy.hosts import Host, Login, RegistryLogin
-from pd_deploy.registry import Place, Registry
+from pd_deploy.registry import Place, Registry, client, session
 from tests.lab.registries import (
     LOGIN,
     Authority,
@@ -211,7 +211,7 @@ class TestPages:
     async def test_without_end_are_given_up(
         self, ask: Ask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(registry, "MAX_PAGES", 5)
+        monkeypatch.setattr(client, "MAX_PAGES", 5)
 
         def ever_on(request: Request) -> Reply:
             number = len(server.requests)
@@ -458,8 +458,8 @@ class TestFaults:
     async def test_a_registry_that_is_slow_is_given_up(
         self, ask: Ask, authority: Authority, monkeypatch: pytest.MonkeyPatch, tls: bool
     ) -> None:
-        monkeypatch.setattr(registry, "CONNECT_TIMEOUT_S", 0.1)
-        monkeypatch.setattr(registry, "READ_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(session, "CONNECT_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(session, "READ_TIMEOUT_S", 0.1)
         ca = authority.pem if tls else None
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
@@ -493,7 +493,7 @@ class TestFaults:
     async def test_an_answer_without_end_is_cut(
         self, ask: Ask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(registry, "MAX_BODY", 1 << 20)
+        monkeypatch.setattr(session, "MAX_BODY", 1 << 20)
         with (
             serving(lambda _: Reply(200, {}, b" " * (2 << 20))) as server,
             pytest.raises(RegistryMisconfigured, match="at most 1 MiB, found more"),

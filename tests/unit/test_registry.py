@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pd_deploy import registry
 from pd_deploy.errors import InvalidInput
 from pd_deploy.registry import Place
-from pd_deploy.registry_headers import Challenge, next_link, parse_challenges
+from pd_deploy.registry.headers import Challenge, next_link, parse_challenges
 from tests.unit import example
 
 WORD = st.text(alphabet="abcdefghijklmnopqrstuvwxyz", min_size=1)
