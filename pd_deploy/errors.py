@@ -147,7 +147,7 @@ class RegistryDenied(HostError):
 
 
 class RegistryMisconfigured(HostError):
-    """The host's Docker engine does not trust the registry."""
+    """The registry's TLS is not trusted, or what answers is no registry."""
 
 
 class DiskFull(HostError):

@@ -182,14 +182,17 @@ class Host:
             return await remote.remove_tree(path, below)
 
     @contextlib.asynccontextmanager
-    async def http(self, address: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+    async def http(
+        self, address: str, port: int, *, tls: ssl.SSLContext = _NO_TLS
+    ) -> AsyncIterator[httpx.AsyncClient]:
         """An HTTP client whose requests all go to a port as the host sees it, over SSH.
 
-        Where the server forwards no TCP connections it goes straight from here.
+        Where the server forwards no TCP connections it goes straight from here. Without `tls`
+        only plain HTTP is possible.
         """
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
-            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start(), verify=_NO_TLS)
+            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start(), verify=tls)
             async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
                 yield client
         finally:
