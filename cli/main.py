@@ -19,8 +19,8 @@ from pd_deploy import deployment as files
 from pd_deploy import topology
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.plan import Plan
+from pd_deploy.survey import NEWEST
 
-NEWEST = "newest"
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 
 # For the temporary server that Prefect brings when none is set up: it takes a while to start on a

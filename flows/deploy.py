@@ -10,14 +10,13 @@ from flows.carry_out import OnFailure, carry_out, look
 from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work, connected, open_former, open_site
-from pd_deploy import deployment, survey
+from pd_deploy import deployment, survey, tags
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.plan import STAGES, Stage
 from pd_deploy.rollout import Rollout, Site
+from pd_deploy.survey import NEWEST
 from tasks.image import choose_image, resolve_image
 from tasks.survey import device_addresses
-
-NEWEST = "newest"
 
 
 @flow(name="pd-deploy", flow_run_name=publish.run_name, persist_result=False)
@@ -42,7 +41,9 @@ async def deploy(
         on_failure: rollback, or keep the failed generation as it is, for inspection.
     """
     run, given = this_run(), deployment.load(Path(file))
-    if image not in (None, NEWEST):
+    if image == NEWEST:
+        tags.policy_of(given)
+    elif image is not None:
         deployment.load(Path(file), image=image)
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"

@@ -77,13 +77,14 @@ async def open_former(site: Site, past: History, also: Iterable[Place] = ()) -> 
     for place in (*past.record.hosts.values(), *also):
         if place.address not in known:
             known.add(place.address)
-            site.hosts.add(await _former(place, site.deployment))
+            name = place.address if place.name in site.hosts else place.name
+            site.hosts.add(await _former(name, place, site.deployment))
 
 
-async def _former(place: Place, deployment: Deployment) -> Host:
+async def _former(name: str, place: Place, deployment: Deployment) -> Host:
     key = f"credentials of the former host {place.address}"
     block = await _load(SshCredentials, place.credentials, key) if place.credentials else None
-    return _host(place.address, place, block, deployment)
+    return _host(name, place, block, deployment)
 
 
 def _host(name: str, place: Place, block: SshCredentials | None, deployment: Deployment) -> Host:

@@ -29,6 +29,7 @@ class _Frozen(BaseModel):
 class Place(_Frozen):
     """How a host of a release is reached; `credentials` names a block."""
 
+    name: str
     address: str
     user: str | None = None
     port: int = 22

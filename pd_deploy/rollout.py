@@ -217,6 +217,7 @@ def places(deployment: Deployment) -> dict[str, Place]:
     logins = {name: entry.ssh or deployment.ssh for name, entry in deployment.hosts.items()}
     return {
         name: Place(
+            name=name,
             address=entry.address,
             user=logins[name].user,
             port=logins[name].port,

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pd_deploy import generation, history, plan, ranktable, releases
+from pd_deploy import generation, history, plan, ranktable, registry, releases, tags
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
 from pd_deploy.history import Saved
 from pd_deploy.releases import Choice, History, Release
 from pd_deploy.rollout import Rollout, Site, Survey, places
+
+NEWEST = "newest"
+"""In place of an image: the newest one that the file's update policy finds."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ async def look(site: Site, asked: str | None = None, by: str = "a look") -> Roll
         by: the run.
     """
     surveys = await asyncio.gather(*(survey(site, name) for name in site.hosts))
-    choice = choose(site, surveys, asked)
+    choice = await choose(site, surveys, asked)
     image, addresses = await asyncio.gather(
         resolve_image(site, choice),
         asyncio.gather(*(device_addresses(site, name) for name in site.deployment.hosts)),
@@ -93,9 +96,24 @@ def past_of(surveys: Iterable[Survey]) -> History:
     return releases.merge([past.record], past.releases.values(), past.found | labelled)
 
 
-def choose(site: Site, surveys: Iterable[Survey], asked: str | None) -> Choice:
-    """The image that a run takes; see `releases.choose`."""
-    return releases.choose(site.deployment.image, asked, past_of(surveys).serving)
+async def choose(site: Site, surveys: Iterable[Survey], asked: str | None) -> Choice:
+    """The image that a run takes; see `releases.choose`.
+
+    `newest` is looked up in the registry by the file's update policy, from here or, where the
+    registry can't be reached from here, through the proxy's host.
+
+    Raises:
+        ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
+    """
+    past, deployment = past_of(surveys), site.deployment
+    if asked != NEWEST:
+        return releases.choose(deployment.image, asked, past.serving)
+    policy, place = tags.policy_of(deployment), registry.place_of(deployment)
+    via = site.host(site.topology.proxy.host)
+    async with registry.reach(place, login=site.registry_login, via=via) as reached:
+        found = await registry.newest(reached, policy, skip=past.record.quarantine)
+    rule = f"the newest build of family {tags.described(policy)} that is not in quarantine"
+    return Choice(f"{deployment.update_repository}:{found.tag}", found.digest, rule)
 
 
 def planned(

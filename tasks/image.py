@@ -18,7 +18,7 @@ MIB = 1 << 20
 @step("choose image")
 async def choose_image(site: Site, surveys: list[Survey], asked: str | None) -> Choice:
     """Decides which image the run takes."""
-    choice = survey.choose(site, surveys, asked)
+    choice = await survey.choose(site, surveys, asked)
     get_run_logger().info("%s: %s", choice.image, choice.rule)
     return choice
 
