@@ -1,5 +1,6 @@
 """A real Prefect server with its own database, and services of the tests' own on the lab."""
 
+import datetime
 import json
 import os
 import socket
@@ -95,6 +96,7 @@ class Service:
     def __init__(self, path: Path, lab: Lab) -> None:
         self.path = path
         self.lab = lab
+        self.day = datetime.date(2026, 1, 1)
 
     @property
     def file(self) -> str:
@@ -139,6 +141,33 @@ class Service:
     def push_bad(self, tag: str, **faults: object) -> str:
         """Pushes an image whose engines misbehave."""
         return self.push(tag, {"/etc/standin.json": json.dumps(faults)})
+
+    def tag(self, build: object) -> str:
+        """A daily tag of the test's own."""
+        return f"{self.day:%Y%m%d}_{build}"
+
+    def stop_registry(self) -> None:
+        """Ends the lab's registry."""
+        self.lab.switch.run(["pkill", "-x", "docker-registry"])
+
+    def start_registry(self) -> None:
+        """Starts it again, and waits until it answers."""
+        start = ["docker-registry", "serve", "/etc/docker/registry/config.yml"]
+        self.lab.switch.start_daemon(start, "/var/log/registry.log")
+        until(lambda: httpx.get(f"http://{self.lab.registry}/v2/", trust_env=False).is_success)
+
+    def refuse_registry(self, host: str) -> None:
+        """Makes a host unable to reach the registry."""
+        self.lab.hosts[host].run(["ip", "rule", "add", *self._to_registry, "unreachable"])
+
+    def allow_registry(self, host: str) -> None:
+        """Undoes `refuse_registry`."""
+        self.lab.hosts[host].run(["ip", "rule", "del", *self._to_registry, "unreachable"])
+
+    @property
+    def _to_registry(self) -> list[str]:
+        address, _, port = self.lab.registry.partition(":")
+        return ["pref", "1", "to", address, "ipproto", "tcp", "dport", port]
 
     def specs(self) -> dict[str, object]:
         """What each running container was made of."""
@@ -208,8 +237,8 @@ class Service:
         found = {}
         for name, host in self.lab.hosts.items():
             script = (
-                "find /var/lib/pd-deploy -mindepth 3 -type f ! -name release.json ! -name plan.json "
-                "2>/dev/null | sort | xargs -r sha256sum"
+                "find /var/lib/pd-deploy -mindepth 3 -type f 2>/dev/null "
+                "! -name release.json ! -name plan.json | sort | xargs -r sha256sum"
             )
             for line in host.run(["sh", "-c", script]).stdout.splitlines():
                 digest, path = line.split(maxsplit=1)
@@ -295,6 +324,9 @@ def _answers() -> bool:
 def until(condition: Callable[[], object], timeout: float = 30) -> None:
     """Waits for a condition; fails the test when it does not come."""
     deadline = time.monotonic() + timeout
-    while not condition():
+    while True:
+        with suppress(httpx.TransportError):
+            if condition():
+                return
         assert time.monotonic() < deadline, f"not in {timeout} s: {condition}"
         time.sleep(0.05)
