@@ -153,7 +153,8 @@ async def test_scheduled_runs_may_not_keep_a_failed_generation(
                 if scheduled := [run for run in runs if run.auto_scheduled]:
                     break
                 await asyncio.sleep(0.5)
-            message = prefect("pd-deploy", "follow", str(scheduled[0].id), status=1)
+            first = min(scheduled, key=lambda run: run.expected_start_time)
+            message = prefect("pd-deploy", "follow", str(first.id), status=1)
         finally:
             await client.delete_deployment_schedule(deployment.id, made[0].id)
     assert "expected `rollback` for a scheduled run" in message
