@@ -12,6 +12,7 @@ from pd_deploy import containers, deployment
 from pd_deploy.plan import STAGES, Stage
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout, Site
+from pd_deploy.survey import with_addresses
 from tasks.clean_up import clean_up
 from tasks.image import pull_image, resolve_image
 from tasks.launch import launch
@@ -61,7 +62,7 @@ async def look(site: Site) -> Rollout:
     """Reads everything a plan needs, on all hosts at once; changes nothing."""
     names = list(site.deployment.hosts)
     surveys = await fan_out(site.barrier, [survey(site, name) for name in names])
-    reading = [device_addresses(site, name, wait_for=surveys) for name in names]
+    reading = [device_addresses(site, name, wait_for=surveys) for name in with_addresses(site)]
     found: list[Any] = await fan_out(
         site.barrier, [resolve_image(site, wait_for=surveys), fan_out(site.barrier, reading)]
     )

@@ -6,7 +6,7 @@ Changes nothing.
 import asyncio
 from dataclasses import dataclass
 
-from pd_deploy import generation, ranktable
+from pd_deploy import generation
 from pd_deploy.errors import FactsError, ImageNotFound
 from pd_deploy.rollout import Rollout, Site, Survey
 
@@ -33,7 +33,7 @@ async def look(site: Site) -> Rollout:
     image, surveys, addresses = await asyncio.gather(
         resolve_image(site),
         asyncio.gather(*(survey(site, name) for name in names)),
-        asyncio.gather(*(device_addresses(site, name) for name in names)),
+        asyncio.gather(*(device_addresses(site, name) for name in with_addresses(site))),
     )
     return Rollout(
         site,
@@ -77,18 +77,32 @@ async def survey(site: Site, name: str) -> Survey:
     )
 
 
+def with_addresses(site: Site) -> list[str]:
+    """The hosts whose devices have network addresses that the engine needs to know."""
+    return [name for name in site.deployment.hosts if _reads_addresses(site, name)]
+
+
 async def device_addresses(site: Site, name: str) -> Addresses:
     """Reads the address of every device that the service uses on a host.
 
     Raises:
         FactsError: devices without an address; names all of them.
     """
-    host = site.host(name)
-    devices = [d for instance in site.topology.on_host(name) for d in instance.devices]
-    if not devices:
+    host, devices = site.host(name), _devices(site, name)
+    command = site.engine.read_addresses_command(devices)
+    if not devices or command is None:
         return Addresses(name, {})
-    done = await host.run(ranktable.read_addresses_command(devices))
-    return Addresses(name, ranktable.parse_addresses(done.stdout, devices, host=host.where))
+    done = await host.run(command)
+    return Addresses(name, site.engine.parse_addresses(done.stdout, devices, host=host.where))
+
+
+def _devices(site: Site, name: str) -> list[int]:
+    return [d for instance in site.topology.on_host(name) for d in instance.devices]
+
+
+def _reads_addresses(site: Site, name: str) -> bool:
+    devices = _devices(site, name)
+    return bool(devices) and site.engine.read_addresses_command(devices) is not None
 
 
 async def resolve_image(site: Site) -> ResolvedImage:

@@ -1,0 +1,257 @@
+"""Proof that decode used the KV that prefill made, by the servers' own counters.
+
+An answer alone proves nothing: where the hand-over gets lost on the way, decode computes the
+prompt itself and answers all the same.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import httpx
+
+from pd_deploy import metrics
+from pd_deploy.errors import SmokeTestFailed
+from pd_deploy.rollout import Rollout
+from pd_deploy.topology import Instance
+
+ROUNDS = 4
+"""Requests per prefill or decode, at most, until each of them has served one."""
+SETTLED_WITHIN_S = 5.0
+POLL_INTERVAL_S = 0.1
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request gave: the text, the prompt's length in tokens if it is said, the time."""
+
+    text: str
+    prompt_tokens: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Handover:
+    """One request's way: `prefill` and `decode` are those that served it, as `p0 (a)` with the
+    host; `kv_tokens` came from prefill, `kv_bytes` were moved for it if that is counted."""
+
+    prefill: str
+    decode: str
+    prompt_tokens: int
+    kv_tokens: int
+    kv_bytes: int | None
+
+    def __str__(self) -> str:
+        moved = "" if self.kv_bytes is None else f", {self.kv_bytes} bytes"
+        return (
+            f"KV of {self.kv_tokens} of {self.prompt_tokens} prompt tokens went from "
+            f"{self.prefill} to {self.decode}{moved}"
+        )
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Whether KV was seen to move; `reason` says why that could not be seen."""
+
+    verdict: Literal["proven", "not provable"]
+    handovers: tuple[Handover, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.verdict == "not provable":
+            return f"KV transfer not provable: {self.reason}"
+        count = len(self.handovers)
+        return f"KV transfer proven by {count} request{'s' if count > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """An instance's counters; None for what it does not count."""
+
+    served: float | None
+    kv_tokens: float | None
+    kv_bytes: float | None
+
+
+async def prove(rollout: Rollout, ask: Callable[[str], Awaitable[Answer]]) -> tuple[Answer, Proof]:
+    """Sends requests until every prefill and every decode has served one, and follows the KV.
+
+    Args:
+        ask: sends the service one request, given a text that no other request has.
+
+    Raises:
+        SmokeTestFailed: decode computed the prompt itself, an instance is left out, or the answer
+            depends on which prefill made the KV.
+    """
+    serving = [i for i in rollout.site.topology.instances if i.api_ports]
+    async with _open(rollout, serving) as read:
+        before, answers, ways = await read(), list[Answer](), list[Handover]()
+        unseen = {i.name for i in serving}
+        for number in range(ROUNDS * len(serving)):
+            answers.append(await ask(f"{rollout.plan.generation}-{time.time_ns()}-{number}"))
+            after = await _settled(read, before, serving)
+            if reason := _not_counted(rollout, serving, after, answers[-1]):
+                return answers[0], Proof("not provable", reason=reason)
+            ways.append(_way(rollout, serving, before, after, answers[-1]))
+            _compare(rollout, answers, ways)
+            unseen -= {i.name for i in serving if _moved(before, after, i.name, "served")}
+            if not unseen:
+                return answers[0], Proof("proven", tuple(ways))
+            before = after
+    raise _failed(
+        rollout,
+        f"expected every prefill and decode to serve, found {', '.join(sorted(unseen))} left out "
+        f"by {len(answers)} requests",
+        "see the proxy's log for why it leaves it out",
+    )
+
+
+@asynccontextmanager
+async def _open(
+    rollout: Rollout, serving: Sequence[Instance]
+) -> AsyncIterator[Callable[[], Awaitable[dict[str, Counts]]]]:
+    """A way to read the counters of all instances, again and again."""
+    async with AsyncExitStack() as stack:
+        clients = {
+            (i.name, port): await stack.enter_async_context(
+                rollout.site.host_of(i.name).http(i.address, port)
+            )
+            for i in serving
+            for port in i.api_ports
+        }
+
+        async def read() -> dict[str, Counts]:
+            asked = [
+                _page(rollout, i.name, clients[i.name, port], f"http://{i.address}:{port}/metrics")
+                for i in serving
+                for port in i.api_ports
+            ]
+            pages = dict(zip(clients, await asyncio.gather(*asked), strict=True))
+            return {
+                i.name: _counts(rollout, [pages[i.name, port] for port in i.api_ports])
+                for i in serving
+            }
+
+        yield read
+
+
+async def _page(
+    rollout: Rollout, instance: str, client: httpx.AsyncClient, url: str
+) -> metrics.Samples:
+    try:
+        answer = await client.get(url, timeout=TIMEOUT_S)
+    except httpx.HTTPError as error:
+        message = f"expected an answer from {url}, found none ({error or type(error).__name__})"
+        raise _failed(rollout, message, f"see the log of {instance}") from error
+    return metrics.parse(answer.text) if answer.status_code == 200 else {}
+
+
+def _counts(rollout: Rollout, pages: Sequence[metrics.Samples]) -> Counts:
+    counters = rollout.site.engine.COUNTERS
+    return Counts(
+        served=metrics.total(pages, counters.served),
+        kv_tokens=metrics.total(pages, counters.kv_tokens),
+        kv_bytes=metrics.total(pages, counters.kv_bytes),
+    )
+
+
+async def _settled(
+    read: Callable[[], Awaitable[dict[str, Counts]]],
+    before: Mapping[str, Counts],
+    serving: Sequence[Instance],
+) -> dict[str, Counts]:
+    """The counters once they show the request; servers count a little later than they answer."""
+    deadline = time.monotonic() + SETTLED_WITHIN_S
+    while True:
+        after = await read()
+        shown = {
+            i.role: True
+            for i in serving
+            if _moved(before, after, i.name, "served")
+            and (i.role == "prefill" or _all_moved(before, after, i.name))
+        }
+        silent = all(counts.kv_tokens is None for counts in after.values())
+        if len(shown) == 2 or silent or time.monotonic() > deadline:
+            return after
+        await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def _not_counted(
+    rollout: Rollout, serving: Sequence[Instance], after: Mapping[str, Counts], answer: Answer
+) -> str:
+    """Why the counters can prove nothing; empty if they can."""
+    counters = rollout.site.engine.COUNTERS
+    for instance in serving:
+        counts = after[instance.name]
+        if counts.served is None:
+            return f"{instance.name} counts no {counters.served.name}"
+        if instance.role == "decode" and counts.kv_tokens is None:
+            return f"{instance.name} counts no {counters.kv_tokens.name}"
+    return "" if answer.prompt_tokens else "the answer does not say how long the prompt is"
+
+
+def _way(
+    rollout: Rollout,
+    serving: Sequence[Instance],
+    before: Mapping[str, Counts],
+    after: Mapping[str, Counts],
+    answer: Answer,
+) -> Handover:
+    """The way of the request between two readings."""
+    decode = [i for i in serving if i.role == "decode"]
+    tokens = sum(_moved(before, after, i.name, "kv_tokens") for i in decode)
+    counted = [i for i in decode if after[i.name].kv_bytes is not None]
+    moved = sum(_moved(before, after, i.name, "kv_bytes") for i in counted)
+    asked = answer.prompt_tokens or 0
+    # The prompt's last token may be computed again, for the first token of the answer.
+    if tokens < max(asked - 1, 1) or (counted and not moved):
+        found = f"{tokens:g} tokens" + (f" and {moved:g} bytes" if counted else "")
+        raise _failed(
+            rollout,
+            f"expected decode to get the KV of the prompt's {asked} tokens from a prefill, found "
+            f"{found}: it computed the rest itself",
+            "see whether the proxy passes kv_transfer_params on, and decode's log",
+        )
+    served = {
+        role: ", ".join(
+            f"{i.name} ({i.host})"
+            for i in serving
+            if i.role == role and _moved(before, after, i.name, "served")
+        )
+        for role in ("prefill", "decode")
+    }
+    kv_bytes = int(moved) if counted else None
+    return Handover(served["prefill"], served["decode"], asked, int(tokens), kv_bytes)
+
+
+def _compare(rollout: Rollout, answers: Sequence[Answer], ways: Sequence[Handover]) -> None:
+    first, last = answers[0].text, answers[-1].text
+    if first != last:
+        raise _failed(
+            rollout,
+            f"expected the same answer at temperature 0 whichever prefill made the KV, found "
+            f"{first!r} by {ways[0].prefill} and {last!r} by {ways[-1].prefill}",
+            "see whether all instances have the same model files",
+        )
+
+
+def _all_moved(before: Mapping[str, Counts], after: Mapping[str, Counts], name: str) -> bool:
+    counted = [c for c in ("kv_tokens", "kv_bytes") if getattr(after[name], c) is not None]
+    return all(_moved(before, after, name, counter) for counter in counted)
+
+
+def _moved(
+    before: Mapping[str, Counts], after: Mapping[str, Counts], name: str, counter: str
+) -> float:
+    now, then = getattr(after[name], counter), getattr(before[name], counter)
+    return float((now or 0) - (then or 0))
+
+
+def _failed(rollout: Rollout, message: str, hint: str) -> SmokeTestFailed:
+    proxy = rollout.site.topology.proxy
+    where = rollout.site.host(proxy.host).where
+    return SmokeTestFailed(message, host=where, instance=proxy.name, hint=hint)
