@@ -64,8 +64,8 @@ class Proof:
     def __str__(self) -> str:
         if self.verdict == "not provable":
             return f"KV transfer not provable: {self.reason}"
-        count = len(self.handovers)
-        return f"KV transfer proven by {count} request{'s' if count > 1 else ''}"
+        ways = dict.fromkeys(f"{one.prefill} → {one.decode}" for one in self.handovers)
+        return f"KV transfer proven by the servers' counters: {', '.join(ways)}"
 
 
 @dataclass(frozen=True)

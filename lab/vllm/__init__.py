@@ -20,7 +20,7 @@ ENGINE, ROUTER, MODEL = HOME / "engine", HOME / "router", HOME / "model"
 PYTHON = Path("/usr/bin/python3.11")
 TORCH = "torch==2.13.0+cpu"
 IMAGE, IMAGE_TAG = "vllm-runtime", "1"
-IMAGE_PACKAGES = ("libnuma1", "procps", "python3")
+IMAGE_PACKAGES = ("libnuma1", "libstdc++6", "procps", "python3")
 PATCHES = (
     "patched: a record of a distribution `vllm` (its command asks for the version of that name)",
     "patched: NIXL's agent pauses 2 ms between two looks for work (it took a core when idle)",

@@ -48,7 +48,15 @@ def main(directory: str) -> None:
         eos_token_id=fast.eos_token_id,
         pad_token_id=fast.pad_token_id,
     )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    model = Qwen3ForCausalLM(config)
+    model.lm_head.weight.data[[not _readable(fast, token) for token in range(512)]] = 0
+    model.to(torch.bfloat16).save_pretrained(directory)
+
+
+def _readable(tokenizer: PreTrainedTokenizerFast, token: int) -> bool:
+    """Whether a token is some letters; only those are ever answered, for the eyes' sake."""
+    text = tokenizer.decode([token])
+    return len(text) > 1 and text.isascii() and text.strip().isalpha()
 
 
 if __name__ == "__main__":
