@@ -142,7 +142,7 @@ def container(service: Service, name: str) -> ContainerSpec:
         command=(service.layout.start_script(name),),
         mounts=mounts(service, name),
         devices=tuple(dict.fromkeys((*_devices(service, instance), *further))),
-        device_requests=(DeviceRequest(),) if options.gpus and instance else (),
+        device_requests=(DeviceRequest(count=-1),) if options.gpus and instance else (),
         privileged=options.privileged,
         cap_add=options.cap_add if instance else (),
         ulimits=options.ulimits if instance else {},
@@ -325,9 +325,11 @@ def _router(service: Service) -> list[str]:
 
 
 def _server_script(service: Service, instance: Instance) -> str:
+    """Images for Ascend set up CANN in ~/.bashrc, which may set what ours then replaces."""
     return f"""\
 #!/bin/bash
 {title(service, instance.name)}
+[ ! -r ~/.bashrc ] || source ~/.bashrc
 {exports(environment(service, instance.name))}
 echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
 exec {shlex.join(command(service, instance.name))}

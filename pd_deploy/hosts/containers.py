@@ -26,7 +26,7 @@ class DeviceRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    count: int = -1
+    count: int
 
 
 class ContainerSpec(BaseModel):
