@@ -185,12 +185,15 @@ def _not_counted(
 ) -> str:
     """Why the counters can prove nothing; empty if they can."""
     counters = rollout.site.engine.COUNTERS
-    for instance in serving:
-        counts = after[instance.name]
-        if counts.served is None:
-            return f"{instance.name} counts no {counters.served.name}"
-        if instance.role == "decode" and counts.kv_tokens is None:
-            return f"{instance.name} counts no {counters.kv_tokens.name}"
+    # Some servers show a counter only once it has counted, so one that is left out shows none.
+    for role, kind, counter in (
+        ("prefill", "served", counters.served),
+        ("decode", "served", counters.served),
+        ("decode", "kv_tokens", counters.kv_tokens),
+    ):
+        names = [i.name for i in serving if i.role == role]
+        if all(getattr(after[name], kind) is None for name in names):
+            return f"{', '.join(names)} count{'' if names[1:] else 's'} no {counter.name}"
     return "" if answer.prompt_tokens else "the answer does not say how long the prompt is"
 
 
@@ -207,15 +210,6 @@ def _way(
     counted = [i for i in decode if after[i.name].kv_bytes is not None]
     moved = sum(_moved(before, after, i.name, "kv_bytes") for i in counted)
     asked = answer.prompt_tokens or 0
-    # The prompt's last token may be computed again, for the first token of the answer.
-    if tokens < max(asked - 1, 1) or (counted and not moved):
-        found = f"{tokens:g} tokens" + (f" and {moved:g} bytes" if counted else "")
-        raise _failed(
-            rollout,
-            f"expected decode to get the KV of the prompt's {asked} tokens from a prefill, found "
-            f"{found}: it computed the rest itself",
-            "see whether the proxy passes kv_transfer_params on, and decode's log",
-        )
     served = {
         role: ", ".join(
             f"{i.name} ({i.host})"
@@ -224,6 +218,16 @@ def _way(
         )
         for role in ("prefill", "decode")
     }
+    # The prompt's last token may be computed again, for the first token of the answer.
+    if tokens < max(asked - 1, 1) or (counted and not moved):
+        found = f"{tokens:g} tokens" + (f" and {moved:g} bytes" if counted else "")
+        raise _failed(
+            rollout,
+            f"expected decode to get the KV of the prompt's {asked} tokens from a prefill, found "
+            f"{found}: it computed the rest itself (served by {served['prefill'] or 'no prefill'} "
+            f"and {served['decode'] or 'no decode'})",
+            "see whether the proxy passes kv_transfer_params on, and decode's log",
+        )
     kv_bytes = int(moved) if counted else None
     return Handover(served["prefill"], served["decode"], asked, int(tokens), kv_bytes)
 
