@@ -14,12 +14,14 @@ from typing import Literal
 import httpx
 
 from pd_deploy import metrics
+from pd_deploy.engines.base import Counters
 from pd_deploy.errors import SmokeTestFailed
 from pd_deploy.rollout import Rollout
 from pd_deploy.topology import Instance
 
-ROUNDS = 4
-"""Requests per prefill or decode, at most, until each of them has served one."""
+ROUNDS = 2
+"""Requests per prefill and decode, one by one, until each has served; then as often all at once,
+because a proxy that looks for the least load sends single requests always to the same."""
 SETTLED_WITHIN_S = 5.0
 POLL_INTERVAL_S = 0.1
 TIMEOUT_S = 5.0
@@ -36,20 +38,29 @@ class Answer:
 
 @dataclass(frozen=True)
 class Handover:
-    """One request's way: `prefill` and `decode` are those that served it, as `p0 (a)` with the
-    host; `kv_tokens` came from prefill, `kv_bytes` were moved for it if that is counted."""
+    """The way of one request, or of some at once: `prefill` and `decode` are those that served,
+    as `p0 (a)` with the host; `kv_tokens` came from prefill, `kv_bytes` were moved for it if that
+    is counted."""
 
     prefill: str
     decode: str
+    requests: int
     prompt_tokens: int
     kv_tokens: int
     kv_bytes: int | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether decode computed nothing of the prompts, but perhaps the last token of each: the
+        first token of the answer follows from it."""
+        needed = max(self.prompt_tokens - self.requests, 1)
+        return bool(self.prefill) and self.kv_tokens >= needed and self.kv_bytes != 0
 
     def __str__(self) -> str:
         moved = "" if self.kv_bytes is None else f", {self.kv_bytes} bytes"
         return (
             f"KV of {self.kv_tokens} of {self.prompt_tokens} prompt tokens went from "
-            f"{self.prefill} to {self.decode}{moved}"
+            f"{self.prefill or 'no prefill'} to {self.decode or 'no decode'}{moved}"
         )
 
 
@@ -88,26 +99,38 @@ async def prove(rollout: Rollout, ask: Callable[[str], Awaitable[Answer]]) -> tu
             depends on which prefill made the KV.
     """
     serving = [i for i in rollout.site.topology.instances if i.api_ports]
+    count = len(serving)
     async with _open(rollout, serving) as read:
         before, answers, ways = await read(), list[Answer](), list[Handover]()
-        unseen = {i.name for i in serving}
-        for number in range(ROUNDS * len(serving)):
-            answers.append(await ask(f"{rollout.plan.generation}-{time.time_ns()}-{number}"))
+        left_out = {i.name for i in serving}
+        for size in (*[1] * (ROUNDS * count), *[count] * ROUNDS):
+            last = await _ask(ask, size)
             after = await _settled(read, before, serving)
-            if reason := _not_counted(rollout, serving, after, answers[-1]):
-                return answers[0], Proof("not provable", reason=reason)
-            ways.append(_way(rollout, serving, before, after, answers[-1]))
-            _compare(rollout, answers, ways)
-            unseen -= {i.name for i in serving if _moved(before, after, i.name, "served")}
-            if not unseen:
+            if reason := not_counted(rollout.site.engine.COUNTERS, serving, after, last):
+                return last[0], Proof("not provable", reason=reason)
+            ways.append(handover(serving, before, after, last))
+            answers += last
+            _check(rollout, answers, ways)
+            left_out -= {i.name for i in serving if _moved(before, after, i.name, "served")}
+            if not left_out:
                 return answers[0], Proof("proven", tuple(ways))
             before = after
     raise _failed(
         rollout,
-        f"expected every prefill and decode to serve, found {', '.join(sorted(unseen))} left out "
+        f"expected every prefill and decode to serve, found {', '.join(sorted(left_out))} left out "
         f"by {len(answers)} requests",
         "see the proxy's log for why it leaves it out",
     )
+
+
+async def _ask(ask: Callable[[str], Awaitable[Answer]], size: int) -> list[Answer]:
+    """Some requests at once; when one fails, the others end first."""
+    asked = [ask(f"pd-deploy-{time.time_ns()}-{index}") for index in range(size)]
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if isinstance(result, Answer)]
 
 
 @asynccontextmanager
@@ -180,11 +203,13 @@ async def _settled(
         await asyncio.sleep(POLL_INTERVAL_S)
 
 
-def _not_counted(
-    rollout: Rollout, serving: Sequence[Instance], after: Mapping[str, Counts], answer: Answer
+def not_counted(
+    counters: Counters,
+    serving: Sequence[Instance],
+    after: Mapping[str, Counts],
+    answers: Sequence[Answer],
 ) -> str:
-    """Why the counters can prove nothing; empty if they can."""
-    counters = rollout.site.engine.COUNTERS
+    """Why the counters can prove nothing; empty if they can. Pure."""
     # Some servers show a counter only once it has counted, so one that is left out shows none.
     for role, kind, counter in (
         ("prefill", "served", counters.served),
@@ -194,22 +219,20 @@ def _not_counted(
         names = [i.name for i in serving if i.role == role]
         if all(getattr(after[name], kind) is None for name in names):
             return f"{', '.join(names)} count{'' if names[1:] else 's'} no {counter.name}"
-    return "" if answer.prompt_tokens else "the answer does not say how long the prompt is"
+    said = all(answer.prompt_tokens for answer in answers)
+    return "" if said else "the answer does not say how long the prompt is"
 
 
-def _way(
-    rollout: Rollout,
+def handover(
     serving: Sequence[Instance],
     before: Mapping[str, Counts],
     after: Mapping[str, Counts],
-    answer: Answer,
+    answers: Sequence[Answer],
 ) -> Handover:
-    """The way of the request between two readings."""
+    """The way of the requests between two readings. Pure."""
     decode = [i for i in serving if i.role == "decode"]
-    tokens = sum(_moved(before, after, i.name, "kv_tokens") for i in decode)
     counted = [i for i in decode if after[i.name].kv_bytes is not None]
     moved = sum(_moved(before, after, i.name, "kv_bytes") for i in counted)
-    asked = answer.prompt_tokens or 0
     served = {
         role: ", ".join(
             f"{i.name} ({i.host})"
@@ -218,27 +241,31 @@ def _way(
         )
         for role in ("prefill", "decode")
     }
-    # The prompt's last token may be computed again, for the first token of the answer.
-    if tokens < max(asked - 1, 1) or (counted and not moved):
-        found = f"{tokens:g} tokens" + (f" and {moved:g} bytes" if counted else "")
+    return Handover(
+        prefill=served["prefill"],
+        decode=served["decode"],
+        requests=len(answers),
+        prompt_tokens=sum(answer.prompt_tokens or 0 for answer in answers),
+        kv_tokens=int(sum(_moved(before, after, i.name, "kv_tokens") for i in decode)),
+        kv_bytes=int(moved) if counted else None,
+    )
+
+
+def _check(rollout: Rollout, answers: Sequence[Answer], ways: Sequence[Handover]) -> None:
+    way = ways[-1]
+    if not way.complete:
         raise _failed(
             rollout,
-            f"expected decode to get the KV of the prompt's {asked} tokens from a prefill, found "
-            f"{found}: it computed the rest itself (served by {served['prefill'] or 'no prefill'} "
-            f"and {served['decode'] or 'no decode'})",
+            f"expected decode to get the KV of the prompt's {way.prompt_tokens} tokens from a "
+            f"prefill, found that it computed it itself: {way}",
             "see whether the proxy passes kv_transfer_params on, and decode's log",
         )
-    kv_bytes = int(moved) if counted else None
-    return Handover(served["prefill"], served["decode"], asked, int(tokens), kv_bytes)
-
-
-def _compare(rollout: Rollout, answers: Sequence[Answer], ways: Sequence[Handover]) -> None:
-    first, last = answers[0].text, answers[-1].text
-    if first != last:
+    other = next((answer.text for answer in answers if answer.text != answers[0].text), None)
+    if other is not None:
         raise _failed(
             rollout,
             f"expected the same answer at temperature 0 whichever prefill made the KV, found "
-            f"{first!r} by {ways[0].prefill} and {last!r} by {ways[-1].prefill}",
+            f"{answers[0].text!r} by {ways[0].prefill} and {other!r} by {way.prefill}",
             "see whether all instances have the same model files",
         )
 

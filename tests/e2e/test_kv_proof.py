@@ -1,7 +1,5 @@
 """The smoke test tells a service whose KV moves from one whose decode does all the work."""
 
-import pytest
-
 from flows.deploy import deploy
 from lab.lifecycle import STANDIN
 from tests.e2e.conftest import Service
@@ -18,18 +16,22 @@ async def test_every_prefill_is_seen_to_hand_its_kv_over(service: Service) -> No
         assert way in said
 
 
-@pytest.mark.parametrize(
-    ("instance", "fault"), [("d0", {"ignore_kv": True}), ("p1", {"refuse_kv": True})]
-)
-async def test_a_decode_that_computes_the_prompt_itself_is_found_out(
-    service: Service, instance: str, fault: dict[str, bool]
-) -> None:
+async def test_a_decode_that_computes_the_prompt_itself_is_found_out(service: Service) -> None:
     """Its answers are right, and yet the run fails."""
-    service.faults(instance, **fault)
+    service.faults("d0", ignore_kv=True)
     state = await deploy(service.file, return_state=True)
     assert state.is_failed()
-    assert "expected decode to get the KV" in str(state.message)
-    assert f"{instance} (" in str(state.message)
+    assert "found that it computed it itself: KV of 0 of" in str(state.message)
+
+
+async def test_a_prefill_that_hands_nothing_over_is_found_out_whichever_it_is(
+    service: Service,
+) -> None:
+    """One request alone would seldom meet it."""
+    service.faults("p1", refuse_kv=True)
+    state = await deploy(service.file, return_state=True)
+    assert state.is_failed()
+    assert "told to refuse" in str(state.message)
 
 
 async def test_an_image_without_such_counters_is_not_called_proven(service: Service) -> None:
