@@ -2,14 +2,18 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+PREFILLS ?= 3
 
-.PHONY: help demo demo-down test test-unit lint bench lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-down test test-unit lint bench lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: ready     ## Deploy QwQ-32B's 3P1D on the lab through Prefect, and leave it up.
 	@$(BIN)/python -m demo up
+
+demo-vllm: ready ## The same with vLLM itself on this machine's CPUs, 3P1D; PREFILLS=1 for 1P1D.
+	@$(BIN)/python -m demo vllm --prefills $(PREFILLS)
 
 demo-down:      ## Remove every trace of the demo.
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo down; else echo "nothing to remove"; fi

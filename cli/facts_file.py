@@ -37,7 +37,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
         InvalidInput: the facts file is wrong, or lacks hosts or devices.
     """
     facts = _read(path)
-    placed = topology.build(deployment)
+    placed, engine = topology.build(deployment), engines.get(deployment.engine)
     missing = [
         Problem(f"hosts.{host}", "is missing")
         for host in deployment.hosts
@@ -46,7 +46,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
     missing += [
         Problem(f"hosts.{i.host}.device_addresses.{device}", f"is missing; {i.name} uses it")
         for i in placed.instances
-        if i.host in facts.hosts
+        if i.host in facts.hosts and engine.read_addresses_command(i.devices)
         for device in i.devices
         if device not in facts.hosts[i.host].device_addresses
     ]
@@ -55,7 +55,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
     made = plan.make(
         deployment,
         placed,
-        engines.get(deployment.engine),
+        engine,
         facts={n: HostFacts(f.interface, f.device_addresses) for n, f in facts.hosts.items()},
         image=facts.image or deployment.image_reference,
         history=releases.merge((), (), facts.generations),

@@ -97,15 +97,17 @@ def _setting(key: str, value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"   {key}:", *(f"     {k}={v}" for k, v in value.items())]
     if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
-        return [f"   {key}:", *(f"     {_mount(one)}" for one in value)]
+        return [f"   {key}:", *(f"     {_entry(one)}" for one in value)]
     if isinstance(value, list | tuple):
         return [f"   {key}: {' '.join(map(str, value))}"]
     return [f"   {key}: {value}"]
 
 
-def _mount(mount: dict[str, object]) -> str:
-    mode = " (read only)" if mount.get("read_only") else ""
-    return f"{mount['source']} → {mount['target']}{mode}"
+def _entry(entry: dict[str, object]) -> str:
+    if "source" not in entry:
+        return " ".join(f"{key}={value}" for key, value in entry.items())
+    mode = " (read only)" if entry.get("read_only") else ""
+    return f"{entry['source']} → {entry['target']}{mode}"
 
 
 def _word(word: str) -> str:

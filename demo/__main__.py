@@ -1,4 +1,4 @@
-"""`python -m demo up|down`: lab, Prefect server, worker, and a real deployment run.
+"""`python -m demo up|vllm|down`: lab, Prefect server, worker, and a real deployment run.
 
 Every command that a user would type is shown before it runs.
 """
@@ -52,14 +52,20 @@ def alone() -> Iterator[None]:
         yield
 
 
-def up() -> int:
-    """Everything up, the deployment run, its result; 0 when it completed."""
+def up(deployment: str, *prepare: str) -> int:
+    """Everything up, the deployment run, its result; 0 when it completed.
+
+    Args:
+        prepare: a command that the deployment needs once the lab is up.
+    """
     if not processes.running("server"):
         host, port = "127.0.0.1", str(PORT)
         processes.start(
             "server", [f"{BIN}/prefect", "server", "start", "--host", host, "--port", port], ENV
         )
     run("pd-deploy", "lab", "up")
+    if prepare:
+        run(*prepare)
     processes.until("server", answers, 120)
     run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite", quiet=True)
     if not processes.running("worker"):
@@ -67,13 +73,13 @@ def up() -> int:
     run("pd-deploy", "credentials", "ssh", "pd-lab-ssh", "--private-key", f"{LAB}/id_ed25519",
         "--known-hosts", f"{LAB}/known_hosts")  # fmt: skip
     run("prefect", "--no-prompt", "deploy", "--all", quiet=True)
-    output = run("prefect", "deployment", "run", "pd-deploy/lab-qwq-3p1d", quiet=True)
+    output = run("prefect", "deployment", "run", f"pd-deploy/{deployment}", quiet=True)
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", output)
     if not flow_run:
         raise RuntimeError(f"expected the id of a flow run, found:\n{output}")
     followed = subprocess.run(["pd-deploy", "follow", flow_run[0]], env=ENV, check=False)
     print(f"\nLook around: http://127.0.0.1:{PORT}/runs/flow-run/{flow_run[0]}")
-    print("Again:       make demo        Remove everything: make demo-down")
+    print("Again: the same command      Remove everything: make demo-down")
     return followed.returncode
 
 
@@ -119,13 +125,18 @@ def answers() -> bool:
 def main() -> int:
     """The command; what a failed or interrupted start left is taken down again."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
-    parser.add_argument("verb", choices=["up", "down"])
-    verb = parser.parse_args().verb
+    parser.add_argument("verb", choices=["up", "vllm", "down"])
+    parser.add_argument("--prefills", type=int, choices=[1, 3], default=3)
+    given = parser.parse_args()
     fresh = False
     try:
         with alone():
             fresh = not processes.running("server")
-            return up() if verb == "up" else down()
+            if given.verb == "down":
+                return down()
+            if given.verb == "vllm":
+                return up(f"lab-vllm-{given.prefills}p1d", "pd-deploy", "lab", "vllm")
+            return up("lab-qwq-3p1d")
     except (RuntimeError, KeyboardInterrupt) as error:
         print(f"demo: {str(error) or 'interrupted'}", file=sys.stderr)
         if fresh:

@@ -14,7 +14,7 @@ from pd_deploy import deployment, survey, tags
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.plan import STAGES, Stage
 from pd_deploy.rollout import Rollout, Site
-from pd_deploy.survey import NEWEST
+from pd_deploy.survey import NEWEST, with_addresses
 from tasks.image import choose_image, resolve_image
 from tasks.survey import device_addresses
 
@@ -66,8 +66,7 @@ async def plan(site: Site, image: str | None, run: str) -> Rollout:
     """Reads everything a plan needs, on all hosts at once, and makes it; changes nothing."""
     surveys = await look(site)
     choice = await choose_image(site, surveys, image, wait_for=surveys)
-    names = list(site.deployment.hosts)
-    reading = [device_addresses(site, name, wait_for=surveys) for name in names]
+    reading = [device_addresses(site, name, wait_for=surveys) for name in with_addresses(site)]
     found: list[Any] = await fan_out(
         site.barrier, [resolve_image(site, choice), fan_out(site.barrier, reading)]
     )

@@ -78,7 +78,7 @@ async def success(
     if completion:
         message += f"; serves at {completion.url}"
         answer = textwrap.shorten(completion.text, 80, placeholder=" …")
-        message += f", which answered {completion.prompt!r} with {answer!r}"
+        message += f", which answered {completion.prompt!r} with {answer!r}; {completion.proof}"
     return Completed(message=message)
 
 
@@ -148,6 +148,10 @@ def _report(
             f"> {completion.prompt}",
             "",
             *(f"> {line}" for line in completion.text.strip().splitlines()),
+            "",
+            f"{completion.proof}.",
+            "",
+            *(f"- {handover}" for handover in completion.proof.handovers),
             "",
         ]
     if reports:

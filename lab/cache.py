@@ -52,6 +52,15 @@ touch "$1"/etc/resolv.conf
 """
 
 
+class Base(BaseModel):
+    """The lowest layer of an image."""
+
+    model_config = ConfigDict(frozen=True)
+
+    layer: Layer
+    blob: Path
+
+
 class Cached(BaseModel):
     """What the cache holds for one version of the package lists."""
 
@@ -73,9 +82,25 @@ def prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached
         return _prepare(image_packages, say)
 
 
+def prepare_base(packages: Sequence[str], say: Callable[[str], None]) -> Base:
+    """Make an image's base of some Debian packages unless there is one.
+
+    Raises:
+        LabError: it could not be made; the message names its log.
+    """
+    base = CACHE / f"base-{key(SUITE, *SLIM, *packages)}"
+    with locked("making"):
+        if not base.exists():
+            say(f"making an image's base ({len(packages)} packages)")
+            with _work_directory() as work:
+                _finish([_Bootstrap(work / "base.tar", "essential", packages)])
+                _compress(work / "base.tar", work / "base").rename(base)
+    return Base(layer=_layer(base), blob=base / "layer.tar.gz")
+
+
 def _prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached:
-    root = CACHE / f"root-{_key(SUITE, *SLIM, *HOST_PACKAGES, HOST_SETUP)}"
-    base = CACHE / f"base-{_key(SUITE, *SLIM, str(NGINX), *image_packages)}"
+    root = CACHE / f"root-{key(SUITE, *SLIM, *HOST_PACKAGES, HOST_SETUP)}"
+    base = CACHE / f"base-{key(SUITE, *SLIM, str(NGINX), *image_packages)}"
     missing = [part for part in (root, base) if not part.exists()]
     if missing:
         with _work_directory() as work:
@@ -94,9 +119,14 @@ def _prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cache
                 (work / "root").rename(root)
             if base in missing:
                 say("compressing the image's base")
-                _compress(work / "base.tar", work / "base").rename(base)
-    layer = Layer.model_validate_json((base / "layer.json").read_bytes())
-    return Cached(root=root, base=layer, base_blob=base / "layer.tar.gz", nginx=base / NGINX.name)
+                _with_nginx(work / "base.tar", _compress(work / "base.tar", work / "base"))
+                (work / "base").rename(base)
+    blob, nginx = base / "layer.tar.gz", base / NGINX.name
+    return Cached(root=root, base=_layer(base), base_blob=blob, nginx=nginx)
+
+
+def _layer(base: Path) -> Layer:
+    return Layer.model_validate_json((base / "layer.json").read_bytes())
 
 
 @contextmanager
@@ -174,10 +204,6 @@ def _compress(tar: Path, directory: Path) -> Path:
             out.write(chunk)
     with blob.open("rb") as compressed:
         digest = hashlib.file_digest(compressed, "sha256").hexdigest()
-    with tarfile.open(tar) as members:
-        nginx = members.extractfile(f"./{NGINX}")
-        assert nginx is not None, f"{NGINX} is no file in the image's base"
-        (directory / NGINX.name).write_bytes(nginx.read())
     layer = Layer(
         digest=f"sha256:{digest}",
         diff_id=f"sha256:{diff_id.hexdigest()}",
@@ -187,5 +213,14 @@ def _compress(tar: Path, directory: Path) -> Path:
     return directory
 
 
-def _key(*parts: str) -> str:
+def _with_nginx(tar: Path, directory: Path) -> None:
+    """Put the base's nginx program beside its layer."""
+    with tarfile.open(tar) as members:
+        nginx = members.extractfile(f"./{NGINX}")
+        assert nginx is not None, f"{NGINX} is no file in the image's base"
+        (directory / NGINX.name).write_bytes(nginx.read())
+
+
+def key(*parts: str) -> str:
+    """A short name for whatever is made from these texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -5,7 +5,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lab import cache, images, network, seed
+from lab import cache, images, network, seed, vllm
 from lab.box import Box, kill_recorded
 from lab.errors import LabError
 from lab.host import LabHost
@@ -99,6 +99,7 @@ class Lab(BaseModel):
                 say(f"removed remains: {removed}")
             network.check_free(name, wanted)
             shared = tuple(default_shares() if share is None else share)
+            vllm.HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
             try:
                 return _start(name, wanted, shared, say)
             except BaseException:
@@ -154,6 +155,15 @@ class Lab(BaseModel):
         repository = images.Repository(self.registry, REPOSITORY)
         return images.push_variant(repository, source_tag, tag, images.tar_files(files))
 
+    def push_packages(
+        self, repository: str, tag: str, packages: Sequence[str], say: Say = lambda _: None
+    ) -> str:
+        """Push an image of nothing but Debian packages; return its full name."""
+        base = cache.prepare_base(packages, say)
+        target = images.Repository(self.registry, repository)
+        images.push_image(target, tag, base.layer, base.blob, images.tar_files({}))
+        return f"{self.registry}/{repository}:{tag}"
+
     def healthy(self) -> bool:
         """Whether every box is on and SSH, engines and registry answer."""
         boxes_on = self.switch.on and all(host.on for host in self.hosts.values())
@@ -205,13 +215,14 @@ def purge_cache() -> bool:
     if STATE.exists():
         left = ", ".join(sorted(path.name for path in STATE.iterdir()))
         raise LabError(f"the cache is in use: first `lab down --name` each of {left}")
-    return cache.purge()
+    return vllm.purge() | cache.purge()
 
 
 def default_shares() -> list[Path]:
-    """This checkout and the running Python, so that a host can run them as the machine does."""
+    """This checkout and the running Python, so that a host can run them as the machine does, and
+    what `lab.vllm` installs."""
     # /usr is the host's own: the system's Python is not shared but the host's used.
-    candidates = [Path(__file__).parents[1], Path(sys.prefix), Path(sys.base_prefix)]
+    candidates = [Path(__file__).parents[1], Path(sys.prefix), Path(sys.base_prefix), vllm.HOME]
     candidates = [path for path in candidates if not path.is_relative_to("/usr")]
     return [
         path

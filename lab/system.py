@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lab.errors import LabError
@@ -83,14 +83,16 @@ def require_root() -> None:
         raise LabError("the lab makes namespaces and mounts: run it as root (sudo)")
 
 
-def install_missing_packages(say: Callable[[str], None]) -> None:
-    """Install the Debian packages of those of the lab's commands that the machine lacks.
+def install_missing_packages(
+    say: Callable[[str], None], commands: Mapping[str, str] = COMMANDS
+) -> None:
+    """Install the Debian packages of those commands that the machine lacks, by default the lab's.
 
     Raises:
         LabError: the machine has no apt-get, or apt-get failed.
     """
     missing = sorted(
-        {package for name, package in COMMANDS.items() if not shutil.which(name, path=SEARCH_PATH)}
+        {package for name, package in commands.items() if not shutil.which(name, path=SEARCH_PATH)}
     )
     if not missing:
         return

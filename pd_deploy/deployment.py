@@ -64,7 +64,7 @@ _EXPECTED = {
 _OF_PROFILES = ("profile_settings", "all", "upstream")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
-EngineName = Literal["omniinfer"]
+EngineName = Literal["omniinfer", "vllm"]
 Scalar = str | int | float | bool
 
 
@@ -496,6 +496,7 @@ class Ports(Model):
     master: Port = 8000
     api: Port = 9000
     zmq: Port = 5568
+    zmq_step: Annotated[int, Field(ge=1, le=256, strict=True)] = 1
     ray: Port = 6379
     decode_offset: Annotated[int, Field(ge=1, le=10000, strict=True)] = 100
 
@@ -539,6 +540,12 @@ class ContainerOptions(Model):
             "/usr/bin/hccn_tool",
         )
     )
+    gpus: Literal["all"] | None = None
+    cap_add: tuple[Annotated[str, _like(r"[A-Z_]+", "a capability such as IPC_LOCK")], ...] = ()
+    ulimits: dict[
+        Annotated[str, _like(r"[a-z]+", "a limit such as memlock")],
+        Annotated[int, Field(ge=-1, strict=True)],
+    ] = {}
     time_zone: Annotated[
         str, _like(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", "a time zone such as Asia/Shanghai")
     ] = "Asia/Shanghai"
@@ -576,6 +583,23 @@ class Smoke(Model):
 
     prompt: Text = "how are you?"
     max_tokens: Annotated[int, Field(gt=0, le=4096)] = 50
+
+
+class VllmOptions(Model):
+    """How the engine `vllm` runs on the hardware of a profile.
+
+    `kv_buffer_device` is where KV lies while it moves: the device's own memory unless given.
+    `command` and `router` are programs in the image, by name or path.
+    """
+
+    device: Literal["cpu", "cuda", "npu"]
+    connector: Literal["NixlConnector", "MooncakeConnectorV1"]
+    kv_buffer_device: Literal["cpu", "cuda", "npu"] | None = None
+    kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(_json)] = {}
+    command: Text = "vllm"
+    router: Text = "vllm-router"
+    router_policy: Literal["round_robin", "random", "cache_aware", "power_of_two"] = "round_robin"
+    router_metrics_port: Port = 29000
 
 
 class Supports(Model):
@@ -624,7 +648,8 @@ class Deployment(Model):
     disk: Disk = Disk()
     keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
-    kv_parallel_size: KvParallelSize
+    kv_parallel_size: KvParallelSize = "prefill-pods-plus-one"
+    vllm: VllmOptions | None = None
     supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
     profile_settings: dict[Literal["all", "prefill", "decode"], Settings]

@@ -35,7 +35,9 @@ def _options(spec: ContainerSpec) -> list[str]:
         ("--label", [f"{key}={value}" for key, value in spec.labels.items()]),
         ("--mount", [_mount(mount) for mount in spec.mounts]),
         ("--device", list(spec.devices)),
+        ("--gpus", ["all" if r.count < 0 else str(r.count) for r in spec.device_requests]),
         ("--cap-add", list(spec.cap_add)),
+        ("--ulimit", [f"{name}={limit}:{limit}" for name, limit in spec.ulimits.items()]),
     ):
         options += [word for value in values for word in (flag, value)]
     return options

@@ -7,10 +7,11 @@ from typing import Any
 
 import httpx
 
-from pd_deploy import containers
+from pd_deploy import containers, kv_proof
 from pd_deploy.deployment import Deployment
 from pd_deploy.errors import NotReady, SmokeTestFailed
 from pd_deploy.hosts import Host
+from pd_deploy.kv_proof import Answer, Proof
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout
 from pd_deploy.topology import Proxy
@@ -24,12 +25,14 @@ PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Completion:
-    """The completion that proved the service, and how long it took."""
+    """The completion that proved the service, how long it took, and whether its KV was seen to
+    come from a prefill."""
 
     url: str
     prompt: str
     text: str
     seconds: float
+    proof: Proof
 
 
 async def until_ready(rollout: Rollout, instance: str) -> Report:
@@ -48,10 +51,11 @@ async def until_ready(rollout: Rollout, instance: str) -> Report:
 
 
 async def smoke_test(rollout: Rollout) -> Completion:
-    """Asks the proxy for a completion, as a client would, and sees that nobody died of it.
+    """Asks the proxy for completions, as a client would, follows their KV, and sees that nobody
+    died of it.
 
     Raises:
-        SmokeTestFailed: no answer, an error, or an answer of another shape.
+        SmokeTestFailed: no answer, an error, an answer of another shape, or KV that did not move.
         InstanceDied: a server or the proxy has ended since it was ready.
     """
     try:
@@ -78,31 +82,36 @@ def smoke_request(deployment: Deployment, proxy: Proxy) -> tuple[str, dict[str, 
 
 
 async def _complete(rollout: Rollout) -> Completion:
-    site, proxy = rollout.site, rollout.site.topology.proxy
-    smoke = site.deployment.smoke
-    url, body = smoke_request(site.deployment, proxy)
-    begin = time.monotonic()
-    async with site.host(proxy.host).http(proxy.address, proxy.port) as client:
-        try:
-            answer = await client.post(url, json=body, timeout=site.deployment.gates.smoke)
-        except httpx.HTTPError as error:
-            raise _smoke_failed(rollout, f"no answer ({error or type(error).__name__})") from error
-    text = _text_of(rollout, answer)
-    return Completion(url, smoke.prompt, text, time.monotonic() - begin)
+    deployment, proxy = rollout.site.deployment, rollout.site.topology.proxy
+    url, body = smoke_request(deployment, proxy)
+    async with rollout.site.host(proxy.host).http(proxy.address, proxy.port) as client:
+
+        async def ask(nonce: str) -> Answer:
+            request, begin = body | rollout.site.engine.unseen(nonce), time.monotonic()
+            try:
+                answer = await client.post(url, json=request, timeout=deployment.gates.smoke)
+            except httpx.HTTPError as error:
+                found = f"no answer ({error or type(error).__name__})"
+                raise _smoke_failed(rollout, found) from error
+            return _read(rollout, answer, time.monotonic() - begin)
+
+        answer, proof = await kv_proof.prove(rollout, ask)
+    return Completion(url, deployment.smoke.prompt, answer.text, answer.seconds, proof)
 
 
-def _text_of(rollout: Rollout, answer: httpx.Response) -> str:
+def _read(rollout: Rollout, answer: httpx.Response, seconds: float) -> Answer:
     if answer.status_code != 200:
         raise _smoke_failed(rollout, f"status {answer.status_code}: {answer.text[:300]!r}")
     try:
         document: Any = answer.json()
         choice = document["choices"][0]
         text, reason = choice["text"], choice["finish_reason"]
-    except (ValueError, LookupError, TypeError):
+        tokens = (document.get("usage") or {}).get("prompt_tokens")
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise _smoke_failed(rollout, f"{answer.text[:300]!r}") from None
     if not isinstance(text, str) or not text.strip() or reason not in ("stop", "length"):
         raise _smoke_failed(rollout, f"the text {text!r} that ended because of {reason!r}")
-    return text
+    return Answer(text, tokens if isinstance(tokens, int) else None, seconds)
 
 
 def _smoke_failed(rollout: Rollout, found: str) -> SmokeTestFailed:

@@ -1,12 +1,17 @@
 """The rules that a service has to keep: their names, and what of a deployment breaks them. Pure.
 
-A file may break a rule on purpose: `allow: [rule-name]`.
+Here are those of every service; an engine adds its own. A file may break a rule on purpose:
+`allow: [rule-name]`.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
+from pd_deploy import engines
+from pd_deploy.engines.base import Finding
 from pd_deploy.errors import Problem
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ RULES = {
     "derived-environment": "what follows from the topology is not given as a variable",
     "device-ids": "device ids are those of the hardware",
     "devices-disjoint": "a device belongs to one instance",
+    "engine-keys": "keys that the engine has no use for are not given",
     "equal-devices": "a pod has as many devices on each of its hosts",
     "host-addresses": "hosts have addresses of their own",
     "mount-targets": "mounts keep off the paths that pd-deploy mounts itself",
@@ -30,32 +36,12 @@ RULES = {
     "ports-in-range": "ports fit into 65535, prefill's below decode's",
     "prefill-pods": "there are at most 32 prefill pods; the proxy chooses no others",
     "tensor-parallel": "tensor parallel size and devices agree",
-    "tensor-parallel-ratio": "prefill's tensor parallel size is a multiple of decode's",
+    "tensor-parallel-ratio": "tensor parallel sizes of prefill and decode divide each other",
     "values-without-blanks": "arguments have no blanks; the launcher splits at them",
 }
 """Name → what the rule demands."""
 
 RESERVED_NAMES = {"ranktables"}
-MAX_PREFILL_PODS = 32
-MAX_GEARS = 6
-DERIVED_ARGUMENTS = {
-    "additional-config", "base-api-port", "data-parallel-address", "data-parallel-rpc-port",
-    "data-parallel-size", "data-parallel-size-local", "distributed-executor-backend",
-    "gpu-memory-utilization", "gpu-util", "kv-transfer-config", "log-dir", "master-ip",
-    "master-port", "max-model-len", "max-port-attempts", "model-path", "num-dp", "num-servers",
-    "port", "served-model-name", "server-offset", "tensor-parallel-size", "tp",
-}  # fmt: skip
-"""Arguments that follow from other keys of the file."""
-DERIVED_ENVIRONMENT = {
-    "API_PORT", "ASCEND_RT_VISIBLE_DEVICES", "DECODE_POD_NUM", "GLOBAL_DECODE_SERVER_IP_LIST",
-    "GLOBAL_RANK_TABLE_FILE_PATH", "HOST_IP", "KV_RANK", "LOCAL_DECODE_SERVER_IP_LIST",
-    "MASTER_PORT", "NNODES", "NODE_IP_LIST", "NODE_RANK", "PREFILL_POD_NUM",
-    "RANK_TABLE_FILE_PATH", "ROLE", "SERVER_IP_LIST", "VLLM_LLMDATADIST_ZMQ_PORT", "ZMQ_PORT",
-}  # fmt: skip
-"""Variables that follow from the topology; another value makes pods that can't link."""
-
-Finding = tuple[str, Problem]
-"""The rule that is broken, and where."""
 
 
 def broken(deployment: "Deployment", topology: "Topology") -> list[Problem]:
@@ -79,9 +65,9 @@ def _findings(deployment: "Deployment", topology: "Topology") -> Iterator[Findin
     for pod in topology.pods:
         yield from _spanning(deployment, pod)
         yield from _devices_of_pod(pod)
-        yield from _arguments(deployment, pod)
         yield from _overrides(deployment, pod)
-    yield from _ratio(deployment, topology)
+    yield from _unused(deployment)
+    yield from engines.get(deployment.engine).findings(deployment, topology)
 
 
 def _names(topology: "Topology") -> Iterator[Problem]:
@@ -149,18 +135,6 @@ def _pods(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
             f"found {ports.decode_offset}: their ports would overlap decode's"
         )
         yield "ports-in-range", Problem("ports.decode_offset", message)
-    if count > MAX_PREFILL_PODS:
-        message = f"expected at most {MAX_PREFILL_PODS} pods, found {count}"
-        yield (
-            "prefill-pods",
-            Problem("prefill", f"{message}: the proxy would not choose the others"),
-        )
-    if len(topology.decode) > 1:
-        message = f"expected one pod, found {', '.join(p.name for p in topology.decode)}"
-        yield (
-            "one-decode-pod",
-            Problem("decode", f"{message}: this engine links every prefill with a single one"),
-        )
 
 
 def _spanning(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
@@ -194,56 +168,16 @@ def _devices_of_pod(pod: "Pod") -> Iterator[Finding]:
         found = ", ".join(f"{count} on {host}" for host, count in counts.items())
         message = f"expected as many devices on each host, found {found}"
         yield "equal-devices", Problem(f"{pod.key}.devices", message)
-    tp, devices = pod.tensor_parallel, sum(counts.values())
-    if pod.role == "prefill" and tp != devices:
-        message = f"expected the number of its devices ({devices}), found {tp}"
-        yield "tensor-parallel", Problem(f"{pod.key}.tensor_parallel", message)
-    uneven = [host for host, count in counts.items() if count % tp]
-    if pod.role == "decode" and uneven:
-        message = f"expected a divisor of its devices on {uneven[0]} ({counts[uneven[0]]})"
-        yield "tensor-parallel", Problem(f"{pod.key}.tensor_parallel", f"{message}, found {tp}")
-
-
-def _arguments(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
-    settings, model = pod.master.settings, deployment.model
-    longest = model.max_len_prefill if pod.role == "prefill" else model.max_len_decode
-    batched = settings.arguments.get("max-num-batched-tokens")
-    if batched is not None and (not isinstance(batched, int) or batched < longest):
-        yield (
-            "batched-tokens",
-            Problem(
-                f"{pod.key}.arguments.max-num-batched-tokens",
-                f"expected at least the model length of {longest} tokens, found {batched!r}: "
-                "a longer prompt would be accepted, never scheduled, and block all behind it",
-            ),
-        )
-    for name, value in settings.arguments.items():
-        if isinstance(value, str) and (not value or any(c.isspace() for c in value)):
-            message = "expected a value without blanks (the launcher splits at them)"
-            key = f"{pod.key}.arguments.{name}"
-            yield "values-without-blanks", Problem(key, f"{message}, found {value!r}")
-    yield from _gears(pod, settings.additional_config or {})
-
-
-def _gears(pod: "Pod", config: dict[str, Any]) -> Iterator[Finding]:
-    key = f"{pod.key}.additional_config"
-    if "decode_gear_list" in config:
-        message = "expected it inside graph_model_compile_config; nothing reads it here"
-        yield "decode-gear-list", Problem(f"{key}.decode_gear_list", message)
-    inside = config.get("graph_model_compile_config")
-    gears = inside.get("decode_gear_list") if isinstance(inside, dict) else None
-    if isinstance(gears, list) and len(gears) > MAX_GEARS:
-        key += ".graph_model_compile_config.decode_gear_list"
-        message = f"expected at most {MAX_GEARS} sizes, found {len(gears)}"
-        yield "decode-gear-list", Problem(key, message)
 
 
 def _overrides(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
-    settings = pod.master.settings
-    for name in sorted(DERIVED_ENVIRONMENT & settings.environment.keys()):
+    settings, engine = pod.master.settings, engines.get(deployment.engine)
+    for name in sorted(engine.DERIVED_ENVIRONMENT & settings.environment.keys()):
         message = "expected it not to be given: it follows from the topology"
         yield "derived-environment", Problem(f"{pod.key}.environment.{name}", message)
-    for name in sorted(DERIVED_ARGUMENTS & {n.replace("_", "-") for n in settings.arguments}):
+    for name in sorted(
+        engine.DERIVED_ARGUMENTS & {n.replace("_", "-") for n in settings.arguments}
+    ):
         message = "expected it not to be given: it follows from other keys of the file"
         yield "derived-arguments", Problem(f"{pod.key}.arguments.{name}", message)
     for mount in (*deployment.container.mounts, *settings.mounts):
@@ -259,23 +193,23 @@ def _is_ours(deployment: "Deployment", target: str) -> bool:
     return target in exact or f"{target}/".startswith(below)
 
 
-def _ratio(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
-    equal = deployment.supports.tensor_parallel == "equal"
-    for decode in topology.decode:
-        for prefill in topology.prefill:
-            tp, other = prefill.tensor_parallel, decode.tensor_parallel
-            if (equal and tp != other) or tp % other:
-                yield "tensor-parallel-ratio", _no_links(prefill, decode, equal)
+def _unused(deployment: "Deployment") -> Iterator[Finding]:
+    """Keys that stand in the file or its profile and would change nothing."""
+    for key in engines.get(deployment.engine).UNUSED_KEYS:
+        for path in _given(deployment, key.split(".")):
+            message = f"expected it not to be given: engine {deployment.engine} has no use for it"
+            yield "engine-keys", Problem(path, message)
 
 
-def _no_links(prefill: "Pod", decode: "Pod", equal: bool) -> Problem:
-    expected = "the tensor parallel size" if equal else "a multiple of the tensor parallel size"
-    why = "the image links their ranks one to one" if equal else "their ranks could not be linked"
-    return Problem(
-        f"{prefill.key}.devices",
-        f"expected {expected} of decode {decode.name} ({decode.tensor_parallel}), "
-        f"found {prefill.tensor_parallel}: {why}",
-    )
+def _given(part: object, key: list[str]) -> Iterator[str]:
+    """The paths at which a key is given; `*` stands for every entry of a mapping."""
+    first, *rest = key
+    if first == "*" and isinstance(part, dict):
+        for name, entry in part.items():
+            yield from (f"{name}.{path}" for path in _given(entry, rest))
+    elif isinstance(part, BaseModel) and first in part.model_fields_set:
+        below = _given(getattr(part, first), rest) if rest else [""]
+        yield from (f"{first}.{path}".rstrip(".") for path in below)
 
 
 def hint(problems: list[Problem]) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pd_deploy import generation, history, plan, ranktable, registry, releases, tags
+from pd_deploy import generation, history, plan, registry, releases, tags
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
 from pd_deploy.history import Saved
@@ -46,7 +46,7 @@ async def look(site: Site, asked: str | None = None, by: str = "a look") -> Roll
     choice = await choose(site, surveys, asked)
     image, addresses = await asyncio.gather(
         resolve_image(site, choice),
-        asyncio.gather(*(device_addresses(site, name) for name in site.deployment.hosts)),
+        asyncio.gather(*(device_addresses(site, name) for name in with_addresses(site))),
     )
     return planned(site, surveys, addresses, image, by)
 
@@ -132,11 +132,12 @@ def planned(
     deployment = site.deployment.model_copy(update={"image": image.choice.image})
     site = site.turned_to(deployment)
     interfaces = {survey.host: survey.interface for survey in surveys}
+    known = {one.host: one.of_device for one in addresses}
     made = plan.make(
         deployment,
         site.topology,
         site.engine,
-        facts={one.host: HostFacts(interfaces[one.host], one.of_device) for one in addresses},
+        facts={name: HostFacts(interfaces[name], known.get(name, {})) for name in deployment.hosts},
         image=image.exact,
         history=past,
     )
@@ -195,18 +196,32 @@ async def states(site: Site) -> str:
     return "; ".join(await asyncio.gather(*(of(name) for name in site.hosts)))
 
 
+def with_addresses(site: Site) -> list[str]:
+    """The hosts whose devices have network addresses that the engine needs to know."""
+    return [name for name in site.deployment.hosts if _reads_addresses(site, name)]
+
+
 async def device_addresses(site: Site, name: str) -> Addresses:
     """Reads the address of every device that the service uses on a host.
 
     Raises:
         FactsError: devices without an address; names all of them.
     """
-    host = site.host(name)
-    devices = [d for instance in site.topology.on_host(name) for d in instance.devices]
-    if not devices:
+    host, devices = site.host(name), _devices(site, name)
+    command = site.engine.read_addresses_command(devices)
+    if not devices or command is None:
         return Addresses(name, {})
-    done = await host.run(ranktable.read_addresses_command(devices))
-    return Addresses(name, ranktable.parse_addresses(done.stdout, devices, host=host.where))
+    done = await host.run(command)
+    return Addresses(name, site.engine.parse_addresses(done.stdout, devices, host=host.where))
+
+
+def _devices(site: Site, name: str) -> list[int]:
+    return [d for instance in site.topology.on_host(name) for d in instance.devices]
+
+
+def _reads_addresses(site: Site, name: str) -> bool:
+    devices = _devices(site, name)
+    return bool(devices) and site.engine.read_addresses_command(devices) is not None
 
 
 async def resolve_image(site: Site, choice: Choice) -> ResolvedImage:

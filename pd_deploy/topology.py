@@ -8,7 +8,7 @@ that lists hosts, ranks or devices follows this order (contract section 1).
 from dataclasses import dataclass
 from typing import Literal
 
-from pd_deploy import rules
+from pd_deploy import engines, rules
 from pd_deploy.deployment import Deployment, InstanceEntry, ProxyEntry, Settings
 from pd_deploy.errors import InvalidInput
 
@@ -19,8 +19,9 @@ ServingRole = Literal["prefill", "decode"]
 class Instance:
     """One launcher on some devices of one host: a pod, or a pod's member on that host.
 
-    `api_ports` are those of its API servers; the other hosts of a multi-host prefill have none.
-    `server_offset` counts the API servers of the members before it.
+    `api_ports` are those of its API servers; hosts without any follow their pod's master.
+    `kv_ports` are where others ask for its KV. `data_parallel` counts the copies of the model in
+    its pod, `ranks` its own, and `server_offset` those of the members before it.
     """
 
     name: str
@@ -36,8 +37,10 @@ class Instance:
     api_port: int
     api_ports: tuple[int, ...]
     zmq_port: int
+    kv_ports: tuple[int, ...]
     ray_port: int
     tensor_parallel: int
+    ranks: int
     server_offset: int
     data_parallel: int
     settings: Settings
@@ -75,8 +78,8 @@ class Instance:
         }
         if self.is_master:
             found["master"] = self.master_port
-        if self.api_ports:
-            found["zmq"] = self.zmq_port
+        for index, port in enumerate(self.kv_ports):
+            found[f"zmq-{index}" if index else "zmq"] = port
         if self.uses_ray and self.is_master:
             found["ray"] = self.ray_port
         return found
@@ -223,11 +226,12 @@ def _pod(
     settings = deployment.settings_of(role, entry)
     counts = [len(entry.devices_on(host)) for host in hosts]
     tp = settings.tensor_parallel or (sum(counts) if role == "prefill" else counts[0])
-    servers = [_servers(role, index, count, tp) for index, count in enumerate(counts)]
+    brings = engines.get(deployment.engine).members(deployment, role, counts, tp)
     ports = deployment.ports
     # All members of a pod share the master's port; a decode's API ports count over its hosts.
     base = rank if role == "prefill" else ports.decode_offset + rank
     own = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
+    zmq = [ports.zmq + one * ports.zmq_step for one in own]
     members = tuple(
         Instance(
             name=name if len(hosts) == 1 else f"{name}-{index}",
@@ -241,12 +245,14 @@ def _pod(
             pod_addresses=tuple(deployment.hosts[h].address for h in hosts),
             master_port=ports.master + base,
             api_port=ports.api + own[index],
-            api_ports=tuple(ports.api + own[index] + i for i in range(servers[index])),
-            zmq_port=ports.zmq + own[index],
+            api_ports=tuple(ports.api + own[index] + i for i in range(brings[index].servers)),
+            zmq_port=zmq[index],
+            kv_ports=tuple(zmq[index] + i for i in range(brings[index].kv_ports)),
             ray_port=ports.ray + rank,
             tensor_parallel=tp,
-            server_offset=sum(servers[:index]),
-            data_parallel=max(1, sum(servers)) if role == "decode" else 1,
+            ranks=brings[index].ranks,
+            server_offset=sum(one.ranks for one in brings[:index]),
+            data_parallel=max(1, sum(one.ranks for one in brings)),
             settings=settings,
         )
         for index, host in enumerate(hosts)
@@ -260,10 +266,3 @@ def _canonical(deployment: Deployment, role: ServingRole, entry: InstanceEntry) 
     if role == "prefill":
         others.sort(key=lambda host: deployment.hosts[host].address)
     return (master, *others)
-
-
-def _servers(role: ServingRole, node_rank: int, devices: int, tensor_parallel: int) -> int:
-    """How many API servers a member starts: prefill one on its master, decode one per model."""
-    if role == "prefill":
-        return 1 if node_rank == 0 else 0
-    return max(1, devices // tensor_parallel)

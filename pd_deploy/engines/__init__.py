@@ -1,9 +1,9 @@
 """What an instance runs. An engine is a module that follows `base.Engine`."""
 
-from pd_deploy.engines import omniinfer
+from pd_deploy.engines import omniinfer, vllm
 from pd_deploy.engines.base import Engine
 
-_ENGINES: dict[str, Engine] = {"omniinfer": omniinfer}
+_ENGINES: dict[str, Engine] = {"omniinfer": omniinfer, "vllm": vllm}
 
 
 def get(name: str) -> Engine:

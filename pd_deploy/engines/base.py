@@ -1,12 +1,20 @@
 """The plug-in point: what an engine has to say about a service. No I/O."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from __future__ import annotations
 
-from pd_deploy.deployment import Deployment
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pd_deploy.errors import Problem
 from pd_deploy.hosts import ContainerSpec
-from pd_deploy.topology import Topology
+
+if TYPE_CHECKING:
+    from pd_deploy.deployment import Deployment
+    from pd_deploy.topology import Topology
+
+Finding = tuple[str, Problem]
+"""A rule that is broken, by name, and where."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Layout:
     logs: str
 
     @classmethod
-    def of(cls, deployment: Deployment, generation: str) -> "Layout":
+    def of(cls, deployment: Deployment, generation: str) -> Layout:
         """The layout of a deployment's generation, as the file's paths give it."""
         return cls(deployment.name, generation, deployment.paths.state, deployment.paths.logs)
 
@@ -77,8 +85,49 @@ class Service:
     image: str
 
 
+@dataclass(frozen=True)
+class Member:
+    """What a pod brings up on one of its hosts.
+
+    `ranks` are copies of the model (data parallel), `servers` the API servers in front of them,
+    and `kv_ports` the ports, counted from its zmq port, where others ask for its KV.
+    """
+
+    ranks: int
+    servers: int
+    kv_ports: int
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A counter of /metrics: its name there, and the labels that its samples must have."""
+
+    name: str
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What an instance counts, as far as it proves that decode used prefill's KV.
+
+    `served`: completed requests, of every instance. `kv_tokens`: prompt tokens whose KV decode got
+    from a prefill. `kv_bytes`: what it moved for that; a log where the engine counts none.
+    """
+
+    served: Counter
+    kv_tokens: Counter
+    kv_bytes: Counter
+
+
 class Engine(Protocol):
     """What an instance runs, and how it is started, opened and checked."""
+
+    UNUSED_KEYS: tuple[str, ...]
+    """Keys of the deployment file that this engine has no use for (`proxy.*.core_num`)."""
+    DERIVED_ARGUMENTS: frozenset[str]
+    """Arguments that follow from other keys of the file, without their leading dashes."""
+    DERIVED_ENVIRONMENT: frozenset[str]
+    """Variables that follow from the topology; another value makes pods that can't link."""
 
     STARTED: str
     """Text in an instance's log once its launcher runs."""
@@ -89,6 +138,35 @@ class Engine(Protocol):
     OPEN_SIGNAL: str
     """Signal that opens a prepared proxy."""
 
+    COUNTERS: Counters
+    """Where the smoke test sees that KV moved; an image that lacks them makes it not provable."""
+
+    def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
+        """The rules of its own that a deployment breaks."""
+
+    def members(
+        self,
+        deployment: Deployment,
+        role: Literal["prefill", "decode"],
+        devices: Sequence[int],
+        tensor_parallel: int,
+    ) -> Sequence[Member]:
+        """What a pod brings up on each of its hosts, given the number of its devices there."""
+
+    def read_addresses_command(self, devices: Sequence[int]) -> list[str] | None:
+        """The command that prints the network addresses of a host's devices; None where the
+        engine needs none."""
+
+    def parse_addresses(self, output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
+        """Device addresses from what that command printed.
+
+        Raises:
+            FactsError: devices without an address.
+        """
+
+    def unseen(self, nonce: str) -> dict[str, Any]:
+        """Fields of a request that keep it from being answered out of a prefix cache."""
+
     def container(self, service: Service, name: str) -> ContainerSpec:
         """The container of an instance or of the proxy, without pd-deploy's labels."""
 
@@ -96,13 +174,14 @@ class Engine(Protocol):
         """The script that is the container's main process."""
 
     def ranktables(self, service: Service, host: str) -> Mapping[str, bytes]:
-        """Files that must lie on a host before an instance starts there: path → content."""
+        """Files that must lie on a host before an instance starts there: path → content; none
+        where the engine needs none."""
 
     def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:
         """Instances that must be started (not ready) before this one."""
 
     def users_command(self) -> list[str]:
-        """What to run on a host to see who uses its devices; nothing where that can't be told."""
+        """What to run on a host to see who uses its devices; empty where that can't be told."""
 
     def users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
         """Those of the devices that somebody uses, and who, from the output of that command."""

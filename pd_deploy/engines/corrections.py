@@ -5,10 +5,13 @@ of a profile by the profile's own `upstream` section. The others are ways of doi
 that show in no value the engine sees; they stay.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from pd_deploy.deployment import Deployment
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pd_deploy.deployment import Deployment
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,40 @@ Values follow the QwQ-32B template; where it is faulty the corrected value is us
 says `compat: upstream`. `corrections` lists every difference. Pure.
 """
 
+from __future__ import annotations
+
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pd_deploy import npu, ranktable
-from pd_deploy.deployment import Scalar
-from pd_deploy.engines.base import Service
+from pd_deploy.engines import omniinfer_rules
+from pd_deploy.engines.base import Counter, Counters, Member, Service
+from pd_deploy.engines.common import exports, flags, instance_of, mount, mounts, text, title
 from pd_deploy.engines.corrections import corrected
 from pd_deploy.hosts import ContainerSpec, Mount
-from pd_deploy.topology import Instance, Pod, Topology
 
+if TYPE_CHECKING:
+    from pd_deploy.deployment import Deployment, Scalar
+    from pd_deploy.topology import Instance, Pod, Topology
+
+UNUSED_KEYS: tuple[str, ...] = ("vllm",)
+DERIVED_ARGUMENTS = omniinfer_rules.DERIVED_ARGUMENTS
+DERIVED_ENVIRONMENT = omniinfer_rules.DERIVED_ENVIRONMENT
+findings = omniinfer_rules.findings
+read_addresses_command = ranktable.read_addresses_command
+parse_addresses = ranktable.parse_addresses
 STARTED = "pd-deploy: starting"
 PREPARED = "pd-deploy: proxy prepared"
 OPENED = "pd-deploy: proxy open"
 OPEN_SIGNAL = "SIGUSR1"
+# Images of its time count no sources of prompt tokens; those that follow a newer vLLM do.
+COUNTERS = Counters(
+    served=Counter("vllm:request_success_total"),
+    kv_tokens=Counter("vllm:prompt_tokens_by_source_total", (("source", "external_kv_transfer"),)),
+    kv_bytes=Counter("standin:kv_transfer_bytes_total"),
+)
 
 _LAUNCHER_SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill", "enable-mtp")
 _LAUNCHER_OPTIONS = ("block-size", "num-speculative-tokens")
@@ -31,13 +50,33 @@ _RAY_ENVIRONMENT: dict[str, Scalar] = {
 }
 
 
+def members(
+    deployment: Deployment,
+    role: Literal["prefill", "decode"],
+    devices: Sequence[int],
+    tensor_parallel: int,
+) -> Sequence[Member]:
+    """A prefill has one API server, on its master; a decode has one per copy of the model."""
+    if role == "prefill":
+        return [
+            Member(int(not index), int(not index), int(not index)) for index in range(len(devices))
+        ]
+    servers = [max(1, count // tensor_parallel) for count in devices]
+    return [Member(ranks=count, servers=count, kv_ports=1) for count in servers]
+
+
+def unseen(nonce: str) -> dict[str, Any]:
+    """Nothing: prefix caching is off in its profiles."""
+    return {}
+
+
 def container(service: Service, name: str) -> ContainerSpec:
     """The container of an instance or of the proxy (contract section 2.1).
 
     The server is its main process: exit code, logs and stop mean what they say.
     """
     options = service.deployment.container
-    instance = _instance(service, name)
+    instance = instance_of(service, name)
     role = instance.role if instance else "proxy"
     prefix = getattr(options.names, role)
     return ContainerSpec(
@@ -61,7 +100,7 @@ def container(service: Service, name: str) -> ContainerSpec:
 
 def start_script(service: Service, name: str) -> str:
     """The script that is the container's main process."""
-    instance = _instance(service, name)
+    instance = instance_of(service, name)
     return _server_script(service, instance) if instance else _proxy_script(service)
 
 
@@ -100,7 +139,7 @@ def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
 
 def command(service: Service, name: str) -> list[str]:
     """The launcher's arguments for an instance, or those of the proxy's script."""
-    instance = _instance(service, name)
+    instance = instance_of(service, name)
     if instance is None:
         return _proxy_command(service)
     return _launcher(service, instance) if instance.api_ports else _ray_worker(instance)
@@ -108,7 +147,7 @@ def command(service: Service, name: str) -> list[str]:
 
 def environment(service: Service, name: str) -> dict[str, str]:
     """What the start script exports, after the image's own ~/.bashrc."""
-    instance = _instance(service, name)
+    instance = instance_of(service, name)
     return _server_environment(service, instance) if instance else _build_environment(service)
 
 
@@ -130,10 +169,6 @@ def _engine_id(service: Service, instance: Instance) -> int:
     return 0
 
 
-def _instance(service: Service, name: str) -> Instance | None:
-    return next((i for i in service.topology.instances if i.name == name), None)
-
-
 def _code(service: Service) -> str:
     code = service.deployment.code
     return "/workspace" if code == "image" else code
@@ -152,28 +187,12 @@ def _container_environment(service: Service, name: str) -> dict[str, str]:
 
 
 def _mounts(service: Service, name: str) -> tuple[Mount, ...]:
-    """By target: what the file gives for an instance replaces what stands before it."""
-    deployment, layout = service.deployment, service.layout
-    zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
-    instance, proxy = _instance(service, name), service.topology.proxy
-    mounts = [_mount(entry.source, entry.target, entry.read_only)
-              for entry in deployment.container.mounts]  # fmt: skip
-    if not corrected(deployment, "no-shared-tmp"):
-        mounts += [_mount("/tmp")]  # noqa: S108
-    mounts += [_mount(layout.log_root), _mount(layout.directory, read_only=True)]
-    mounts += [_mount(deployment.model.path)]
-    if deployment.code != "image":
-        mounts += [_mount(deployment.code)]
+    deployment, proxy = service.deployment, service.topology.proxy
+    own = [] if corrected(deployment, "no-shared-tmp") else [mount("/tmp")]  # noqa: S108
+    after = [] if deployment.code == "image" else [mount(deployment.code)]
     if proxy.entry.nginx_tarball and name == proxy.name:
-        mounts += [_mount(proxy.entry.nginx_tarball, read_only=True)]
-    mounts += [_mount(zone, "/etc/localtime", read_only=True)]
-    for entry in instance.settings.mounts if instance else ():
-        mounts += [_mount(entry.source, entry.target, entry.read_only)]
-    return tuple({mount.target: mount for mount in mounts}.values())
-
-
-def _mount(source: str, target: str | None = None, read_only: bool = False) -> Mount:
-    return Mount(source=source, target=target or source, read_only=read_only)
+        after += [mount(proxy.entry.nginx_tarball, read_only=True)]
+    return mounts(service, name, before=own, after=after)
 
 
 def _devices(service: Service, instance: Instance | None) -> tuple[str, ...]:
@@ -224,7 +243,7 @@ def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
         **_role_environment(service, instance),
         **instance.settings.environment,
     }
-    return {key: _text(value) for key, value in environment.items()}
+    return {key: text(value) for key, value in environment.items()}
 
 
 def _corrections_of_environment(service: Service, interface: str) -> dict[str, Scalar]:
@@ -282,10 +301,10 @@ def _launcher(service: Service, instance: Instance) -> list[str]:
         "--tp", str(instance.tensor_parallel),
         "--served-model-name", model.served_name,
         "--max-model-len", str(longest),
-        *_flags({name: settings.arguments.get(name, False) for name in own}),
+        *flags({name: settings.arguments.get(name, False) for name in own}),
         *(["--gpu-util", str(settings.gpu_memory_utilization)]
           if settings.gpu_memory_utilization is not None else []),
-        "--extra-args", " ".join(_flags(extra)),
+        "--extra-args", " ".join(flags(extra)),
         *(["--additional-config", json.dumps(settings.additional_config)]
           if settings.additional_config else []),
         "--kv-transfer-config", json.dumps(kv_transfer_config(service, instance)),
@@ -308,15 +327,6 @@ def _kv_parallel_size(service: Service) -> int:
     if size == "decode-tensor-parallel":
         return service.topology.decode[0].tensor_parallel
     return len(service.topology.prefill) + 1
-
-
-def _flags(arguments: Mapping[str, Scalar]) -> list[str]:
-    """`--name value` for each argument; true is a bare flag, false leaves it out."""
-    words: list[str] = []
-    for name, value in arguments.items():
-        if value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", _text(value)]
-    return words
 
 
 def _proxy_command(service: Service) -> list[str]:
@@ -357,9 +367,9 @@ def _build_environment(service: Service) -> dict[str, str]:
 def _server_script(service: Service, instance: Instance) -> str:
     return f"""\
 #!/bin/bash
-{_title(service, instance.name)}
+{title(service, instance.name)}
 source ~/.bashrc
-{_exports(environment(service, instance.name))}
+{exports(environment(service, instance.name))}
 cd {shlex.quote(_code(service))}/omniinfer/tools/scripts || exit 1
 echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
 {_ray(instance)}exec {shlex.join(command(service, instance.name))}
@@ -410,8 +420,8 @@ def _proxy_script(service: Service) -> str:
     code, port = shlex.quote(_code(service)), service.topology.proxy.port
     return f"""\
 #!/bin/bash
-{_title(service, service.topology.proxy.name)}
-{_exports(environment(service, service.topology.proxy.name))}
+{title(service, service.topology.proxy.name)}
+{exports(environment(service, service.topology.proxy.name))}
 trap 'exit 0' INT TERM
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
 if ! command -v nginx >/dev/null; then
@@ -446,16 +456,3 @@ def _fetch_nginx(service: Service) -> str:
         return f"    cp {shlex.quote(tarball)} {_NGINX}.tar.gz || exit 1"
     source = f"http://nginx.org/download/{_NGINX}.tar.gz"
     return f"    [ -e {_NGINX}.tar.gz ] || curl -fsS -o {_NGINX}.tar.gz {source} || exit 1"
-
-
-def _title(service: Service, name: str) -> str:
-    deployment, generation = service.deployment.name, service.layout.generation
-    return f"# {name} of {deployment}, generation {generation}; written by pd-deploy"
-
-
-def _exports(environment: Mapping[str, str]) -> str:
-    return "\n".join(f"export {key}={shlex.quote(value)}" for key, value in environment.items())
-
-
-def _text(value: Scalar) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)

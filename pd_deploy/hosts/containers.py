@@ -21,12 +21,20 @@ class Mount(BaseModel):
     read_only: bool = False
 
 
+class DeviceRequest(BaseModel):
+    """GPUs that the Docker engine's driver for them brings in; `count` -1 means all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int
+
+
 class ContainerSpec(BaseModel):
     """A container to be created.
 
     `devices` are `/dev/x` or `/dev/x:/dev/y`; `shm_size` is bytes; `stop_timeout` is seconds;
     `log_max_size` is as Docker writes it (`100m`). `entrypoint` None keeps the image's, an empty
-    one drops it.
+    one drops it. `ulimits` are soft and hard limits at once, -1 for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,8 +46,10 @@ class ContainerSpec(BaseModel):
     environment: dict[str, str] = Field(default_factory=dict, repr=False)
     mounts: tuple[Mount, ...] = ()
     devices: tuple[str, ...] = ()
+    device_requests: tuple[DeviceRequest, ...] = ()
     privileged: bool = False
     cap_add: tuple[str, ...] = ()
+    ulimits: dict[str, int] = Field(default_factory=dict)
     shm_size: int | None = None
     network_mode: str = "host"
     ipc_mode: str | None = None
@@ -135,7 +145,14 @@ def create_kwargs(spec: ContainerSpec) -> dict[str, Any]:
         # Mounts and not Binds: Binds silently create a source that does not exist.
         "Mounts": [_mount(mount) for mount in spec.mounts],
         "Devices": [_device(device) for device in spec.devices],
+        "DeviceRequests": [
+            {"Driver": "", "Count": request.count, "Capabilities": [["gpu"]]}
+            for request in spec.device_requests
+        ],
         "CapAdd": list(spec.cap_add),
+        "Ulimits": [
+            {"Name": name, "Soft": limit, "Hard": limit} for name, limit in spec.ulimits.items()
+        ],
         "ShmSize": spec.shm_size,
         "IpcMode": spec.ipc_mode,
     }

@@ -75,7 +75,7 @@ class TestFile:
             ("extends: /dev/zero\n", "expected a file, found a directory or a device"),
             (
                 "name: a\n",
-                "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, or",
+                "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, vllm-",
             ),
         ],
     )
@@ -130,7 +130,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"name": 5}, ["name: expected small letters"]),
     ({"name": "a\n"}, ["name: expected small letters"]),
     ({"name": None, "image": None}, ["name: is missing", "image: is missing"]),
-    ({"engine": "vlm"}, ["engine: expected 'omniinfer', found 'vlm'"]),
+    ({"engine": "vlm"}, ["engine: expected 'omniinfer' or 'vllm', found 'vlm'"]),
     ({"pull": "maybe"}, ["pull: expected 'always' or 'never', found 'maybe'"]),
     *(
         ({"image": odd}, ["image: expected an image with a tag or a digest, NAME:TAG or"])

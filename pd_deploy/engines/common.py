@@ -1,0 +1,74 @@
+"""What the engines have in common: mounts, and pieces of start scripts. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pd_deploy.engines.base import Service
+from pd_deploy.hosts import Mount
+
+if TYPE_CHECKING:
+    from pd_deploy.deployment import MountEntry, Scalar
+    from pd_deploy.topology import Instance
+
+
+def instance_of(service: Service, name: str) -> Instance | None:
+    """The instance of that name; None for the proxy."""
+    return next((i for i in service.topology.instances if i.name == name), None)
+
+
+def mount(source: str, target: str | None = None, read_only: bool = False) -> Mount:
+    """A path of the host, at the same place in the container unless `target` says otherwise."""
+    return Mount(source=source, target=target or source, read_only=read_only)
+
+
+def mounts(
+    service: Service, name: str, *, before: Sequence[Mount] = (), after: Sequence[Mount] = ()
+) -> tuple[Mount, ...]:
+    """What every container sees: the file's own mounts, the logs, the generation's files, the
+    model, the time zone. By target: what the file gives for an instance replaces what stands
+    before it.
+
+    Args:
+        before: the engine's, laid over the mounts of all containers.
+        after: the engine's, beside the model.
+    """
+    deployment, layout = service.deployment, service.layout
+    zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
+    instance = instance_of(service, name)
+    found = [*map(_from_file, deployment.container.mounts), *before]
+    found += [mount(layout.log_root), mount(layout.directory, read_only=True)]
+    found += [mount(deployment.model.path), *after, mount(zone, "/etc/localtime", read_only=True)]
+    found += map(_from_file, instance.settings.mounts if instance else ())
+    return tuple({one.target: one for one in found}.values())
+
+
+def flags(arguments: Mapping[str, Scalar]) -> list[str]:
+    """`--name value` for each argument; true is a bare flag, false leaves it out."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        if value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", text(value)]
+    return words
+
+
+def title(service: Service, name: str) -> str:
+    """The comment that says whose start script it is."""
+    deployment, generation = service.deployment.name, service.layout.generation
+    return f"# {name} of {deployment}, generation {generation}; written by pd-deploy"
+
+
+def exports(environment: Mapping[str, str]) -> str:
+    """`export` lines for a start script."""
+    return "\n".join(f"export {key}={shlex.quote(value)}" for key, value in environment.items())
+
+
+def text(value: Scalar) -> str:
+    """A value as arguments and variables have it; true is 1, false 0."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _from_file(entry: MountEntry) -> Mount:
+    return mount(entry.source, entry.target, entry.read_only)

@@ -1,0 +1,383 @@
+"""vLLM, upstream's or for Ascend, behind vllm-router: containers, scripts, environment, arguments.
+
+P and D need no ranktable and no order: a connector finds its peer from what the router carries
+from P's answer to D's request, and fetches the KV from there. The hardware comes with the profile,
+in the section `vllm`. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pd_deploy.engines.base import Counter, Counters, Finding, Member, Service
+from pd_deploy.engines.common import exports, flags, instance_of, mounts, text, title
+from pd_deploy.errors import Problem
+from pd_deploy.hosts import ContainerSpec, DeviceRequest
+
+if TYPE_CHECKING:
+    from pd_deploy.deployment import Deployment, Scalar, VllmOptions
+    from pd_deploy.topology import Instance, Pod, Topology
+
+STARTED = "pd-deploy: starting"
+PREPARED = "pd-deploy: proxy prepared"
+OPENED = "pd-deploy: proxy open"
+OPEN_SIGNAL = "SIGUSR1"
+COUNTERS = Counters(
+    served=Counter("vllm:request_success_total"),
+    kv_tokens=Counter("vllm:prompt_tokens_by_source_total", (("source", "external_kv_transfer"),)),
+    kv_bytes=Counter("vllm:nixl_bytes_transferred_sum"),
+)
+UNUSED_KEYS: tuple[str, ...] = (
+    "code", "compat", "http_proxy", "kv_parallel_size", "ports.ray", "proxy.*.core_num",
+    "proxy.*.decode_lb_sdk", "proxy.*.log_level", "proxy.*.nginx_tarball",
+    "proxy.*.prefill_lb_sdk", "proxy.*.start_core_index", "supports.server_offset",
+    "supports.tensor_parallel",
+)  # fmt: skip
+DERIVED_ARGUMENTS = frozenset({
+    "additional-config", "data-parallel-address", "data-parallel-rpc-port", "data-parallel-size",
+    "data-parallel-size-local", "data-parallel-start-rank", "gpu-memory-utilization", "headless",
+    "host", "kv-transfer-config", "max-model-len", "model", "port", "served-model-name",
+    "tensor-parallel-size",
+})  # fmt: skip
+DERIVED_ENVIRONMENT = frozenset({
+    "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HCCL_IF_IP", "VLLM_HOST_IP",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT",
+})  # fmt: skip
+_ROUTER_STARTUP_TIMEOUT_S = 50  # servers are ready before the router starts
+
+
+@dataclass(frozen=True)
+class _Platform:
+    """What a kind of device calls the devices it may use, and its network interface."""
+
+    visible: str
+    separator: str
+    interface: tuple[str, ...]
+
+
+_PLATFORMS = {
+    # A rank gets the cores of its part of the list.
+    "cpu": _Platform("VLLM_CPU_OMP_THREADS_BIND", "|", ("GLOO_SOCKET_IFNAME", "UCX_NET_DEVICES")),
+    "cuda": _Platform("CUDA_VISIBLE_DEVICES", ",", ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")),
+    "npu": _Platform(
+        "ASCEND_RT_VISIBLE_DEVICES",
+        ",",
+        ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"),
+    ),
+}
+
+
+def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
+    """Whole copies of the model per host, and sizes of which the larger is a multiple."""
+    if deployment.vllm is None:
+        message = f"is missing; profile {deployment.profile} is not one of engine vllm"
+        yield "engine-keys", Problem("vllm", message)
+    for pod in topology.pods:
+        tp = pod.tensor_parallel
+        for member in pod.members:
+            if len(member.devices) % tp:
+                found = f"its devices on {member.host} ({len(member.devices)}), found {tp}"
+                message = f"expected a divisor of {found}"
+                yield "tensor-parallel", Problem(f"{pod.key}.tensor_parallel", message)
+    for decode in topology.decode:
+        for prefill in topology.prefill:
+            yield from _ratio(prefill, decode)
+
+
+def members(
+    deployment: Deployment,
+    role: Literal["prefill", "decode"],
+    devices: Sequence[int],
+    tensor_parallel: int,
+) -> Sequence[Member]:
+    """A copy of the model per `tensor_parallel` devices, behind one API server on the master.
+
+    Peers ask each copy (NIXL), or each of its devices (Mooncake), on a port of its own.
+    """
+    options = deployment.vllm
+    by_device = options is not None and options.connector == "MooncakeConnectorV1"
+    ranks = [max(1, count // tensor_parallel) for count in devices]
+    return [
+        Member(
+            ranks=copies,
+            servers=int(not index),
+            kv_ports=devices[index] if by_device else copies,
+        )
+        for index, copies in enumerate(ranks)
+    ]
+
+
+def read_addresses_command(devices: Sequence[int]) -> list[str] | None:
+    """None: peers are found by their hosts' addresses."""
+    return None
+
+
+def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
+    """Nothing to parse."""
+    return {}
+
+
+def unseen(nonce: str) -> dict[str, Any]:
+    """A salt of its own, which vLLM hashes into the blocks of its prefix cache."""
+    return {"cache_salt": nonce}
+
+
+def container(service: Service, name: str) -> ContainerSpec:
+    """The container of an instance or of the proxy; the server is its main process.
+
+    All GPUs of the host are visible in a server's container, so that servers on one host can move
+    KV from device to device; which of them it uses says its environment.
+    """
+    options, instance = service.deployment.container, instance_of(service, name)
+    prefix = getattr(options.names, instance.role if instance else "proxy")
+    further = instance.settings.container_devices if instance else ()
+    return ContainerSpec(
+        name=f"{prefix}_{name}_{service.layout.generation}",
+        image=service.image,
+        entrypoint=("bash",),
+        command=(service.layout.start_script(name),),
+        mounts=mounts(service, name),
+        devices=tuple(dict.fromkeys((*_devices(service, instance), *further))),
+        device_requests=(DeviceRequest(count=-1),) if options.gpus and instance else (),
+        privileged=options.privileged,
+        cap_add=options.cap_add if instance else (),
+        ulimits=options.ulimits if instance else {},
+        shm_size=options.shm_size,
+        network_mode="host",
+        user="root",
+        working_dir="/root",
+        init=True,
+        stop_signal="SIGINT",
+        stop_timeout=options.stop_timeout,
+    )
+
+
+def start_script(service: Service, name: str) -> str:
+    """The script that is the container's main process."""
+    instance = instance_of(service, name)
+    return _server_script(service, instance) if instance else _proxy_script(service)
+
+
+def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
+    """None."""
+    return {}
+
+
+def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
+    """None: all load at the same time."""
+    return ()
+
+
+def users_command() -> list[str]:
+    """None: whether a GPU is free says its driver, differently for each; vLLM looks itself."""
+    return []
+
+
+def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+    """Nobody, as far as can be told."""
+    return {}
+
+
+def command(service: Service, name: str) -> list[str]:
+    """`vllm serve …` for an instance, or `vllm-router …`."""
+    instance = instance_of(service, name)
+    return _serve(service, instance) if instance else _router(service)
+
+
+def environment(service: Service, name: str) -> dict[str, str]:
+    """What the start script exports."""
+    instance = instance_of(service, name)
+    if instance is None:
+        return {"PYTHONUNBUFFERED": "1"}
+    platform = _PLATFORMS[_options(service).device]
+    interface = service.facts[instance.host].interface
+    values: dict[str, Scalar] = {
+        "PYTHONUNBUFFERED": 1,
+        "VLLM_HOST_IP": instance.address,
+        platform.visible: platform.separator.join(map(str, instance.devices)),
+        **dict.fromkeys(platform.interface, interface),
+        **_side_channel(service, instance),
+        **instance.settings.environment,
+    }
+    return {key: text(value) for key, value in values.items()}
+
+
+def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Any]:
+    """How an instance takes part in KV transfer. A transfer that fails fails its request: to
+    compute the prompt again in its place would hide the fault."""
+    options = _options(service)
+    config: dict[str, Any] = {
+        "kv_connector": options.connector,
+        "kv_role": "kv_producer" if instance.role == "prefill" else "kv_consumer",
+        "kv_buffer_device": options.kv_buffer_device or options.device,
+        "kv_load_failure_policy": "fail",
+    }
+    extra = dict(options.kv_connector_extra_config)
+    if options.connector == "MooncakeConnectorV1":
+        del config["kv_load_failure_policy"]
+        # Each device of each rank listens; the connector adds the rank's first device itself.
+        config["kv_port"] = str(
+            instance.zmq_port - instance.server_offset * instance.tensor_parallel
+        )
+        config["engine_id"] = str(instance.kv_rank)
+        extra = {**_sizes(service.topology), **extra}
+    return {**config, "kv_connector_extra_config": extra} if extra else config
+
+
+def _ratio(prefill: Pod, decode: Pod) -> Iterator[Finding]:
+    small, large = sorted((prefill.tensor_parallel, decode.tensor_parallel))
+    if large % small:
+        message = (
+            f"expected a multiple or a divisor of decode {decode.name}'s tensor parallel size "
+            f"({decode.tensor_parallel}), found {prefill.tensor_parallel}"
+        )
+        yield "tensor-parallel-ratio", Problem(f"{prefill.key}.tensor_parallel", message)
+
+
+def _options(service: Service) -> VllmOptions:
+    options = service.deployment.vllm
+    assert options is not None, "the rule engine-keys demands it"
+    return options
+
+
+def _devices(service: Service, instance: Instance | None) -> tuple[str, ...]:
+    """Device files: the common ones and, of NPUs, the instance's own; the proxy needs none."""
+    options = service.deployment.container
+    if instance is None:
+        return ()
+    own = _options(service).device == "npu" and not options.privileged
+    return (*options.devices, *(f"/dev/davinci{d}" for d in instance.devices if own))
+
+
+def _side_channel(service: Service, instance: Instance) -> dict[str, Scalar]:
+    """Where NIXL's peers ask for an instance's KV. A rank adds its number in the pod."""
+    if _options(service).connector != "NixlConnector":
+        return {"HCCL_IF_IP": instance.address}
+    return {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": instance.address,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": instance.zmq_port - instance.server_offset,
+    }
+
+
+def _sizes(topology: Topology) -> dict[str, dict[str, int]]:
+    """Parallel sizes of both sides, which Mooncake's connector has to know."""
+    sides = {"prefill": topology.prefill[0].master, "decode": topology.decode[0].master}
+    return {
+        role: {"dp_size": one.data_parallel, "tp_size": one.tensor_parallel}
+        for role, one in sides.items()
+    }
+
+
+def _serve(service: Service, instance: Instance) -> list[str]:
+    model, settings = service.deployment.model, instance.settings
+    longest = model.max_len_prefill if instance.role == "prefill" else model.max_len_decode
+    return [
+        _options(service).command, "serve", model.path,
+        "--served-model-name", model.served_name,
+        "--host", instance.address,
+        "--port", str(instance.api_port),
+        "--max-model-len", str(longest),
+        "--tensor-parallel-size", str(instance.tensor_parallel),
+        *_data_parallel(instance),
+        *flags(settings.arguments),
+        *(["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
+          if settings.gpu_memory_utilization is not None else []),
+        *(["--additional-config", json.dumps(settings.additional_config)]
+          if settings.additional_config else []),
+        "--kv-transfer-config", json.dumps(kv_transfer_config(service, instance)),
+    ]  # fmt: skip
+
+
+def _data_parallel(instance: Instance) -> list[str]:
+    """Ranks of a pod over several hosts follow its master; the others have no API server."""
+    if instance.data_parallel == 1:
+        return []
+    words = ["--data-parallel-size", str(instance.data_parallel)]
+    if instance.spans_hosts:
+        words += ["--data-parallel-size-local", str(instance.ranks)]
+        words += ["--data-parallel-address", instance.master_address]
+        words += ["--data-parallel-rpc-port", str(instance.master_port)]
+    if not instance.is_master:
+        words += ["--headless", "--data-parallel-start-rank", str(instance.server_offset)]
+    return words
+
+
+def _router(service: Service) -> list[str]:
+    """Round robin uses every prefill; the router's own default may send all to one. A dead server
+    is left out within 4 s: until then requests to it fail, for the router does not retry."""
+    topology, proxy, options = service.topology, service.topology.proxy, _options(service)
+    backends = [
+        word
+        for role, pods in (("--prefill", topology.prefill), ("--decode", topology.decode))
+        for pod in pods
+        for server in pod.servers
+        for word in (role, f"http://{server}")
+    ]
+    return [
+        options.router,
+        "--host", "0.0.0.0",  # noqa: S104  clients come from anywhere
+        "--port", str(proxy.port),
+        "--prometheus-host", "127.0.0.1",
+        "--prometheus-port", str(options.router_metrics_port),
+        "--vllm-pd-disaggregation",
+        *backends,
+        "--policy", options.router_policy,
+        "--worker-startup-timeout-secs", str(_ROUTER_STARTUP_TIMEOUT_S),
+        "--worker-startup-check-interval", "1",
+        "--health-check-interval-secs", "2",
+        "--health-failure-threshold", "2",
+        "--health-success-threshold", "1",
+    ]  # fmt: skip
+
+
+def _server_script(service: Service, instance: Instance) -> str:
+    """Images for Ascend set up CANN in ~/.bashrc, which may set what ours then replaces."""
+    return f"""\
+#!/bin/bash
+{title(service, instance.name)}
+[ ! -r ~/.bashrc ] || source ~/.bashrc
+{exports(environment(service, instance.name))}
+echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
+exec {shlex.join(command(service, instance.name))}
+"""
+
+
+def _proxy_script(service: Service) -> str:
+    """Checks that the router is there and takes its arguments, waits to be opened, then lives as
+    long as the router does. The router itself opens its port only once every server is healthy.
+
+    Asked is /readiness: /health fails as soon as any server is down.
+    """
+    proxy = service.topology.proxy
+    return f"""\
+#!/bin/bash
+{title(service, proxy.name)}
+{exports(environment(service, proxy.name))}
+trap 'exit 0' INT TERM
+router=({shlex.join(command(service, proxy.name))})
+# --help comes last: all arguments before it are read, and nothing is started.
+"${{router[@]}}" --help >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
+ready() {{
+    exec 3<>/dev/tcp/{proxy.address}/{proxy.port} || return
+    printf 'GET /readiness HTTP/1.0\\r\\n\\r\\n' >&3
+    read -r -t 5 _ status _ <&3
+    exec 3>&-
+    [ "$status" = 200 ]
+}} 2>/dev/null
+trap 'opened=1' USR1
+echo {shlex.quote(PREPARED)}
+while [ -z "$opened" ]; do sleep infinity & wait $!; kill $!; done
+"${{router[@]}}" & router_pid=$!
+trap 'stopped=1; kill "$router_pid"' INT TERM
+until ready; do
+    kill -0 "$router_pid" || {{ echo "pd-deploy: the router ended"; exit 1; }}
+    sleep 0.2
+done
+echo {shlex.quote(OPENED)}
+while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
+[ -n "$stopped" ] || {{ echo "pd-deploy: the router ended"; exit 1; }}
+"""

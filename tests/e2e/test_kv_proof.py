@@ -1,0 +1,51 @@
+"""The smoke test tells a service whose KV moves from one whose decode does all the work."""
+
+from flows.deploy import deploy
+from lab.lifecycle import STANDIN
+from tests.e2e.conftest import Service
+
+METRICS = "usr/local/Ascend/latest/standin/metrics.py"
+
+
+async def test_every_prefill_is_seen_to_hand_its_kv_over(service: Service) -> None:
+    """Whichever host it is on."""
+    state = await deploy(service.file, return_state=True)
+    said = str(state.message)
+    assert "KV transfer proven by the servers' counters: " in said
+    for way in ("p0 (a) → d0 (b)", "p1 (a) → d0 (b)", "p2 (b) → d0 (b)"):
+        assert way in said
+
+
+async def test_a_decode_that_computes_the_prompt_itself_is_found_out(service: Service) -> None:
+    """Its answers are right, and yet the run fails."""
+    service.faults("d0", ignore_kv=True)
+    state = await deploy(service.file, return_state=True)
+    assert state.is_failed()
+    assert "found that it computed it itself: KV of 0 of" in str(state.message)
+
+
+async def test_a_prefill_that_hands_nothing_over_is_found_out_whichever_it_is(
+    service: Service,
+) -> None:
+    """One request alone would seldom meet it."""
+    service.faults("p1", refuse_kv=True)
+    state = await deploy(service.file, return_state=True)
+    assert state.is_failed()
+    assert "told to refuse" in str(state.message)
+
+
+async def test_an_image_without_such_counters_is_not_called_proven(service: Service) -> None:
+    """As those of the time of the stand-in's."""
+    code = (STANDIN / "image" / METRICS).read_text()
+    silent = code.replace(
+        'return "\\n".join(lines)',
+        'return "\\n".join(line for line in lines if "by_source" not in line)',
+    )
+    assert silent != code
+    service.lab.push_variant("silent", {METRICS: silent})
+    service.change(image=f"{service.lab.image.rpartition(':')[0]}:silent")
+    state = await deploy(service.file, return_state=True)
+    assert state.is_completed()
+    assert "KV transfer not provable: d0 counts no vllm:prompt_tokens_by_source_total" in str(
+        state.message
+    )

@@ -1,0 +1,139 @@
+"""The engine vllm with vLLM itself: KV really moves from prefill to decode."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from flows.deploy import deploy
+from lab import Lab, vllm
+from tests.e2e.conftest import ROOT, Service
+
+PORT = 7001
+PROMPT = "Decode writes the answer, one token after the other, and so on. How are you?"
+MAX_TOKENS = 24
+ANSWERED_ALONE = f"""
+from vllm import LLM, SamplingParams
+one = LLM({str(vllm.MODEL)!r}, max_model_len=512, dtype="bfloat16", block_size=32,
+          enforce_eager=True, num_gpu_blocks_override=512)
+sampling = SamplingParams(temperature=0, max_tokens={MAX_TOKENS})
+(answer,) = one.generate([{PROMPT!r}], sampling)
+print("ids", list(answer.outputs[0].token_ids))
+"""
+ALONE = {
+    "PATH": f"{vllm.ENGINE}/bin:/usr/bin:/bin",
+    "HOME": "/root",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def installed(lab: Lab) -> str:
+    """vLLM on the tests' lab; the image it runs in."""
+    vllm.prepare(print)
+    return lab.push_packages(vllm.IMAGE, vllm.IMAGE_TAG, vllm.IMAGE_PACKAGES)
+
+
+@pytest.fixture(scope="module")
+def answered_alone(installed: str) -> list[int]:
+    """What one server without any KV transfer answers, as token ids."""
+    done = subprocess.run(
+        [vllm.ENGINE / "bin/python", "-c", ANSWERED_ALONE],
+        env=ALONE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    ids: list[int] = json.loads(done.stdout.rpartition("ids ")[2])
+    return ids
+
+
+@pytest.fixture
+def pair(lab: Lab, installed: str, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
+    """One prefill and one decode, each on a host of its own."""
+    document = {
+        "extends": str(ROOT / "deployments/lab-vllm-1p1d.yaml"),
+        "image": installed,
+        "hosts": {name: host.address for name, host in lab.hosts.items()},
+        "ssh": {"credentials": ssh_block},
+        "gates": {"ready": 300},
+    }
+    path = tmp_path / "test-vllm.yaml"
+    path.write_text(yaml.safe_dump(document))
+    service = Service(path, lab)
+    try:
+        yield service
+    finally:
+        service.clean()
+
+
+async def test_from_nothing_to_an_upgrade_and_a_router_that_drops_the_hand_over(
+    pair: Service, answered_alone: list[int], worker: None, prefect: Callable[..., str]
+) -> None:
+    """In one test, because loading takes most of the time."""
+    flow_run = run(prefect, pair)
+    followed = prefect("pd-deploy", "follow", flow_run)
+    assert "KV transfer proven by the servers' counters: p0 (a) → d0 (b)" in followed
+    assert not re.search("ranktable|device addresses", followed)
+    assert await answer(pair) == answered_alone
+
+    pair.change(settings={"decode": {"arguments": {"max-num-seqs": 2}}})
+    state = await deploy(pair.file, return_state=True)
+    assert "Generation 2-" in str(state.message)
+    assert "proven" in str(state.message)
+    assert await answer(pair) == answered_alone
+    assert {c["Config"]["Labels"]["pd-deploy.epoch"] for c in running(pair)} == {"2"}
+
+    router = Path(__file__).with_name("dropping_router.py")
+    pair.change(
+        vllm={"router": str(router)},
+        container={"mounts": [f"{vllm.HOME}:ro", f"{router.parent}:ro"]},
+    )
+    state = await deploy(pair.file, return_state=True)
+    assert state.is_failed()
+    assert "expected decode to get the KV of the prompt's" in str(state.message)
+    assert re.search(r"KV of 0 of \d+ prompt tokens went from p0 \(a\)", str(state.message))
+
+
+def run(prefect: Callable[..., str], service: Service) -> str:
+    """Starts the deployment as a user does; the id of its run."""
+    output = prefect(
+        "prefect", "deployment", "run", "pd-deploy/lab-vllm-1p1d", "--param", f"file={service.file}"
+    )
+    flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", output)
+    assert flow_run
+    return flow_run[0]
+
+
+async def answer(service: Service) -> list[int]:
+    """What the service answers, as token ids."""
+    request = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    async with httpx.AsyncClient(timeout=60) as client:
+        url = f"http://{service.lab.hosts['a'].address}:{PORT}/v1/completions"
+        answered = await client.post(url, json=request)
+    ids: list[int] = answered.json()["choices"][0]["token_ids"]
+    return ids
+
+
+def running(service: Service) -> list[dict[str, Any]]:
+    return list(service.containers(running=True).values())

@@ -1,0 +1,41 @@
+"""Counters are found in what servers show on /metrics."""
+
+import pytest
+
+from pd_deploy import metrics
+from pd_deploy.engines import omniinfer, vllm
+from pd_deploy.engines.base import Counter
+
+PAGE = """\
+# HELP vllm:prompt_tokens_by_source_total Number of prompt tokens by source.
+# TYPE vllm:prompt_tokens_by_source_total counter
+vllm:prompt_tokens_by_source_total{engine="0",model_name="a \\"b\\", c",source="local_compute"} 3.0
+vllm:prompt_tokens_by_source_total{engine="0",model_name="x",source="external_kv_transfer"} 40.0
+vllm:prompt_tokens_by_source_total{engine="1",model_name="x",source="external_kv_transfer"} 2.0
+vllm:nixl_bytes_transferred_sum{engine="0"} 8192.0
+process_start_time_seconds 1.76e+09
+up 1 1700000000
+broken{ 1
+not_a_number x
+"""
+
+
+def test_samples_with_the_labels_of_a_counter_are_added_up() -> None:
+    page = metrics.parse(PAGE)
+    assert metrics.total([page], vllm.COUNTERS.kv_tokens) == 42
+    assert metrics.total([page, page], vllm.COUNTERS.kv_tokens) == 84
+    assert metrics.total([page], vllm.COUNTERS.kv_bytes) == 8192
+    assert metrics.total([page], Counter("up")) == 1
+
+
+def test_a_label_may_hold_quotes_and_commas() -> None:
+    labels, value = metrics.parse(PAGE)["vllm:prompt_tokens_by_source_total"][0]
+    assert labels["source"] == "local_compute"
+    assert value == 3
+
+
+@pytest.mark.parametrize("page", ["", "<html>", PAGE.replace("prompt_tokens_by_source", "other")])
+def test_a_server_that_does_not_count_is_told_from_one_that_counted_nothing(page: str) -> None:
+    assert metrics.total([metrics.parse(page)], omniinfer.COUNTERS.kv_tokens) is None
+    silent = PAGE.replace("external_kv_transfer", "local_cache_hit")
+    assert metrics.total([metrics.parse(silent)], omniinfer.COUNTERS.kv_tokens) == 0
