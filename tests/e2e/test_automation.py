@@ -1,0 +1,194 @@
+"""What an operator need not do: automations of prefect.yaml put things right after an interrupted
+run, and a dead worker or server leaves nothing that the next run does not mend."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun
+
+from flows.deploy import deploy
+from tests.e2e.conftest import BIN, INSTANCES, ROOT, Service, until
+
+CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
+NAME = "lab-qwq-3p1d"
+
+
+@pytest.fixture
+async def automated(service: Service, worker: None) -> AsyncIterator[Service]:
+    """The service as the deployments of prefect.yaml know it; it takes long to load."""
+    before = {}
+    async with get_client() as client:
+        for flow in ("pd-deploy", "pd-recover"):
+            found = await client.read_deployment_by_name(f"{flow}/{NAME}")
+            before[found.id] = found.parameters
+            await client.update_deployment(found.id, _update(service.file))
+        yield service
+        for identity, parameters in before.items():
+            await client.update_deployment(identity, _update(str(parameters["file"])))
+
+
+@pytest.mark.parametrize("way", ["cancelled", "killed"])
+async def test_interrupted_upgrade_is_recovered_by_itself(
+    automated: Service, prefect: Callable[..., str], way: str
+) -> None:
+    """The generation before serves again, though nobody asked for it."""
+    await deploy(automated.file)
+    automated.change(settings=CHANGED)
+    automated.faults("p1", load_seconds=60)
+    earlier = {run.id for run in await runs_of("pd-recover")}
+    run = start(prefect)
+    await asyncio.to_thread(until, lambda: epoch(automated, "p1") == "2", 60)
+    automated.faults("p1")
+    if way == "cancelled":
+        prefect("prefect", "flow-run", "cancel", str(run))
+    else:
+        os.kill(process_of(run), signal.SIGKILL)
+    recovered = await ended("pd-recover", earlier)
+    assert recovered.state
+    assert recovered.state.is_completed(), recovered.state.message
+    assert {epoch(automated, name) for name in INSTANCES} == {"1"}
+    assert automated.completes()
+
+
+async def test_killed_worker_does_not_interrupt_its_run(
+    service: Service, prefect: Callable[..., str], prefect_env: dict[str, str], tmp_path: Path
+) -> None:
+    """The run is a process of its own: it ends well, and gives its leases back."""
+    prefect("prefect", "work-pool", "create", "own-pool", "--type", "process", "--overwrite")
+    prefect("prefect", "--no-prompt", "deploy", "-n", "lab-qwq-3p1d", "--pool", "own-pool")
+    worker = subprocess.Popen(  # noqa: ASYNC220  killed below
+        [f"{BIN}/prefect", "worker", "start", "-p", "own-pool"],
+        env=prefect_env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        service.faults("p1", load_seconds=8)
+        run = start(prefect, f"file={service.file}")
+        await asyncio.to_thread(until, lambda: epoch(service, "p1") == "1", 60)
+        worker.kill()
+        worker.wait()
+        assert "Completed: Generation 1-" in prefect("pd-deploy", "follow", str(run))
+    finally:
+        worker.kill()
+        prefect("prefect", "--no-prompt", "deploy", "--all")
+    state = await deploy(service.file, return_state=True)
+    assert "nothing changed" in str(state.message)
+
+
+async def test_killed_server_leaves_nothing_that_the_next_run_does_not_mend(
+    service: Service,
+) -> None:
+    """The temporary server of `pd-deploy deploy` is killed while the servers load."""
+    service.change(ssh={"credentials": None, "user": "root"}, gates={"lease_lasts": 3})
+    await deploy_by_command(service)
+    service.change(settings=CHANGED)
+    service.faults("p1", load_seconds=10)
+    running = asyncio.ensure_future(deploy_by_command(service))
+    await asyncio.to_thread(until, lambda: epoch(service, "p1") == "2", 60)
+    for server in servers_of(service.file):
+        os.kill(server, signal.SIGKILL)
+    service.faults("p1")
+    await running
+    await deploy_by_command(service)
+    assert {epoch(service, name) for name in INSTANCES} == {"2"}
+    assert service.completes()
+
+
+def start(prefect: Callable[..., str], *parameters: str) -> UUID:
+    """Starts the deployment as a user does; the id of its run."""
+    given = [word for one in parameters for word in ("--param", one)]
+    output = prefect("prefect", "deployment", "run", f"pd-deploy/{NAME}", *given)
+    found = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", output)
+    assert found
+    return UUID(found[0])
+
+
+def epoch(service: Service, instance: str) -> str | None:
+    """Of an instance's running container."""
+    running = service.containers(running=True)
+    found = running.get(instance)
+    return found["Config"]["Labels"]["pd-deploy.epoch"] if found else None
+
+
+async def runs_of(flow: str) -> list[FlowRun]:
+    """All runs of a flow."""
+    async with get_client() as client:
+        chosen = FlowFilter(name=FlowFilterName(any_=[flow]))
+        return await client.read_flow_runs(flow_filter=chosen)
+
+
+async def ended(flow: str, earlier: set[UUID]) -> FlowRun:
+    """The run of a flow that there was not before, once it has ended."""
+    for _ in range(240):
+        for run in await runs_of(flow):
+            if run.id not in earlier and run.state and run.state.is_final():
+                return run
+        await asyncio.sleep(0.5)
+    raise AssertionError(f"no further run of {flow} has ended")
+
+
+def process_of(run: UUID) -> int:
+    """The process in which a worker runs a flow run."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (directory / "environ").read_bytes()
+        except OSError:
+            continue
+        if f"PREFECT__FLOW_RUN_ID={run}".encode() in environment:
+            return int(directory.name)
+    raise AssertionError(f"no process of {run}")
+
+
+async def deploy_by_command(service: Service) -> int | None:
+    """`pd-deploy deploy` without a Prefect server of its own set up; its exit code."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    env |= {"PREFECT_HOME": str(service.path.parent / "prefect"), "HOME": str(service.path.parent)}
+    ssh = service.path.parent / ".ssh"
+    ssh.mkdir(mode=0o700, exist_ok=True)
+    sources = {"id_ed25519": service.lab.ssh_key, "known_hosts": service.lab.known_hosts}
+    for name, source in sources.items():
+        (ssh / name).write_text(source.read_text())
+        (ssh / name).chmod(0o600)
+    command = [str(Path(sys.executable).parent / "pd-deploy"), "deploy", service.file]
+    process = await asyncio.create_subprocess_exec(
+        *command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    return await process.wait()
+
+
+def servers_of(file: str) -> list[int]:
+    """The temporary Prefect servers of commands that deploy a file."""
+    parents = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if _read(path).endswith(f"deploy\0{file}\0")
+    ]
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if (fields := _read(path).rpartition(")")[2].split()) and int(fields[1]) in parents
+    ]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _update(file: str):  # type: ignore[no-untyped-def]
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    return DeploymentUpdate(parameters={"file": file})
