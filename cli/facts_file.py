@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pd_deploy import actions, engines, plan, topology
+from pd_deploy import actions, engines, plan, releases, topology
 from pd_deploy.deployment import Address, Deployment, Text, Word, problems_of
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import InvalidInput, Problem
@@ -58,9 +58,9 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
         engine,
         facts={n: HostFacts(f.interface, f.device_addresses) for n, f in facts.hosts.items()},
         image=facts.image or deployment.image_reference,
-        generations=facts.generations,
+        history=releases.merge((), (), facts.generations),
     )
-    return actions.with_actions(made, {}, {}, {}, STAGES)
+    return actions.with_actions(made.plan, {}, {}, {}, STAGES)
 
 
 def _read(path: Path) -> FactsFile:

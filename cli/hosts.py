@@ -1,14 +1,37 @@
-"""Planning with what the hosts say."""
+"""Looking at the hosts, without a flow run."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from cli.prefect_api import reached
-from flows.site import open_site
-from pd_deploy import survey
+from flows.site import open_former, open_site
+from pd_deploy import history, survey
 from pd_deploy.deployment import Deployment
 from pd_deploy.plan import STAGES, Plan
+from pd_deploy.releases import History
+from pd_deploy.rollout import Site
 
 
-async def plan(deployment: Deployment) -> Plan:
+async def plan(deployment: Deployment, image: str | None) -> Plan:
     """The plan that a deployment would carry out now; changes nothing on the hosts."""
     with reached():
-        async with open_site(deployment) as site:
-            return (await survey.look(site)).with_actions(STAGES)
+        async with looked_at(deployment) as (site, _):
+            return (await survey.look(site, image)).with_actions(STAGES)
+
+
+async def past(deployment: Deployment) -> History:
+    """What was deployed before, and what became of it."""
+    with reached():
+        async with looked_at(deployment) as (_, found):
+            return found
+
+
+@asynccontextmanager
+async def looked_at(deployment: Deployment) -> AsyncIterator[tuple[Site, History]]:
+    """The deployment's hosts, former ones included, and its past."""
+    async with open_site(deployment) as site:
+        reading = [history.read(host, site.root) for host in site.hosts.values()]
+        found = history.merged(await asyncio.gather(*reading))
+        await open_former(site, found)
+        yield site, found

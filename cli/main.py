@@ -19,6 +19,7 @@ from pd_deploy import deployment as files
 from pd_deploy import topology
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.plan import Plan
+from pd_deploy.survey import NEWEST
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 
@@ -62,6 +63,13 @@ class Stage(StrEnum):
     SERVER = "server"
 
 
+class OnFailure(StrEnum):
+    """What becomes of a generation that fails."""
+
+    ROLLBACK = "rollback"
+    KEEP = "keep"
+
+
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file (YAML).")]
 Image = Annotated[str | None, typer.Option(help="Run this image instead of the file's own.")]
 
@@ -74,7 +82,7 @@ def check(file: File, image: Image = None) -> None:
 
     Example: pd-deploy check deployments/qwq-3p1d.yaml
     """
-    service = files.load(file, image=image)
+    service = _load(file, image)
     typer.echo(show.topology(service, topology.build(service)))
 
 
@@ -112,7 +120,9 @@ def plan(
     if host is not None and host not in service.hosts:
         known = ", ".join(service.hosts)
         raise InvalidInput([Problem("--host", f"expected one of {known}, found {host}")])
-    made = facts_file.make_plan(service, facts) if facts else _plan_on_hosts(service)
+    made = (
+        facts_file.make_plan(service, facts) if facts else _plan_on_hosts(files.load(file), image)
+    )
     if format is Format.SHELL:
         hosts = [host] if host else list(service.hosts)
         placed = topology.build(service)
@@ -132,8 +142,14 @@ def deploy(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")
     ] = False,
+    on_failure: Annotated[
+        OnFailure,
+        typer.Option(help="Bring the generation before back, or keep the failed one as it is."),
+    ] = OnFailure.ROLLBACK,
 ) -> None:
     """Bring a service up and prove it with a completion.
+
+    When a new generation fails, the one that served before is started again.
 
     The same flow as `prefect deployment run`, run here and now; without a Prefect server set up
     (PREFECT_API_URL) it brings a temporary one. Safe to run again: it changes only what is not as
@@ -141,11 +157,129 @@ def deploy(
 
     Example: pd-deploy deploy deployments/qwq-3p1d.yaml
     """
-    topology.build(files.load(file, image=image))
+    _load(file)
+    if image not in (None, NEWEST):
+        _load(file, image)
     from cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from flows.deploy import deploy as flow  # noqa: PLC0415  as above
 
     stages = [one.value for one in stage] if stage else None
-    raise typer.Exit(run.deploy(str(file), image=image, stages=stages, dry_run=dry_run))
+    raise typer.Exit(
+        run.here(
+            flow,
+            file=str(file),
+            image=image,
+            stages=stages,
+            dry_run=dry_run,
+            on_failure=on_failure.value,
+        )
+    )
+
+
+@app.command()
+def rollback(
+    file: File,
+    generation: Annotated[
+        str | None,
+        typer.Argument(help="One that `releases` lists; without it, the good one before."),
+    ] = None,
+) -> None:
+    """Bring a generation back that served before, as it was.
+
+    With its own image, scripts and ranktables, through the same gates. If it fails, what serves
+    now serves again.
+
+    Example: pd-deploy rollback deployments/qwq-3p1d.yaml
+    """
+    _load(file)
+    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from flows.rollback import rollback as flow  # noqa: PLC0415  as above
+
+    raise typer.Exit(run.here(flow, file=str(file), generation=generation))
+
+
+@app.command()
+def recover(file: File) -> None:
+    """Find out what an interrupted run left, and make the promoted generation serve.
+
+    Example: pd-deploy recover deployments/qwq-3p1d.yaml
+    """
+    _load(file)
+    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from flows.recover import recover as flow  # noqa: PLC0415  as above
+
+    raise typer.Exit(run.here(flow, file=str(file)))
+
+
+@app.command()
+def releases(
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the kept generations, the youngest first: when, which image, who, what became of it.
+
+    Example: pd-deploy releases deployments/qwq-3p1d.yaml
+    """
+    service = _load(file)
+    from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
+
+    past = asyncio.run(hosts.past(service))
+    typer.echo(past.record.model_dump_json(indent=2) if as_json else show.releases(past))
+
+
+@app.command()
+def logs(
+    file: File,
+    generation: Annotated[
+        str | None, typer.Argument(help="Which one; the youngest without it.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to; a new directory here without it.")
+    ] = None,
+) -> None:
+    """Collect a generation's logs from all hosts into one directory, also after a failure.
+
+    What each container printed, and the files that servers and proxy wrote: DIR/HOST/INSTANCE/.
+
+    Example: pd-deploy logs deployments/qwq-3p1d.yaml --to ./logs
+    """
+    service = _load(file)
+    from cli import logs as collecting  # noqa: PLC0415  Prefect takes seconds to import
+
+    typer.echo(f"copied to {asyncio.run(collecting.collect(service, generation, to))}")
+
+
+@app.command()
+def prune(file: File) -> None:
+    """Remove old generations: all but the one that serves, the last good ones and the youngest.
+
+    The file's `keep` says how many good ones. Every run does the same at its end.
+
+    Example: pd-deploy prune deployments/qwq-3p1d.yaml
+    """
+    _load(file)
+    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from flows.prune import prune as flow  # noqa: PLC0415  as above
+
+    raise typer.Exit(run.here(flow, file=str(file)))
+
+
+@app.command()
+def teardown(
+    file: File,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a deployment completely, and only it: containers, files, logs and its images.
+
+    Example: pd-deploy teardown deployments/qwq-3p1d.yaml --yes
+    """
+    service = _load(file)
+    if not yes:
+        typer.confirm(f"Remove {service.name} from {', '.join(service.hosts)}?", abort=True)
+    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from flows.teardown import teardown as flow  # noqa: PLC0415  as above
+
+    raise typer.Exit(run.here(flow, file=str(file)))
 
 
 @app.command()
@@ -176,13 +310,20 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _load(file: Path, image: str | None = None) -> files.Deployment:
+    """The file's deployment, sound in itself and as a whole."""
+    service = files.load(file, image=image)
+    topology.build(service)
+    return service
+
+
 def _fail(error: PdDeployError | str, code: int) -> NoReturn:
     typer.echo(f"pd-deploy: {error}", err=True)
     sys.exit(code)
 
 
-def _plan_on_hosts(service: files.Deployment) -> Plan:
+def _plan_on_hosts(service: files.Deployment, image: str | None) -> Plan:
     topology.build(service)
     from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
-    return asyncio.run(hosts.plan(service))
+    return asyncio.run(hosts.plan(service, image))

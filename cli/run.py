@@ -1,18 +1,18 @@
 """Running the flow here, and following a run elsewhere."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import typer
+from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 
 from cli.prefect_api import reached
-from flows.deploy import deploy as flow
 from pd_deploy.errors import PdDeployError
 
 POLL_INTERVAL_S = 0.5
@@ -21,10 +21,14 @@ QUIET_POLLS = 4
 _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
 
 
-def deploy(file: str, *, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
-    """Runs the flow in this process; 0 when it completed, 1 when it failed."""
+def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
+    """Runs a flow in this process; 0 when it completed, 1 when it failed.
+
+    Raises:
+        PdDeployError: what it failed of.
+    """
     with reached():
-        return asyncio.run(_deploy(file, image, stages, dry_run))
+        return asyncio.run(_here(flow, parameters))
 
 
 def follow(flow_run: UUID) -> int:
@@ -33,10 +37,8 @@ def follow(flow_run: UUID) -> int:
         return asyncio.run(_follow(flow_run))
 
 
-async def _deploy(file: str, image: str | None, stages: list[str] | None, dry_run: bool) -> int:
-    state: State[Any] = await flow(
-        file=file, image=image, stages=stages, dry_run=dry_run, return_state=True
-    )
+async def _here(flow: Flow[..., Coroutine[Any, Any, Any]], parameters: dict[str, Any]) -> int:
+    state: State[Any] = await flow(**parameters, return_state=True)
     error = await state.aresult(raise_on_failure=False)
     if isinstance(error, PdDeployError):
         raise error

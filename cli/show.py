@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from pd_deploy import releases as pd_releases
 from pd_deploy.deployment import Deployment
 from pd_deploy.plan import HostPlan, Plan
+from pd_deploy.releases import History
 from pd_deploy.topology import Topology
 
 
@@ -52,6 +54,17 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def releases(past: History) -> str:
+    """The releases as a table, and the images in quarantine."""
+    rows = pd_releases.table(past)
+    if not rows:
+        return "nothing was deployed yet"
+    lines = table([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    for digest, why in past.record.quarantine.items():
+        lines.append(f"in quarantine: {why.image} ({digest[:19]}): {why.reason}")
+    return "\n".join(lines)
 
 
 def plan(made: Plan) -> str:

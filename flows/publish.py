@@ -10,8 +10,9 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from pd_deploy import actions
+from pd_deploy import actions, releases
 from pd_deploy.probes import Completion
+from pd_deploy.releases import History
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout
 
@@ -26,41 +27,54 @@ def run_name() -> str:
 
 
 def found(rollout: Rollout) -> None:
-    """Logs what the run works on."""
-    plan = rollout.plan
+    """Logs what the run works on, and why with this image."""
+    plan, serving = rollout.plan, rollout.history.record.serving
     get_run_logger().info(
-        "%s: generation %s of %s on %s",
+        "%s: generation %s of %s (%s) on %s; serving is %s",
         plan.deployment,
         plan.generation,
         plan.image,
+        rollout.rule,
         ", ".join(f"{name} ({host.address})" for name, host in plan.hosts.items()),
+        serving or "none",
     )
 
 
-async def dry_run(file: str, rollout: Rollout, stages: Sequence[str]) -> State[None]:
+def already_on(rollout: Rollout) -> State[None]:
+    """The last word of a run that found nothing newer."""
+    release = rollout.release
+    return Completed(
+        message=f"Already on {release.image} ({release.digest[:19]}), "
+        f"generation {release.generation}: {rollout.rule}"
+    )
+
+
+async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
     """Shows per host what the stages would do."""
     plan = rollout.with_actions(stages)
     for name, host in plan.hosts.items():
         for action in host.actions:
             get_run_logger().info("%s: would %s %s", name, action.verb, action.subject)
     await acreate_markdown_artifact(
-        key=f"{_key(file)}-dry-run",
+        key=f"{_key()}-dry-run",
         markdown=actions.as_markdown(plan),
-        description=f"What a run of {file} would do",
+        description=f"What a run of {_file()} would do",
     )
     changes = sum(len(host.actions) for host in plan.hosts.values())
     return Completed(message=f"Dry run: {changes} changes; nothing was touched")
 
 
 async def success(
-    file: str, rollout: Rollout, reports: Iterable[Report], completion: Completion | None
+    rollout: Rollout, reports: Iterable[Report], completion: Completion | None
 ) -> State[None]:
     """Publishes the report of a run that went well; returns the run's last word."""
     reports = list(reports)
     changed = sum(report.changed for report in reports)
     what = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
     message = f"Generation {rollout.plan.generation}: {what}"
-    await _publish(file, rollout, f"**{message}**", reports, completion)
+    if rollout.down.since and completion:
+        message += f", down for {rollout.down.seconds:.1f} s"
+    await _publish(rollout, f"**{message}**", reports, completion)
     if completion:
         message += f"; serves at {completion.url}"
         answer = textwrap.shorten(completion.text, 80, placeholder=" …")
@@ -69,10 +83,7 @@ async def success(
 
 
 async def failure(
-    file: str,
-    rollout: Rollout,
-    error: BaseException,
-    stopped: Mapping[str, Exception | None],
+    rollout: Rollout, error: BaseException, stopped: Mapping[str, Exception | None]
 ) -> None:
     """Publishes why a run failed, and what was stopped because of it."""
     done = [name for name, fault in stopped.items() if fault is None]
@@ -82,33 +93,54 @@ async def failure(
         if fault:
             get_run_logger().error("%s may still run: %s", name, fault)
     reason = str(error) or type(error).__name__
-    await _publish(file, rollout, f"**Failed:**\n\n```\n{reason}\n```", [], None)
+    await _publish(rollout, f"**Failed:**\n\n```\n{reason}\n```", [], None)
+
+
+async def rolled_back(
+    rollout: Rollout,
+    error: Exception,
+    reports: Sequence[Report],
+    completion: Completion,
+) -> None:
+    """Publishes that a run failed and that the generation before serves again."""
+    await _publish(rollout, f"**Rolled back:**\n\n```\n{error}\n```", reports, completion)
+
+
+async def listing(past: History) -> None:
+    """Publishes the deployment's releases."""
+    await acreate_table_artifact(
+        key=f"{_key()}-releases",
+        table=[dict(row) for row in releases.table(past)],
+        description=f"Releases of {_file()}",
+    )
 
 
 async def _publish(
-    file: str,
     rollout: Rollout,
     headline: str,
     reports: Sequence[Report],
     completion: Completion | None,
 ) -> None:
     await acreate_markdown_artifact(
-        key=f"{_key(file)}-report",
+        key=f"{_key()}-report",
         markdown=_report(rollout, headline, reports, completion),
-        description=f"Last run of {file}",
+        description=f"Last run of {_file()}",
     )
     await acreate_table_artifact(
-        key=f"{_key(file)}-instances",
+        key=f"{_key()}-instances",
         table=_instances(rollout),
-        description=f"Instances of {file}",
+        description=f"Instances of {_file()}",
     )
+    await listing(rollout.history)
 
 
 def _report(
     rollout: Rollout, headline: str, reports: Sequence[Report], completion: Completion | None
 ) -> str:
     lines = [f"# {rollout.plan.deployment}", "", headline, ""]
-    lines += [f"Image `{rollout.plan.image}`", ""]
+    lines += [f"Image `{rollout.release.image}`, `{rollout.plan.image}` ({rollout.rule})", ""]
+    if rollout.down.since:
+        lines += [f"Nobody was served for {rollout.down.seconds:.1f} s.", ""]
     if completion:
         lines += [
             f"Completion through `{completion.url}` in {completion.seconds:.2f} s:",
@@ -159,6 +191,10 @@ def _instances(rollout: Rollout) -> list[dict[str, str]]:
     ]
 
 
-def _key(file: str) -> str:
+def _file() -> str:
+    return str(runtime.flow_run.parameters["file"])
+
+
+def _key() -> str:
     """Artifact keys take small letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", Path(file).stem.lower()).strip("-") or "deployment"
+    return re.sub(r"[^a-z0-9]+", "-", Path(_file()).stem.lower()).strip("-") or "deployment"

@@ -1,6 +1,6 @@
 """From the deployment file to connected hosts: the secrets' way from blocks to logins."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -8,10 +8,15 @@ from prefect.blocks.core import Block
 
 from blocks.registry import RegistryCredentials
 from blocks.ssh import SshCredentials
-from pd_deploy.deployment import Deployment, Ssh
+from flows.fan_out import fan_out
+from pd_deploy import history, locking
+from pd_deploy.deployment import Deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.hosts import Host, Hosts, Login, RegistryLogin
-from pd_deploy.rollout import Site
+from pd_deploy.releases import History, Place
+from pd_deploy.rollout import Site, places
+from tasks.lock import lock
+from tasks.survey import connect
 
 B = TypeVar("B", bound=Block)
 
@@ -32,16 +37,58 @@ async def open_site(deployment: Deployment) -> AsyncIterator[Site]:
     """
     blocks = await _load_blocks(deployment)
     hosts = [
-        Host(
-            name,
-            entry.address,
-            _login(entry.ssh or deployment.ssh, blocks),
-            connect_timeout=deployment.gates.connect,
-        )
-        for name, entry in deployment.hosts.items()
+        _host(name, place, blocks.get(place.credentials or ""), deployment)
+        for name, place in places(deployment).items()
     ]
     async with Hosts(hosts) as opened:
         yield Site(deployment, opened, await _registry_login(deployment))
+
+
+@asynccontextmanager
+async def at_work(
+    deployment: Deployment, run: str, also: Callable[[History], Iterable[Place]] = lambda _: ()
+) -> AsyncIterator[Site]:
+    """The deployment's hosts and those it had before, locked for this run.
+
+    Args:
+        run: the run, for those who find the hosts locked.
+        also: further hosts that the run needs, from the deployment's past.
+    """
+    async with open_site(deployment) as site:
+        past = await connected(site)
+        await open_former(site, past, also(past))
+        lease = locking.lease_for(site, run)
+        site.lock_with(lease)
+        async with lease.kept(site.hosts):
+            await lock(site)
+            yield site
+
+
+async def connected(site: Site) -> History:
+    """Connects to all hosts; what was deployed on them before."""
+    return history.merged(
+        await fan_out(site.barrier, [connect(site, name) for name in list(site.hosts)])
+    )
+
+
+async def open_former(site: Site, past: History, also: Iterable[Place] = ()) -> None:
+    """Adds the hosts that former generations may have left something on; see `at_work`."""
+    known = {host.address for host in site.hosts.values()}
+    for place in (*past.record.hosts.values(), *also):
+        if place.address not in known:
+            known.add(place.address)
+            name = place.address if place.name in site.hosts else place.name
+            site.hosts.add(await _former(name, place, site.deployment))
+
+
+async def _former(name: str, place: Place, deployment: Deployment) -> Host:
+    key = f"credentials of the former host {place.address}"
+    block = await _load(SshCredentials, place.credentials, key) if place.credentials else None
+    return _host(name, place, block, deployment)
+
+
+def _host(name: str, place: Place, block: SshCredentials | None, deployment: Deployment) -> Host:
+    return Host(name, place.address, _login(place, block), connect_timeout=deployment.gates.connect)
 
 
 async def _load_blocks(deployment: Deployment) -> dict[str, SshCredentials]:
@@ -61,10 +108,10 @@ async def _load_blocks(deployment: Deployment) -> dict[str, SshCredentials]:
     return blocks
 
 
-def _login(ssh: Ssh, blocks: dict[str, SshCredentials]) -> Login:
-    if ssh.credentials:
-        return blocks[ssh.credentials].login(user=ssh.user or "root", port=ssh.port)
-    return Login(user=ssh.user, port=ssh.port)
+def _login(place: Place, block: SshCredentials | None) -> Login:
+    if block:
+        return block.login(user=place.user or "root", port=place.port)
+    return Login(user=place.user, port=place.port)
 
 
 async def _registry_login(deployment: Deployment) -> RegistryLogin | None:

@@ -178,6 +178,18 @@ class Lab(BaseModel):
         return take_down(self.name, say)
 
 
+def prepare(say: Say = lambda _: None) -> cache.Cached:
+    """What every lab is made of, made first if it is missing.
+
+    Raises:
+        LabError: not root, or it could not be made.
+    """
+    require_root()
+    install_missing_packages(say)
+    lines = [line.strip() for line in (STANDIN / "packages.txt").read_text().splitlines()]
+    return cache.prepare([line for line in lines if line and not line.startswith("#")], say)
+
+
 def take_down(name: str, say: Say = lambda _: None) -> list[str]:
     """End a lab, or remove the remains of a broken one. Returns what was removed.
 
@@ -225,7 +237,7 @@ def _start(name: str, subnet: IPv4Network, shared: tuple[Path, ...], say: Say) -
     def step(what: str) -> None:
         say(f"{time.monotonic() - began:6.1f} s  {what}")
 
-    cached = cache.prepare(_image_packages(), step)
+    cached = prepare(step)
     directory = _directory(name)
     directory.mkdir(mode=0o700, parents=True)
     switch, hosts = _plan(name, subnet, cached.root, shared)
@@ -347,7 +359,7 @@ def _reuse(lab: Lab, wanted: IPv4Network, say: Say) -> Lab:
             f"`lab down` first, or choose another --name"
         )
     say(f"lab {lab.name} is up already")
-    pushed = _push_images(lab, cache.prepare(_image_packages(), say))
+    pushed = _push_images(lab, prepare(say))
     if pushed == lab.images:
         return lab
     say("stand-in images changed and were pushed anew")
@@ -403,11 +415,6 @@ def _registry_answers(registry: str) -> bool:
 
 def _registry(subnet: IPv4Network) -> str:
     return f"{subnet[SWITCH]}:{REGISTRY_PORT}"
-
-
-def _image_packages() -> list[str]:
-    lines = (STANDIN / "packages.txt").read_text().splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _new_key(comment: str) -> seed.KeyPair:

@@ -3,14 +3,14 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pd_deploy import generation
-from pd_deploy.generation import Containers, Generation
+from pd_deploy.generation import Containers
 from pd_deploy.plan import Action, HostPlan, Plan
 
 
 def with_actions(
     plan: Plan,
     containers: Containers,
-    generations: Mapping[str, Sequence[str]],
+    generations: Mapping[str, Collection[str]],
     listening: Mapping[str, Collection[int]],
     stages: Sequence[str],
 ) -> Plan:
@@ -21,9 +21,7 @@ def with_actions(
         generations: per host, names of the generations whose files are there.
         listening: per host, the TCP ports that somebody listens on.
     """
-    current = Generation.parse(plan.generation)
-    assert current is not None
-    stopping = generation.to_stop(current, plan.instances, containers) if _cleans(stages) else []
+    stopping = generation.to_stop(plan.roles, containers) if _cleans(stages) else []
     hosts = {}
     for name, host in plan.hosts.items():
         stops = [state.name for where, state in stopping if where == name]
@@ -32,7 +30,7 @@ def with_actions(
         actions = [Action(verb="stop", subject=container) for container in stops]
         if "launch" in stages:
             actions += _launch(host, existing)
-        if "ranktable" in stages and plan.generation not in generations.get(name, ()):
+        if "ranktable" in stages and plan.servers not in generations.get(name, ()):
             actions += [Action(verb="write", subject=f.path) for f in host.files_of("ranktable")]
         actions += _start(host, running - set(stops), stages)
         if "server" in stages:

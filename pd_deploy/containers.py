@@ -1,6 +1,7 @@
 """Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from pd_deploy import generation
@@ -25,6 +26,7 @@ async def pull(
     host, image = rollout.site.host(name), rollout.plan.image
     if await host.engine.image(image):
         return Report("pull image", name, name, False, "present")
+    await rollout.site.may_change(host)
     limit = rollout.site.deployment.gates.pull
     try:
         async with asyncio.timeout(limit):
@@ -45,6 +47,9 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
         for host, state in rollout.stopping()
         if state.labels[generation.INSTANCE] == instance
     ]
+    if stopping:
+        rollout.stopped = True
+        rollout.down.since = rollout.down.since or time.monotonic()
     await asyncio.gather(*(_stop(rollout.site, host, state) for host, state in stopping))
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
@@ -53,17 +58,18 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
 
 async def launch(rollout: Rollout, instance: str) -> Report:
     """Creates an instance's directories, start script and container; starts nothing."""
-    host = rollout.site.host_of(instance)
-    planned, spec = rollout.plan.hosts[host.name], rollout.plan.container(instance)
+    where, host = rollout.site.topology.host_of(instance), rollout.site.host_of(instance)
+    await rollout.site.may_change(host)
+    planned, spec = rollout.plan.hosts[where], rollout.plan.container(instance)
     own = [d for d in planned.directories if d.endswith(f"/{instance}")]
     shared = [d for d in planned.directories if d.endswith("/ranktables")]
     made = await host.make_dirs(own + shared)
     written = await _write(host, planned, "launch", spec.command[0])
     if await _find(rollout, instance):
         changes = [f"wrote {path}" for path in (*made, *written)]
-        return Report("launch", instance, host.name, bool(changes), ", ".join(changes) or "present")
+        return Report("launch", instance, where, bool(changes), ", ".join(changes) or "present")
     await host.engine.create(spec)
-    return Report("launch", instance, host.name, True, f"created {spec.name}")
+    return Report("launch", instance, where, True, f"created {spec.name}")
 
 
 async def write_ranktables(rollout: Rollout, name: str) -> Report:
@@ -75,6 +81,7 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
     host, planned = rollout.site.host(name), rollout.plan.hosts[name]
     for instance in planned.containers:
         await require(rollout, instance)
+    await rollout.site.may_change(host)
     written = await _write(host, planned, "ranktable", "/ranktables/")
     detail = f"wrote {len(written)} documents" if written else "up to date"
     return Report("ranktable", name, name, bool(written), detail)
@@ -103,30 +110,29 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
         OutOfOrder: the generation was not launched, or has no ranktables.
         InstanceDied: the launcher ended at once.
     """
-    site, host = rollout.site, rollout.site.host_of(instance)
+    site, where = rollout.site, rollout.site.topology.host_of(instance)
     state = await require(rollout, instance)
     if state.status in generation.RUNNING:
-        return Report("start server", instance, host.name, False, "runs")
-    await _require_ranktables(rollout, host)
+        return Report("start server", instance, where, False, "runs")
+    await _require_ranktables(rollout, where)
     await _start(rollout, instance, state)
     await _log_says(rollout, instance, state, site.engine.STARTED, site.deployment.gates.start)
-    return Report("start server", instance, host.name, True, f"started {state.name}")
+    return Report("start server", instance, where, True, f"started {state.name}")
 
 
 async def open_proxy(rollout: Rollout) -> Report:
     """Opens the proxy's port; to be called when every server is ready."""
     site, name = rollout.site, rollout.site.topology.proxy.name
-    host, state = site.host_of(name), await require(rollout, name)
+    where, host, state = site.topology.proxy.host, site.host_of(name), await require(rollout, name)
     if state.status not in generation.RUNNING:
         await prepare_proxy(rollout)
     if site.engine.OPENED in await host.engine.logs(state.id, since=state.finished_at):
-        return Report(
-            "open proxy", name, host.name, False, f"port {site.topology.proxy.port} is open"
-        )
+        return Report("open proxy", name, where, False, f"port {site.topology.proxy.port} is open")
     await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
+    await site.may_change(host)
     await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
     await _log_says(rollout, name, state, site.engine.OPENED, site.deployment.gates.start)
-    return Report("open proxy", name, host.name, True, f"opened port {site.topology.proxy.port}")
+    return Report("open proxy", name, where, True, f"opened port {site.topology.proxy.port}")
 
 
 async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
@@ -215,6 +221,7 @@ async def _stop_instance(rollout: Rollout, instance: str) -> None:
 
 async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:
     seconds = site.deployment.container.stop_timeout if timeout is None else timeout
+    await site.may_change(site.host(host))
     await site.host(host).engine.stop(state.id, deployment=site.deployment.name, timeout=seconds)
 
 
@@ -226,8 +233,8 @@ async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
         return None
 
 
-async def _require_ranktables(rollout: Rollout, host: Host) -> None:
-    files = rollout.plan.hosts[host.name].files_of("ranktable")
+async def _require_ranktables(rollout: Rollout, name: str) -> None:
+    host, files = rollout.site.host(name), rollout.plan.hosts[name].files_of("ranktable")
     found = await asyncio.gather(*(host.read_file(file.path) for file in files))
     wrong = [f.path for f, seen in zip(files, found, strict=True) if seen != f.content.encode()]
     if wrong:
@@ -248,8 +255,10 @@ async def _write(host: Host, planned: HostPlan, stage: str, below: str) -> list[
 
 
 async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:
+    host = rollout.site.host_of(instance)
+    await rollout.site.may_change(host)
     rollout.started.add(instance)
-    await rollout.site.host_of(instance).engine.start(state.id)
+    await host.engine.start(state.id)
 
 
 async def _log_says(

@@ -22,6 +22,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -218,6 +220,34 @@ def _rule(value: object) -> object:
     return value
 
 
+def _group(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"expected the name or number of a group, found {_shown(value)}")
+    return value
+
+
+def _given_with(info: ValidationInfo, family: str, value: str | None, expected: str) -> None:
+    """Whether a key that only one family has is given with it, and with no other."""
+    found = info.data.get("family")
+    if found is None:
+        return  # Wrong itself; one problem is enough.
+    if found == family and value is None:
+        raise ValueError(f"expected {expected}, because the family is {family}; found none")
+    if found != family and value is not None:
+        raise ValueError(
+            f"expected none, because the family is {found} and not {family}, found {_shown(value)}"
+        )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.ASCII)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"expected a regular expression, found {_shown(pattern)} ({error})"
+        ) from error
+
+
 def _code(value: object) -> object:
     if value == "image":
         return value
@@ -258,6 +288,15 @@ Image = Annotated[
         "an image with a tag or a digest, NAME:TAG or NAME@sha256:…",
     ),
 ]
+_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+REPOSITORY = rf"{_COMPONENT}(?:/{_COMPONENT})*"  # a repository's path in its registry
+RepositoryName = Annotated[
+    str,
+    _like(
+        rf"(?:[A-Za-z0-9.-]+(?::\d{{1,5}})?/)?{REPOSITORY}",
+        "a repository without a tag, such as omni-ci/daily_omniinfer",
+    ),
+]
 AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
@@ -290,10 +329,74 @@ class Ssh(Model):
 
 
 class Registry(Model):
-    """Where the image comes from. `host` replaces the registry named in `image`."""
+    """Where the image comes from. `host` replaces the registry named in `image`.
+
+    `insecure` (plain HTTP) and `ca` (a file on the controller) are for asking which tags there
+    are; the hosts' engines have settings of their own for both.
+    """
 
     host: Annotated[Word | None, _without_login(r"^([^/]*://)?[^/]*@")] = None
     credentials: Text | None = None
+    insecure: bool = False
+    ca: AbsolutePath | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_trust(self) -> "Registry":
+        if self.insecure and self.ca:
+            raise ValueError("expected either `insecure` or `ca`, found both")
+        return self
+
+
+class UpdatePolicy(Model):
+    """Which of a repository's tags count as newer builds of what runs, and their order.
+
+    The families are those of `pd_deploy.tags`. `branch` is that of a branch-daily, `pattern` and
+    `order` (names or numbers of its groups, the weightiest first) are those of a pattern.
+    """
+
+    family: Literal["daily", "branch-daily", "timestamp", "date", "release", "pattern"]
+    repository: RepositoryName | None = None
+    branch: Annotated[str | None, Field(validate_default=True)] = None
+    pattern: Annotated[str | None, Field(validate_default=True)] = None
+    order: tuple[Annotated[int | str, BeforeValidator(_group)], ...] = ()
+
+    @field_validator("branch")
+    @classmethod
+    def _branch_of_its_family(cls, value: str | None, info: ValidationInfo) -> str | None:
+        _given_with(info, "branch-daily", value, "a branch such as master")
+        if value is not None and not re.fullmatch(r"\w[\w.-]{0,99}", value, re.ASCII):
+            raise ValueError(f"expected a branch as it stands in tags, found {_shown(value)}")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_to_compare_by(cls, value: str | None, info: ValidationInfo) -> str | None:
+        _given_with(info, "pattern", value, r"a regular expression such as build-(\d+)")
+        if value is not None and not _compiled(value).groups:
+            raise ValueError(
+                r"expected groups to compare tags by, as in build-(\d+), "
+                f"found none in {_shown(value)}"
+            )
+        return value
+
+    @field_validator("order")
+    @classmethod
+    def _groups_of_the_pattern(
+        cls, value: tuple[int | str, ...], info: ValidationInfo
+    ) -> tuple[int | str, ...]:
+        pattern = info.data.get("pattern")
+        if not value or "pattern" not in info.data or "family" not in info.data:
+            return value
+        if pattern is None:
+            raise ValueError("expected no `order` without a `pattern`, found one")
+        groups = _compiled(pattern)
+        known = [*groups.groupindex, *range(1, groups.groups + 1)]
+        odd = [group for group in value if group not in known]
+        if odd or len(set(value)) < len(value):
+            names = ", ".join(map(str, known))
+            found = ", ".join(map(str, value))
+            raise ValueError(f"expected groups of the pattern ({names}), each once, found {found}")
+        return value
 
 
 class HostEntry(Model):
@@ -450,14 +553,29 @@ class ContainerOptions(Model):
 
 
 class Gates(Model):
-    """How long each wait may last, in seconds."""
+    """How long each wait may last, in seconds.
+
+    `lease` is how long a run waits for another one that works on the deployment, `lease_lasts`
+    after how long without a sign of life that one is given up for dead.
+    """
 
     connect: Seconds = 10
+    lease: Seconds = 60
+    lease_lasts: Annotated[int, Field(ge=2, le=3600, strict=True)] = 30
     pull: Seconds = 3600
+    free: Seconds = 120
     prepare_proxy: Seconds = 900
     start: Seconds = 60
     ready: Seconds = 1800
     smoke: Seconds = 120
+
+
+class Disk(Model):
+    """Room that a host must have before anything stops: for an image that it has not yet, and for
+    logs. In bytes, or as `40g`."""
+
+    image: Annotated[int, BeforeValidator(parse_size)] = 40 << 30
+    logs: Annotated[int, BeforeValidator(parse_size)] = 1 << 30
 
 
 class Smoke(Model):
@@ -513,6 +631,7 @@ class Deployment(Model):
     model: ModelSource
     ssh: Ssh = Ssh()
     registry: Registry = Registry()
+    update: UpdatePolicy | None = None
     hosts: Annotated[
         dict[Name, Annotated[HostEntry, BeforeValidator(_host_from_address)]], Field(min_length=1)
     ]
@@ -526,21 +645,35 @@ class Deployment(Model):
     paths: Paths = Paths()
     container: ContainerOptions = ContainerOptions()
     gates: Gates = Gates()
+    disk: Disk = Disk()
+    keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
     kv_parallel_size: KvParallelSize = "prefill-pods-plus-one"
     vllm: VllmOptions | None = None
     supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
-    profile_settings: dict[Literal["all", "prefill", "decode"], Settings] = Field(exclude=True)
+    profile_settings: dict[Literal["all", "prefill", "decode"], Settings]
 
     @property
     def image_reference(self) -> str:
         """The image, from the registry that serves it here."""
         if self.registry.host is None:
             return self.image
-        first, slash, rest = self.image.partition("/")
-        names_registry = bool(slash) and ("." in first or ":" in first or first == "localhost")
-        return f"{self.registry.host}/{rest if names_registry else self.image}"
+        return f"{self.registry.host}/{split_registry(self.image)[1]}"
+
+    @property
+    def update_repository(self) -> str:
+        """Where newer builds are looked for, from the registry that serves it here, without a tag.
+
+        It is the image's unless the update policy names another one, on the same registry unless
+        that one names its own.
+        """
+        image = re.sub(r"(@sha256:[0-9a-f]{64}|:[\w][\w.-]*)$", "", self.image)
+        registry, repository = split_registry(image)
+        if self.update and self.update.repository:
+            own, repository = split_registry(self.update.repository)
+            registry = own or registry
+        return "/".join(filter(None, (self.registry.host or registry, repository)))
 
     def settings_of(self, role: Literal["prefill", "decode"], entry: InstanceEntry) -> Settings:
         """What applies to one instance: profile, then file, then the instance itself."""
@@ -652,6 +785,14 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
         Problem(_key(detail["loc"]), _message(detail, model))
         for detail in error.errors(include_url=False)
     ]
+
+
+def split_registry(name: str) -> tuple[str, str]:
+    """An image's name as the registry in front of it, empty if there is none, and the rest."""
+    first, slash, rest = name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        return first, rest
+    return "", name
 
 
 def _placed_on_unknown_hosts(deployment: Deployment) -> Iterator[Problem]:

@@ -19,15 +19,20 @@
      │   ├─ ContainerMissing          the container does not exist (any more)
      │   ├─ FactsError                what a host says about itself can't be read or can't be right
      │   ├─ EngineRefused             the Docker engine rejects a request for another reason
-     │   ├─ FactsError                what a host says of itself cannot be used
+     │   ├─ InUse                     devices or ports are another's
      │   └─ CommandFailed             a command ran and exited with another status than 0
+     ├─ LeaseHeld                 another run works on the deployment
+     ├─ LeaseLost                 this run was taken for dead, and another works on the deployment
      ├─ SeveralFaults             steps that ran together failed for more than one reason
      ├─ ServiceError              the hosts do as told, but the service does not come up
      │   ├─ InstanceDied              a server or the proxy ended; carries the last lines of its log
      │   ├─ NotReady                  a wait came to its end
      │   ├─ OutOfOrder                a stage is run before the one it stands on
      │   ├─ Abandoned                 given up because something else failed
-     │   └─ SmokeTestFailed           the service answers, but not as it should
+     │   ├─ SmokeTestFailed           the service answers, but not as it should
+     │   ├─ NoSuchGeneration          a generation that is not kept
+     │   ├─ RolledBack                a generation failed, and the one before serves again
+     │   └─ RollbackFailed            a generation failed, and the one before does not come back
      └─ TransientError            worth a retry
          ├─ HostUnreachable           no SSH connection could be made
          ├─ ConnectionDropped         the connection was lost while a call was under way
@@ -67,6 +72,8 @@ class PdDeployError(Exception):
         self.host = host
         self.instance = instance
         self.hint = hint
+        self.step: str | None = None
+        """The step that failed, e.g. `ready p1`."""
         self.told = False
         """Whether it has been logged already."""
 
@@ -140,7 +147,7 @@ class RegistryDenied(HostError):
 
 
 class RegistryMisconfigured(HostError):
-    """The host's Docker engine does not trust the registry."""
+    """The registry's TLS is not trusted, or what answers is no registry."""
 
 
 class DiskFull(HostError):
@@ -149,6 +156,10 @@ class DiskFull(HostError):
 
 class PortTaken(HostError):
     """Somebody else listens on a port that is needed."""
+
+
+class InUse(HostError):
+    """Devices or ports that are needed are in use by somebody else, or by another deployment."""
 
 
 class FileMissing(HostError):
@@ -201,6 +212,14 @@ class CommandFailed(HostError):
         self.stderr = stderr
 
 
+class LeaseHeld(PdDeployError):
+    """Another run works on the deployment; the message names it."""
+
+
+class LeaseLost(PdDeployError):
+    """This run was taken for dead; another works on the deployment, and this one stops."""
+
+
 class SeveralFaults(PdDeployError):
     """Steps that ran together failed for more than one reason; `faults` has them all."""
 
@@ -232,6 +251,18 @@ class Abandoned(ServiceError):
 
 class SmokeTestFailed(ServiceError):
     """The service answers, but not as it should."""
+
+
+class NoSuchGeneration(ServiceError):
+    """The generation is not kept, or not one that ever served."""
+
+
+class RolledBack(ServiceError):
+    """A generation failed, and the one before serves again; the message says both."""
+
+
+class RollbackFailed(ServiceError):
+    """A generation failed, and the one before does not come back: nothing serves."""
 
 
 class TransientError(PdDeployError):

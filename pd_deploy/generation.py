@@ -54,34 +54,37 @@ def latest(names: Iterable[str]) -> Generation | None:
     return max(filter(None, map(Generation.parse, names)), default=None)
 
 
-def desired(names: Iterable[str], wanted: str) -> Generation:
-    """The youngest generation if it is what is wanted, else the next one."""
+def desired(names: Iterable[str], wanted: str, serving: str | None = None) -> Generation:
+    """The generation that serves if it is what is wanted, or else the youngest if that is; else
+    the next one."""
     last = latest(names)
-    if last and last.fingerprint == wanted:
-        return last
+    for known in (Generation.parse(serving or ""), last):
+        if known and known.fingerprint == wanted:
+            return known
     return Generation(last.epoch + 1 if last else 1, wanted)
 
 
 def to_stop(
-    generation: Generation,
-    instances: Iterable[str],
+    planned: Mapping[str, str],
     containers: Containers,
 ) -> list[tuple[str, ContainerState]]:
-    """Running containers (with their host) that must stop before the generation can start.
+    """Running containers (with their host) that must stop before a generation can start.
 
-    These are all of other generations; and of this one, when a member has ended or is gone, every
-    other member, because links between prefill and decode are made once, while loading. The proxy
+    These are all that are not of its plan; and of it, when a server has ended or is gone, every
+    other one, because links between prefill and decode are made once, while loading. The proxy
     stops whenever a server does not run.
+
+    Args:
+        planned: name of each of its containers → the role.
     """
     ours: list[tuple[str, ContainerState]] = []
     others: list[tuple[str, ContainerState]] = []
     for host, states in containers.items():
         for state in states:
-            mine = state.labels.get(GENERATION) == str(generation)
-            (ours if mine else others).append((host, state))
-    members = set(instances)
-    servers = [(h, s) for h, s in ours if s.labels[INSTANCE] in members]
-    gone = members - {state.labels[INSTANCE] for _, state in servers}
+            (ours if state.name in planned else others).append((host, state))
+    members = {name for name, role in planned.items() if role != "proxy"}
+    servers = [(host, state) for host, state in ours if state.name in members]
+    gone = members - {state.name for _, state in servers}
     ended = gone or any(state.status in ENDED for _, state in servers)
     complete = sum(state.status in RUNNING for _, state in servers) == len(members)
     stopping = others
@@ -90,3 +93,8 @@ def to_stop(
     elif not complete:
         stopping = others + [place for place in ours if place not in servers]
     return [(host, state) for host, state in stopping if state.status in RUNNING]
+
+
+def numbers(label: str) -> set[int]:
+    """The numbers in a label such as `9000,8000`."""
+    return {int(number) for number in label.split(",") if number}

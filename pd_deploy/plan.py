@@ -1,7 +1,7 @@
 """The plan: per host, exactly which containers, files and commands make a generation. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -11,6 +11,7 @@ from pd_deploy.deployment import Deployment
 from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
 from pd_deploy.generation import Generation
 from pd_deploy.hosts import ContainerSpec
+from pd_deploy.releases import History
 from pd_deploy.topology import Topology
 
 Stage = Literal["cleanup", "launch", "ranktable", "proxy", "server"]
@@ -66,26 +67,42 @@ class HostPlan(_Frozen):
 
 
 class Plan(_Frozen):
-    """All of one generation: hosts → containers, files, commands."""
+    """All of one generation: hosts → containers, files, commands.
+
+    `servers` names the generation whose servers it runs, as they are: its own, or an older one
+    when only the proxy differs.
+    """
 
     deployment: str
     generation: str
+    servers: str
     image: str
     hosts: dict[str, HostPlan]
 
     @property
-    def instances(self) -> list[str]:
-        """Names of the engine instances, without the proxy."""
-        return [
-            name
+    def roles(self) -> dict[str, str]:
+        """The role of each container, by its name."""
+        return {
+            spec.name: spec.labels[gen.ROLE]
             for host in self.hosts.values()
-            for name, spec in host.containers.items()
-            if spec.labels[gen.ROLE] != "proxy"
-        ]
+            for spec in host.containers.values()
+        }
+
+    def generation_of(self, name: str) -> str:
+        """The generation in whose directories an instance, or the proxy, lives."""
+        return self.container(name).labels[gen.GENERATION]
 
     def container(self, name: str) -> ContainerSpec:
         """The container of an instance or of the proxy."""
         return next(h.containers[name] for h in self.hosts.values() if name in h.containers)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A plan, and what stands for its servers."""
+
+    plan: Plan
+    servers_fingerprint: str
 
 
 def make(
@@ -95,52 +112,91 @@ def make(
     *,
     facts: Mapping[str, HostFacts],
     image: str,
-    generations: list[str],
-) -> Plan:
+    history: History,
+) -> Made:
     """The plan of a deployment.
 
     Args:
         facts: per host, what was read from it.
         image: the image by digest or id.
-        generations: names of the generations found on the hosts; decides the new one's epoch.
+        history: what was deployed before; decides the epoch, and whether the servers stay.
     """
-    layout = Layout.of(deployment, str(_ANY))
-    service = Service(deployment, topology, layout, facts, image)
-    wanted = gen.fingerprint(_render(engine, service, _ANY).model_dump_json(exclude=_LABELS))
-    chosen = gen.desired(generations, wanted)
-    service = replace(service, layout=Layout.of(deployment, str(chosen)))
-    return _render(engine, service, chosen)
+    service = Service(deployment, topology, Layout.of(deployment, str(_ANY)), facts, image)
+    wanted = _fingerprint(_render(engine, service, _ANY, _ANY))
+    servers = _fingerprint(_without_proxy(_render(engine, service, _ANY, _ANY)))
+    serving = history.serving
+    chosen = gen.desired(history.found, wanted, serving.generation if serving else None)
+    base = chosen
+    if known := history.releases.get(str(chosen)):
+        base = Generation.parse(known.servers) or chosen
+    elif serving and serving.servers_fingerprint == servers:
+        base = Generation.parse(serving.servers) or chosen
+    return Made(_render(engine, service, chosen, base), servers)
 
 
-def _render(engine: Engine, service: Service, generation: Generation) -> Plan:
-    return Plan(
-        deployment=service.deployment.name,
-        generation=str(generation),
-        image=service.image,
-        hosts={host: _host(engine, service, generation, host) for host in service.deployment.hosts},
+def _fingerprint(plan: Plan) -> str:
+    return gen.fingerprint(plan.model_dump_json(exclude={"servers": True, **_LABELS}))
+
+
+def _without_proxy(plan: Plan) -> Plan:
+    return plan.model_copy(update={"hosts": {n: _servers_of(h) for n, h in plan.hosts.items()}})
+
+
+def _servers_of(host: HostPlan) -> HostPlan:
+    containers = {n: s for n, s in host.containers.items() if s.labels[gen.ROLE] != "proxy"}
+    proxies = host.containers.keys() - containers.keys()
+    return host.model_copy(
+        update={
+            "containers": containers,
+            "directories": [d for d in host.directories if d.rpartition("/")[2] not in proxies],
+            "files": [f for f in host.files if f.path.split("/")[-2] not in proxies],
+            "commands": [c for c in host.commands if c.instance not in proxies],
+        }
     )
 
 
-def _host(engine: Engine, service: Service, generation: Generation, host: str) -> HostPlan:
+def _render(engine: Engine, service: Service, generation: Generation, servers: Generation) -> Plan:
+    """The plan of a generation that runs the servers of a generation."""
+    return Plan(
+        deployment=service.deployment.name,
+        generation=str(generation),
+        servers=str(servers),
+        image=service.image,
+        hosts={
+            host: _host(engine, service, host, {"proxy": generation, "server": servers})
+            for host in service.deployment.hosts
+        },
+    )
+
+
+def _host(
+    engine: Engine, service: Service, host: str, generations: Mapping[str, Generation]
+) -> HostPlan:
     names = [n for n in service.topology.names if service.topology.host_of(n) == host]
-    layout = service.layout
-    ranktables = engine.ranktables(service, host)
-    directories = [layout.ranktables] if ranktables else []
-    for name in names:
-        directories += [f"{layout.directory}/{name}", layout.log_directory(name)]
+    proxy = service.topology.proxy.name
+    generation = {n: generations["proxy" if n == proxy else "server"] for n in names}
+    service_of = {n: _laid_out(service, generation[n]) for n in names}
+    servers = _laid_out(service, generations["server"])
+    ranktables = engine.ranktables(servers, host)
+    directories = [servers.layout.ranktables] if ranktables else []
+    for name, its in service_of.items():
+        directories += [f"{its.layout.directory}/{name}", its.layout.log_directory(name)]
     scripts = [
         PlannedFile(
-            path=layout.start_script(name),
+            path=its.layout.start_script(name),
             mode="0700",
-            content=engine.start_script(service, name),
+            content=engine.start_script(its, name),
             stage="launch",
         )
-        for name in names
+        for name, its in service_of.items()
     ]
     return HostPlan(
         address=service.deployment.hosts[host].address,
         directories=directories,
-        containers={n: _container(engine, service, generation, n) for n in names},
+        containers={
+            name: _container(engine, its, generation[name], name)
+            for name, its in service_of.items()
+        },
         files=scripts
         + [
             PlannedFile(path=path, mode="0644", content=content.decode(), stage="ranktable")
@@ -149,12 +205,16 @@ def _host(engine: Engine, service: Service, generation: Generation, host: str) -
         commands=[
             PlannedCommand(
                 instance=name,
-                argv=engine.command(service, name),
-                environment=engine.environment(service, name),
+                argv=engine.command(its, name),
+                environment=engine.environment(its, name),
             )
-            for name in names
+            for name, its in service_of.items()
         ],
     )
+
+
+def _laid_out(service: Service, generation: Generation) -> Service:
+    return replace(service, layout=Layout.of(service.deployment, str(generation)))
 
 
 def _container(

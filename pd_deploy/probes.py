@@ -45,9 +45,9 @@ async def until_ready(rollout: Rollout, instance: str) -> Report:
         NotReady: the time is over.
         Abandoned: another step failed.
     """
-    site, host = rollout.site, rollout.site.host_of(instance)
+    site = rollout.site
     await site.barrier.unless_failed(_answers_or_ends(rollout, instance))
-    return Report("ready", instance, host.name, False, "healthy")
+    return Report("ready", instance, site.topology.host_of(instance), False, "healthy")
 
 
 async def smoke_test(rollout: Rollout) -> Completion:

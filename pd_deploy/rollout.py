@@ -1,34 +1,51 @@
 """One run's view of a service: the deployment, its hosts, what they said, and the plan."""
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from pd_deploy import actions, engines, generation, plan, topology
+from pd_deploy import actions, engines, generation, topology
+from pd_deploy import plan as plans
 from pd_deploy.barrier import Barrier
 from pd_deploy.deployment import Deployment
-from pd_deploy.engines.base import HostFacts, Layout
+from pd_deploy.engines.base import Layout
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts import ContainerState, Host, Hosts, RegistryLogin
+from pd_deploy.history import Found, Saved
+from pd_deploy.hosts import ContainerSpec, ContainerState, Host, Hosts, RegistryLogin
+from pd_deploy.lease import Lease
+from pd_deploy.releases import History, Place, Record, Release
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a host says of itself and of this deployment on it. Read-only facts."""
+    """What a host says of itself and of this deployment on it. Read-only facts.
+
+    `others` are the running containers of other deployments.
+    """
 
     host: str
     interface: str
     architecture: str
     engine_version: str
+    engine_root: str
     containers: tuple[ContainerState, ...]
-    generations: tuple[str, ...]
+    others: tuple[ContainerState, ...]
     listening: frozenset[int]
+    past: Found
 
 
 class Site:
-    """A deployment and its connected hosts, shared by all steps of a run."""
+    """A deployment and its connected hosts, shared by all steps of a run.
+
+    `hosts` may have more than the deployment: those that a former generation ran on.
+    """
 
     def __init__(
-        self, deployment: Deployment, hosts: Hosts, registry_login: RegistryLogin | None = None
+        self,
+        deployment: Deployment,
+        hosts: Hosts,
+        registry_login: RegistryLogin | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.deployment = deployment
         self.topology = topology.build(deployment)
@@ -36,6 +53,24 @@ class Site:
         self.hosts = hosts
         self.registry_login = registry_login
         self.barrier = Barrier()
+        self.lease = lease
+        if lease:
+            lease.watchers.append(self.barrier.fail)
+
+    def lock_with(self, lease: Lease) -> None:
+        """Changes are made only while this lease holds; all waits end when it is lost."""
+        self.lease = lease
+        lease.watchers.append(self.barrier.fail)
+
+    @property
+    def root(self) -> str:
+        """The deployment's own directory on its hosts."""
+        return Layout.root_of(self.deployment)
+
+    @property
+    def former(self) -> list[str]:
+        """Hosts that the deployment no longer has, by name."""
+        return [name for name in self.hosts if name not in self.deployment.hosts]
 
     def host(self, name: str) -> Host:
         """A host by its name in the file."""
@@ -45,50 +80,98 @@ class Site:
         """The host that an instance, or the proxy, runs on."""
         return self.hosts[self.topology.host_of(instance)]
 
+    async def may_change(self, host: Host) -> None:
+        """To be called before each change on a host: looks whether the run still may.
 
-class Rollout:
-    """A site with the plan for it, made from what its hosts said."""
+        Raises:
+            LeaseLost: another run has taken over.
+        """
+        assert self.lease is not None, "nothing is changed without a lease"
+        await self.lease.check(host)
 
-    def __init__(
-        self,
-        site: Site,
-        surveys: Mapping[str, Survey],
-        addresses: Mapping[str, Mapping[int, str]],
-        image: str,
-    ) -> None:
-        self.site = site
-        self.surveys = surveys
-        self.plan = plan.make(
-            site.deployment,
-            site.topology,
-            site.engine,
-            facts={
-                name: HostFacts(survey.interface, addresses.get(name, {}))
-                for name, survey in surveys.items()
-            },
-            image=image,
-            generations=[name for survey in surveys.values() for name in survey.generations],
-        )
-        self.started: set[str] = set()
+    def turned_to(self, deployment: Deployment) -> "Site":
+        """The same hosts for another state of the deployment, each under its name there."""
+        by_address = {host.address: host for host in self.hosts.values()}
+        named = {name: by_address.pop(entry.address) for name, entry in deployment.hosts.items()}
+        for host in by_address.values():
+            named[host.name if host.name not in named else host.where] = host
+        return Site(deployment, Hosts.of(named), self.registry_login, self.lease)
+
+
+@dataclass
+class Downtime:
+    """From when the proxy was closed until it served again; seconds on a monotonic clock."""
+
+    since: float | None = None
+    until: float | None = None
 
     @property
-    def generation(self) -> generation.Generation:
-        """The generation that this run brings up."""
-        parsed = generation.Generation.parse(self.plan.generation)
-        assert parsed is not None
-        return parsed
+    def seconds(self) -> float:
+        """How long nobody was served; up to now if that still lasts."""
+        return (self.until or time.monotonic()) - self.since if self.since else 0.0
+
+
+@dataclass
+class Rollout:
+    """A site with the plan for it, and what its hosts said.
+
+    Attributes:
+        release: what the generation says of itself.
+        started: instances that this run has started.
+        stopped: whether this run has stopped anything that ran: from then on a failure is undone.
+    """
+
+    site: Site
+    surveys: Mapping[str, Survey]
+    history: History
+    plan: plans.Plan
+    release: Release
+    rule: str = ""
+    started: set[str] = field(default_factory=set)
+    stopped: bool = False
+    down: Downtime = field(default_factory=Downtime)
 
     def log_directory(self, name: str) -> str:
         """Where an instance writes its log files, on its host."""
-        return Layout.of(self.site.deployment, self.plan.generation).log_directory(name)
+        layout = Layout.of(self.site.deployment, self.plan.generation_of(name))
+        return layout.log_directory(name)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to be done at all."""
+        return any(host.actions for host in self.with_actions(plans.STAGES).hosts.values())
+
+    def remember(self, record: Record) -> None:
+        """Takes note of a record that was written."""
+        self.history = replace(self.history, record=record)
+
+    @property
+    def saved(self) -> Saved:
+        """What brings the generation back."""
+        return Saved(deployment=self.site.deployment, plan=self.plan)
+
+    @property
+    def containers(self) -> dict[str, tuple[ContainerState, ...]]:
+        """The deployment's containers by host."""
+        return {name: survey.containers for name, survey in self.surveys.items()}
 
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""
-        return generation.to_stop(
-            self.generation,
-            self.plan.instances,
-            {name: survey.containers for name, survey in self.surveys.items()},
-        )
+        return generation.to_stop(self.plan.roles, self.containers)
+
+    def to_start(self, host: str) -> list[ContainerSpec]:
+        """Containers on a host that do not run, or have to stop first."""
+        states = self.surveys[host].containers if host in self.surveys else ()
+        stopping = {state.name for _, state in self.stopping()}
+        running = {s.name for s in states if s.status in generation.RUNNING} - stopping
+        planned = self.plan.hosts.get(host)
+        specs = planned.containers.values() if planned else ()
+        return [spec for spec in specs if spec.name not in running]
+
+    def may_prepare_early(self) -> bool:
+        """Whether the proxy can be prepared while the old one still serves."""
+        name = self.plan.container(self.site.topology.proxy.name).name
+        return name not in {state.name for _, state in self.stopping()}
 
     def to_clean_up(self) -> tuple[list[str], list[str]]:
         """Proxies and servers, by instance name, that cleanup looks at: all that are in the file
@@ -96,8 +179,8 @@ class Rollout:
         topology = self.site.topology
         proxies = dict.fromkeys([topology.proxy.name])
         servers = dict.fromkeys(i.name for i in topology.instances)
-        for survey in self.surveys.values():
-            for state in survey.containers:
+        for containers in self.containers.values():
+            for state in containers:
                 names = proxies if state.labels[generation.ROLE] == "proxy" else servers
                 names.setdefault(state.labels[generation.INSTANCE])
         return list(proxies), list(servers)
@@ -108,11 +191,7 @@ class Rollout:
         Raises:
             OutOfOrder: another generation still runs.
         """
-        others = [
-            state.name
-            for _, state in self.stopping()
-            if state.labels[generation.GENERATION] != self.plan.generation
-        ]
+        others = [s.name for _, s in self.stopping() if s.name not in self.plan.roles]
         if others:
             raise OutOfOrder(
                 f"expected no other generation to run, found {', '.join(others)}",
@@ -122,12 +201,27 @@ class Rollout:
         proxy = self.site.topology.proxy.name
         return sorted(names & {proxy}), sorted(names - {proxy})
 
-    def with_actions(self, stages: Sequence[str]) -> plan.Plan:
+    def with_actions(self, stages: Sequence[str]) -> plans.Plan:
         """The plan with what the stages would change on each host."""
         return actions.with_actions(
             self.plan,
-            {name: survey.containers for name, survey in self.surveys.items()},
-            {name: survey.generations for name, survey in self.surveys.items()},
+            self.containers,
+            {name: survey.past.generations for name, survey in self.surveys.items()},
             {name: survey.listening for name, survey in self.surveys.items()},
             stages,
         )
+
+
+def places(deployment: Deployment) -> dict[str, Place]:
+    """How the hosts of a deployment are reached."""
+    logins = {name: entry.ssh or deployment.ssh for name, entry in deployment.hosts.items()}
+    return {
+        name: Place(
+            name=name,
+            address=entry.address,
+            user=logins[name].user,
+            port=logins[name].port,
+            credentials=logins[name].credentials,
+        )
+        for name, entry in deployment.hosts.items()
+    }

@@ -6,18 +6,27 @@ from prefect.logging import get_run_logger
 
 from pd_deploy import containers, survey
 from pd_deploy.hosts import PullProgress
+from pd_deploy.releases import Choice
 from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout, Site
+from pd_deploy.rollout import Rollout, Site, Survey
 from pd_deploy.survey import ResolvedImage
 from tasks.step import step
 
 MIB = 1 << 20
 
 
+@step("choose image")
+async def choose_image(site: Site, surveys: list[Survey], asked: str | None) -> Choice:
+    """Decides which image the run takes."""
+    choice = await survey.choose(site, surveys, asked)
+    get_run_logger().info("%s: %s", choice.image, choice.rule)
+    return choice
+
+
 @step("resolve image")
-async def resolve_image(site: Site) -> ResolvedImage:
-    """Finds the digest behind the file's tag, once for all hosts."""
-    return await survey.resolve_image(site)
+async def resolve_image(site: Site, choice: Choice) -> ResolvedImage:
+    """Finds the digest behind a tag, once for all hosts."""
+    return await survey.resolve_image(site, choice)
 
 
 @step("pull image {host}")

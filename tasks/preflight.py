@@ -1,4 +1,4 @@
-"""Check a host before anything on it is changed."""
+"""Check a host before anything on it is changed, and before servers start on it."""
 
 from pd_deploy import preflight as checks
 from pd_deploy.report import Report
@@ -8,5 +8,11 @@ from tasks.step import step
 
 @step("preflight {host}")
 async def preflight(rollout: Rollout, host: str) -> Report:
-    """Checks paths, devices and ports of a host."""
+    """Checks paths, disk, devices and ports of a host."""
     return await checks.preflight(rollout, host)
+
+
+@step("free {host}")
+async def until_free(rollout: Rollout, host: str) -> Report:
+    """Waits until the devices and ports of stopped servers are really free."""
+    return await checks.until_free(rollout, host)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, cast
@@ -11,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 
-from pd_deploy.errors import is_transient
+from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.report import Report
 from tasks import story
 
@@ -35,7 +36,11 @@ def step(run_name: str) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., A
         @functools.wraps(function)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             begin = time.monotonic()
-            result = await function(*args, **kwargs)
+            try:
+                result = await function(*args, **kwargs)
+            except PdDeployError as error:
+                error.step = error.step or run_name.format(**_bound(function, args, kwargs))
+                raise
             return cast(R, _timed(result, time.monotonic() - begin))
 
         return task(
@@ -48,6 +53,10 @@ def step(run_name: str) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., A
         )(run)
 
     return decorate
+
+
+def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    return inspect.signature(function).bind(*args, **kwargs).arguments
 
 
 def _worth_a_retry(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:

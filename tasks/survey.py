@@ -1,14 +1,22 @@
 """Read what a plan needs to know of a host."""
 
+from pd_deploy import history
 from pd_deploy import survey as reading
+from pd_deploy.history import Found
 from pd_deploy.rollout import Site, Survey
 from pd_deploy.survey import Addresses
 from tasks.step import step
 
 
+@step("connect {host}")
+async def connect(site: Site, host: str) -> Found:
+    """Connects to a host and reads what was deployed on it before."""
+    return await history.read(site.host(host), site.root)
+
+
 @step("survey {host}")
 async def survey(site: Site, host: str) -> Survey:
-    """Connects to a host and reads its facts and what runs there."""
+    """Reads a host's facts, what runs there, and what was deployed there before."""
     return await reading.survey(site, host)
 
 

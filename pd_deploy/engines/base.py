@@ -40,6 +40,16 @@ class Layout:
         """The layout of a deployment's generation, as the file's paths give it."""
         return cls(deployment.name, generation, deployment.paths.state, deployment.paths.logs)
 
+    @staticmethod
+    def root_of(deployment: Deployment) -> str:
+        """All that pd-deploy writes for a deployment, but for logs."""
+        return f"{deployment.paths.state}/{deployment.name}"
+
+    @staticmethod
+    def log_root_of(deployment: Deployment) -> str:
+        """All logs of a deployment."""
+        return f"{deployment.paths.logs}/{deployment.name}"
+
     @property
     def directory(self) -> str:
         """All that pd-deploy writes for this generation."""
@@ -143,8 +153,8 @@ class Engine(Protocol):
     ) -> Sequence[Member]:
         """What a pod brings up on each of its hosts, given the number of its devices there."""
 
-    def read_addresses_command(self, devices: Sequence[int]) -> list[str] | None:
-        """The command that prints the network addresses of a host's devices; None where the
+    def read_addresses_command(self, devices: Sequence[int]) -> list[str]:
+        """What to run on a host to see the network addresses of its devices; nothing where the
         engine needs none."""
 
     def parse_addresses(self, output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
@@ -169,6 +179,12 @@ class Engine(Protocol):
 
     def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:
         """Instances that must be started (not ready) before this one."""
+
+    def users_command(self) -> list[str]:
+        """What to run on a host to see who uses its devices; nothing where that can't be told."""
+
+    def users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+        """Those of the devices that somebody uses, and who, from the output of that command."""
 
     def command(self, service: Service, name: str) -> list[str]:
         """What the start script runs in the end."""

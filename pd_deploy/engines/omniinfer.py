@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pd_deploy import ranktable
+from pd_deploy import npu, ranktable
 from pd_deploy.engines import omniinfer_rules
 from pd_deploy.engines.base import Counter, Counters, Member, Service
 from pd_deploy.engines.common import exports, flags, instance_of, mount, mounts, text, title
@@ -125,6 +125,16 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
     if instance.role == "prefill":
         return tuple(i.name for pod in topology.decode for i in pod.members)
     return tuple(i.name for pod in topology.prefill for i in pod.members if i.uses_ray)
+
+
+def users_command() -> list[str]:
+    """`npu-smi info` lists all devices and their processes (contract section 7.2)."""
+    return npu.COMMAND
+
+
+def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+    """Who uses which device, from the output of `npu-smi info`."""
+    return npu.parse_users(output, devices, host=host)
 
 
 def command(service: Service, name: str) -> list[str]:

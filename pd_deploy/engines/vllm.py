@@ -111,9 +111,9 @@ def members(
     ]
 
 
-def read_addresses_command(devices: Sequence[int]) -> list[str] | None:
-    """None: peers are found by their hosts' addresses."""
-    return None
+def read_addresses_command(devices: Sequence[int]) -> list[str]:
+    """Nothing: peers are found by their hosts' addresses."""
+    return []
 
 
 def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
@@ -170,6 +170,16 @@ def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
 def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
     """None: all load at the same time."""
     return ()
+
+
+def users_command() -> list[str]:
+    """Nothing: each kind of device would need a command of its own."""
+    return []
+
+
+def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+    """Nothing to parse."""
+    return {}
 
 
 def command(service: Service, name: str) -> list[str]:

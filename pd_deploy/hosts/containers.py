@@ -99,6 +99,7 @@ class Image:
     architecture: str = ""
     created: str = ""
     size: int = 0
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ def image_of(inspected: Mapping[str, Any], repository: str) -> Image:
         architecture=inspected.get("Architecture", ""),
         created=inspected.get("Created", ""),
         size=inspected.get("Size", 0),
+        tags=tuple(inspected.get("RepoTags") or ()),
     )
 
 

@@ -159,9 +159,25 @@ class Engine:
         repository, tag = parse_repository_tag(name)
         await self._do(f"tag {ref} as {name}", lambda c: c.tag(ref, repository, tag))
 
+    async def remove_image(self, name: str) -> None:
+        """Takes a name from an image, and the image with its last one, if no container uses it."""
+
+        def remove(client: APIClient) -> None:
+            # 409: a container still uses it, and its own removal comes first.
+            try:
+                client.remove_image(name, noprune=False)
+            except sdk.APIError as error:
+                if error.status_code not in (404, 409):
+                    raise
+
+        await self._long(f"remove image {name}", remove)
+
     async def containers(self, labels: Mapping[str, str]) -> list[ContainerState]:
-        """All containers, running or not, that carry all the labels, sorted by name."""
-        filters = {"label": [f"{key}={value}" for key, value in labels.items()]}
+        """All containers, running or not, that carry all the labels, sorted by name.
+
+        An empty value stands for any.
+        """
+        filters = {"label": [f"{key}={v}" if v else key for key, v in labels.items()]}
         found = await self._read(
             "list containers", lambda c: c.containers(all=True, filters=filters)
         )

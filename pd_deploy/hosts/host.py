@@ -163,6 +163,11 @@ class Host:
         async with self._files() as remote:
             return await remote.names(path)
 
+    async def find_files(self, path: str) -> list[str]:
+        """Paths of all files below a directory, sorted; follows no links."""
+        done = await self.run(["find", path, "-xdev", "-type", "f", "-print0"], check=False)
+        return sorted(done.stdout.split("\0")[:-1])
+
     async def remove_tree(self, path: str, *, below: str) -> bool:
         """Removes a file or directory that lies strictly below `below`; follows no links.
 
@@ -177,14 +182,17 @@ class Host:
             return await remote.remove_tree(path, below)
 
     @contextlib.asynccontextmanager
-    async def http(self, address: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+    async def http(
+        self, address: str, port: int, *, tls: ssl.SSLContext = _NO_TLS
+    ) -> AsyncIterator[httpx.AsyncClient]:
         """An HTTP client whose requests all go to a port as the host sees it, over SSH.
 
-        Where the server forwards no TCP connections it goes straight from here.
+        Where the server forwards no TCP connections it goes straight from here. Without `tls`
+        only plain HTTP is possible.
         """
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
-            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start(), verify=_NO_TLS)
+            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start(), verify=tls)
             async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
                 yield client
         finally:
@@ -277,6 +285,17 @@ class Hosts(Mapping[str, Host]):
 
     def __init__(self, hosts: Iterable[Host] = ()) -> None:
         self._hosts = {host.name: host for host in hosts}
+
+    @classmethod
+    def of(cls, named: Mapping[str, Host]) -> "Hosts":
+        """Hosts under other names than their own."""
+        hosts = cls()
+        hosts._hosts = dict(named)
+        return hosts
+
+    def add(self, host: Host) -> None:
+        """One more host, closed with the others."""
+        self._hosts[host.name] = host
 
     def __getitem__(self, name: str) -> Host:
         return self._hosts[name]

@@ -1,17 +1,20 @@
 """A real Prefect server with its own database, and services of the tests' own on the lab."""
 
+import datetime
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx
 import pytest
 import yaml
 
@@ -93,6 +96,7 @@ class Service:
     def __init__(self, path: Path, lab: Lab) -> None:
         self.path = path
         self.lab = lab
+        self.day = datetime.date(2026, 1, 1)
 
     @property
     def file(self) -> str:
@@ -124,6 +128,95 @@ class Service:
         """Id and state of each container: changes when somebody touches it."""
         return {name: (c["Id"], c["State"]) for name, c in self.containers().items()}
 
+    def image(self, tag: str, *, here: bool = False) -> str:
+        """A tag as the file would have it, or as this lab's registry has it."""
+        registry = self.lab.registry if here else "swr.cn-east-4.myhuaweicloud.com"
+        return f"{registry}/omni-ci/daily_omniinfer:{tag}"
+
+    def push(self, tag: str, files: dict[str, str]) -> str:
+        """Pushes the stand-in image with other files; its name for a run."""
+        self.lab.push_variant(tag, dict(files))
+        return self.image(tag)
+
+    def push_bad(self, tag: str, **faults: object) -> str:
+        """Pushes an image whose engines misbehave."""
+        return self.push(tag, {"/etc/standin.json": json.dumps(faults)})
+
+    def tag(self, build: object) -> str:
+        """A daily tag of the test's own."""
+        return f"{self.day:%Y%m%d}_{build}"
+
+    def stop_registry(self) -> None:
+        """Ends the lab's registry."""
+        self.lab.switch.run(["pkill", "-x", "docker-registry"])
+
+    def start_registry(self) -> None:
+        """Starts it again, and waits until it answers."""
+        start = ["docker-registry", "serve", "/etc/docker/registry/config.yml"]
+        self.lab.switch.start_daemon(start, "/var/log/registry.log")
+        until(lambda: httpx.get(f"http://{self.lab.registry}/v2/", trust_env=False).is_success)
+
+    def refuse_registry(self, host: str) -> None:
+        """Makes a host unable to reach the registry."""
+        self.lab.hosts[host].run(["ip", "rule", "add", *self._to_registry, "unreachable"])
+
+    def allow_registry(self, host: str) -> None:
+        """Undoes `refuse_registry`."""
+        self.lab.hosts[host].run(["ip", "rule", "del", *self._to_registry, "unreachable"])
+
+    @property
+    def _to_registry(self) -> list[str]:
+        address, _, port = self.lab.registry.partition(":")
+        return ["pref", "1", "to", address, "ipproto", "tcp", "dport", port]
+
+    def specs(self) -> dict[str, object]:
+        """What each running container was made of."""
+        return {
+            name: (c["Name"], c["Image"], c["Config"]["Labels"], c["Config"]["Env"],
+                   c["Config"]["Cmd"], c["HostConfig"]["Mounts"], c["HostConfig"]["Devices"])
+            for name, c in self.containers(running=True).items()
+        }  # fmt: skip
+
+    def finished(self, container: str) -> str:
+        """When a container ended, on whichever host it is."""
+        argv = ["docker", "inspect", "-f", "{{.State.FinishedAt}}", container]
+        found = [host.run(argv, check=False).stdout.strip() for host in self.lab.hosts.values()]
+        return max(found)
+
+    def record(self) -> dict[str, Any]:
+        """What became of the releases, as the proxy's host has it."""
+        path = "/var/lib/pd-deploy/qwq-3p1d/record.json"
+        found: dict[str, Any] = json.loads(self.lab.hosts["a"].run(["cat", path]).stdout)
+        return found
+
+    def generations(self) -> list[str]:
+        """Generations of which a host has files; the same on both."""
+        script = "cd /var/lib/pd-deploy/qwq-3p1d && ls -d */ | tr -d /"
+        found = [h.run(["sh", "-c", script]).stdout.split() for h in self.lab.hosts.values()]
+        assert found[0] == found[1]
+        return found[0]
+
+    def hold_device(self, host: str, device: int) -> subprocess.Popen[str]:
+        """A process on a host that uses an NPU."""
+        code = (
+            "import socket, time; s = socket.socket(socket.AF_UNIX); "
+            f"s.bind('\\0standin-npu-{device}'); print('held', flush=True); time.sleep(600)"
+        )
+        process = self.lab.hosts[host].popen(["python3", "-c", code])
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    def completes(self) -> bool:
+        """Whether a client gets a completion."""
+        url = f"http://{self.lab.hosts['a'].address}:7000/v1/completions"
+        body = {"model": "qwen", "max_tokens": 5, "prompt": "hello"}
+        try:
+            answer = httpx.post(url, json=body, timeout=10, trust_env=False)
+            return answer.status_code == 200 and bool(answer.json()["choices"][0]["text"].strip())
+        except (httpx.HTTPError, ValueError, LookupError):
+            return False
+
     def host_of(self, instance: str) -> LabHost:
         return self.lab.hosts["b" if instance in ("p2", "d0") else "a"]
 
@@ -139,10 +232,14 @@ class Service:
             return probe.connect_ex((self.lab.hosts["a"].address, 7000)) == 0
 
     def files(self) -> dict[str, str]:
-        """Checksums of all that pd-deploy wrote, by host and path."""
+        """Checksums of all that pd-deploy wrote for containers, by host and path; its own records
+        and the lease are elsewhere."""
         found = {}
         for name, host in self.lab.hosts.items():
-            script = "find /var/lib/pd-deploy -type f 2>/dev/null | sort | xargs -r sha256sum"
+            script = (
+                "find /var/lib/pd-deploy -mindepth 3 -type f 2>/dev/null "
+                "! -name release.json ! -name plan.json | sort | xargs -r sha256sum"
+            )
             for line in host.run(["sh", "-c", script]).stdout.splitlines():
                 digest, path = line.split(maxsplit=1)
                 found[f"{name}:{path}"] = digest
@@ -155,7 +252,46 @@ class Service:
             ids = host.run(CONTAINERS).stdout.split()
             if ids:
                 host.run(["docker", "rm", "-f", *ids])
+            images = host.run(["docker", "images", "-q", "pd-deploy/*"]).stdout.split()
+            if images:
+                host.run(["docker", "rmi", "-f", *sorted(set(images))], check=False)
             host.run(["rm", "-rf", "/var/lib/pd-deploy", "/data/standin", "/data/log_path"])
+
+
+class Client:
+    """Asks for completions, one after the other, and notes when it got none."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._last = 0.0
+        self._failed = False
+        self.gap = 0.0
+        """Seconds from the last completion before a failure to the first one after it."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        until(lambda: self._last)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def served_after_gap(self) -> bool:
+        """Whether it was served again after it had not been."""
+        return self.gap > 0
+
+    def _ask(self) -> None:
+        while not self._over.is_set():
+            if not self._service.completes():
+                self._failed = True
+                continue
+            now = time.monotonic()
+            if self._failed and self._last:
+                self.gap = max(self.gap, now - self._last)
+            self._last, self._failed = now, False
 
 
 @pytest.fixture
@@ -188,6 +324,9 @@ def _answers() -> bool:
 def until(condition: Callable[[], object], timeout: float = 30) -> None:
     """Waits for a condition; fails the test when it does not come."""
     deadline = time.monotonic() + timeout
-    while not condition():
+    while True:
+        with suppress(httpx.TransportError):
+            if condition():
+                return
         assert time.monotonic() < deadline, f"not in {timeout} s: {condition}"
         time.sleep(0.05)

@@ -46,8 +46,12 @@ async def test_deployment_run_ends_with_a_verified_service(
     assert {"survey a", "launch d0", "ranktable b", "prepare proxy c0", "ready p2"} <= names
     by_name = {task.name: task for task in tasks}
     parents = {one.id for one in by_name["start server p1"].task_inputs["wait_for"]}
-    assert {by_name["ranktable a"].id, by_name["start server d0"].id} <= parents
-    assert {a.key for a in artifacts} == {"test-3p1d-report", "test-3p1d-instances"}
+    assert {by_name["free a"].id, by_name["start server d0"].id} <= parents
+    before = {one.id for one in by_name["free a"].task_inputs["wait_for"]}
+    assert {by_name["ranktable a"].id, by_name["clean up p1"].id} <= before
+    assert {a.key for a in artifacts} == {
+        f"test-3p1d-{what}" for what in ("report", "instances", "releases")
+    }
     assert_no_secret(service, Path(prefect_env["PREFECT_HOME"]))
 
 

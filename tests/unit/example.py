@@ -1,18 +1,19 @@
 """The documented 3P1D service, and ways to change it: what the unit tests start from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pd_deploy import deployment, documents, engines, topology
+from pd_deploy import deployment, documents, engines, releases, topology
 from pd_deploy import plan as plans
 from pd_deploy.deployment import Deployment
 from pd_deploy.documents import merge
 from pd_deploy.engines.base import HostFacts, Layout, Service
 from pd_deploy.plan import Plan
+from pd_deploy.releases import History
 from pd_deploy.topology import Topology
 
 ROOT = Path(__file__).parents[2]
@@ -64,8 +65,13 @@ def plan_of(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     of = deployment.parse(merge(documents.read(path), changes or {}))
     made = topology.build(of)
     return plans.make(
-        of, made, engines.get(of.engine), facts=facts(of), image=IMAGE, generations=[]
-    )
+        of, made, engines.get(of.engine), facts=facts(of), image=IMAGE, history=past()
+    ).plan
+
+
+def past(generations: Sequence[str] = ()) -> History:
+    """A history in which nothing is known of these generations but their names."""
+    return releases.merge((), (), generations)
 
 
 def plan(
@@ -74,6 +80,7 @@ def plan(
     image: str = IMAGE,
     generations: list[str] | None = None,
     known: dict[str, HostFacts] | None = None,
+    history: History | None = None,
 ) -> Plan:
     """The example's plan."""
     of = service(changes)
@@ -83,5 +90,5 @@ def plan(
         engines.get(of.engine),
         facts=known or facts(of),
         image=image,
-        generations=generations or [],
-    )
+        history=history or past(generations or []),
+    ).plan

@@ -39,7 +39,7 @@ def test_the_deployments_of_the_project_load_and_build(file: Path) -> None:
 def test_the_lab_differs_only_where_it_must() -> None:
     real = documents.read(example.FILE)
     lab = documents.read(example.FILE.with_name("lab-qwq-3p1d.yaml"))
-    for key in ("hosts", "registry", "container"):
+    for key in ("hosts", "registry", "container", "disk"):
         real.pop(key, None)
         lab.pop(key, None)
     del real["ssh"]["credentials"], lab["ssh"]["credentials"]

@@ -5,12 +5,15 @@ from datetime import UTC, datetime
 
 import pytest
 
-from pd_deploy import actions
+from pd_deploy import actions, survey
 from pd_deploy import generation as gen
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts import ContainerState, Hosts
+from pd_deploy.history import Found
+from pd_deploy.hosts import ContainerState, Host, Hosts, Login
 from pd_deploy.plan import STAGES
+from pd_deploy.releases import Choice, Record
 from pd_deploy.rollout import Rollout, Site, Survey
+from pd_deploy.survey import Addresses, ResolvedImage
 from tests.unit import example
 
 OLD = "1-0123abcd"
@@ -33,7 +36,7 @@ def rollout(
 ) -> Rollout:
     """A rollout whose hosts hold containers in these states, and these generations."""
     of = example.service({"name": name})
-    site = Site(of, Hosts())
+    site = Site(of, Hosts(Host(n, e.address, Login()) for n, e in of.hosts.items()))
     known = known or []
     wanted = example.plan({"name": name}, generations=known).generation
     surveys = {
@@ -42,17 +45,21 @@ def rollout(
             interface=example.INTERFACE,
             architecture="aarch64",
             engine_version="27.0",
+            engine_root="/var/lib/docker",
+            others=(),
             containers=tuple(
                 state(n, known[0] if known and known[0] != wanted else wanted, status)
                 for n, status in states.items()
                 if (site.topology.host_of(n) if n in site.topology.names else "b") == host
             ),
-            generations=tuple(known),
+            past=Found(Record(), (), frozenset(known)),
             listening=frozenset(listening),
         )
         for host in of.hosts
     }
-    return Rollout(site, surveys, example.addresses(of), example.IMAGE)
+    addresses = [Addresses(host, found) for host, found in example.addresses(of).items()]
+    image = ResolvedImage(Choice(of.image, None, "the file's own"), example.IMAGE)
+    return survey.planned(site, list(surveys.values()), addresses, image, "a test")
 
 
 def verbs(of: Rollout, stages: Sequence[str] = STAGES) -> list[tuple[str, str, str]]:

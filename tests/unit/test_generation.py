@@ -9,14 +9,15 @@ from pd_deploy.hosts import ContainerState
 OURS = Generation(3, "0123abcd")
 OLD = Generation(2, "89abcdef")
 HOSTS = {"p0": "a", "p1": "a", "p2": "b", "d0": "b", "c0": "a"}
-SERVERS = ["p0", "p1", "p2", "d0"]
+ROLES = {"p": "prefill", "d": "decode", "c": "proxy"}
+PLANNED = {f"{name}_{OURS}": ROLES[name[0]] for name in HOSTS}
 
 
 def state(name: str, status: str, generation: Generation = OURS) -> ContainerState:
     labels = {
         gen.GENERATION: str(generation),
         gen.INSTANCE: name,
-        gen.ROLE: {"p": "prefill", "d": "decode", "c": "proxy"}[name[0]],
+        gen.ROLE: ROLES[name[0]],
     }
     full = f"{name}_{generation}"
     return ContainerState(full, full, labels, status, None, None, None, "image", "sha256:0")
@@ -28,7 +29,7 @@ def stopping(ours: dict[str, str], old: dict[str, str] | None = None) -> set[str
     for generation, states in ((OURS, ours), (OLD, old or {})):
         for name, status in states.items():
             containers[HOSTS[name]].append(state(name, status, generation))
-    found = gen.to_stop(OURS, SERVERS, containers)
+    found = gen.to_stop(PLANNED, containers)
     assert [host for host, s in found] == [HOSTS[s.labels[gen.INSTANCE]] for _, s in found]
     return {s.name for _, s in found}
 
@@ -71,6 +72,13 @@ def test_latest_counts_epochs_as_numbers_and_passes_over_other_names() -> None:
 )
 def test_same_fingerprint_keeps_the_generation(found: list[str], wanted: str, desired: str) -> None:
     assert str(gen.desired(found, wanted)) == desired
+
+
+def test_what_serves_stays_though_a_younger_one_failed() -> None:
+    found = ["1-0123abcd", "2-89abcdef"]
+    assert str(gen.desired(found, "0123abcd", "1-0123abcd")) == "1-0123abcd"
+    assert str(gen.desired(found, "89abcdef", "1-0123abcd")) == "2-89abcdef"
+    assert str(gen.desired(found, "ffffffff", "1-0123abcd")) == "3-ffffffff"
 
 
 def test_fingerprint_is_stable_hexadecimal() -> None:
@@ -119,4 +127,4 @@ def test_all_that_runs_of_another_generation_stops() -> None:
 
 def test_instances_that_left_the_file_stop_with_their_generation() -> None:
     containers = {"a": [state("p9", "running", OLD)], "b": []}
-    assert [s.name for _, s in gen.to_stop(OURS, SERVERS, containers)] == [f"p9_{OLD}"]
+    assert [s.name for _, s in gen.to_stop(PLANNED, containers)] == [f"p9_{OLD}"]

@@ -291,5 +291,5 @@ class TestProfiles:
         assert files
         for path in files:
             plan = example.plan_of(path, {"compat": compat})
-            assert plan.instances
+            assert plan.roles
             assert all(host.containers for host in plan.hosts.values())

@@ -1,0 +1,21 @@
+"""Collecting a generation's logs from all hosts into one directory."""
+
+import asyncio
+from pathlib import Path
+
+from cli.hosts import looked_at
+from cli.prefect_api import reached
+from pd_deploy import logs
+from pd_deploy.deployment import Deployment
+
+
+async def collect(deployment: Deployment, generation: str | None, to: Path | None) -> Path:
+    """Copies the logs of a generation, the youngest without one named; returns where to."""
+    with reached():
+        async with looked_at(deployment) as (site, past):
+            wanted = logs.chosen(past, generation)
+            target = to or Path(f"{deployment.name}-{wanted}-logs")
+            await asyncio.gather(
+                *(logs.collect(site, name, past, wanted, target / name) for name in site.hosts)
+            )
+            return target

@@ -1,0 +1,146 @@
+"""Carrying a rollout out: to the end, or back to the generation that served before."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from prefect import State
+from prefect.logging import get_run_logger
+
+from flows import publish
+from flows.fan_out import fan_out
+from flows.run import Run
+from flows.stages import make_so
+from pd_deploy import containers, promotion
+from pd_deploy import survey as reading
+from pd_deploy.errors import RollbackFailed, RolledBack
+from pd_deploy.plan import STAGES, Stage
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout, Site, Survey
+from tasks.promote import promote
+from tasks.smoke_test import smoke_test
+from tasks.survey import survey
+from tasks.tidy import clear, prune
+
+OnFailure = Literal["rollback", "keep"]
+
+
+async def carry_out(
+    rollout: Rollout, run: Run, stages: Sequence[Stage] = STAGES, on_failure: OnFailure = "rollback"
+) -> State[None]:
+    """Makes a generation serve, or puts back what served before.
+
+    Raises:
+        RolledBack: it failed, and the generation before serves again.
+        RollbackFailed: it failed, and so did the way back.
+        PdDeployError: it failed before anything that served was stopped.
+    """
+    try:
+        reports = await make_so(rollout, list(stages))
+        completion = None
+        if "server" in stages:
+            completion = await smoke_test(rollout, wait_for=reports)
+            rollout.down.until = time.monotonic()
+            reports.append(await promote(rollout, str(run), wait_for=[completion]))
+    except BaseException as error:
+        await give_up(rollout, error, run, stages, on_failure)
+        raise
+    if completion:
+        reports += await tidy_up(rollout, reports)
+    return await publish.success(rollout, reports, completion)
+
+
+async def give_up(
+    rollout: Rollout,
+    error: BaseException,
+    run: Run,
+    stages: Sequence[Stage],
+    on_failure: OnFailure,
+) -> None:
+    """Stops what the run has started, records why, and goes back where there is a way back."""
+    if on_failure == "keep" and isinstance(error, Exception):
+        get_run_logger().warning("on_failure=keep: what was started is left as it is")
+        await promotion.note_failure(rollout, error, str(run))
+        await publish.failure(rollout, error, {})
+        return
+    stopped = await containers.stop_started(rollout)
+    before = rollout.history.serving
+    try:
+        await promotion.note_failure(rollout, error, str(run))
+    except Exception as fault:
+        get_run_logger().warning("why it failed could not be recorded: %s", fault)
+    to_undo = isinstance(error, Exception) and rollout.stopped and set(stages) == set(STAGES)
+    if to_undo and before and before.generation != rollout.plan.generation:
+        await go_back(rollout, error, before.generation)
+    else:
+        await publish.failure(rollout, error, stopped)
+
+
+async def go_back(failed: Rollout, error: BaseException, generation: str) -> None:
+    """Brings the generation before back; always raises, as the run has failed all the same."""
+    what = f"new generation {failed.plan.generation} failed {_at(error)}because {_why(error)}"
+    get_run_logger().error("%s; going back to %s", what, generation)
+    try:
+        back = await restore(failed.site, generation)
+        reports = await make_so(back, list(STAGES))
+        completion = await smoke_test(back, wait_for=reports)
+    except BaseException as fault:
+        states = await reading.states(failed.site)
+        raise RollbackFailed(
+            f"{what}; generation {generation} does not come back either, because {_why(fault)}\n"
+            f"Nothing serves. {states}",
+            hint="look at these logs, mend the cause, and run `pd-deploy recover FILE`",
+        ) from error
+    down = failed.down.seconds
+    image = ""
+    if await promotion.quarantine(back, failed, error):
+        image = f"; its image {failed.release.image} is in quarantine"
+    reports += await tidy_up(back, reports)
+    raised = RolledBack(
+        f"{what}\nThe service is back on generation {generation}, down for {down:.0f} s{image}",
+        hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
+        f"{failed.plan.generation}`",
+    )
+    await publish.rolled_back(back, raised, reports, completion)
+    raise raised from error
+
+
+async def restore(site: Site, generation: str) -> Rollout:
+    """The rollout that brings a kept generation back, as the hosts are now."""
+    there, saved = await reading.saved(site, generation)
+    return reading.restored(there, saved, await look(there))
+
+
+async def look(site: Site) -> list[Survey]:
+    """What all hosts say now."""
+    return await fan_out(site.barrier, [survey(site, name) for name in site.hosts])
+
+
+async def tidy_up(rollout: Rollout, after: Sequence[Report]) -> list[Report]:
+    """Removes old generations, and everything from hosts that the deployment has left.
+
+    What can't be removed is told and tried again by the next run: the service is up.
+    """
+    site, past = rollout.site, rollout.history
+    serves = past.record.serving == rollout.plan.generation
+    steps = [prune(site, name, past, wait_for=after) for name in rollout.plan.hosts]
+    steps += [clear(site, name, past, wait_for=after) for name in site.former if serves]
+    results = await asyncio.gather(*steps, return_exceptions=True)
+    for fault in (one for one in results if isinstance(one, Exception)):
+        get_run_logger().warning("left for the next run: %s", fault)
+    done = [one for one in results if isinstance(one, Report)]
+    cleared = {site.hosts[one.host].address for one in done if one.step == "clear"}
+    if all(isinstance(one, Report) for one in results):
+        record = past.record.left(cleared).without(past.found - past.kept(site.deployment.keep))
+        await promotion.write(rollout, record, besides=cleared)
+    return done
+
+
+def _at(error: BaseException) -> str:
+    step = getattr(error, "step", None)
+    return f"at `{step}` " if step else ""
+
+
+def _why(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,32 @@
+"""Removing old generations by hand."""
+
+from pathlib import Path
+
+from prefect import State, flow
+from prefect.states import Completed
+
+from flows import publish
+from flows.carry_out import look
+from flows.fan_out import fan_out
+from flows.run import this_run
+from flows.site import at_work
+from pd_deploy import deployment, survey
+from tasks.tidy import prune as prune_host
+
+
+@flow(name="pd-prune", flow_run_name=publish.run_name, persist_result=False)
+async def prune(file: str) -> State[None]:
+    """Removes all generations but the one that serves, the last good ones and the youngest.
+
+    How many good ones are kept is the file's `keep`. Every run does the same at its end.
+
+    Args:
+        file: the deployment file.
+    """
+    given = deployment.load(Path(file))
+    async with at_work(given, str(this_run())) as site:
+        past = survey.past_of(await look(site))
+        steps = [prune_host(site, name, past) for name in site.hosts]
+        done = await fan_out(site.barrier, steps)
+        await publish.listing(past)
+    return Completed(message="; ".join(f"{one.host}: {one.detail}" for one in done))

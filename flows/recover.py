@@ -1,0 +1,39 @@
+"""After a run that ended in the middle: back to a coherent generation."""
+
+from pathlib import Path
+
+from prefect import State, flow
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+
+from flows import publish
+from flows.carry_out import carry_out, look, restore
+from flows.fan_out import fan_out
+from flows.run import this_run
+from flows.site import at_work
+from pd_deploy import deployment, survey
+from tasks.tidy import stop
+
+
+@flow(name="pd-recover", flow_run_name=publish.run_name, persist_result=False)
+async def recover(file: str) -> State[None]:
+    """Finds out from the hosts what serves or is to, and makes it so.
+
+    A generation that was promoted is completed; one that was not is stopped, and the one before
+    serves again. Where all is well, nothing is touched. Where nothing was ever promoted, whatever
+    an interrupted run left is stopped.
+
+    Args:
+        file: the deployment file; says which deployment, and how its hosts are reached.
+    """
+    run, given = this_run(), deployment.load(Path(file))
+    async with at_work(given, str(run)) as site:
+        past = survey.past_of(await look(site))
+        if past.serving is None:
+            get_run_logger().info("no generation was ever promoted; stopping what runs")
+            stopped = await fan_out(site.barrier, [stop(site, name) for name in site.hosts])
+            what = ", ".join(one.detail for one in stopped if one.changed) or "nothing ran"
+            return Completed(message=f"No generation to go back to: {what}")
+        rollout = await restore(site, past.serving.generation)
+        publish.found(rollout)
+        return await carry_out(rollout, run)

@@ -1,0 +1,50 @@
+"""Back to a generation that served before."""
+
+from pathlib import Path
+
+from prefect import State, flow
+
+from flows import publish
+from flows.carry_out import carry_out, look, restore
+from flows.run import this_run
+from flows.site import at_work
+from pd_deploy import deployment, survey
+from pd_deploy.errors import NoSuchGeneration
+from pd_deploy.releases import History, Release
+
+
+@flow(name="pd-rollback", flow_run_name=publish.run_name, persist_result=False)
+async def rollback(file: str, generation: str | None = None) -> State[None]:
+    """Brings a kept generation back as it was, with its own image, scripts and ranktables.
+
+    It passes the same gates as any other; if it fails, what serves now serves again.
+
+    Args:
+        file: the deployment file; says which deployment, and how its hosts are reached.
+        generation: one that `pd-deploy releases` lists; without it, the good one before.
+    """
+    run, given = this_run(), deployment.load(Path(file))
+    async with at_work(
+        given, str(run), lambda past: target(past, generation).hosts.values()
+    ) as site:
+        chosen = target(survey.past_of(await look(site)), generation)
+        rollout = await restore(site, chosen.generation)
+        publish.found(rollout)
+        return await carry_out(rollout, run)
+
+
+def target(past: History, generation: str | None) -> Release:
+    """The release to go back to.
+
+    Raises:
+        NoSuchGeneration: it is not kept, or there is no good one before.
+    """
+    wanted = generation or past.before()
+    if found := past.releases.get(wanted or ""):
+        return found
+    kept = ", ".join(sorted(past.releases)) or "none"
+    raise NoSuchGeneration(
+        f"expected {wanted or 'a good generation before the one that serves'} among the kept "
+        f"generations, found {kept}",
+        hint="`pd-deploy releases FILE` says what became of each",
+    )

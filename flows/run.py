@@ -1,0 +1,32 @@
+"""The run itself: its name, its page in the UI, and who or what started it."""
+
+from dataclasses import dataclass
+
+from prefect import runtime
+from prefect.context import FlowRunContext
+
+
+@dataclass(frozen=True)
+class Run:
+    """A flow run, as others are told of it."""
+
+    name: str
+    url: str
+    started_by: str
+    scheduled: bool
+
+    def __str__(self) -> str:
+        where = f" ({self.url})" if self.url else ""
+        return f"run {self.name!r}{where} by {self.started_by}"
+
+
+def this_run() -> Run:
+    """The flow run that this code is part of."""
+    context = FlowRunContext.get()
+    flow_run = context.flow_run if context else None
+    assert flow_run is not None
+    creator = flow_run.created_by.display_value if flow_run.created_by else None
+    scheduled = bool(flow_run.auto_scheduled)
+    started_by = "the schedule" if scheduled else creator or "hand"
+    url = runtime.flow_run.ui_url if flow_run.deployment_id else None
+    return Run(flow_run.name, url or "", started_by, scheduled)

@@ -1,0 +1,100 @@
+"""The steps of a rollout in their order: what is done while the old generation still serves, the
+cut-over, and what follows it."""
+
+from flows.fan_out import fan_out
+from pd_deploy import promotion
+from pd_deploy.plan import Stage
+from pd_deploy.report import Report
+from pd_deploy.rollout import Rollout
+from tasks.clean_up import clean_up
+from tasks.image import pull_image
+from tasks.launch import launch
+from tasks.preflight import preflight, until_free
+from tasks.promote import save
+from tasks.proxy import open_proxy, prepare_proxy
+from tasks.ranktable import write_ranktables
+from tasks.server import start_server, until_ready
+
+
+async def make_so(rollout: Rollout, stages: list[Stage]) -> list[Report]:
+    """Runs the stages. Nothing old stops before every host has passed its checks and has all that
+    the new generation needs."""
+    reports = await prepare_all(rollout, stages)
+    reports += await stop_old(rollout, stages, reports)
+    if "server" in stages:
+        reports += await serve_all(rollout, reports)
+    elif "proxy" in stages:
+        reports += await prepare(rollout, reports)
+    return reports
+
+
+async def prepare_all(rollout: Rollout, stages: list[Stage]) -> list[Report]:
+    """All that can be done while the old generation serves."""
+    site, hosts = rollout.site, list(rollout.plan.hosts)
+    reports = await fan_out(site.barrier, [preflight(rollout, host) for host in hosts])
+    if "cleanup" in stages or "launch" in stages:
+        pulls = [pull_image(rollout, host, wait_for=reports) for host in hosts]
+        reports += await fan_out(site.barrier, pulls)
+    if "launch" in stages:
+        await promotion.note_hosts(rollout)
+    lines = [create(rollout, host, stages, reports) for host in hosts]
+    for line in await fan_out(site.barrier, lines):
+        reports += line
+    if "launch" in stages and "proxy" in stages and rollout.may_prepare_early():
+        reports += await prepare(rollout, reports)
+    return reports
+
+
+async def create(
+    rollout: Rollout, host: str, stages: list[Stage], after: list[Report]
+) -> list[Report]:
+    """Files and containers on one host; nothing starts."""
+    barrier, planned = rollout.site.barrier, rollout.plan.hosts[host]
+    done: list[Report] = []
+    if "launch" in stages:
+        done.append(await save(rollout, host, wait_for=after))
+        done += await fan_out(
+            barrier, [launch(rollout, name, wait_for=done) for name in planned.containers]
+        )
+    if "ranktable" in stages and planned.files_of("ranktable"):
+        done.append(await write_ranktables(rollout, host, wait_for=done or after))
+    return done
+
+
+async def stop_old(rollout: Rollout, stages: list[Stage], after: list[Report]) -> list[Report]:
+    """The cut-over: stops what must not run any longer, the proxy first, then the servers."""
+    if "cleanup" in stages:
+        proxies, servers = rollout.to_clean_up()
+    elif "server" in stages:
+        proxies, servers = rollout.to_restart()
+    else:
+        return []
+    barrier = rollout.site.barrier
+    closed = await fan_out(barrier, [clean_up(rollout, name, wait_for=after) for name in proxies])
+    stopped = [clean_up(rollout, name, wait_for=closed or after) for name in servers]
+    return closed + await fan_out(barrier, stopped)
+
+
+async def serve_all(rollout: Rollout, after: list[Report]) -> list[Report]:
+    """Starts all servers when what they need is free, and opens the proxy when all are ready."""
+    site = rollout.site
+    busy = [host for host in rollout.plan.hosts if rollout.to_start(host)]
+    free = await fan_out(site.barrier, [until_free(rollout, host, wait_for=after) for host in busy])
+    steps = [serve(rollout, i.name, free or after) for i in site.topology.instances]
+    steps += [prepare(rollout, free or after)]
+    done = [report for line in await fan_out(site.barrier, steps) for report in line]
+    return free + done + [await open_proxy(rollout, site.topology.proxy.name, wait_for=done)]
+
+
+async def serve(rollout: Rollout, instance: str, after: list[Report]) -> list[Report]:
+    """Starts a server when those it has to follow have started, and waits until it is ready."""
+    site = rollout.site
+    followed = await site.barrier.passed(site.engine.starts_after(site.topology, instance))
+    started = await start_server(rollout, instance, wait_for=[*after, *followed])
+    site.barrier.open(instance, started)
+    return [started, await until_ready(rollout, instance, wait_for=[started])]
+
+
+async def prepare(rollout: Rollout, after: list[Report]) -> list[Report]:
+    """Prepares the proxy: its port stays closed."""
+    return [await prepare_proxy(rollout, rollout.site.topology.proxy.name, wait_for=after)]

@@ -1,0 +1,59 @@
+"""Who uses which NPU, from `npu-smi info` (contract section 7.2). Pure."""
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from pd_deploy.errors import FactsError
+
+COMMAND = ["npu-smi", "info"]
+HBM_IDLE_MB = 5120
+"""An idle device was seen to use 2.8 to 3.5 GB; one that uses more than this is occupied."""
+
+_CHIP = re.compile(r"[0-9A-F]{4}:[0-9A-F]{2}:[0-9A-F]{2}\.[0-9A-F]")
+_HBM = re.compile(r"(\d+)\s*/\s*\d+\s*$")
+
+
+def parse_users(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
+    """Those of the devices that somebody uses, each with who it is.
+
+    Raises:
+        FactsError: devices that `npu-smi info` does not list.
+    """
+    ids, users = _read([_cells(line) for line in output.splitlines()])
+    missing = [device for device in devices if device not in ids.values()]
+    if missing:
+        raise FactsError(
+            f"expected `npu-smi info` to list the devices {', '.join(map(str, missing))}, "
+            f"found {', '.join(map(str, sorted(ids.values()))) or 'none'}",
+            host=host,
+            hint="look at the driver, or change `devices` in the deployment file",
+        )
+    return {device: users[device] for device in devices if device in users}
+
+
+def _read(rows: Sequence[list[str]]) -> tuple[dict[tuple[int, int], int], dict[int, str]]:
+    """(NPU, chip) → device id, and device id → user."""
+    ids: dict[tuple[int, int], int] = {}
+    users: dict[int, str] = {}
+    for above, row in itertools.pairwise(rows):
+        if len(row) >= 3 and _CHIP.fullmatch(row[1]) and above:
+            npu, chip = int(above[0].split()[0]), row[0].split()
+            device = int(chip[1]) if len(chip) > 1 else npu
+            ids[npu, int(chip[0])] = device
+            used = _HBM.search(row[-1])
+            if used and int(used[1]) > HBM_IDLE_MB:
+                users[device] = f"somebody ({used[1]} MB of its memory are in use)"
+    for row in rows:
+        if len(row) >= 3 and row[1].isdecimal() and re.fullmatch(r"\d+\s+\d+", row[0]):
+            npu, chip_id = map(int, row[0].split())
+            if (npu, chip_id) in ids:
+                users[ids[npu, chip_id]] = f"{row[2]} (pid {row[1]})"
+    return ids, users
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a table row; none for a frame."""
+    if not line.startswith("|"):
+        return []
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]

@@ -1,0 +1,44 @@
+"""What registries say in headers: how to log in, and where the next page is. Pure."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import httpx
+
+_CHALLENGE_PART = re.compile(
+    r"""([\w!#$%&'*+.^`|~-]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?""", re.ASCII
+)
+_LINK = re.compile(r"<([^<>]*)>([^<]*)")
+_NEXT = re.compile(r';\s*rel\s*=\s*(?:"(?:[^"]*\s)?next(?:\s[^"]*)?"|next(?![\w-]))', re.IGNORECASE)
+
+
+class Challenge(NamedTuple):
+    """One way in which a registry wants to be logged in to: the scheme in small letters."""
+
+    scheme: str
+    parameters: Mapping[str, str]
+
+
+def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
+    """The challenges in the WWW-Authenticate headers of an answer, as they come."""
+    challenges: list[Challenge] = []
+    for header in headers:
+        for match in _CHALLENGE_PART.finditer(header):
+            name, quoted, bare = match.groups()
+            if quoted is None and bare is None:
+                challenges.append(Challenge(name.lower(), {}))
+            elif challenges:
+                value = bare if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                last = challenges[-1]
+                challenges[-1] = last._replace(parameters={**last.parameters, name.lower(): value})
+    return challenges
+
+
+def next_link(headers: httpx.Headers) -> str | None:
+    """Where the Link header says the next page is, absolute or relative; None on the last page."""
+    for link in headers.get_list("link"):
+        for target, parameters in _LINK.findall(link):
+            if _NEXT.search(parameters):
+                return str(target)
+    return None

@@ -1,0 +1,351 @@
+"""Upgrades, and what comes back when they fail."""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from prefect.client.schemas.objects import State
+
+from flows.deploy import deploy
+from flows.prune import prune
+from flows.recover import recover
+from flows.rollback import rollback
+from flows.teardown import teardown
+from tests.e2e.conftest import INSTANCES, Client, Service, until
+
+CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
+
+
+async def run(flow: Any, service: Service, **parameters: object) -> State[None]:
+    """A run in this process; its final state."""
+    return await flow(service.file, return_state=True, **parameters)
+
+
+def epochs(service: Service) -> dict[str, str]:
+    """Epoch of each running container."""
+    return {
+        name: c["Config"]["Labels"]["pd-deploy.epoch"]
+        for name, c in service.containers(running=True).items()
+    }
+
+
+def all_on(epoch: int) -> dict[str, str]:
+    return dict.fromkeys(INSTANCES, str(epoch))
+
+
+class TestUpgrade:
+    async def test_everything_is_made_while_the_old_generation_serves(
+        self, service: Service
+    ) -> None:
+        """Pull, containers, files and the prepared proxy: the old one stops after them."""
+        await deploy(service.file)
+        old = service.containers(running=True)
+        image = service.push("20250723_1", {"/etc/example": "new"})
+        state = await run(deploy, service, image=image)
+        assert state.is_completed(), state.message
+        assert epochs(service) == all_on(2)
+        stopped = service.finished(old["c0"]["Id"])
+        for container in service.containers().values():
+            assert container["Created"] < stopped
+        assert service.containers()["c0"]["State"]["StartedAt"] < stopped
+        for name in ("p0", "p1", "p2", "d0"):
+            started = service.containers()[name]["State"]["StartedAt"]
+            assert all(service.finished(c["Id"]) < started for c in old.values())
+        assert re.search(r"down for \d+\.\d s", str(state.message))
+
+    async def test_change_of_the_proxy_alone_restarts_only_the_proxy(
+        self, service: Service
+    ) -> None:
+        """The servers stay as they are, under the generation that started them."""
+        await deploy(service.file)
+        before = service.states()
+        service.change(proxy={"c0": {"host": "a", "port": 7000, "core_num": 2}})
+        state = await run(deploy, service)
+        assert state.is_completed(), state.message
+        after = service.states()
+        assert {n: s for n, s in after.items() if n != "c0"} == {
+            n: s for n, s in before.items() if n != "c0"
+        }
+        assert epochs(service) == all_on(1) | {"c0": "2"}
+        again = await run(deploy, service)
+        assert "nothing to do, nothing changed" in str(again.message)
+        assert service.states() == after
+        back = await run(rollback, service)
+        assert back.is_completed(), back.message
+        assert epochs(service) == all_on(1)
+
+    async def test_promoted_image_stays_until_the_files_own_changes(self, service: Service) -> None:
+        """A run without an image never undoes one with."""
+        service.push("20250723_2", {"/etc/example": "newer"})
+        await deploy(service.file)
+        newer = service.image("20250723_2")
+        await deploy(service.file, image=newer)
+        before = service.states()
+        state = await run(deploy, service)
+        assert "nothing to do, nothing changed" in str(state.message)
+        assert service.states() == before
+        service.change(image=service.image("20250723_3"))
+        service.push("20250723_3", {"/etc/example": "newest"})
+        assert (await run(deploy, service)).is_completed()
+        images = {
+            c["Config"]["Labels"]["pd-deploy.image"]
+            for c in service.containers(running=True).values()
+        }
+        assert images == {service.image("20250723_3", here=True)}
+
+    async def test_device_held_by_somebody_else_is_found_before_anything_stops(
+        self, service: Service
+    ) -> None:
+        """By whom, too."""
+        service.change(prefill={"p1": None, "p0": {"host": "a", "devices": "0-7"},
+                                "p2": {"host": "b", "devices": "0-7"}})  # fmt: skip
+        await deploy(service.file)
+        before = service.states()
+        service.change(prefill={"p1": {"host": "a", "devices": "8-15"},
+                                "p0": {"host": "a", "devices": "0-7"},
+                                "p2": {"host": "b", "devices": "0-7"}})  # fmt: skip
+        holder = service.hold_device("a", 9)
+        try:
+            state = await run(deploy, service)
+        finally:
+            holder.terminate()
+            holder.wait()
+        assert "expected device 9 to be free for p1" in str(state.message)
+        assert service.states() == before
+
+    async def test_full_disk_is_found_before_anything_stops(self, service: Service) -> None:
+        """For the image and for logs, with how much is there."""
+        await deploy(service.file)
+        before = service.states()
+        service.change(disk={"logs": "900000g"}, settings=CHANGED)
+        state = await run(deploy, service)
+        assert "GiB free for logs at /data/log_path, found" in str(state.message)
+        assert service.states() == before
+
+
+class TestRollback:
+    @pytest.mark.parametrize(
+        ("faults", "step"),
+        [
+            ({"crash_after": 0.3}, "ready "),
+            ({"hang": True}, "ready "),
+            ({"garbage": True}, "smoke test"),
+        ],
+    )
+    async def test_failed_generation_gives_way_to_the_one_before(
+        self, service: Service, faults: dict[str, object], step: str
+    ) -> None:
+        """The same containers as before serve again, and the message says all of it."""
+        service.change(gates={"ready": 8})
+        await deploy(service.file)
+        old = {name: c["Id"] for name, c in service.containers(running=True).items()}
+        image = service.push_bad("20250724_1", **faults)
+        state = await run(deploy, service, image=image)
+        message = str(state.message)
+        assert state.is_failed()
+        assert re.search(rf"new generation 2-\w+ failed at `{step}.*` because ", message)
+        assert re.search(r"The service is back on generation 1-\w+, down for \d+ s", message)
+        assert "is in quarantine" in message
+        assert {n: c["Id"] for n, c in service.containers(running=True).items()} == old
+        assert service.completes()
+
+    async def test_pruned_containers_are_recreated_from_the_saved_spec(
+        self, service: Service
+    ) -> None:
+        """Files and image too."""
+        await deploy(service.file)
+        old = service.specs()
+        files = service.files()
+        image = service.push("20250724_2", {"/etc/example": "x"})
+        await deploy(service.file, image=image)
+        for host in service.lab.hosts.values():
+            host.run(["docker", "container", "prune", "-f"])
+            host.run(["docker", "image", "prune", "-af"])
+            host.run(["sh", "-c", "rm -rf /var/lib/pd-deploy/*/1-*/p? /var/lib/pd-deploy/*/1-*/d0"])
+        state = await run(rollback, service)
+        assert state.is_completed(), state.message
+        assert epochs(service) == all_on(1)
+        assert service.specs() == old
+        assert files.items() <= service.files().items()
+
+    async def test_failing_rollback_is_said_plainly(self, service: Service) -> None:
+        """With the state of every host."""
+        await deploy(service.file)
+        image = service.push("20250724_3", {"/etc/example": "y"})
+        service.faults("p2", crash_after=0.3)
+        state = await run(deploy, service, image=image)
+        message = str(state.message)
+        assert "does not come back either" in message
+        assert "Nothing serves." in message
+        assert all(f"host {h.name} ({h.address}): " in message for h in service.lab.hosts.values())
+        service.faults("p2")
+        assert (await run(recover, service)).is_completed()
+        assert epochs(service) == all_on(1)
+
+    async def test_failed_generation_is_kept_on_request(self, service: Service) -> None:
+        """What lives of it goes on living; the next run puts things right."""
+        await deploy(service.file)
+        image = service.push_bad("20250724_4", garbage=True)
+        state = await run(deploy, service, image=image, on_failure="keep")
+        assert state.is_failed()
+        assert epochs(service) == all_on(2)
+        assert (await run(recover, service)).is_completed()
+        assert epochs(service) == all_on(1)
+
+    async def test_rollback_to_a_generation_by_name_and_its_refusals(
+        self, service: Service
+    ) -> None:
+        """Any kept one; one that is not kept is refused with those that are."""
+        await deploy(service.file)
+        first = service.record()["serving"]
+        service.change(settings=CHANGED)
+        await deploy(service.file)
+        state = await run(rollback, service, generation="9-00000000")
+        assert "expected 9-00000000 among the kept generations" in str(state.message)
+        assert first in str(state.message)
+        state = await run(rollback, service, generation=first)
+        assert state.is_completed(), state.message
+        assert service.record()["serving"] == first
+        assert epochs(service) == all_on(1)
+
+
+class TestPruning:
+    async def test_the_last_good_ones_stay_and_the_rest_goes(self, service: Service) -> None:
+        """Containers, files, logs and names of images; the youngest stays whatever became of it."""
+        service.change(keep=2)
+        for number in range(1, 6):
+            service.change(settings={"all": {"environment": {"EXAMPLE": str(number)}}})
+            await deploy(service.file)
+        kept = service.generations()
+        assert [name.partition("-")[0] for name in kept] == ["3", "4", "5"]
+        for host in service.lab.hosts.values():
+            tags = host.run(["docker", "images", "--format", "{{.Repository}}:{{.Tag}}"]).stdout
+            ours = [tag.rpartition(":")[2] for tag in tags.split() if tag.startswith("pd-deploy/")]
+            assert sorted(ours) == kept
+            logs = host.run(["sh", "-c", "ls /data/log_path/*"]).stdout.split()
+            assert sorted(logs) == kept
+        state = await run(prune, service)
+        assert "nothing to remove" in str(state.message)
+
+    async def test_a_host_that_left_the_file_is_cleaned(self, service: Service) -> None:
+        """And used again when a generation that ran there comes back."""
+        await deploy(service.file)
+        service.change(hosts={"a": service.lab.hosts["a"].address, "b": None},
+                       prefill={"p0": {"host": "a", "devices": "0-3"},
+                                "p1": {"host": "a", "devices": "4-7"}, "p2": None},
+                       decode={"d0": {"host": "a", "devices": "8-11"}})  # fmt: skip
+        state = await run(deploy, service)
+        assert state.is_completed(), state.message
+        b = service.lab.hosts["b"]
+        assert b.run(["docker", "ps", "-aq"]).stdout == ""
+        assert b.run(["ls", "/var/lib/pd-deploy"], check=False).stdout == ""
+        assert b.run(["ls", "/data/log_path"], check=False).stdout == ""
+        state = await run(rollback, service)
+        assert state.is_completed(), state.message
+        assert epochs(service) == all_on(1)
+
+    async def test_teardown_removes_all_of_it_and_nothing_else(self, service: Service) -> None:
+        """A foreign container and foreign files stay."""
+        await deploy(service.file)
+        service.change(settings=CHANGED)
+        await deploy(service.file)
+        a = service.lab.hosts["a"]
+        image = service.containers()["c0"]["Config"]["Image"]
+        a.run(["docker", "create", "--name", "foreign", image, "true"])
+        a.run(["mkdir", "-p", "/var/lib/pd-deploy/other", "/data/log_path/other"])
+        try:
+            state = await run(teardown, service)
+            assert state.is_completed(), state.message
+            names = a.run(["docker", "ps", "-a", "--format", "{{.Names}}"]).stdout.split()
+            assert names == ["foreign"]
+            assert a.run(["ls", "/var/lib/pd-deploy", "/data/log_path"]).stdout.split() == [
+                "/data/log_path:", "other", "/var/lib/pd-deploy:", "other"]  # fmt: skip
+        finally:
+            a.run(["docker", "rm", "foreign"])
+        b = service.lab.hosts["b"]
+        assert b.run(["docker", "ps", "-aq"]).stdout == ""
+        assert b.run(["docker", "images", "-q"]).stdout == ""
+
+
+class TestHistory:
+    async def test_releases_and_logs_tell_what_became_of_each(
+        self, service: Service, prefect: Callable[..., str], tmp_path: Any
+    ) -> None:
+        """Also of a failed one, after the rollback."""
+        await deploy(service.file)
+        image = service.push_bad("20250725_1", crash_after=0.3)
+        assert (await run(deploy, service, image=image)).is_failed()
+        shown = prefect("pd-deploy", "releases", service.file).splitlines()
+        assert shown[0].split()[:3] == ["generation", "created", "image"]
+        assert "failed, image quarantined" in shown[1]
+        assert "20250725_1" in shown[1]
+        assert "ready " in shown[1]
+        assert "serving" in shown[2]
+        assert any(line.startswith("in quarantine: ") for line in shown)
+        prefect("pd-deploy", "logs", service.file, "--to", str(tmp_path / "logs"))
+        found = {str(p.relative_to(tmp_path / "logs")) for p in (tmp_path / "logs").rglob("*.log")}
+        assert {"a/p1/docker.log", "a/p1/server_0.log", "b/d0/docker.log"} <= found
+        written = [path.read_text() for path in (tmp_path / "logs").rglob("server_0.log")]
+        assert any("Traceback" in text for text in written)
+
+
+class TestOneAtATime:
+    async def test_two_runs_never_interleave(self, service: Service) -> None:
+        """The second waits, then finds nothing left to do."""
+        service.faults("p0", load_seconds=3)
+        states = await asyncio.gather(run(deploy, service), run(deploy, service))
+        assert all(state.is_completed() for state in states), [s.message for s in states]
+        messages = sorted("nothing changed" in str(state.message) for state in states)
+        assert messages == [False, True]
+
+    async def test_a_run_that_waits_too_long_says_for_whom(self, service: Service) -> None:
+        """Name, age and machine; what runs is not touched."""
+        service.change(gates={"lease": 1})
+        service.faults("p0", load_seconds=6)
+        first = asyncio.ensure_future(run(deploy, service))
+        await asyncio.to_thread(until, lambda: "p0" in service.containers(running=True))
+        second = await run(deploy, service)
+        assert second.is_failed()
+        assert re.search(
+            r"run 'test-3p1d .*works on qwq-3p1d \(renewed \d+ s ago", str(second.message)
+        )
+        assert (await first).is_completed()
+
+    async def test_a_run_that_was_overtaken_changes_nothing_more(self, service: Service) -> None:
+        """Its lease has another number: it ends, and says so."""
+        service.faults("p0", load_seconds=5)
+        running = asyncio.ensure_future(run(deploy, service))
+        await asyncio.to_thread(until, lambda: "p0" in service.containers(running=True))
+        for host in service.lab.hosts.values():
+            script = "cd /var/lib/pd-deploy/qwq-3p1d && printf '99\\nother\\n{}\\n' >lease"
+            host.run(["sh", "-c", script])
+        state = await running
+        assert state.is_failed()
+        assert "expected this run's lease" in str(state.message)
+        assert set(service.containers(running=True)) == INSTANCES
+
+    async def test_overlapping_deployments_are_refused(self, service: Service) -> None:
+        """Devices and ports of another deployment that runs here, by name."""
+        await deploy(service.file)
+        service.change(name="second")
+        state = await run(deploy, service)
+        message = str(state.message)
+        assert state.is_failed()
+        assert "of deployment qwq-3p1d uses them" in message
+        assert "expected the devices 0, 1, 2, 3, 4, 5, 6, 7 to be this deployment's" in message
+        assert len(service.containers(running=True)) == len(INSTANCES)
+
+
+async def test_upgrade_is_measured_by_a_client_that_keeps_asking(service: Service) -> None:
+    """The run's own figure is what the client saw, within a second."""
+    await deploy(service.file)
+    service.change(settings=CHANGED)
+    with Client(service) as client:
+        state = await run(deploy, service)
+        await asyncio.to_thread(until, client.served_after_gap)
+    said = re.search(r"down for (\d+\.\d) s", str(state.message))
+    assert said
+    assert abs(float(said[1]) - client.gap) < 1.5, json.dumps(client.gap)

@@ -1,0 +1,144 @@
+"""What registries say in headers is understood, and where a repository is asked for is clear."""
+
+import ssl
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pd_deploy import registry
+from pd_deploy.errors import InvalidInput
+from pd_deploy.registry import Place
+from pd_deploy.registry.headers import Challenge, next_link, parse_challenges
+from tests.unit import example
+
+WORD = st.text(alphabet="abcdefghijklmnopqrstuvwxyz", min_size=1)
+QUOTABLE = st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126))
+
+
+class TestChallenges:
+    @pytest.mark.parametrize(
+        ("headers", "expected"),
+        [
+            ([], []),
+            (['Basic realm="basic-realm"'], [Challenge("basic", {"realm": "basic-realm"})]),
+            (
+                [
+                    'Bearer realm="https://r.example/auth/",service="dockyard",'
+                    'scope="repository:a/b:pull,push"'
+                ],
+                [
+                    Challenge(
+                        "bearer",
+                        {
+                            "realm": "https://r.example/auth/",
+                            "service": "dockyard",
+                            "scope": "repository:a/b:pull,push",
+                        },
+                    )
+                ],
+            ),
+            (
+                ['Basic realm="a, b=c", BEARER Realm = "x" , service=y'],
+                [
+                    Challenge("basic", {"realm": "a, b=c"}),
+                    Challenge("bearer", {"realm": "x", "service": "y"}),
+                ],
+            ),
+            (
+                ["Negotiate", 'Basic realm="q\\"uoted"'],
+                [Challenge("negotiate", {}), Challenge("basic", {"realm": 'q"uoted'})],
+            ),
+            (['realm="without a scheme"'], []),
+        ],
+    )
+    def test_are_taken_apart(self, headers: list[str], expected: list[Challenge]) -> None:
+        assert parse_challenges(headers) == expected
+
+    @given(WORD, st.dictionaries(WORD, QUOTABLE, min_size=1))
+    def test_say_what_was_said(self, scheme: str, parameters: dict[str, str]) -> None:
+        quoted = {
+            key: value.replace("\\", "\\\\").replace('"', '\\"')
+            for key, value in parameters.items()
+        }
+        header = f"{scheme} " + ", ".join(f'{key}="{value}"' for key, value in quoted.items())
+        assert parse_challenges([header]) == [Challenge(scheme, parameters)]
+
+    @given(st.lists(st.text()))
+    def test_of_any_text_are_no_accident(self, headers: list[str]) -> None:
+        parse_challenges(headers)
+
+
+class TestNextPage:
+    @pytest.mark.parametrize(
+        ("links", "expected"),
+        [
+            ([], None),
+            (['</v2/a/tags/list?last=b&n=2>; rel="next"'], "/v2/a/tags/list?last=b&n=2"),
+            (["<https://r.example/v2/?last=b>;rel=next"], "https://r.example/v2/?last=b"),
+            (['</1>; rel="prev", </3>; title="a, b"; rel="next"'], "/3"),
+            (['</1>; rel="prev"', '</3>; REL="last next"'], "/3"),
+            (['</1>; rel="nextish"', "</2>; rel=next-one", "</3>"], None),
+        ],
+    )
+    def test_is_where_the_link_header_says(self, links: list[str], expected: str | None) -> None:
+        assert next_link(httpx.Headers([("Link", link) for link in links])) == expected
+
+
+class TestPlace:
+    @pytest.mark.parametrize(
+        ("name", "url"),
+        [
+            ("r.example/a/b", "https://r.example/v2/"),
+            ("10.0.0.9:5000/a", "https://10.0.0.9:5000/v2/"),
+            ("localhost/a", "http://localhost/v2/"),
+            ("127.3.0.1:5000/a", "http://127.3.0.1:5000/v2/"),
+            ("[::1]:5000/a", "http://[::1]:5000/v2/"),
+        ],
+    )
+    def test_is_asked_with_tls_unless_it_is_this_machine(self, name: str, url: str) -> None:
+        assert str(Place.of(name).url) == url
+        assert Place.of(name, ca="/etc/ca.pem").url.scheme == "https"
+        assert Place.of(name, insecure=True).url.scheme == "http"
+        assert Place.of(name).name == name
+
+    @pytest.mark.parametrize(
+        "name", ["a/b", "b", "http://r.example/a", "r.example/", "r.example/A", "r.example/a/../b"]
+    )
+    def test_needs_a_registry_and_a_repository(self, name: str) -> None:
+        with pytest.raises(InvalidInput, match="expected a registry and a repository"):
+            Place.of(name)
+
+    @pytest.mark.parametrize("port", ["99999", "0x1", ""])
+    def test_needs_a_port_that_is_one(self, port: str) -> None:
+        with pytest.raises(InvalidInput, match="expected a registry and a repository"):
+            Place.of(f"r.example:{port}/a")
+
+    def test_of_a_deployment_is_where_its_file_says(self) -> None:
+        of = example.service(
+            {
+                "image": "r.example/a/b:20250722_26",
+                "registry": {"host": "10.0.0.9:5000", "insecure": True},
+                "update": {"family": "daily", "repository": "c/d"},
+            }
+        )
+        assert registry.place_of(of) == Place("10.0.0.9:5000", "c/d", plain=True)
+
+
+class TestTrust:
+    def test_a_ca_comes_on_top_of_the_systems(self) -> None:
+        assert registry.trust().verify_mode == ssl.CERT_REQUIRED
+
+    @pytest.mark.parametrize("content", [None, "no certificate", "\0"])
+    def test_a_file_without_a_ca_is_an_error_that_names_it(
+        self, tmp_path: Path, content: str | None
+    ) -> None:
+        file = tmp_path / "ca.pem"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(InvalidInput, match=r"registry\.ca: expected a file .*ca\.pem"):
+            registry.trust(str(file))
+        with pytest.raises(InvalidInput, match=r"registry\.ca: expected a file .*other text"):
+            registry.trust("-----BEGIN CERTIFICATE-----\nno\n")
