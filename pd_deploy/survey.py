@@ -131,12 +131,16 @@ def planned(
     file_image, past = site.deployment.image, past_of(surveys)
     deployment = site.deployment.model_copy(update={"image": image.choice.image})
     site = site.turned_to(deployment)
-    interfaces = {survey.host: survey.interface for survey in surveys}
+    by_device = {one.host: one.of_device for one in addresses}
     made = plan.make(
         deployment,
         site.topology,
         site.engine,
-        facts={one.host: HostFacts(interfaces[one.host], one.of_device) for one in addresses},
+        facts={
+            one.host: HostFacts(one.interface, by_device.get(one.host, {}))
+            for one in surveys
+            if one.host in deployment.hosts
+        },
         image=image.exact,
         history=past,
     )
