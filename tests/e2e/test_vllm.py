@@ -101,6 +101,7 @@ async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     assert await answer(pair) == answered_alone
     assert {c["Config"]["Labels"]["pd-deploy.epoch"] for c in running(pair)} == {"2"}
 
+    # The proxy alone: its servers go on.
     before = pair.states()
     pair.change(vllm={"router": str(FAULTY_ROUTER)})
     state = await deploy(pair.file, return_state=True)
@@ -111,6 +112,15 @@ async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     assert {n: s for n, s in pair.states().items() if n != "c0"} == {
         n: s for n, s in before.items() if n != "c0"
     }
+    assert await answer(pair) == answered_alone
+
+    pair.change(
+        vllm={}, settings={"decode": {"arguments": {"max-num-seqs": 2, "no-such-flag": True}}}
+    )
+    state = await deploy(pair.file, return_state=True)
+    assert state.is_failed()
+    assert "unrecognized arguments: --no-such-flag" in str(state.message)
+    assert {c["Config"]["Labels"]["pd-deploy.epoch"] for c in running(pair)} == {"2"}
     assert await answer(pair) == answered_alone
 
     state = await teardown(pair.file, return_state=True)
