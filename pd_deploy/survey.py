@@ -131,16 +131,13 @@ def planned(
     file_image, past = site.deployment.image, past_of(surveys)
     deployment = site.deployment.model_copy(update={"image": image.choice.image})
     site = site.turned_to(deployment)
-    by_device = {one.host: one.of_device for one in addresses}
+    interfaces = {survey.host: survey.interface for survey in surveys}
+    known = {one.host: one.of_device for one in addresses}
     made = plan.make(
         deployment,
         site.topology,
         site.engine,
-        facts={
-            one.host: HostFacts(one.interface, by_device.get(one.host, {}))
-            for one in surveys
-            if one.host in deployment.hosts
-        },
+        facts={name: HostFacts(interfaces[name], known.get(name, {})) for name in deployment.hosts},
         image=image.exact,
         history=past,
     )

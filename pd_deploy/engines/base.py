@@ -181,7 +181,7 @@ class Engine(Protocol):
         """Instances that must be started (not ready) before this one."""
 
     def users_command(self) -> list[str]:
-        """What to run on a host to see who uses its devices; nothing where that can't be told."""
+        """What to run on a host to see who uses its devices; empty where that can't be told."""
 
     def users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
         """Those of the devices that somebody uses, and who, from the output of that command."""

@@ -173,12 +173,12 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
 
 
 def users_command() -> list[str]:
-    """Nothing: each kind of device would need a command of its own."""
+    """None: whether a GPU is free says its driver, differently for each; vLLM looks itself."""
     return []
 
 
 def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
-    """Nothing to parse."""
+    """Nobody, as far as can be told."""
     return {}
 
 
