@@ -209,7 +209,7 @@ async def device_addresses(site: Site, name: str) -> Addresses:
     """
     host, devices = site.host(name), _devices(site, name)
     command = site.engine.read_addresses_command(devices)
-    if not devices or command is None:
+    if not devices or not command:
         return Addresses(name, {})
     done = await host.run(command)
     return Addresses(name, site.engine.parse_addresses(done.stdout, devices, host=host.where))
@@ -221,7 +221,7 @@ def _devices(site: Site, name: str) -> list[int]:
 
 def _reads_addresses(site: Site, name: str) -> bool:
     devices = _devices(site, name)
-    return bool(devices) and site.engine.read_addresses_command(devices) is not None
+    return bool(devices and site.engine.read_addresses_command(devices))
 
 
 async def resolve_image(site: Site, choice: Choice) -> ResolvedImage:

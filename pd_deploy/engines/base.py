@@ -153,8 +153,8 @@ class Engine(Protocol):
     ) -> Sequence[Member]:
         """What a pod brings up on each of its hosts, given the number of its devices there."""
 
-    def read_addresses_command(self, devices: Sequence[int]) -> list[str] | None:
-        """The command that prints the network addresses of a host's devices; None where the
+    def read_addresses_command(self, devices: Sequence[int]) -> list[str]:
+        """What to run on a host to see the network addresses of its devices; nothing where the
         engine needs none."""
 
     def parse_addresses(self, output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:

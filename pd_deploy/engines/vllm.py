@@ -111,9 +111,9 @@ def members(
     ]
 
 
-def read_addresses_command(devices: Sequence[int]) -> list[str] | None:
-    """None: peers are found by their hosts' addresses."""
-    return None
+def read_addresses_command(devices: Sequence[int]) -> list[str]:
+    """Nothing: peers are found by their hosts' addresses."""
+    return []
 
 
 def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:

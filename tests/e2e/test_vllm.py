@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 from flows.deploy import deploy
+from flows.teardown import teardown
 from lab import Lab, vllm
 from tests.e2e.conftest import ROOT, Service
 
 PORT = 7001
+FAULTY_ROUTER = Path(__file__).with_name("dropping_router.py")
 PROMPT = "Decode writes the answer, one token after the other, and so on. How are you?"
 MAX_TOKENS = 24
 ANSWERED_ALONE = f"""
@@ -71,6 +73,7 @@ def pair(lab: Lab, installed: str, ssh_block: str, tmp_path: Path) -> Iterator[S
         "hosts": {name: host.address for name, host in lab.hosts.items()},
         "ssh": {"credentials": ssh_block},
         "gates": {"ready": 300},
+        "container": {"mounts": [f"{vllm.HOME}:ro", f"{FAULTY_ROUTER.parent}:ro"]},
     }
     path = tmp_path / "test-vllm.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -81,7 +84,7 @@ def pair(lab: Lab, installed: str, ssh_block: str, tmp_path: Path) -> Iterator[S
         service.clean()
 
 
-async def test_from_nothing_to_an_upgrade_and_a_router_that_drops_the_hand_over(
+async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     pair: Service, answered_alone: list[int], worker: None, prefect: Callable[..., str]
 ) -> None:
     """In one test, because loading takes most of the time."""
@@ -98,15 +101,31 @@ async def test_from_nothing_to_an_upgrade_and_a_router_that_drops_the_hand_over(
     assert await answer(pair) == answered_alone
     assert {c["Config"]["Labels"]["pd-deploy.epoch"] for c in running(pair)} == {"2"}
 
-    router = Path(__file__).with_name("dropping_router.py")
-    pair.change(
-        vllm={"router": str(router)},
-        container={"mounts": [f"{vllm.HOME}:ro", f"{router.parent}:ro"]},
-    )
+    # The proxy alone: its servers go on.
+    before = pair.states()
+    pair.change(vllm={"router": str(FAULTY_ROUTER)})
     state = await deploy(pair.file, return_state=True)
     assert state.is_failed()
     assert "expected decode to get the KV of the prompt's" in str(state.message)
     assert re.search(r"KV of 0 of \d+ prompt tokens went from p0 \(a\)", str(state.message))
+    assert {c["Config"]["Labels"]["pd-deploy.epoch"] for c in running(pair)} == {"2"}
+    assert {n: s for n, s in pair.states().items() if n != "c0"} == {
+        n: s for n, s in before.items() if n != "c0"
+    }
+    assert await answer(pair) == answered_alone
+
+    pair.change(
+        vllm={}, settings={"decode": {"arguments": {"max-num-seqs": 2, "no-such-flag": True}}}
+    )
+    state = await deploy(pair.file, return_state=True)
+    assert state.is_failed()
+    assert "unrecognized arguments: --no-such-flag" in str(state.message)
+    assert {c["Config"]["Labels"]["pd-deploy.epoch"] for c in running(pair)} == {"2"}
+    assert await answer(pair) == answered_alone
+
+    state = await teardown(pair.file, return_state=True)
+    assert state.is_completed(), state.message
+    assert pair.containers() == {}
 
 
 def run(prefect: Callable[..., str], service: Service) -> str:

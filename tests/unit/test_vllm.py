@@ -273,7 +273,7 @@ class TestCpu:
 
 
 def test_the_flow_reads_device_addresses_only_where_the_engine_says_how() -> None:
-    assert engines.get("vllm").read_addresses_command([0, 1]) is None
+    assert engines.get("vllm").read_addresses_command([0, 1]) == []
     assert engines.get("omniinfer").read_addresses_command([0, 1])
 
 
