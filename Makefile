@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PREFILLS ?= 3
 
-.PHONY: help demo demo-vllm demo-down test test-unit lint bench lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-down test test-all test-unit lint bench lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -20,6 +20,9 @@ demo-down:      ## Remove every trace of the demo.
 
 test: ready-dev ## Unit, lab and end-to-end tests.
 	@$(BIN)/pytest
+
+test-all: ready-dev ## All tests, with a kill at every moment of an upgrade; takes an hour or two.
+	@PD_TEST_ALL=1 $(BIN)/pytest
 
 test-unit: ready-dev ## Only the tests that need no host.
 	@$(BIN)/pytest tests/unit

@@ -10,12 +10,16 @@ from prefect.settings import get_current_settings
 from pd_deploy.errors import PdDeployError
 
 
+class ServerLost(PdDeployError):
+    """There is no Prefect server, or none any more."""
+
+
 @contextmanager
 def reached() -> Iterator[None]:
     """Turns a server that is not there, or does not know what it is asked for, into one error.
 
     Raises:
-        PdDeployError: instead of the client's own errors.
+        PdDeployError, ServerLost: instead of the client's own errors.
     """
     try:
         yield
@@ -27,7 +31,7 @@ def reached() -> Iterator[None]:
     except (httpx.TransportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
             raise
-        raise PdDeployError(
+        raise ServerLost(
             f"expected a Prefect server at {get_current_settings().api.url}, found none",
             hint="run `prefect server start`, or unset PREFECT_API_URL for a temporary one",
         ) from error

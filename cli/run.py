@@ -1,6 +1,8 @@
 """Running the flow here, and following a run elsewhere."""
 
 import asyncio
+import os
+import sys
 from collections.abc import Coroutine, Iterable
 from datetime import datetime
 from typing import Any
@@ -12,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 
-from cli.prefect_api import reached
+from cli.prefect_api import ServerLost, reached
 from pd_deploy.errors import PdDeployError
 
 POLL_INTERVAL_S = 0.5
@@ -27,8 +29,14 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
     Raises:
         PdDeployError: what it failed of.
     """
-    with reached():
-        return asyncio.run(_here(flow, parameters))
+    try:
+        with reached():
+            return asyncio.run(_here(flow, parameters))
+    except ServerLost as error:
+        typer.echo(f"pd-deploy: {error}", err=True)
+        sys.stdout.flush()
+        # At a normal exit Prefect offers each event of the run to the dead server, for minutes.
+        os._exit(1)
 
 
 def follow(flow_run: UUID) -> int:

@@ -22,6 +22,9 @@ from demo.processes import Processes
 from lab import Lab, LabHost
 from tests import prefect_settings
 
+ALL = bool(os.environ.get("PD_TEST_ALL"))
+"""Whether the long tests run as well (`make test-all`)."""
+long = pytest.mark.skipif(not ALL, reason="long: runs with `make test-all`")
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"

@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 
 from flows.deploy import deploy
-from tests.e2e.conftest import BIN, INSTANCES, ROOT, Service, until
+from tests.e2e.conftest import BIN, INSTANCES, ROOT, Service, long, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 NAME = "lab-qwq-3p1d"
@@ -86,6 +86,7 @@ async def test_killed_worker_does_not_interrupt_its_run(
     assert "nothing changed" in str(state.message)
 
 
+@long
 async def test_killed_server_leaves_nothing_that_the_next_run_does_not_mend(
     service: Service,
 ) -> None:
