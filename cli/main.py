@@ -146,6 +146,10 @@ def deploy(
         OnFailure,
         typer.Option(help="Bring the generation before back, or keep the failed one as it is."),
     ] = OnFailure.ROLLBACK,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="A host that has left the file and is gone for good."),
+    ] = None,
 ) -> None:
     """Bring a service up and prove it with a completion.
 
@@ -172,6 +176,7 @@ def deploy(
             stages=stages,
             dry_run=dry_run,
             on_failure=on_failure.value,
+            forget=forget,
         )
     )
 
@@ -306,7 +311,7 @@ def main() -> NoReturn:
     except PdDeployError as error:
         _fail(error, FAILED)
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        _fail("interrupted; `pd-deploy recover FILE` makes whole what it left", INTERRUPTED)
     sys.exit(0)
 
 

@@ -85,7 +85,7 @@ async def go_back(failed: Rollout, error: BaseException, generation: str) -> Non
         back = await restore(failed.site, generation)
         reports = await make_so(back, list(STAGES))
         completion = await smoke_test(back, wait_for=reports)
-    except BaseException as fault:
+    except Exception as fault:
         states = await reading.states(failed.site)
         raise RollbackFailed(
             f"{what}; generation {generation} does not come back either, because {_why(fault)}\n"
@@ -131,6 +131,7 @@ async def tidy_up(rollout: Rollout, after: Sequence[Report]) -> list[Report]:
         get_run_logger().warning("left for the next run: %s", fault)
     done = [one for one in results if isinstance(one, Report)]
     cleared = {site.hosts[one.host].address for one in done if one.step == "clear"}
+    cleared |= site.forgotten
     if all(isinstance(one, Report) for one in results):
         record = past.record.left(cleared).without(past.found - past.kept(site.deployment.keep))
         await promotion.write(rollout, record, besides=cleared)

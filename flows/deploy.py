@@ -26,6 +26,7 @@ async def deploy(
     stages: list[Stage] | None = None,
     dry_run: bool = False,
     on_failure: OnFailure = "rollback",
+    forget: list[str] | None = None,
 ) -> State[None]:
     """Brings a service up: prefill, decode and proxy on their hosts, proven by a completion.
 
@@ -39,6 +40,8 @@ async def deploy(
         stages: run only these, in the order cleanup, launch, ranktable, proxy, server.
         dry_run: report per host what would be done, and change nothing.
         on_failure: rollback, or keep the failed generation as it is, for inspection.
+        forget: addresses of hosts that have left the file and are gone for good, so that what the
+            deployment left there can't be removed.
     """
     run, given = this_run(), deployment.load(Path(file))
     if image == NEWEST:
@@ -54,7 +57,7 @@ async def deploy(
             await open_former(site, await connected(site))
             rollout = await plan(site, image, str(run))
             return await publish.dry_run(rollout, chosen)
-    async with at_work(given, str(run)) as site:
+    async with at_work(given, str(run), forget=forget or ()) as site:
         rollout = await plan(site, image, str(run))
         publish.found(rollout)
         if image == NEWEST and not rollout.changes:

@@ -46,15 +46,20 @@ async def open_site(deployment: Deployment) -> AsyncIterator[Site]:
 
 @asynccontextmanager
 async def at_work(
-    deployment: Deployment, run: str, also: Callable[[History], Iterable[Place]] = lambda _: ()
+    deployment: Deployment,
+    run: str,
+    also: Callable[[History], Iterable[Place]] = lambda _: (),
+    forget: Iterable[str] = (),
 ) -> AsyncIterator[Site]:
     """The deployment's hosts and those it had before, locked for this run.
 
     Args:
         run: the run, for those who find the hosts locked.
         also: further hosts that the run needs, from the deployment's past.
+        forget: addresses of former hosts that are gone for good.
     """
     async with open_site(deployment) as site:
+        site.forgotten = frozenset(forget)
         past = await connected(site)
         await open_former(site, past, also(past))
         lease = locking.lease_for(site, run)
@@ -73,7 +78,7 @@ async def connected(site: Site) -> History:
 
 async def open_former(site: Site, past: History, also: Iterable[Place] = ()) -> None:
     """Adds the hosts that former generations may have left something on; see `at_work`."""
-    known = {host.address for host in site.hosts.values()}
+    known = {host.address for host in site.hosts.values()} | site.forgotten
     for place in (*past.record.hosts.values(), *also):
         if place.address not in known:
             known.add(place.address)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from pd_deploy.errors import TransientError
 from pd_deploy.lease import Lease, Owner, this_process
 from pd_deploy.report import Report
 from pd_deploy.rollout import Site
@@ -21,7 +22,16 @@ async def lock(site: Site, waiting: Callable[[str], None]) -> Report:
     """
     assert site.lease is not None
     hosts = [(host, _claim(site, site.lease.owner, name)) for name, host in site.hosts.items()]
-    await site.lease.take(hosts, site.deployment.gates.lease, waiting)
+    try:
+        await site.lease.take(hosts, site.deployment.gates.lease, waiting)
+    except TransientError as error:
+        for name in site.former:
+            if error.host == site.host(name).where:
+                error.hint = (
+                    "it has left the file, but the deployment may still run there; if it is gone "
+                    f"for good: `pd-deploy deploy FILE --forget {site.host(name).address}`"
+                )
+        raise
     return Report("lock", site.deployment.name, "", False, f"on {', '.join(site.hosts)}")
 
 

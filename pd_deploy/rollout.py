@@ -37,7 +37,8 @@ class Survey:
 class Site:
     """A deployment and its connected hosts, shared by all steps of a run.
 
-    `hosts` may have more than the deployment: those that a former generation ran on.
+    `hosts` may have more than the deployment: those that a former generation ran on. `forgotten`
+    are the addresses of such hosts that are gone for good.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Site:
         self.engine = engines.get(deployment.engine)
         self.hosts = hosts
         self.registry_login = registry_login
+        self.forgotten: frozenset[str] = frozenset()
         self.barrier = Barrier()
         self.lease = lease
         if lease:
@@ -95,7 +97,9 @@ class Site:
         named = {name: by_address.pop(entry.address) for name, entry in deployment.hosts.items()}
         for host in by_address.values():
             named[host.name if host.name not in named else host.where] = host
-        return Site(deployment, Hosts.of(named), self.registry_login, self.lease)
+        site = Site(deployment, Hosts.of(named), self.registry_login, self.lease)
+        site.forgotten = self.forgotten
+        return site
 
 
 @dataclass

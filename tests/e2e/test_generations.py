@@ -247,6 +247,28 @@ class TestPruning:
         assert state.is_completed(), state.message
         assert epochs(service) == all_on(1)
 
+    async def test_a_host_that_left_the_file_and_is_dead_is_forgotten_only_on_request(
+        self, service: Service
+    ) -> None:
+        """It might still run what must not: the error says how to go on without it."""
+        await deploy(service.file)
+        b = service.lab.hosts["b"]
+        service.change(hosts={"a": service.lab.hosts["a"].address, "b": None}, gates={"connect": 1},
+                       prefill={"p0": {"host": "a", "devices": "0-3"},
+                                "p1": {"host": "a", "devices": "4-7"}, "p2": None},
+                       decode={"d0": {"host": "a", "devices": "8-11"}})  # fmt: skip
+        before = {n: s for n, s in service.states().items() if n in ("p0", "p1", "c0")}
+        b.cut()
+        try:
+            state = await run(deploy, service)
+            assert f"--forget {b.address}" in str(state.message)
+            assert {n: s for n, s in service.states().items() if n in before} == before
+            state = await run(deploy, service, forget=[b.address])
+            assert state.is_completed(), state.message
+        finally:
+            b.mend()
+        assert b.address not in service.record()["hosts"]
+
     async def test_teardown_removes_all_of_it_and_nothing_else(self, service: Service) -> None:
         """A foreign container and foreign files stay."""
         await deploy(service.file)
