@@ -13,24 +13,28 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from bench.service import on_lab
+from bench.service import Upgrade, on_lab
 from bench.timeline import Measured
 from lab import LabError
 
 EXPECTED_S = 8.0
+EXPECTED_REST_S = 3.0
 EXPECTED = f"expected on clean hosts: {EXPECTED_S:g} or less"
 ENGINE_MEANS = "from Docker's start of the last server to the last 200 on /health"
 MEANING = {
-    "connect": "log in; facts, device addresses, image digest",
-    "preflight": "paths, devices and ports of both hosts",
+    "connect": "log in; what was deployed before",
+    "lock": "the lease on both hosts",
+    "survey": "facts, containers, device addresses, image digest",
+    "preflight": "paths, disk, devices and ports of both hosts",
     "image present": "look for the image",
-    "clean up": "look for what must stop first",
+    "clean up": "look for what must stop first; devices and ports are free",
     "launch": "directories, start scripts, containers",
     "ranktable": "ranktable documents",
     "start": "decode, prefills and proxy, until the last server is started",
     "ready": "notice that all servers are ready",
     "open proxy": "let nginx open its port",
-    "smoke test": "a completion through the proxy",
+    "smoke test": "completions through the proxy, and where their KV came from",
+    "promote": "record it, remove old generations",
     "between steps": "Prefect: task states, report, artifacts",
 }
 
@@ -42,6 +46,7 @@ class Result:
     pull: float
     runs: list[Measured]
     again: list[Measured]
+    upgrades: list[Upgrade]
 
 
 def bench(runs: int) -> Result:
@@ -50,14 +55,17 @@ def bench(runs: int) -> Result:
     with on_lab() as service:
         first = service.bring_up()
         _say(f"warm-up, with the pull: {first.wall:.1f} s")
-        up, again = [], []
+        up, again, upgrades = [], [], []
         for number in range(1, runs + 1):
             service.clean()
             up.append(service.bring_up())
             again.append(service.run_again())
             _say(f"run {number} of {runs}: {up[-1].wall:.1f} s, again: {again[-1].wall:.1f} s")
+        for number in range(1, runs + 1):
+            upgrades.append(service.upgrade(number))
+            _say(f"upgrade {number} of {runs}: down for {upgrades[-1].down:.1f} s")
         _say("taking the lab down")
-    return Result(first.parts["image present"], up, again)
+    return Result(first.parts["image present"], up, again, upgrades)
 
 
 def table(result: Result) -> str:
@@ -79,6 +87,8 @@ def table(result: Result) -> str:
             f"{'seconds':26}{'min':>7}{'median':>9}{'max':>9}{'median':>15}",
             *rows,
             "",
+            *_upgrades(result.upgrades),
+            "",
             f"Before that the image was pulled onto both hosts at once, in {result.pull:.1f} s.",
             "`run again` finds everything as it should be, changes nothing and proves the service.",
             "A moment counts for the earliest step under way on any host: the parts add up to the",
@@ -96,6 +106,7 @@ def as_json(result: Result) -> str:
             "pull": result.pull,
             "runs": [dataclasses.asdict(run) | {"own": run.own} for run in result.runs],
             "again": [dataclasses.asdict(run) for run in result.again],
+            "upgrades": [dataclasses.asdict(one) for one in result.upgrades],
         },
         indent=2,
     )
@@ -119,6 +130,17 @@ def main() -> int:
         return 130
     print(as_json(result) if options.json else f"\n{table(result)}")
     return 0
+
+
+def _upgrades(upgrades: list[Upgrade]) -> list[str]:
+    down = statistics.median(one.down for one in upgrades)
+    rest = statistics.median(one.down - one.load for one in upgrades)
+    verdict = "met" if rest <= EXPECTED_REST_S else "MISSED"
+    return [
+        f"An upgrade, as a client that keeps asking sees it: {down:.1f} s without a completion, "
+        f"{rest:.1f} s",
+        f"besides the engine's load time (expected: {EXPECTED_REST_S:g} or less: {verdict}).",
+    ]
 
 
 def _part_row(part: str, meaning: str, result: Result) -> str:

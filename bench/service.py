@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from typing import Any, Self
 import httpx
 import yaml
 
+from bench.client import Client
 from bench.timeline import Measured, Span, measure
 from demo.processes import Processes
 from lab import Lab
@@ -32,6 +34,15 @@ POLL_S = 0.05
 RECORDS_TIMEOUT_S = 20
 CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 STARTED = '{{index .Config.Labels "pd-deploy.role"}} {{.State.StartedAt}}'
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """What an upgrade cost, in s: the client's time without a completion, and of it the time from
+    Docker's start of the last server until all were ready."""
+
+    down: float
+    load: float
 
 
 class Service:
@@ -88,6 +99,18 @@ class Service:
         """Runs the flow on a service that is as it should be."""
         self._run("pd-deploy", "deploy", self._file)
         return measure(*self._records(), None)
+
+    def upgrade(self, number: int) -> Upgrade:
+        """Runs the flow on a changed file while a client keeps asking."""
+        document = yaml.safe_load(Path(self._file).read_text())
+        document["settings"] = {"all": {"environment": {"BENCH": str(number)}}}
+        Path(self._file).write_text(yaml.safe_dump(document))
+        with Client(f"http://{self._lab.hosts['a'].address}:7000") as client:
+            self._run("pd-deploy", "deploy", self._file)
+            client.served_again()
+        _, tasks = self._records()
+        ready = max(span.end for name, span in tasks if name.startswith("ready"))
+        return Upgrade(client.gap, (ready - self._last_start()).total_seconds())
 
     def _run(self, *argv: str) -> None:
         done = subprocess.run(

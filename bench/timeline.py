@@ -11,12 +11,17 @@ BETWEEN = "between steps"
 
 # First words of the names of task runs → part of the run, in the order of the runbook.
 PARTS = {
-    "survey": "connect",
-    "resolve image": "connect",
-    "device addresses": "connect",
+    "connect": "connect",
+    "lock": "lock",
+    "survey": "survey",
+    "choose image": "survey",
+    "resolve image": "survey",
+    "device addresses": "survey",
     "preflight": "preflight",
     "pull": "image present",
+    "save": "launch",
     "clean up": "clean up",
+    "free": "clean up",
     "launch": "launch",
     "ranktable": "ranktable",
     "prepare proxy": "start",
@@ -24,6 +29,9 @@ PARTS = {
     "ready": READY,
     "open proxy": "open proxy",
     "smoke test": "smoke test",
+    "promote": "promote",
+    "prune": "promote",
+    "clear": "promote",
 }
 
 

@@ -6,18 +6,18 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 
+from bench.client import completes
 from demo.processes import Processes
 from lab import Lab, LabHost
 from tests import prefect_settings
@@ -212,13 +212,12 @@ class Service:
 
     def completes(self) -> bool:
         """Whether a client gets a completion."""
-        url = f"http://{self.lab.hosts['a'].address}:7000/v1/completions"
-        body = {"model": "qwen", "max_tokens": 5, "prompt": "hello"}
-        try:
-            answer = httpx.post(url, json=body, timeout=10, trust_env=False)
-            return answer.status_code == 200 and bool(answer.json()["choices"][0]["text"].strip())
-        except (httpx.HTTPError, ValueError, LookupError):
-            return False
+        return completes(self.url)
+
+    @property
+    def url(self) -> str:
+        """Where clients ask."""
+        return f"http://{self.lab.hosts['a'].address}:7000"
 
     def host_of(self, instance: str) -> LabHost:
         return self.lab.hosts["b" if instance in ("p2", "d0") else "a"]
@@ -259,42 +258,6 @@ class Service:
             if images:
                 host.run(["docker", "rmi", "-f", *sorted(set(images))], check=False)
             host.run(["rm", "-rf", "/var/lib/pd-deploy", "/data/standin", "/data/log_path"])
-
-
-class Client:
-    """Asks for completions, one after the other, and notes when it got none."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        self._last = 0.0
-        self._failed = False
-        self.gap = 0.0
-        """Seconds from the last completion before a failure to the first one after it."""
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        until(lambda: self._last)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def served_after_gap(self) -> bool:
-        """Whether it was served again after it had not been."""
-        return self.gap > 0
-
-    def _ask(self) -> None:
-        while not self._over.is_set():
-            if not self._service.completes():
-                self._failed = True
-                continue
-            now = time.monotonic()
-            if self._failed and self._last:
-                self.gap = max(self.gap, now - self._last)
-            self._last, self._failed = now, False
 
 
 @pytest.fixture
