@@ -198,6 +198,14 @@ class Host:
         finally:
             await tunnel.aclose()
 
+    def reopen_files(self) -> None:
+        """Lets the next call open a new SFTP session.
+
+        To be called after everything on the event loop was cancelled: that ends the task which
+        reads the session's answers too, and asyncssh leaves those who wait for one waiting.
+        """
+        self._sftp = None
+
     async def aclose(self) -> None:
         """Cuts calls under way and closes the connection."""
         try:

@@ -58,6 +58,10 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
     assert recovered.state.is_completed(), recovered.state.message
     assert {epoch(automated, name) for name in INSTANCES} == {"1"}
     assert automated.completes()
+    if way == "cancelled":
+        outcomes = automated.record()["outcomes"].items()
+        ends = {name.partition("-")[0]: outcome["result"] for name, outcome in outcomes}
+        assert ends == {"1": "good", "2": "interrupted"}
 
 
 async def test_killed_worker_does_not_interrupt_its_run(
