@@ -4,8 +4,10 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 from prefect.client.schemas.objects import State
 
@@ -77,6 +79,28 @@ class TestUpgrade:
         back = await run(rollback, service)
         assert back.is_completed(), back.message
         assert epochs(service) == all_on(1)
+
+    async def test_request_in_flight_is_answered_before_the_old_proxy_stops(
+        self, service: Service
+    ) -> None:
+        """The upgrade waits for it; its client notices nothing."""
+        await deploy(service.file)
+        old = service.containers()["c0"]["Id"]
+        service.change(settings=CHANGED)
+        service.faults("d0", token_seconds=0.4)
+        body = {"model": "qwen", "max_tokens": 12, "prompt": "a long story"}
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+            asking = asyncio.ensure_future(client.post(f"{service.url}/v1/completions", json=body))
+            upgrading = asyncio.ensure_future(run(deploy, service))
+            answer = await asking
+            answered = datetime.now(UTC)
+            service.faults("d0")
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 12
+        state = await upgrading
+        assert state.is_completed(), state.message
+        stopped = datetime.fromisoformat(service.finished(old))
+        assert abs((stopped - answered).total_seconds()) < 2
 
     async def test_promoted_image_stays_until_the_files_own_changes(self, service: Service) -> None:
         """A run without an image never undoes one with."""
