@@ -122,8 +122,8 @@ def make(
         history: what was deployed before; decides the epoch, and whether the servers stay.
     """
     service = Service(deployment, topology, Layout.of(deployment, str(_ANY)), facts, image)
-    wanted = _fingerprint(_render(engine, service, _ANY, _ANY))
-    servers = _fingerprint(_without_proxy(_render(engine, service, _ANY, _ANY)))
+    rendered = _render(engine, service, _ANY, _ANY)
+    wanted, servers = _fingerprint(rendered), _fingerprint(_without_proxy(rendered))
     serving = history.serving
     chosen = gen.desired(history.found, wanted, serving.generation if serving else None)
     base = chosen
