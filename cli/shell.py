@@ -3,10 +3,11 @@
 import json
 import shlex
 
-from pd_deploy import docker_command, engines, probes
+from pd_deploy import docker_command, engines
 from pd_deploy.deployment import Deployment
 from pd_deploy.plan import HostPlan, Plan, PlannedFile
 from pd_deploy.topology import Topology
+from pd_deploy.verify import requests
 
 _END = "PD_DEPLOY_END"
 
@@ -62,7 +63,7 @@ def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
     servers = " ".join(server for pod in placed.pods for server in pod.servers)
     proxy = made.container(placed.proxy.name).name
     signal = engines.get(deployment.engine).OPEN_SIGNAL
-    url, body = probes.smoke_request(deployment, placed.proxy)
+    url, body = requests.completion(deployment, placed.proxy)
     header = "content-type: application/json"
     ask = ["curl", "-fsS", "--retry", "20", "--retry-delay", "1", "--retry-all-errors", "-H"]
     return [
@@ -70,6 +71,8 @@ def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
         f"for server in {servers}; do",
         '  until curl -fsS -o /dev/null "http://$server/health" 2>/dev/null; do sleep 1; done',
         "done",
+        "# first to the smoke test alone, then to clients",
+        shlex.join(["docker", "kill", "--signal", signal, proxy]),
         shlex.join(["docker", "kill", "--signal", signal, proxy]),
         shlex.join([*ask, header, "-d", json.dumps(body), url]),
     ]

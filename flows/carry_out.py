@@ -1,7 +1,6 @@
 """Carrying a rollout out: to the end, or back to the generation that served before."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +10,7 @@ from prefect.logging import get_run_logger
 from flows import publish
 from flows.fan_out import fan_out
 from flows.run import Run
-from flows.stages import make_so
+from flows.stages import make_so, prove_and_open
 from pd_deploy import containers, promotion
 from pd_deploy import survey as reading
 from pd_deploy.errors import RollbackFailed, RolledBack
@@ -19,7 +18,6 @@ from pd_deploy.plan import STAGES, Stage
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout, Site, Survey
 from tasks.promote import promote
-from tasks.smoke_test import smoke_test
 from tasks.survey import survey
 from tasks.tidy import clear, prune
 
@@ -40,9 +38,8 @@ async def carry_out(
         reports = await make_so(rollout, list(stages))
         completion = None
         if "server" in stages:
-            completion = await smoke_test(rollout, wait_for=reports)
-            rollout.down.until = time.monotonic()
-            reports.append(await promote(rollout, str(run), wait_for=[completion]))
+            completion, opened = await prove_and_open(rollout, reports)
+            reports += [*opened, await promote(rollout, str(run), wait_for=opened)]
     except BaseException as error:
         await give_up(rollout, error, run, stages, on_failure)
         raise
@@ -87,7 +84,8 @@ async def go_back(failed: Rollout, error: BaseException, generation: str) -> Non
     try:
         back = await restore(failed.site, generation)
         reports = await make_so(back, list(STAGES))
-        completion = await smoke_test(back, wait_for=reports)
+        completion, opened = await prove_and_open(back, reports)
+        await promotion.note_opened(back)
     except Exception as fault:
         states = await reading.states(failed.site)
         raise RollbackFailed(
@@ -95,13 +93,12 @@ async def go_back(failed: Rollout, error: BaseException, generation: str) -> Non
             f"Nothing serves. {states}",
             hint="look at these logs, mend the cause, and run `pd-deploy recover FILE`",
         ) from error
-    down = failed.down.seconds
     image = ""
     if await promotion.quarantine(back, failed, error):
         image = f"; its image {failed.release.image} is in quarantine"
-    reports += await tidy_up(back, reports)
+    reports += [*opened, *await tidy_up(back, reports)]
     raised = RolledBack(
-        f"{what}\nThe service is back on generation {generation}, down for {down:.0f} s{image}",
+        f"{what}\nThe service is back on generation {generation}, {back.down}{image}",
         hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
         f"{failed.plan.generation}`",
     )

@@ -11,10 +11,10 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from pd_deploy import actions, releases
-from pd_deploy.probes import Completion
 from pd_deploy.releases import History
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout
+from pd_deploy.verify.smoke import Completion
 
 
 def run_name() -> str:
@@ -73,7 +73,7 @@ async def success(
     what = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
     message = f"Generation {rollout.plan.generation}: {what}"
     if rollout.down.since and completion:
-        message += f", down for {rollout.down.seconds:.1f} s"
+        message += f", {rollout.down}"
     await _publish(rollout, f"**{message}**", reports, completion)
     if completion:
         message += f"; serves at {completion.url}"
@@ -140,7 +140,7 @@ def _report(
     lines = [f"# {rollout.plan.deployment}", "", headline, ""]
     lines += [f"Image `{rollout.release.image}`, `{rollout.plan.image}` ({rollout.rule})", ""]
     if rollout.down.since:
-        lines += [f"Nobody was served for {rollout.down.seconds:.1f} s.", ""]
+        lines += [f"The service was {rollout.down}.", ""]
     if completion:
         lines += [
             f"Completion through `{completion.url}` in {completion.seconds:.2f} s:",
@@ -152,6 +152,7 @@ def _report(
             f"{completion.proof}.",
             "",
             *(f"- {handover}" for handover in completion.proof.handovers),
+            *(f"- {remark}" for remark in completion.remarks),
             "",
         ]
     if reports:

@@ -1,11 +1,14 @@
 """The steps of a rollout in their order: what is done while the old generation still serves, the
 cut-over, and what follows it."""
 
+import time
+
 from flows.fan_out import fan_out
 from pd_deploy import promotion
 from pd_deploy.plan import Stage
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout
+from pd_deploy.verify.smoke import Completion
 from tasks.clean_up import clean_up
 from tasks.image import pull_image
 from tasks.launch import launch
@@ -14,6 +17,7 @@ from tasks.promote import save
 from tasks.proxy import open_proxy, prepare_proxy
 from tasks.ranktable import write_ranktables
 from tasks.server import start_server, until_ready
+from tasks.smoke_test import smoke_test
 
 
 async def make_so(rollout: Rollout, stages: list[Stage]) -> list[Report]:
@@ -70,20 +74,31 @@ async def stop_old(rollout: Rollout, stages: list[Stage], after: list[Report]) -
     else:
         return []
     barrier = rollout.site.barrier
+    if rollout.stopping():
+        await promotion.note_closing(rollout)
     closed = await fan_out(barrier, [clean_up(rollout, name, wait_for=after) for name in proxies])
     stopped = [clean_up(rollout, name, wait_for=closed or after) for name in servers]
     return closed + await fan_out(barrier, stopped)
 
 
 async def serve_all(rollout: Rollout, after: list[Report]) -> list[Report]:
-    """Starts all servers when what they need is free, and opens the proxy when all are ready."""
+    """Starts all servers when what they need is free, and waits until all are ready."""
     site = rollout.site
     busy = [host for host in rollout.plan.hosts if rollout.to_start(host)]
     free = await fan_out(site.barrier, [until_free(rollout, host, wait_for=after) for host in busy])
     steps = [serve(rollout, i.name, free or after) for i in site.topology.instances]
     steps += [prepare(rollout, free or after)]
     done = [report for line in await fan_out(site.barrier, steps) for report in line]
-    return free + done + [await open_proxy(rollout, site.topology.proxy.name, wait_for=done)]
+    return free + done
+
+
+async def prove_and_open(rollout: Rollout, after: list[Report]) -> tuple[Completion, list[Report]]:
+    """Proves the service where only the smoke test can reach it, then lets clients in."""
+    begin = time.monotonic()
+    completion = await smoke_test(rollout, wait_for=after)
+    rollout.down.proof = time.monotonic() - begin
+    proxy = rollout.site.topology.proxy.name
+    return completion, [await open_proxy(rollout, proxy, wait_for=[completion])]
 
 
 async def serve(rollout: Rollout, instance: str, after: list[Report]) -> list[Report]:

@@ -1,10 +1,12 @@
 """Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
 
 import asyncio
-import time
 from collections.abc import Callable
 
+import httpx
+
 from pd_deploy import generation
+from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder
 from pd_deploy.hosts import ContainerState, File, Host, PullProgress
 from pd_deploy.plan import HostPlan
@@ -13,6 +15,7 @@ from pd_deploy.rollout import Rollout, Site
 
 LOG_LINES = 20
 ABORT_TIMEOUT_S = 10
+CONNECT_S = 5.0
 
 
 async def pull(
@@ -49,7 +52,7 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     ]
     if stopping:
         rollout.stopped = True
-        rollout.down.since = rollout.down.since or time.monotonic()
+        rollout.down.begin()
     await asyncio.gather(*(_stop(rollout.site, host, state) for host, state in stopping))
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
@@ -120,19 +123,44 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
     return Report("start server", instance, where, True, f"started {state.name}")
 
 
-async def open_proxy(rollout: Rollout) -> Report:
-    """Opens the proxy's port; to be called when every server is ready."""
+async def let_smoke_test_in(rollout: Rollout) -> str:
+    """Opens a prepared proxy to the smoke test alone, unless it is open to clients already.
+
+    Returns:
+        The address where its port answers on its host.
+    """
     site, name = rollout.site, rollout.site.topology.proxy.name
-    where, host, state = site.topology.proxy.host, site.host_of(name), await require(rollout, name)
+    host, state = site.host_of(name), await require(rollout, name)
     if state.status not in generation.RUNNING:
         await prepare_proxy(rollout)
-    if site.engine.OPENED in await host.engine.logs(state.id, since=state.finished_at):
-        return Report("open proxy", name, where, False, f"port {site.topology.proxy.port} is open")
-    await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
-    await site.may_change(host)
-    await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
+        state = await require(rollout, name)
+    elif await _clients_can_connect(rollout):
+        return site.topology.proxy.address
+    if site.engine.PROVING not in await host.engine.logs(state.id, since=state.finished_at):
+        await _log_says(
+            rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy
+        )
+        await _one_step_on(rollout, state)
+        await _log_says(rollout, name, state, site.engine.OPEN, site.deployment.gates.start)
+        # Scripts that older versions of pd-deploy have saved open to clients at once.
+        if site.engine.PROVING not in await host.engine.logs(state.id, since=state.finished_at):
+            return site.topology.proxy.address
+    return PROVING_ADDRESS
+
+
+async def open_proxy(rollout: Rollout) -> Report:
+    """Opens the proxy's port to clients; to be called when the smoke test has passed."""
+    site, name = rollout.site, rollout.site.topology.proxy.name
+    where, state = site.topology.proxy.host, await require(rollout, name)
+    port = site.topology.proxy.port
+    if await _clients_can_connect(rollout):
+        if not rollout.stopped:
+            rollout.down.never()
+        return Report("open proxy", name, where, False, f"port {port} is open")
+    await _one_step_on(rollout, state)
     await _log_says(rollout, name, state, site.engine.OPENED, site.deployment.gates.start)
-    return Report("open proxy", name, where, True, f"opened port {site.topology.proxy.port}")
+    rollout.down.end()
+    return Report("open proxy", name, where, True, f"opened port {port}")
 
 
 async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
@@ -259,6 +287,24 @@ async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None
     await rollout.site.may_change(host)
     rollout.started.add(instance)
     await host.engine.start(state.id)
+
+
+async def _one_step_on(rollout: Rollout, state: ContainerState) -> None:
+    """Takes the proxy from prepared to open to the smoke test, and from there to open."""
+    site, host = rollout.site, rollout.site.host_of(rollout.site.topology.proxy.name)
+    await site.may_change(host)
+    await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
+
+
+async def _clients_can_connect(rollout: Rollout) -> bool:
+    """Whether something answers where clients ask; its log may have left the start behind."""
+    proxy = rollout.site.topology.proxy
+    async with rollout.site.host(proxy.host).http(proxy.address, proxy.port) as client:
+        try:
+            await client.get(f"http://{proxy.address}:{proxy.port}/health", timeout=CONNECT_S)
+        except httpx.TransportError:
+            return False
+    return True
 
 
 async def _log_says(

@@ -248,6 +248,19 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
+def _pattern(value: str | None) -> str | None:
+    if value is not None:
+        _compiled(value)
+    return value
+
+
+def _prompt_tokens(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is not None and value != "limit" and not number:
+        raise ValueError(f"expected `limit` or a number of tokens, found {_shown(value)}")
+    return value
+
+
 def _code(value: object) -> object:
     if value == "image":
         return value
@@ -578,11 +591,54 @@ class Disk(Model):
     logs: Annotated[int, BeforeValidator(parse_size)] = 1 << 30
 
 
+class SmokeCheck(Model):
+    """A request through the proxy, and what its answer has to match.
+
+    Exactly one of `prompt` (a text), `chat` (a user's message) and `prompt_tokens` (a prompt of so
+    many tokens, or `limit` for the longest that the service can serve) says what is asked.
+    `expect` is a regular expression that has to be found in the answer's text; without it only its
+    form is judged. A `prompt` with `expect` is also asked of every prefill and decode directly.
+    """
+
+    prompt: Text | None = None
+    chat: Text | None = None
+    prompt_tokens: Annotated[Literal["limit"] | int | None, BeforeValidator(_prompt_tokens)] = None
+    expect: Annotated[Text | None, AfterValidator(_pattern)] = None
+    max_tokens: Annotated[int, Field(gt=0, le=4096, strict=True)] = 8
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _asks_one_thing(self) -> "SmokeCheck":
+        given = [k for k in ("prompt", "chat", "prompt_tokens") if getattr(self, k) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"expected one of prompt, chat and prompt_tokens, found {found}")
+        if self.prompt_tokens and self.expect:
+            raise ValueError(
+                "expected no `expect` with prompt_tokens, because nobody knows the answer to such "
+                "a prompt; found one"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """What it asks, for messages."""
+        if self.prompt_tokens:
+            size = "of the longest size" if self.prompt_tokens == "limit" else "by tokens"
+            return f"a prompt {size}"
+        return f"the chat {self.chat!r}" if self.chat else repr(self.prompt)
+
+
 class Smoke(Model):
-    """The completion that proves the service."""
+    """What proves the service: a completion, and checks of what answers say."""
 
     prompt: Text = "how are you?"
     max_tokens: Annotated[int, Field(gt=0, le=4096)] = 50
+    checks: tuple[SmokeCheck, ...] = (
+        SmokeCheck(prompt="1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", expect=r"^\s*13\b"),
+        SmokeCheck(chat="Say hello.", stream=True),
+        SmokeCheck(prompt_tokens="limit", max_tokens=4),
+    )
 
 
 class VllmOptions(Model):

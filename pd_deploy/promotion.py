@@ -28,6 +28,12 @@ async def note_hosts(rollout: Rollout) -> None:
     await write(rollout, rollout.history.record.on(rollout.release.hosts.values()))
 
 
+async def note_closing(rollout: Rollout) -> None:
+    """Notes that clients are about to be cut off, so that whoever brings the service back, in this
+    run or a later one, knows for how long it was down."""
+    await write(rollout, rollout.history.record.closing(datetime.now(UTC)))
+
+
 async def promote(rollout: Rollout, by: str) -> Report:
     """Makes the generation the one that serves.
 
@@ -37,11 +43,16 @@ async def promote(rollout: Rollout, by: str) -> Report:
     await asyncio.gather(*(_keep_image(rollout, name) for name in rollout.plan.hosts))
     before = rollout.history.record
     record = before.promoted(generation, datetime.now(UTC), by)
-    record = record.released(digest_of(rollout.plan.image))
+    record = record.released(digest_of(rollout.plan.image)).opened()
     await write(rollout, record)
     where = site.topology.proxy.host
     changed = record is not before
     return Report("promote", generation, where, changed, "serves" if changed else "serves already")
+
+
+async def note_opened(rollout: Rollout) -> None:
+    """Notes that clients are served again."""
+    await write(rollout, rollout.history.record.opened())
 
 
 async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:

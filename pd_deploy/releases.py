@@ -95,6 +95,7 @@ class Record(_Frozen):
         hosts: all hosts, by address, on which anything of the deployment may be.
         outcomes: by generation.
         quarantine: by digest.
+        closed: since when clients can't connect; None while the service is up.
     """
 
     sequence: int = 0
@@ -102,6 +103,7 @@ class Record(_Frozen):
     hosts: dict[str, Place] = {}
     outcomes: dict[str, Outcome] = {}
     quarantine: dict[str, Quarantined] = {}
+    closed: datetime | None = None
 
     def promoted(self, generation: str, when: datetime, by: str) -> "Record":
         """The record once a generation has passed all gates; itself if that is what it says.
@@ -142,6 +144,14 @@ class Record(_Frozen):
             return self
         rest = {key: why for key, why in self.quarantine.items() if key != digest}
         return self._changed(quarantine=rest)
+
+    def closing(self, when: datetime) -> "Record":
+        """The record when the proxy is about to close; a service that is down already stays so."""
+        return self if self.closed else self._changed(closed=when)
+
+    def opened(self) -> "Record":
+        """The record once clients can connect."""
+        return self._changed(closed=None) if self.closed else self
 
     def without(self, generations: Iterable[str]) -> "Record":
         """The record once generations are removed."""

@@ -1,8 +1,8 @@
 """One run's view of a service: the deployment, its hosts, what they said, and the plan."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from pd_deploy import actions, engines, generation, topology
 from pd_deploy import plan as plans
@@ -104,15 +104,38 @@ class Site:
 
 @dataclass
 class Downtime:
-    """From when the proxy was closed until it served again; seconds on a monotonic clock."""
+    """From when clients could not connect until they could again, by the controller's clock.
 
-    since: float | None = None
-    until: float | None = None
+    `since` may lie before this run: an earlier one may have left the service down.
+
+    Attributes:
+        proof: seconds of it that went into the smoke test.
+    """
+
+    since: datetime | None = None
+    until: datetime | None = None
+    proof: float = 0.0
+
+    def begin(self) -> None:
+        """The proxy is about to close; what was down already stays so."""
+        self.since = self.since or datetime.now(UTC)
+
+    def end(self) -> None:
+        """Clients can connect."""
+        self.until = datetime.now(UTC)
+
+    def never(self) -> None:
+        """Nothing was down after all."""
+        self.since = None
 
     @property
     def seconds(self) -> float:
-        """How long nobody was served; up to now if that still lasts."""
-        return (self.until or time.monotonic()) - self.since if self.since else 0.0
+        """How long; up to now if it still lasts."""
+        return ((self.until or datetime.now(UTC)) - self.since).total_seconds() if self.since else 0
+
+    def __str__(self) -> str:
+        proof = f", {self.proof:.1f} s of it for the smoke test" if self.proof else ""
+        return f"down for {self.seconds:.1f} s{proof}"
 
 
 @dataclass

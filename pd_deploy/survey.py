@@ -13,7 +13,7 @@ from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
 from pd_deploy.history import Saved
 from pd_deploy.releases import Choice, History, Release
-from pd_deploy.rollout import Rollout, Site, Survey, places
+from pd_deploy.rollout import Downtime, Rollout, Site, Survey, places
 
 NEWEST = "newest"
 """In place of an image: the newest one that the file's update policy finds."""
@@ -155,7 +155,8 @@ def planned(
     )
     by_host = {survey.host: survey for survey in surveys}
     past = past.with_release(release)
-    return Rollout(site, by_host, past, made.plan, release, image.choice.rule)
+    down = Downtime(past.record.closed)
+    return Rollout(site, by_host, past, made.plan, release, image.choice.rule, down=down)
 
 
 async def saved(site: Site, name: str) -> tuple[Site, Saved]:
@@ -178,6 +179,7 @@ def restored(site: Site, saved: Saved, surveys: Sequence[Survey]) -> Rollout:
         saved.plan,
         past.releases[saved.plan.generation],
         "as it was saved",
+        down=Downtime(past.record.closed),
     )
 
 

@@ -3,6 +3,7 @@
 from pd_deploy import containers
 from pd_deploy.report import Report
 from pd_deploy.rollout import Rollout
+from pd_deploy.verify import smoke
 from tasks.step import step
 
 
@@ -14,5 +15,7 @@ async def prepare_proxy(rollout: Rollout, instance: str) -> Report:
 
 @step("open proxy {instance}")
 async def open_proxy(rollout: Rollout, instance: str) -> Report:
-    """Opens the proxy's port."""
-    return await containers.open_proxy(rollout)
+    """Opens the proxy's port to clients, and asks as one of them."""
+    report = await containers.open_proxy(rollout)
+    await smoke.answers_clients(rollout)
+    return report

@@ -1,17 +1,19 @@
-"""Ask the service for a completion."""
+"""Ask the service, before clients can."""
 
 from prefect.logging import get_run_logger
 
-from pd_deploy import probes
-from pd_deploy.probes import Completion
 from pd_deploy.rollout import Rollout
+from pd_deploy.verify import smoke
+from pd_deploy.verify.smoke import Completion
 from tasks.step import step
 
 
 @step("smoke test")
 async def smoke_test(rollout: Rollout) -> Completion:
-    """Asks the proxy for completions, as a client would, and follows their KV."""
-    completion = await probes.smoke_test(rollout)
+    """Asks every prefill and decode and the proxy, and follows the KV."""
+    completion = await smoke.smoke_test(rollout)
     for line in (*completion.proof.handovers, completion.proof):
         get_run_logger().info("%s", line)
+    for remark in completion.remarks:
+        get_run_logger().warning("%s", remark)
     return completion

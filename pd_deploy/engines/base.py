@@ -119,6 +119,11 @@ class Counters:
     kv_bytes: Counter
 
 
+PROVING_ADDRESS = "127.77.0.1"
+"""Where a proxy listens, at its own port, before it opens to clients: an address of the loopback
+network that no client uses, so that only the smoke test asks it, through SSH."""
+
+
 class Engine(Protocol):
     """What an instance runs, and how it is started, opened and checked."""
 
@@ -133,10 +138,15 @@ class Engine(Protocol):
     """Text in an instance's log once its launcher runs."""
     PREPARED: str
     """Text in the proxy's log once it could be opened."""
+    OPEN: str
+    """Text in the proxy's log once anybody can connect; the two that follow begin with it."""
+    PROVING: str
+    """Text in the proxy's log once the smoke test alone can connect."""
     OPENED: str
     """Text in the proxy's log once clients can connect."""
     OPEN_SIGNAL: str
-    """Signal that opens a prepared proxy."""
+    """Signal that takes a prepared proxy one step on: first it opens to the smoke test alone, at
+    `PROVING_ADDRESS`, then to clients."""
 
     COUNTERS: Counters
     """Where the smoke test sees that KV moved; an image that lacks them makes it not provable."""
@@ -163,6 +173,18 @@ class Engine(Protocol):
         Raises:
             FactsError: devices without an address.
         """
+
+    def prefill_request(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The request that makes a prefill keep the KV of a completion's prompt for decode."""
+
+    def decode_request(
+        self, body: Mapping[str, Any], answer: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """The request that has decode answer a completion by the KV that prefill's `answer` offers;
+        None if that offers none."""
+
+    def longest_prompt(self, deployment: Deployment, topology: Topology) -> int:
+        """Tokens that a prompt and its answer may have together."""
 
     def unseen(self, nonce: str) -> dict[str, Any]:
         """Fields of a request that keep it from being answered out of a prefix cache."""

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pd_deploy.engines.base import Service
 from pd_deploy.hosts import Mount
 
 if TYPE_CHECKING:
-    from pd_deploy.deployment import MountEntry, Scalar
+    from pd_deploy.deployment import Deployment, MountEntry, Scalar
     from pd_deploy.topology import Instance
+
+ONE_STEP_ON = """\
+steps=0
+trap 'steps=$((steps + 1))' USR1
+one_step_on() {
+    # A signal ends the wait at once; one that comes just before it is seen a second later.
+    while [ "$steps" = 0 ]; do sleep 1 & wait $!; kill $!; done 2>/dev/null
+    steps=$((steps - 1))
+}"""
+"""Shell function of a proxy's script: waits for the next signal; one that comes early counts."""
 
 
 def instance_of(service: Service, name: str) -> Instance | None:
@@ -68,6 +78,23 @@ def exports(environment: Mapping[str, str]) -> str:
 def text(value: Scalar) -> str:
     """A value as arguments and variables have it; true is 1, false 0."""
     return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A completion cut down to what prefill has to do: one token, in one piece."""
+    kept = {key: value for key, value in body.items() if key != "stream_options"}
+    return {**kept, "max_tokens": 1, "stream": False}
+
+
+def decode_request(body: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A completion with what prefill's answer says of its KV; None if it says nothing."""
+    offered = answer.get("kv_transfer_params")
+    return {**body, "kv_transfer_params": offered} if offered else None
+
+
+def longest_sequence(deployment: Deployment) -> int:
+    """Tokens that a prompt and its answer may have on both sides."""
+    return min(deployment.model.max_len_prefill, deployment.model.max_len_decode)
 
 
 def _from_file(entry: MountEntry) -> Mount:

@@ -12,9 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pd_deploy import npu, ranktable
-from pd_deploy.engines import omniinfer_rules
-from pd_deploy.engines.base import Counter, Counters, Member, Service
-from pd_deploy.engines.common import exports, flags, instance_of, mount, mounts, text, title
+from pd_deploy.engines import common, omniinfer_rules
+from pd_deploy.engines.base import PROVING_ADDRESS, Counter, Counters, Member, Service
+from pd_deploy.engines.common import (
+    ONE_STEP_ON,
+    exports,
+    flags,
+    instance_of,
+    longest_sequence,
+    mount,
+    mounts,
+    text,
+    title,
+)
 from pd_deploy.engines.corrections import corrected
 from pd_deploy.hosts import ContainerSpec, Mount
 
@@ -28,9 +38,13 @@ DERIVED_ENVIRONMENT = omniinfer_rules.DERIVED_ENVIRONMENT
 findings = omniinfer_rules.findings
 read_addresses_command = ranktable.read_addresses_command
 parse_addresses = ranktable.parse_addresses
+prefill_request = common.prefill_request
+decode_request = common.decode_request
 STARTED = "pd-deploy: starting"
 PREPARED = "pd-deploy: proxy prepared"
-OPENED = "pd-deploy: proxy open"
+OPEN = "pd-deploy: proxy open"
+PROVING = f"{OPEN} to the smoke test"
+OPENED = f"{OPEN} to clients"
 OPEN_SIGNAL = "SIGUSR1"
 # Images of its time count no sources of prompt tokens; those that follow a newer vLLM do.
 COUNTERS = Counters(
@@ -63,6 +77,18 @@ def members(
         ]
     servers = [max(1, count // tensor_parallel) for count in devices]
     return [Member(ranks=count, servers=count, kv_ports=1) for count in servers]
+
+
+def longest_prompt(deployment: Deployment, topology: Topology) -> int:
+    """Tokens of the longest prompt, answer included: one that takes more than a step's budget is
+    never scheduled, unless prompts are split (contract section 4.6)."""
+    budgets = [
+        budget
+        for pod in topology.prefill
+        if str(pod.master.settings.environment.get("FORCE_ENABLE_CHUNK_PREFILL", 0)) != "1"
+        and isinstance(budget := pod.master.settings.arguments.get("max-num-batched-tokens"), int)
+    ]
+    return min(longest_sequence(deployment), *budgets)
 
 
 def unseen(nonce: str) -> dict[str, Any]:
@@ -415,8 +441,8 @@ def _ray_worker(instance: Instance) -> list[str]:
 
 
 def _proxy_script(service: Service) -> str:
-    """Prepares, tests the configuration on a socket of its own, waits to be opened, then lives as
-    long as nginx does. Stopping it drains nginx."""
+    """Prepares, tests the configuration, waits to be opened to the smoke test alone, then to
+    clients; then it lives as long as nginx does. Stopping it drains nginx."""
     code, port = shlex.quote(_code(service)), service.topology.proxy.port
     return f"""\
 #!/bin/bash
@@ -435,11 +461,18 @@ cd {code}/omniinfer/tools/scripts || exit 1
 proxy=({shlex.join(command(service, service.topology.proxy.name))})
 "${{proxy[@]}}" --dry-run || exit 1
 conf=/usr/local/nginx/conf/nginx.conf
-sed -E "s|listen +{port}[^;]*;|listen unix:/tmp/pd-deploy-$$.sock;|" $conf >$conf.tested
-nginx -t -c $conf.tested || exit 1
-trap 'opened=1' USR1
+sed -E "s|listen +{port}[^;]*;|listen {PROVING_ADDRESS}:{port};|" $conf >$conf.proving
+nginx -t -c $conf.proving || exit 1
+{ONE_STEP_ON}
 echo {shlex.quote(PREPARED)}
-while [ -z "$opened" ]; do sleep infinity & wait $!; kill $!; done
+one_step_on
+# The balancer's counts outlive a reload, so clients get an nginx of their own.
+nginx -c $conf.proving || exit 1
+proving=$(pgrep -o -x nginx) || exit 1
+echo {shlex.quote(PROVING)}
+one_step_on
+kill -QUIT "$proving"
+tail -s 0.05 --pid="$proving" -f /dev/null
 "${{proxy[@]}}" || exit 1
 master=$(pgrep -o -x nginx) || exit 1
 trap 'stopped=1; kill -QUIT "$master"' INT TERM

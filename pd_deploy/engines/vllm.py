@@ -13,8 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pd_deploy.engines.base import Counter, Counters, Finding, Member, Service
-from pd_deploy.engines.common import exports, flags, instance_of, mounts, text, title
+from pd_deploy.engines import common
+from pd_deploy.engines.base import PROVING_ADDRESS, Counter, Counters, Finding, Member, Service
+from pd_deploy.engines.common import (
+    ONE_STEP_ON,
+    exports,
+    flags,
+    instance_of,
+    longest_sequence,
+    mounts,
+    text,
+    title,
+)
 from pd_deploy.errors import Problem
 from pd_deploy.hosts import ContainerSpec, DeviceRequest
 
@@ -22,9 +32,12 @@ if TYPE_CHECKING:
     from pd_deploy.deployment import Deployment, Scalar, VllmOptions
     from pd_deploy.topology import Instance, Pod, Topology
 
+decode_request = common.decode_request
 STARTED = "pd-deploy: starting"
 PREPARED = "pd-deploy: proxy prepared"
-OPENED = "pd-deploy: proxy open"
+OPEN = "pd-deploy: proxy open"
+PROVING = f"{OPEN} to the smoke test"
+OPENED = f"{OPEN} to clients"
 OPEN_SIGNAL = "SIGUSR1"
 COUNTERS = Counters(
     served=Counter("vllm:request_success_total"),
@@ -119,6 +132,25 @@ def read_addresses_command(devices: Sequence[int]) -> list[str]:
 def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
     """Nothing to parse."""
     return {}
+
+
+def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What vllm-router sends to a prefill: the connectors of NIXL and Mooncake keep the KV of a
+    request that says so."""
+    transfer = {
+        "do_remote_decode": True,
+        "do_remote_prefill": False,
+        "remote_engine_id": None,
+        "remote_block_ids": None,
+        "remote_host": None,
+        "remote_port": None,
+    }
+    return {**common.prefill_request(body), "kv_transfer_params": transfer}
+
+
+def longest_prompt(deployment: Deployment, topology: Topology) -> int:
+    """Tokens of the longest prompt, answer included: a longer one than a step's budget is split."""
+    return longest_sequence(deployment)
 
 
 def unseen(nonce: str) -> dict[str, Any]:
@@ -306,7 +338,7 @@ def _data_parallel(instance: Instance) -> list[str]:
     return words
 
 
-def _router(service: Service) -> list[str]:
+def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
     """Round robin uses every prefill; the router's own default may send all to one. A dead server
     is left out within 4 s: until then requests to it fail, for the router does not retry."""
     topology, proxy, options = service.topology, service.topology.proxy, _options(service)
@@ -319,7 +351,7 @@ def _router(service: Service) -> list[str]:
     ]
     return [
         options.router,
-        "--host", "0.0.0.0",  # noqa: S104  clients come from anywhere
+        "--host", host,
         "--port", str(proxy.port),
         "--prometheus-host", "127.0.0.1",
         "--prometheus-port", str(options.router_metrics_port),
@@ -347,8 +379,9 @@ exec {shlex.join(command(service, instance.name))}
 
 
 def _proxy_script(service: Service) -> str:
-    """Checks that the router is there and takes its arguments, waits to be opened, then lives as
-    long as the router does. The router itself opens its port only once every server is healthy.
+    """Checks that the router is there and takes its arguments, waits to be opened to the smoke test
+    alone, then to clients; then it lives as long as the router does. The router itself opens its
+    port only once every server is healthy.
 
     Asked is /readiness: /health fails as soon as any server is down.
     """
@@ -358,25 +391,35 @@ def _proxy_script(service: Service) -> str:
 {title(service, proxy.name)}
 {exports(environment(service, proxy.name))}
 trap 'exit 0' INT TERM
+proving=({shlex.join(_router(service, PROVING_ADDRESS))})
 router=({shlex.join(command(service, proxy.name))})
 # --help comes last: all arguments before it are read, and nothing is started.
 "${{router[@]}}" --help >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
 ready() {{
-    exec 3<>/dev/tcp/{proxy.address}/{proxy.port} || return
+    exec 3<>/dev/tcp/"$1"/{proxy.port} || return
     printf 'GET /readiness HTTP/1.0\\r\\n\\r\\n' >&3
     read -r -t 5 _ status _ <&3
     exec 3>&-
     [ "$status" = 200 ]
 }} 2>/dev/null
-trap 'opened=1' USR1
+until_ready() {{
+    until ready "$1"; do
+        kill -0 "$router_pid" || {{ echo "pd-deploy: the router ended"; exit 1; }}
+        sleep 0.2
+    done
+}}
+{ONE_STEP_ON}
 echo {shlex.quote(PREPARED)}
-while [ -z "$opened" ]; do sleep infinity & wait $!; kill $!; done
+one_step_on
+"${{proving[@]}}" & router_pid=$!
+until_ready {PROVING_ADDRESS}
+echo {shlex.quote(PROVING)}
+one_step_on
+kill "$router_pid"
+while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
 "${{router[@]}}" & router_pid=$!
 trap 'stopped=1; kill "$router_pid"' INT TERM
-until ready; do
-    kill -0 "$router_pid" || {{ echo "pd-deploy: the router ended"; exit 1; }}
-    sleep 0.2
-done
+until_ready {proxy.address}
 echo {shlex.quote(OPENED)}
 while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
 [ -n "$stopped" ] || {{ echo "pd-deploy: the router ended"; exit 1; }}

@@ -2,8 +2,8 @@
 
 import pytest
 
+
 from pd_deploy.engines import omniinfer
-from pd_deploy.kv_proof import Answer, Counts, Handover, handover, not_counted
 from tests.unit import example
 
 SERVING = example.place().instances
