@@ -33,6 +33,10 @@ STDERR_TAIL = 2000
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
+# The host's own way to one of its ports, where its SSH server forwards none.
+RELAY = 'exec 3<>"/dev/tcp/$1/$2" || exit; cat <&3 & exec cat >&3'
+
+
 @dataclass(frozen=True)
 class Completed:
     """What a command did; a negative exit status is the signal that ended it."""
@@ -187,8 +191,8 @@ class Host:
     ) -> AsyncIterator[httpx.AsyncClient]:
         """An HTTP client whose requests all go to a port as the host sees it, over SSH.
 
-        Where the server forwards no TCP connections it goes straight from here. Without `tls`
-        only plain HTTP is possible.
+        Where the server forwards no TCP connections it goes straight from here or, to a loopback
+        address of the host, through a command on it. Without `tls` only plain HTTP is possible.
         """
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
@@ -224,16 +228,34 @@ class Host:
             except asyncssh.ChannelOpenError as exc:
                 if exc.code != asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
                     raise
+            if address.startswith("127."):
+                raise _ForwardingOff
             return await asyncio.open_connection(address, port)
 
         try:
             reader, writer = await self._link.open(dial)
+        except _ForwardingOff:
+            async with self._relayed(address, port) as stream:
+                yield stream
+            return
         except OSError as exc:
             raise HostUnreachable(f"port {port}: {exc.strerror}", host=self.where) from None
         try:
             yield reader, writer
         finally:
             writer.close()
+
+    @contextlib.asynccontextmanager
+    async def _relayed(self, address: str, port: int) -> AsyncIterator[Stream]:
+        """A stream to a port that only the host itself reaches, by way of a command there."""
+        command = shlex.join(["bash", "-c", RELAY, "bash", address, str(port)])
+        async with self._link.session(
+            lambda connection: connection.create_process(command, encoding=None)
+        ) as process:
+            try:
+                yield process.stdout, process.stdin
+            finally:
+                process.close()
 
     @contextlib.asynccontextmanager
     async def _files(self) -> AsyncIterator[Files]:
@@ -281,6 +303,10 @@ class Host:
             host=self.where,
             hint="run it on the host by hand",
         )
+
+
+class _ForwardingOff(Exception):
+    """The server forwards no TCP connections."""
 
 
 class Hosts(Mapping[str, Host]):

@@ -1,5 +1,6 @@
 """Asking a server or the proxy, and reading its answer, whole or streamed."""
 
+import functools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,10 +59,7 @@ async def ask(
         NoAnswer: no connection, an error, or something that is no completion.
     """
     begin = time.monotonic()
-    try:
-        answer = await client.post(url, json=body, timeout=timeout, headers=headers)
-    except httpx.HTTPError as error:
-        raise NoAnswer(f"no answer ({error or type(error).__name__})") from error
+    answer = await _posted(client, url, body, timeout, headers)
     if answer.status_code != 200:
         raise NoAnswer(f"status {answer.status_code}: {answer.text[:SHOWN]!r}", answer.status_code)
     try:
@@ -69,6 +67,25 @@ async def ask(
         return read(answer.text, url.endswith(CHAT), time.monotonic() - begin)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise NoAnswer(f"{answer.text[:SHOWN]!r}") from None
+
+
+async def _posted(
+    client: httpx.AsyncClient,
+    url: str,
+    body: Mapping[str, Any],
+    timeout: float,
+    headers: Mapping[str, str] | None,
+) -> httpx.Response:
+    """The response; asked once more on a new connection when the first one is lost, because
+    servers close idle connections just when they are used again."""
+    send = functools.partial(client.post, url, json=body, timeout=timeout, headers=headers)
+    try:
+        try:
+            return await send()
+        except (httpx.NetworkError, httpx.RemoteProtocolError):
+            return await send()
+    except httpx.HTTPError as error:
+        raise NoAnswer(f"no answer ({error or type(error).__name__})") from error
 
 
 def whole(text: str, chat: bool, seconds: float) -> Answer:

@@ -30,6 +30,7 @@ class Handover:
         kv_tokens: tokens of it whose KV decode says it got from a prefill.
         kv_bytes: what was moved for that; None where the engine does not count it.
         alone: whether the counters show no other request.
+        proxied: whether the proxy handed it over; else both were asked directly.
     """
 
     prefill: str
@@ -38,6 +39,7 @@ class Handover:
     kv_tokens: int
     kv_bytes: int | None
     alone: bool = True
+    proxied: bool = False
 
     @property
     def complete(self) -> bool:
@@ -50,7 +52,8 @@ class Handover:
         moved = "" if self.kv_bytes is None else f", {self.kv_bytes} bytes"
         return (
             f"KV of {self.kv_tokens} of {self.prompt_tokens} prompt tokens went from "
-            f"{self.prefill or 'no prefill'} to {self.decode or 'no decode'}{moved}"
+            f"{self.prefill or 'no prefill'} to {self.decode or 'no decode'}"
+            f"{' through the proxy' if self.proxied else ''}{moved}"
         )
 
 

@@ -290,6 +290,7 @@ def way_through(
         kv_tokens=int(tokens),
         kv_bytes=int(sum(moved)) if moved else None,
         alone=served <= 1 and len(prefill) <= 1 and tokens <= prompt_tokens,
+        proxied=True,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import asyncssh
+import httpx
 import pytest
 
 from lab import Lab, LabHost
@@ -56,6 +57,21 @@ http.server.ThreadingHTTPServer(("127.0.0.1", %d), Registry).serve_forever()
 @pytest.fixture
 def box(lab: Lab) -> LabHost:
     return lab.hosts["a"]
+
+
+ECHO_ADDRESS, ECHO_PORT = "127.77.0.1", 7311
+ECHO = f"""
+import http.server
+class Echo(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.ThreadingHTTPServer(("{ECHO_ADDRESS}", {ECHO_PORT}), Echo).serve_forever()
+"""
 
 
 @pytest.fixture
@@ -112,10 +128,11 @@ async def container(host: Host, image: str) -> AsyncIterator[Callable[..., Await
 
 @pytest.fixture
 def no_forwarding(box: LabHost) -> Iterator[int]:
-    """The port of a further SSH server on the host, which forwards no UNIX sockets."""
+    """The port of a further SSH server on the host, which forwards nothing."""
     pid_file = "/run/sshd-no-forwarding.pid"
     options = [
         "AllowStreamLocalForwarding=no",
+        "AllowTcpForwarding=no",
         f"Port={NO_FORWARDING_PORT}",
         f"PidFile={pid_file}",
     ]
@@ -671,6 +688,32 @@ class TestEngineFaults:
         await eventually(lambda: threads("wait for") == 12)
         await host.engine.kill(id, deployment=OURS)
         assert await asyncio.gather(*waits) == [137] * 12
+
+    @pytest.mark.parametrize("forwarded", [True, False])
+    async def test_port_on_the_hosts_loopback_network(
+        self,
+        connect: Callable[..., Host],
+        login: Login,
+        no_forwarding: int,
+        box: LabHost,
+        forwarded: bool,
+    ) -> None:
+        """Where the proxy is proven before clients can reach it; with large bodies both ways."""
+        host = connect(login if forwarded else replace(login, port=no_forwarding))
+        server = box.popen(["python3", "-c", ECHO])
+        try:
+            await eventually(lambda: listening(box, ECHO_PORT))
+            async with host.http(ECHO_ADDRESS, ECHO_PORT) as client:
+                url = f"http://{ECHO_ADDRESS}:{ECHO_PORT}"
+                body = b"0123456789abcdef" * 65536
+                answers = [await client.post(url, content=body) for _ in range(2)]
+                assert all(answer.content == body for answer in answers)
+        finally:
+            server.kill()
+            server.wait()
+        async with host.http(ECHO_ADDRESS, ECHO_PORT) as client:
+            with pytest.raises(httpx.TransportError):
+                await client.get(f"http://{ECHO_ADDRESS}:{ECHO_PORT}")
 
     async def test_forwarding_refused_and_engine_down(
         self, connect: Callable[..., Host], login: Login, no_forwarding: int, box: LabHost

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from lab.standin.processes import LAUNCHER
-from pd_deploy import probes
 from pd_deploy.engines import corrections, omniinfer
 from pd_deploy.engines.base import Service
 from pd_deploy.topology import Instance
+from pd_deploy.verify import requests
 from tests.unit import example
 
 CHANGES = {
@@ -268,7 +268,7 @@ def options(argv: list[str]) -> dict[str, Any]:
 def reproduced(service: Service, directory: Path) -> dict[str, Any]:
     """What pd-deploy makes of the same service, in the golden file's shape."""
     placed = service.topology
-    url, body = probes.smoke_request(service.deployment, placed.proxy)
+    url, body = requests.completion(service.deployment, placed.proxy)
     return {
         "inventory": inventory(service),
         "derived_global": derived(service),
