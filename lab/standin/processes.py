@@ -134,21 +134,37 @@ class Instance:
 
 
 class StandinSet:
-    """A set of instances with its ranktables, by default all on two loopback hosts."""
+    """A set of instances with its ranktables on loopback hosts of 16 devices.
 
-    def __init__(self, directory: Path, prefills: int) -> None:
+    Two instances share a host, but each instance of a decode over several hosts has its own.
+    """
+
+    def __init__(
+        self, directory: Path, prefills: int, decodes: int = 1, built: str | None = None
+    ) -> None:
+        """Write everything that the instances need.
+
+        Args:
+            decodes: instances of the one decode pod.
+            built: date of the image; by default the one that it has.
+        """
         self.directory = directory
         self.prefills = prefills
+        self.decodes = decodes
+        self.built = built
         # An own loopback network per set, so that sets that run at the same time do not meet.
         self._network = f"127.{1 + secrets.randbelow(250)}.{secrets.randbelow(250)}"
         self._npu_prefix = f"standin-{secrets.token_hex(4)}"
-        self._ports = _free_ports(3 * (prefills + 1))
+        self._ports = _free_ports(3 * (prefills + decodes))
         model = directory / "model"
         model.mkdir(parents=True)
         (model / "config.json").write_text("{}")
         _write_script(directory / "bin/vllm", f'exec {PYTHON} -S {VLLM} "$@"')
-        names = [*(f"p{i}" for i in range(prefills)), "d0"]
+        names = [*(f"p{i}" for i in range(prefills)), *(f"d{i}" for i in range(decodes))]
         self.places = {name: divmod(slot, 2) for slot, name in enumerate(names)}
+        if decodes > 1:
+            first = -(-prefills // 2)
+            self.places |= {f"d{i}": (first + i, 0) for i in range(decodes)}
         for host in {host for host, _ in self.places.values()}:
             self._make_host(host)
         self.write_ranktables()
@@ -200,19 +216,26 @@ class StandinSet:
     def write_ranktables(self) -> None:
         """Write correct ranktables for all instances."""
         self.global_path.parent.mkdir(exist_ok=True)
+        pods = [[f"p{i}"] for i in range(self.prefills)]
+        pods.append([f"d{i}" for i in range(self.decodes)])
         groups = []
-        for index, name in enumerate(self.places):
-            servers = [self._server(name)]
-            local = {"group_id": "0", "server_count": "1", "server_list": servers}
-            self.local_path(name).write_text(json.dumps(_HEAD | local))
-            groups.append({"group_id": str(index), "server_count": 1, "server_list": servers})
+        for index, members in enumerate(pods):
+            servers = [self._server(name, rank) for rank, name in enumerate(members)]
+            count = "1" if len(members) == 1 else len(members)
+            local = {"group_id": "0", "server_count": count, "server_list": servers}
+            for name in members:
+                self.local_path(name).write_text(json.dumps(_HEAD | local))
+            groups.append(
+                {"group_id": str(index), "server_count": len(members), "server_list": servers}
+            )
         self.global_path.write_text(json.dumps(_HEAD | {"server_group_list": groups}))
 
-    def _server(self, name: str) -> dict[str, Any]:
+    def _server(self, name: str, node_rank: int) -> dict[str, Any]:
         host, _ = self.places[name]
+        first = node_rank * DEVICES_PER_INSTANCE
         devices = [
             {"device_id": str(i), "device_ip": f"192.168.{host}.{100 + i}", "rank_id": str(rank)}
-            for rank, i in enumerate(self.device_ids(name))
+            for rank, i in enumerate(self.device_ids(name), first)
         ]
         address = self.address(host)
         return {"server_id": address, "server_ip": address, "device": devices}
@@ -226,6 +249,10 @@ class StandinSet:
         for tool in ("usr/bin/hccn_tool", "usr/local/Ascend/driver/version.info"):
             (root / tool).symlink_to(STANDIN / "host" / tool)
         (root / "etc/standin.json").write_text('{"load_seconds": 0.05}')
+        if self.built is not None:
+            file = root / "usr/local/Ascend/latest/standin/built"
+            file.parent.mkdir(parents=True)
+            file.write_text(self.built)
 
     def _instance(self, name: str, slot: int) -> Instance:
         role = "prefill" if name.startswith("p") else "decode"
@@ -250,7 +277,7 @@ class StandinSet:
             "kv_connector": "AscendHcclConnectorV1",
             "kv_buffer_device": "npu",
             "kv_role": "kv_producer" if role == "prefill" else "kv_consumer",
-            "kv_rank": slot,
+            "kv_rank": min(slot, self.prefills),
             "engine_id": slot if role == "prefill" else 0,
             "kv_parallel_size": self.prefills + 1,
         }
@@ -259,9 +286,12 @@ class StandinSet:
 
     def _env(self, name: str, role: str) -> dict[str, str]:
         host, _ = self.places[name]
-        decode_ip = self.address(self.places["d0"][0])
+        decode_ips = ",".join(
+            self.address(self.places[f"d{i}"][0]) for i in range(self.decodes)
+        )
         return {
             "STANDIN_ROOT": str(self.root(host)),
+            "STANDIN_ADDRESS": self.address(host),
             "STANDIN_NPU_PREFIX": f"{self._npu_prefix}-host{host}-",
             "HOST": name,
             "ROLE": role,
@@ -270,8 +300,8 @@ class StandinSet:
             "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, self.device_ids(name))),
             "PREFILL_POD_NUM": str(self.prefills),
             "DECODE_POD_NUM": "1",
-            "LOCAL_DECODE_SERVER_IP_LIST": decode_ip,
-            "GLOBAL_DECODE_SERVER_IP_LIST": decode_ip,
+            "LOCAL_DECODE_SERVER_IP_LIST": decode_ips,
+            "GLOBAL_DECODE_SERVER_IP_LIST": decode_ips,
             "HCCL_CONNECT_TIMEOUT": "30",
             "HCCL_EXEC_TIMEOUT": "1800",
             "HCCL_INTRA_ROCE_ENABLE": "1",
@@ -324,9 +354,11 @@ _HEAD = {"version": "1.0", "status": "completed"}
 
 
 @contextlib.contextmanager
-def standin_set(directory: Path, prefills: int) -> Iterator[StandinSet]:
+def standin_set(
+    directory: Path, prefills: int, decodes: int = 1, built: str | None = None
+) -> Iterator[StandinSet]:
     """A set that is stopped at the end."""
-    instances = StandinSet(directory, prefills)
+    instances = StandinSet(directory, prefills, decodes, built)
     try:
         yield instances
     finally:

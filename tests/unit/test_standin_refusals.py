@@ -160,6 +160,15 @@ CASES: dict[str, tuple[str, str, Change]] = {
         "device-ip",
         edit_both("p0", 0, lambda server: server["device"][2].update(device_ip="10.9.9.9")),
     ),
+    "device ip of another device": (
+        "p0",
+        "ranktable-schema",
+        edit_global(
+            lambda table: table["server_group_list"][1]["server_list"][0]["device"][0].update(
+                device_ip="192.168.0.100"
+            )
+        ),
+    ),
     "prefill pods": ("p0", "pod-count", env("p0", PREFILL_POD_NUM="2")),
     "decode pods": ("p0", "pod-count", env("p0", DECODE_POD_NUM="2")),
     "decode ips": ("p0", "decode-ips", env("p0", GLOBAL_DECODE_SERVER_IP_LIST="10.9.9.9")),
@@ -258,13 +267,6 @@ def test_a_device_in_use_is_refused(tmp_path: Path) -> None:
         assert second.exit_code() == 1
         assert "refused [device-busy, contract 4.6]" in second.log()
         assert "device 0 " in second.log()
-
-
-def test_two_values_of_kv_parallel_size_fail_the_link(pair: StandinSet) -> None:
-    pair["d0"].kv["kv_parallel_size"] = 8
-    pair.start()
-    assert pair["p0"].exit_code() == 1
-    assert "FAILED: kv_parallel_size: expected 2, peer has 8" in pair["p0"].log()
 
 
 def test_a_typo_in_the_environment_is_only_a_warning(pair: StandinSet) -> None:

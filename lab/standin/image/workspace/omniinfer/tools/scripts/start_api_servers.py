@@ -88,13 +88,14 @@ def find_available_port(first: int, attempts: int, taken: set[int]) -> int:
 
 
 def is_free(port: int) -> bool:
-    """Whether the port can be bound and listened on; closes it again at once."""
+    """Whether the port can be bound; closes it again at once.
+
+    Bound without SO_REUSEADDR: connections of an earlier server that linger in TIME_WAIT (60 s)
+    make the port count as taken.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # Connections of an earlier server that linger in TIME_WAIT do not count as taken.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-            probe.listen()
         except OSError:
             return False
     return True
@@ -156,6 +157,7 @@ def wait_for_first(servers: list[subprocess.Popen]) -> int:
 
 def stop(servers: list[subprocess.Popen], exit_code: int) -> int:
     """Terminate what still runs, kill what does not end in time; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would wait for locks of this frame
     for server in servers:
         if server.poll() is None:
             server.terminate()

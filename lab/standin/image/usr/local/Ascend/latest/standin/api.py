@@ -30,13 +30,20 @@ class Api(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, options: argparse.Namespace, faults: Faults, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        faults: Faults,
+        metrics: Metrics,
+        keep_alive_seconds: float,
+    ) -> None:
         super().__init__(("0.0.0.0", options.port), _Handler, bind_and_activate=False)
         self.server_bind()
         self.options = options
         self.model_name = options.served_model_name or options.model
         self.faults = faults
         self.metrics = metrics
+        self.keep_alive_seconds = keep_alive_seconds
         self.engine: Engine | None = None
 
     def server_bind(self) -> None:
@@ -54,6 +61,32 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Api
+
+    def handle(self) -> None:
+        """Answer requests; an idle connection is closed by this side, so TIME_WAIT stays here.
+
+        Only the pause between two requests is bounded, as by uvicorn: neither the wait for the
+        first request nor a request that has begun.
+        """
+        self.close_connection = True
+        self.handle_one_request()
+        while not self.close_connection and self._another_begins():
+            self.handle_one_request()
+
+    def _another_begins(self) -> bool:
+        self.connection.settimeout(self.server.keep_alive_seconds)
+        try:
+            begins = bool(self.rfile.peek(1))
+        except TimeoutError:
+            return False
+        self.connection.settimeout(None)
+        return begins
+
+    def end_headers(self) -> None:
+        """Say so when the connection ends with this answer."""
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        super().end_headers()
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]

@@ -27,6 +27,7 @@ class _Link:
     connection: socket.socket
     stream: BinaryIO
     token: str
+    kv_parallel_size: int  # as prefill has it
 
 
 class DecodeSide:
@@ -69,6 +70,18 @@ class DecodeSide:
         self._metrics.add("standin:kv_transfer_bytes_total", len(kv), cluster_id=cluster_id)
         return kv
 
+    def reads_other_heads(self, cluster_id: int) -> bool:
+        """Whether the KV of this cluster goes to the wrong ranks.
+
+        In newer images kv_parallel_size is decode's tensor parallel size and decides which rank
+        reads from which; nothing compares it, so a wrong value on either side shows only in the
+        answers (1.4).
+        """
+        if not self._instance.pairs_by_tp:
+            return False
+        values = {self._instance.kv_parallel_size, self._links[cluster_id].kv_parallel_size}
+        return values != {self._instance.tensor_parallel_size}
+
     def release(self, remote_host_ip: str, request_id: str) -> None:
         """Tell prefill that its blocks can go; like a ZMQ PUSH, a failure is only logged."""
         address = urlsplit(remote_host_ip)
@@ -105,7 +118,9 @@ class DecodeSide:
             reason = answer.get("reason", f"cluster {peer.cluster_id} answered {answer}")
             raise RuntimeError(f"link status FAILED: {reason}")
         connection.settimeout(None)
-        self._links[peer.cluster_id] = _Link(peer, connection, stream, answer["token"])
+        self._links[peer.cluster_id] = _Link(
+            peer, connection, stream, answer["token"], answer["kv_parallel_size"]
+        )
         self._metrics.add("standin:links")
         print(f"INFO linked with prefill cluster {peer.cluster_id}", flush=True)
 
@@ -119,7 +134,6 @@ class DecodeSide:
             "digest": mine.digest,
             "dp_size": mine.dp_size,
             "dp_rank": mine.dp_rank,
-            "kv_parallel_size": mine.kv_parallel_size,
         }
 
     def _peer_complete(self, link: _Link) -> bool:

@@ -105,6 +105,8 @@ class Engine:
         if kv != model.kv_of(prompt_ids):
             raise PullFailed(f"the KV of cluster {cluster_id} blocks {blocks} is of another prompt")
         self.decode.release(release_address, request.request_id)
+        if self.decode.reads_other_heads(cluster_id) or self._faults.now()["other_heads"]:
+            kv = model.other_heads(kv)
         return prompt_ids, kv, first
 
     def _count_prompt(self, tokens: int, external: bool) -> None:

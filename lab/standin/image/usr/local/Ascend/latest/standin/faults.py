@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "token_seconds": 0.0,  # seconds per generated token
     "refuse_kv": False,  # prefill: does not hand its KV over
     "ignore_kv": False,  # decode: computes the prompt itself although KV was offered
+    "other_heads": False,  # decode: reads other heads' KV than those of its prompt
     "keep_kv": False,  # prefill: does not free blocks when told to
     "crash_on_request": False,  # dies at the next completion
 }

@@ -1,14 +1,16 @@
 """What this server is, from its options, environment and ranktables; refuses contradictions."""
 
 import argparse
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from standin import ranktable
+from standin import age, ranktable
+from standin.device_choice import chosen_devices, inputs
 from standin.environment import Environment
-from standin.ranktable import Group, Server
+from standin.ranktable import Device, Group, Server
 from standin.rules import RULES, Refusal, host_path
 
 
@@ -28,13 +30,15 @@ class Instance:
     name: str
     role: str
     server: Server  # this host's entry of the local ranktable
-    devices: list[int]  # the ids this server uses (of a decode instance: its share)
+    devices: list[Device]  # those this server uses (of a decode instance: its share)
     cluster_id: int
     link: Peer | None  # prefill only: where it listens
     prefills: tuple[Peer, ...]
     dp_rank: int
     dp_size: int
+    tensor_parallel_size: int
     kv_parallel_size: int
+    pairs_by_tp: bool  # kv_parallel_size is decode's tensor parallel size, as newer images take it
     digest: str  # of the global ranktable
     zmq_port: int
     link_timeout: float  # seconds
@@ -43,6 +47,11 @@ class Instance:
     def is_prefill(self) -> bool:
         """Whether it produces KV."""
         return self.role == "prefill"
+
+    @property
+    def device_ids(self) -> list[int]:
+        """Physical ids of its devices in rank order."""
+        return [device.device_id for device in self.devices]
 
 
 def resolve(options: argparse.Namespace, env: Environment) -> Instance:
@@ -53,15 +62,19 @@ def resolve(options: argparse.Namespace, env: Environment) -> Instance:
     """
     _check_paths(options.model)
     visible = _device_list(env["ASCEND_RT_VISIBLE_DEVICES"])
+    pairs_by_tp = age.has("kv-parallel-size-is-decode-tp")
     kv = _kv_config(options.kv_transfer_config, env["ROLE"])
     groups, digest = ranktable.read_global(env["GLOBAL_RANK_TABLE_FILE_PATH"])
     prefill_pods = _pod_counts(env, groups)
+    _check_prefill_sizes(groups[:prefill_pods])
     groups = _in_list_order(env, groups, prefill_pods)
     index, group = _own_group(env, groups, prefill_pods)
     server = _own_server(group, visible)
     _check_kv_rank(kv, env["ROLE"], index, prefill_pods)
-    _check_kv_parallel_size(kv, env["ROLE"], prefill_pods, groups, options.tensor_parallel_size)
+    if not pairs_by_tp:
+        _check_kv_parallel_size(kv, prefill_pods)
     devices, first_rank = _share(options, env, group, server)
+    _check_device_choice(options, env, visible, server, devices)
     if env["ROLE"] == "decode":
         _check_tp_ratio(groups[:prefill_pods], options.tensor_parallel_size)
     prefills = tuple(_peer(pod) for pod in groups[:prefill_pods])
@@ -75,7 +88,9 @@ def resolve(options: argparse.Namespace, env: Environment) -> Instance:
         prefills=prefills,
         dp_rank=env.number("VLLM_DP_RANK"),
         dp_size=env.number("VLLM_DP_SIZE"),
+        tensor_parallel_size=options.tensor_parallel_size,
         kv_parallel_size=kv["kv_parallel_size"],
+        pairs_by_tp=pairs_by_tp,
         digest=digest,
         zmq_port=env.number("VLLM_LLMDATADIST_ZMQ_PORT"),
         link_timeout=env.number("HCCL_CONNECT_TIMEOUT"),
@@ -91,6 +106,9 @@ def _check_paths(model: str) -> None:
 
 
 def _device_list(text: str) -> list[int]:
+    """The visible devices; none = all devices of the host."""
+    if not text:
+        return []
     items = text.split(",")
     if not all(item.isdecimal() for item in items) or len(set(items)) != len(items):
         raise Refusal("devices", repr(text))
@@ -164,7 +182,8 @@ def _summary(group: Group) -> str:
 
 
 def _own_server(group: Group, visible: list[int]) -> Server:
-    matching = [server for server in group.servers if server.device_ids == visible]
+    # Without visible devices the address alone says which server of the pod this is.
+    matching = [s for s in group.servers if not visible or s.device_ids == visible]
     if not matching:
         raise Refusal(
             "ranktable-instance",
@@ -178,6 +197,9 @@ def _own_server(group: Group, visible: list[int]) -> Server:
 
 
 def _is_local(address: str) -> bool:
+    # On loopback every address is local: tests without network namespaces say which one is meant.
+    if own := os.environ.get("STANDIN_ADDRESS"):
+        return address == own
     with socket.socket() as probe:
         try:
             probe.bind((address, 0))
@@ -192,22 +214,26 @@ def _check_kv_rank(kv: dict, role: str, index: int, prefill_pods: int) -> None:
         raise Refusal("kv-rank", f"expected {expected}, found {kv['kv_rank']}")
 
 
-def _check_kv_parallel_size(
-    kv: dict, role: str, prefill_pods: int, groups: list[Group], tp: int
-) -> None:
-    decode_devices = len(groups[-1].ranks)
-    # Prefill does not know decode's tp: any tp its devices allow is accepted, and the link
-    # compares both sides' values.
-    found = kv["kv_parallel_size"]
-    fits_decode = found == tp if role == "decode" else found > 0 and decode_devices % found == 0
-    if found != prefill_pods + 1 and not fits_decode:
-        raise Refusal("kv-parallel-size", f"found {found} with {prefill_pods} prefill pods")
+def _check_kv_parallel_size(kv: dict, prefill_pods: int) -> None:
+    if kv["kv_parallel_size"] != prefill_pods + 1:
+        found, day = kv["kv_parallel_size"], age.built()
+        raise Refusal(
+            "kv-parallel-size",
+            f"expected {prefill_pods + 1} in an image of {day}, found {found}",
+        )
+
+
+def _check_prefill_sizes(prefills: list[Group]) -> None:
+    # The engine computes the links of all prefill pods with the size of the first one.
+    sizes = [len(group.ranks) for group in prefills]
+    if len(set(sizes)) > 1:
+        raise Refusal("prefill-sizes", f"devices of the prefill pods: {sizes}")
 
 
 def _share(
     options: argparse.Namespace, env: Environment, group: Group, server: Server
-) -> tuple[list[int], int]:
-    """This server's devices and the world rank of the first one."""
+) -> tuple[list[Device], int]:
+    """This server's devices as the ranktable has them and the world rank of the first one."""
     if env["ROLE"] == "prefill":
         return _prefill_share(options, group, server), 0
     tp = options.tensor_parallel_size
@@ -220,20 +246,40 @@ def _share(
         )
     if rank >= size:
         raise Refusal("dp-world", f"VLLM_DP_RANK={rank} in a world of VLLM_DP_SIZE={size}")
-    ranks = group.ranks[rank * tp : (rank + 1) * tp]
-    foreign = [f"{ip} device {i}" for ip, i in ranks if ip != server.server_ip]
+    ranks = range(rank * tp, (rank + 1) * tp)
+    foreign = [f"{ip} device {i}" for ip, i in (group.ranks[r] for r in ranks)
+               if ip != server.server_ip]
     if foreign:
         raise Refusal("dp-world", f"VLLM_DP_RANK={rank} belongs to {', '.join(foreign)}")
-    return [device_id for _, device_id in ranks], rank * tp
+    first = group.ranks.index((server.server_ip, server.device_ids[0]))
+    return list(server.devices[ranks.start - first : ranks.stop - first]), rank * tp
 
 
-def _prefill_share(options: argparse.Namespace, group: Group, server: Server) -> list[int]:
+def _prefill_share(options: argparse.Namespace, group: Group, server: Server) -> list[Device]:
     tp = options.tensor_parallel_size
     if tp != len(group.ranks):
         raise Refusal("tp-devices", f"prefill tp {tp}, the pod has {len(group.ranks)} devices")
     if len(group.servers) > 1 and options.distributed_executor_backend != "ray":
         raise Refusal("multi-node", f"{len(group.servers)} servers need the ray executor")
-    return server.device_ids
+    return list(server.devices)
+
+
+def _check_device_choice(
+    options: argparse.Namespace,
+    env: Environment,
+    visible: list[int],
+    server: Server,
+    devices: list[Device],
+) -> None:
+    """Refuse when the workers take other devices than the ranktable gives to their ranks."""
+    chosen = chosen_devices(env, visible, options.tensor_parallel_size, len(devices), server)
+    expected = [device.device_id for device in devices]
+    if chosen != expected:
+        raise Refusal(
+            "device-choice",
+            f"workers take devices {chosen}, the ranktable gives {expected} to their ranks "
+            f"({inputs(env)})",
+        )
 
 
 def _check_tp_ratio(prefills: list[Group], tp: int) -> None:

@@ -37,10 +37,10 @@ def _run(arguments: argparse.Namespace, env: Environment) -> None:
     if settings["crash_after"] is not None:
         death.crash_after(settings["crash_after"], settings["exit_code"])
     instance = resolve(arguments, env)
-    npu.check_addresses(instance.server)
-    holders = npu.hold(instance.devices)
+    npu.check_addresses(instance.devices)
+    holders = npu.hold(instance.device_ids)
     metrics = _metrics(instance)
-    api = _bound_api(arguments, faults, metrics)
+    api = _bound_api(arguments, env, faults, metrics)
     listeners = _prefill_listeners(instance)
     _announce(arguments, env, instance)
     _load(settings["load_seconds"])
@@ -67,10 +67,13 @@ def _metrics(instance: Instance) -> Metrics:
     return metrics
 
 
-def _bound_api(arguments: argparse.Namespace, faults: Faults, metrics: Metrics) -> Api:
+def _bound_api(
+    arguments: argparse.Namespace, env: Environment, faults: Faults, metrics: Metrics
+) -> Api:
+    # With SO_REUSEADDR, as vLLM binds: unlike the launcher's check it may follow a TIME_WAIT.
     try:
         wire.bind("0.0.0.0", arguments.port).close()
-        return Api(arguments, faults, metrics)
+        return Api(arguments, faults, metrics, env.number("VLLM_HTTP_TIMEOUT_KEEP_ALIVE"))
     except OSError as error:
         raise Refusal("port", f"API port {arguments.port}: {error}") from None
 
@@ -107,7 +110,7 @@ def _link(
 def _announce(arguments: argparse.Namespace, env: Environment, instance: Instance) -> None:
     _log("vLLM API server version 0.9.0 (stand-in)")
     _log(f"{instance.role} {instance.name}: cluster id {instance.cluster_id}, "
-         f"devices {instance.devices}, dp rank {instance.dp_rank} of {instance.dp_size}, "
+         f"devices {instance.device_ids}, dp rank {instance.dp_rank} of {instance.dp_size}, "
          f"HCCL_CONNECT_TIMEOUT {instance.link_timeout:g} s")
     for name in env.unread:
         _log(f"{name} is read by nothing (contract 4.1), did you mean {RULES['unread_env'][name]}?",

@@ -1,10 +1,12 @@
 """The simulated NPUs of the host: who holds them, which address they have."""
 
 import os
+import re
 import socket
 import subprocess
+from pathlib import Path
 
-from standin.ranktable import Server
+from standin.ranktable import Device
 from standin.rules import Refusal, host_path
 
 
@@ -26,9 +28,18 @@ def hold(device_ids: list[int]) -> list[socket.socket]:
     return holders
 
 
-def check_addresses(server: Server) -> None:
-    """Compare every device_ip of this host's ranktable with hccn_tool."""
-    for device in server.devices:
+def of_host() -> set[int]:
+    """Physical ids of the host's devices, as /etc/hccn.conf names them; empty without that file."""
+    try:
+        text = Path(host_path("/etc/hccn.conf")).read_text()
+    except OSError:
+        return set()
+    return {int(found) for found in re.findall(r"^\w+_(\d+)=", text, re.MULTILINE)}
+
+
+def check_addresses(devices: list[Device]) -> None:
+    """Compare the device_ip of each device with hccn_tool."""
+    for device in devices:
         reported = _reported_address(device.device_id)
         if reported != device.device_ip:
             raise Refusal(

@@ -87,7 +87,12 @@ class PrefillSide:
 
     def _identity(self) -> dict[str, Any]:
         mine = self._instance
-        return {"role": mine.role, "cluster_id": mine.cluster_id, "digest": mine.digest}
+        return {
+            "role": mine.role,
+            "cluster_id": mine.cluster_id,
+            "digest": mine.digest,
+            "kv_parallel_size": mine.kv_parallel_size,
+        }
 
     def _refusal(self, reason: str) -> dict[str, Any]:
         print(f"ERROR link refused: {reason}", flush=True)
@@ -98,7 +103,6 @@ class PrefillSide:
             "role": "decode",
             "to": self._instance.cluster_id,
             "digest": self._instance.digest,
-            "kv_parallel_size": self._instance.kv_parallel_size,
         }
         for key, value in expected.items():
             if hello.get(key) != value:

@@ -3,6 +3,7 @@
 import hashlib
 import ipaddress
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def read_global(path: str) -> tuple[list[Group], str]:
     """All pods in file order with their cluster ids, and the file's digest.
 
     Raises:
-        Refusal: a wrong shape, a wrong type, or a device that is in two pods.
+        Refusal: a wrong shape, a wrong type, or a device or device_ip that occurs twice.
     """
     table = _load(path)
     entries = table.get("server_group_list")
@@ -160,6 +161,14 @@ def _address(entry: dict, key: str, where: str) -> str:
 
 def _check_disjoint(groups: list[Group], path: str) -> None:
     ranks = [rank for group in groups for rank in group.ranks]
-    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
-    if twice:
+    if twice := _repeated(ranks):
         raise Refusal("ranktable-schema", f"{path}: devices of two pods (server, device): {twice}")
+    addresses = [
+        device.device_ip for group in groups for server in group.servers for device in server.devices
+    ]
+    if twice := _repeated(addresses):
+        raise Refusal("ranktable-schema", f"{path}: device_ip of two devices: {twice}")
+
+
+def _repeated(items: list[Any]) -> list[Any]:
+    return sorted(item for item, count in Counter(items).items() if count > 1)
