@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RULES = {
     "batched-tokens": "`max-num-batched-tokens` holds the longest prompt",
+    "decode-devices": "several copies of the model in decode have a host's devices 0, 1, … in order",
     "decode-gear-list": "graph sizes stand inside `graph_model_compile_config`, at most 6",
     "derived-arguments": "what follows from the topology is not given as an argument",
     "derived-environment": "what follows from the topology is not given as a variable",
@@ -35,6 +36,7 @@ RULES = {
     "ports-distinct": "a port of a host has one user",
     "ports-in-range": "ports fit into 65535, prefill's below decode's",
     "prefill-pods": "there are at most 32 prefill pods; the proxy chooses no others",
+    "prefill-sizes": "all prefill pods have the same number of devices",
     "tensor-parallel": "tensor parallel size and devices agree",
     "tensor-parallel-ratio": "tensor parallel sizes of prefill and decode divide each other",
     "values-without-blanks": "arguments have no blanks; the launcher splits at them",

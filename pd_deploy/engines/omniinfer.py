@@ -228,7 +228,7 @@ def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
         "API_PORT": instance.api_port,
         "ZMQ_PORT": instance.zmq_port,
         "VLLM_LLMDATADIST_ZMQ_PORT": instance.zmq_port,
-        "ASCEND_RT_VISIBLE_DEVICES": instance.device_list,
+        **_devices_of_workers(instance),
         "GLOBAL_RANK_TABLE_FILE_PATH": _merged_path(service),
         "RANK_TABLE_FILE_PATH": _local_path(service, instance),
         "SERVER_IP_LIST": ",".join(decode_pods),
@@ -244,6 +244,20 @@ def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
         **instance.settings.environment,
     }
     return {key: text(value) for key, value in environment.items()}
+
+
+def _devices_of_workers(instance: Instance) -> dict[str, Scalar]:
+    """How the engine's workers find their devices.
+
+    A worker takes number `local rank + local DP rank * tensor parallel size - SERVER_OFFSET`; the
+    launcher counts the local DP rank over all members of a pod, so the offset takes away the
+    devices of those before. The engine looks up a list of visible devices by the local DP rank,
+    which is wrong for several copies: they get none, and the rule `decode-devices` keeps theirs at
+    0, 1, … on each host.
+    """
+    if instance.role == "decode" and instance.has_copies:
+        return {"SERVER_OFFSET": instance.server_offset * instance.tensor_parallel}
+    return {"ASCEND_RT_VISIBLE_DEVICES": instance.device_list}
 
 
 def _corrections_of_environment(service: Service, interface: str) -> dict[str, Scalar]:
@@ -267,7 +281,7 @@ def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]
             "NNODES": len(instance.pod_addresses),
             "NODE_RANK": instance.node_rank,
             "NODE_IP_LIST": ",".join(instance.pod_addresses),
-            **(_RAY_ENVIRONMENT if instance.uses_ray else {}),
+            **(_ray_environment(instance) if instance.uses_ray else {}),
         }
     members = service.topology.pod_of(instance.name).members
     return {
@@ -277,6 +291,12 @@ def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]
         "DECODE_DATA_PARALLEL_SIZE": ",".join(member.device_list for member in members),
         "NUM_SERVERS": len(instance.devices),
     }
+
+
+def _ray_environment(instance: Instance) -> dict[str, Scalar]:
+    """The engine asks ray for the node of its own address, which it takes from VLLM_HOST_IP; that
+    has to be the address that ray was started with."""
+    return {**_RAY_ENVIRONMENT, "VLLM_HOST_IP": instance.address}
 
 
 def _launcher(service: Service, instance: Instance) -> list[str]:

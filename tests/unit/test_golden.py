@@ -160,7 +160,8 @@ def test_every_correction_of_a_value_is_stated() -> None:
 def test_deepseek_decode_does_not_block_on_launch() -> None:
     changes = {
         "profile": "deepseek-r1-a3-2p1d",
-        "decode": {"d0": {"host": None, "hosts": ["b"]}},
+        "prefill": {"p2": None},
+        "decode": {"d0": {"host": None, "hosts": ["b"], "devices": "0-7"}},
     }
     found = [
         omniinfer.environment(example.for_engine({**changes, "compat": compat}), "d0")
