@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 RULES = {
     "batched-tokens": "`max-num-batched-tokens` holds the longest prompt",
-    "decode-devices": "several copies of the model in decode have a host's devices 0, 1, … in order",
+    "decode-devices": "decode with several copies of the model has devices 0, 1, … on each host",
     "decode-gear-list": "graph sizes stand inside `graph_model_compile_config`, at most 6",
     "derived-arguments": "what follows from the topology is not given as an argument",
     "derived-environment": "what follows from the topology is not given as a variable",

@@ -49,6 +49,25 @@ _RAY_ENVIRONMENT: dict[str, Scalar] = {
     "RAY_USAGE_STATS_ENABLED": 0,
 }
 
+# Starts the launcher so that every bind() may take a port with connections in TIME_WAIT. The
+# launcher looks whether its port is free by a plain bind(), which fails for 60 s after any
+# connection that the server closed first: a probe that asks for `Connection: close`, an idle
+# keep-alive. The server itself binds with SO_REUSEADDR and would start. A port that somebody
+# listens on is refused all the same. The other ways: to wait 60 s before each start, or to end
+# those sockets by `ss -K`, which kernels of today's hosts (5.10) don't do for TIME_WAIT.
+_REUSING_PORTS = """\
+import os, runpy, socket, sys
+
+def bind(self, address, plain=socket.socket.bind):
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    plain(self, address)
+
+socket.socket.bind = bind
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def members(
     deployment: Deployment,
@@ -385,6 +404,10 @@ def _build_environment(service: Service) -> dict[str, str]:
 
 
 def _server_script(service: Service, instance: Instance) -> str:
+    argv = command(service, instance.name)
+    if instance.api_ports:
+        python, *launcher = argv
+        argv = [python, "-c", _REUSING_PORTS, *launcher]
     return f"""\
 #!/bin/bash
 {title(service, instance.name)}
@@ -392,7 +415,7 @@ source ~/.bashrc
 {exports(environment(service, instance.name))}
 cd {shlex.quote(_code(service))}/omniinfer/tools/scripts || exit 1
 echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
-{_ray(instance)}exec {shlex.join(command(service, instance.name))}
+{_ray(instance)}exec {shlex.join(argv)}
 """
 
 

@@ -1,8 +1,11 @@
 """Containers, variants and start scripts. Values against the documented ones: test_golden.py."""
 
 import shlex
+import socket
 import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,5 +256,74 @@ class TestStartScripts:
             str(scripts),
             HOSTILE,
             "a\nb",
+            "-c",
+            omniinfer._REUSING_PORTS,
             *omniinfer.command(service, name)[1:],
         ]
+
+
+# Looks whether its port is free as the image's launcher does, and says how it was started.
+LAUNCHER = """\
+import os, socket, sys
+import beside
+with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    probe.bind(("", int(os.environ["API_PORT"])))
+print("started", __name__, sys.argv, beside.__file__, sys.path[0])
+"""
+
+
+class TestPortOfTheLauncher:
+    """A start script with a launcher like the image's, run for real on a port of this machine."""
+
+    def start(self, tmp_path: Path, port: int, script: str | None = None) -> tuple[int, str]:
+        """Its exit code and all it says."""
+        scripts = tmp_path / "omniinfer/tools/scripts"
+        scripts.mkdir(parents=True)
+        (scripts / "start_api_servers.py").write_text(LAUNCHER)
+        (scripts / "beside.py").touch()
+        (tmp_path / "python").symlink_to(sys.executable)
+        (tmp_path / ".bashrc").write_text(f'PATH="{tmp_path}:$PATH"\n')
+        service = example.for_engine({"code": str(tmp_path), "ports": {"api": port}})
+        ran = subprocess.run(
+            ["bash", "-c", script or omniinfer.start_script(service, "p0")],
+            env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "API_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return ran.returncode, ran.stdout
+
+    @pytest.fixture
+    def left(self) -> int:
+        """A port with a connection in TIME_WAIT, because the server's side closed first."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port: int = server.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                server.accept()[0].close()
+                assert client.recv(1) == b""
+        return port
+
+    def test_may_have_connections_that_are_waiting_to_be_forgotten(
+        self, tmp_path: Path, left: int
+    ) -> None:
+        code, said = self.start(tmp_path, left)
+        assert code == 0, said
+        scripts = tmp_path / "omniinfer/tools/scripts"
+        assert f"{scripts}/beside.py {scripts}" in said
+        assert "started __main__ ['start_api_servers.py', '--num-servers', '1', " in said
+
+    def test_may_not_be_listened_on(self, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            code, said = self.start(tmp_path, server.getsockname()[1])
+        assert code != 0
+        assert "Address already in use" in said
+        assert "started" not in said
+
+    def test_started_plainly_the_launcher_takes_it_for_taken(
+        self, tmp_path: Path, left: int
+    ) -> None:
+        plain = f"cd {tmp_path}/omniinfer/tools/scripts; exec {sys.executable} start_api_servers.py"
+        code, said = self.start(tmp_path, left, plain)
+        assert code != 0
+        assert "Address already in use" in said
