@@ -205,7 +205,7 @@ def _json(value: object) -> object:
 
 
 def _kv_parallel_size(value: object) -> object:
-    known = ("prefill-pods-plus-one", "decode-tensor-parallel")
+    known = ("by-image", "prefill-pods-plus-one", "decode-tensor-parallel")
     number = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if not number and value not in known:
         raise ValueError(f"expected {', '.join(known)} or a number, found {_shown(value)}")
@@ -612,7 +612,7 @@ class Supports(Model):
 
 
 KvParallelSize = Annotated[
-    Literal["prefill-pods-plus-one", "decode-tensor-parallel"] | int,
+    Literal["by-image", "prefill-pods-plus-one", "decode-tensor-parallel"] | int,
     BeforeValidator(_kv_parallel_size),
 ]
 Rule = Annotated[str, BeforeValidator(_rule)]
@@ -648,7 +648,7 @@ class Deployment(Model):
     disk: Disk = Disk()
     keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
-    kv_parallel_size: KvParallelSize = "prefill-pods-plus-one"
+    kv_parallel_size: KvParallelSize = "by-image"
     vllm: VllmOptions | None = None
     supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]

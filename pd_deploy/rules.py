@@ -29,6 +29,7 @@ RULES = {
     "engine-keys": "keys that the engine has no use for are not given",
     "equal-devices": "a pod has as many devices on each of its hosts",
     "host-addresses": "hosts have addresses of their own",
+    "kv-parallel-size": "`kv_parallel_size` is what an image of its age reads",
     "mount-targets": "mounts keep off the paths that pd-deploy mounts itself",
     "multi-host-decode": "decode spans hosts only where the profile supports it",
     "multi-host-prefill": "a prefill spans hosts only where the profile supports it",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pd_deploy import npu, ranktable
-from pd_deploy.engines import omniinfer_rules
+from pd_deploy.engines import omniinfer_kv, omniinfer_rules
 from pd_deploy.engines.base import Counter, Counters, Member, Service
 from pd_deploy.engines.common import exports, flags, instance_of, mount, mounts, text, title
 from pd_deploy.engines.corrections import corrected
@@ -178,7 +178,7 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar
         "kv_role": "kv_producer" if instance.role == "prefill" else "kv_consumer",
         "kv_rank": instance.kv_rank,
         "engine_id": _engine_id(service, instance),
-        "kv_parallel_size": _kv_parallel_size(service),
+        "kv_parallel_size": omniinfer_kv.size(service.deployment, service.topology),
     }
 
 
@@ -357,15 +357,6 @@ def _data_parallel(service: Service, instance: Instance) -> list[str]:
     if service.deployment.supports.server_offset == "devices":
         offset *= instance.tensor_parallel
     return ["--server-offset", str(offset), "--num-dp", str(instance.data_parallel)]
-
-
-def _kv_parallel_size(service: Service) -> int:
-    size = service.deployment.kv_parallel_size
-    if isinstance(size, int):
-        return size
-    if size == "decode-tensor-parallel":
-        return service.topology.decode[0].tensor_parallel
-    return len(service.topology.prefill) + 1
 
 
 def _proxy_command(service: Service) -> list[str]:

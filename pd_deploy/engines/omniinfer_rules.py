@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pd_deploy.engines import omniinfer_kv
 from pd_deploy.engines.base import Finding
 from pd_deploy.errors import Problem
 
@@ -42,6 +43,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         yield from _tensor_parallel(pod)
         yield from _arguments(deployment, pod)
     yield from _ratio(deployment, topology)
+    yield from omniinfer_kv.findings(deployment, topology)
 
 
 def _pods(topology: Topology) -> Iterator[Finding]:

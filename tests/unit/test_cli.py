@@ -98,7 +98,9 @@ def test_every_deployment_of_the_project_checks_and_renders(
 
 
 def test_image_replaces_the_files_own(call: Any) -> None:
-    assert "image other:2\n" in call("check", example.FILE, "--image", "other:2").out
+    assert (
+        "image other:20250723_1\n" in call("check", example.FILE, "--image", "other:20250723_1").out
+    )
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "deploy"])

@@ -232,7 +232,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         )
     ),
     *(
-        ({"kv_parallel_size": odd}, ["kv_parallel_size: expected prefill-pods-plus-one, "])
+        (
+            {"kv_parallel_size": odd},
+            ["kv_parallel_size: expected by-image, prefill-pods-plus-one, "],
+        )
         for odd in ("x", 0, True, 1.5)
     ),
     ({"supports": {"multi_host_prefill": "yes"}}, ["supports.multi_host_prefill: expected 'none'"]),

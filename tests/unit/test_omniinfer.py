@@ -12,7 +12,9 @@ import pytest
 
 from pd_deploy.engines import omniinfer
 from pd_deploy.engines.base import Service
-from pd_deploy.hosts import ContainerSpec
+from pd_deploy.errors import InvalidInput
+from pd_deploy.hosts import ContainerSpec, Hosts
+from pd_deploy.rollout import Site
 from tests.unit import example
 
 SERVERS = ("p0", "p1", "p2", "d0")
@@ -50,10 +52,93 @@ def test_engine_ids_are_unique() -> None:
     assert {c["kv_parallel_size"] for c in configs} == {4}
 
 
-def test_kv_parallel_size_follows_the_age_of_the_image() -> None:
-    service = example.for_engine({"kv_parallel_size": "decode-tensor-parallel"})
-    config = omniinfer.kv_transfer_config(service, service.topology.decode[0])
-    assert config["kv_parallel_size"] == 8
+OLD, NEW = "prefill-pods-plus-one", "decode-tensor-parallel"
+UNDATED = ("omni:silent", "omni@sha256:" + "0" * 64, "omni:20250101_1@sha256:" + "0" * 64)
+
+
+def kv_parallel_size(changes: dict[str, Any]) -> int:
+    """What every instance of the example with these changes is given: 4 pods, 8 devices each."""
+    service = example.for_engine(changes)
+    configs = [omniinfer.kv_transfer_config(service, i) for i in service.topology.instances]
+    (size,) = {config["kv_parallel_size"] for config in configs}
+    assert isinstance(size, int)
+    return size
+
+
+class TestKvParallelSize:
+    """What the engine reads it as depends on the image's age, and no wrong one may get by."""
+
+    @pytest.mark.parametrize(
+        ("tag", "size"),
+        [
+            ("20250812_99", 4),
+            ("20250813_1", 8),
+            ("release_v0.3.0", 4),
+            ("release_v0.4.0", 8),
+            ("release_v0.6.0-20251111-vllm", 8),
+        ],
+    )
+    def test_follows_the_image(self, tag: str, size: int) -> None:
+        assert kv_parallel_size({"image": f"omni:{tag}"}) == size
+        right = {4: OLD, 8: NEW}[size]
+        assert kv_parallel_size({"image": f"omni:{tag}", "kv_parallel_size": right}) == size
+        assert kv_parallel_size({"image": f"omni:{tag}", "kv_parallel_size": size}) == size
+
+    @pytest.mark.parametrize(
+        ("tag", "value", "says"),
+        [
+            (
+                "20250812_1",
+                NEW,
+                "expected prefill-pods-plus-one (4) for the image 20250812_1, built",
+            ),
+            ("20250813_1", OLD, "expected decode-tensor-parallel (8) for the image 20250813_1, bu"),
+            ("release_v0.5.0", 4, "found 4: decode would read the KV of other heads"),
+            ("20250813_1", OLD, "found prefill-pods-plus-one (4): decode would read the KV of oth"),
+        ],
+    )
+    def test_of_another_age_is_refused_unless_it_is_allowed(
+        self, tag: str, value: str | int, says: str
+    ) -> None:
+        changes = {"image": f"omni:{tag}", "kv_parallel_size": value}
+        with pytest.raises(InvalidInput) as caught:
+            example.place(changes)
+        (problem,) = caught.value.problems
+        assert problem.key == "kv_parallel_size"
+        assert says in problem.message
+        given = {OLD: 4, NEW: 8}.get(str(value), value)
+        assert kv_parallel_size({**changes, "allow": ["kv-parallel-size"]}) == given
+
+    def test_that_is_the_same_number_either_way_is_right(self) -> None:
+        """Seven prefills and decode on 8 devices: both meanings are 8."""
+        hosts = {f"h{i}": f"10.0.1.{i}" for i in range(1, 9)}
+        prefill = {f"x{i}": {"host": f"h{i}", "devices": "0-7"} for i in range(1, 5)}
+        changes = {"hosts": hosts, "prefill": prefill}
+        for tag in ("20250812_1", "20250813_1"):
+            for value in ("by-image", OLD, NEW, 8):
+                of = {**changes, "image": f"omni:{tag}", "kv_parallel_size": value}
+                assert kv_parallel_size(of) == 8
+
+    @pytest.mark.parametrize("image", UNDATED)
+    def test_of_an_image_whose_age_is_unknown_has_to_be_given(self, image: str) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            example.place({"image": image})
+        (problem,) = caught.value.problems
+        assert problem.key == "kv_parallel_size"
+        found = "the tag silent, which does not tell the image's age" if "@" not in image else "a d"
+        assert f"found {found}" in problem.message
+        for value, built, size in ((OLD, "before 2025-08-13", 4), (NEW, "later", 8)):
+            assert f"`kv_parallel_size: {value}` (built {built})" in problem.message
+            assert kv_parallel_size({"image": image, "kv_parallel_size": value}) == size
+        assert kv_parallel_size({"image": image, "kv_parallel_size": 7}) == 7
+        assert kv_parallel_size({"image": image, "allow": ["kv-parallel-size"]}) == 8
+
+    def test_is_checked_again_for_the_image_that_a_run_takes(self) -> None:
+        hosts = Hosts.of({})
+        of = example.service({"hosts": {"a": "10.0.0.1", "b": "10.0.0.2"}})
+        site = Site(of, hosts)
+        with pytest.raises(InvalidInput, match="kv_parallel_size: expected an image whose tag"):
+            Site(of.model_copy(update={"image": "omni:silent"}), site.hosts)
 
 
 @pytest.mark.parametrize("name", [*SERVERS, "c0"])

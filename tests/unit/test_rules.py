@@ -70,6 +70,13 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "host-addresses": [{"hosts": {"c": "10.0.0.1"}}],
+    "kv-parallel-size": [
+        {"image": "omni:silent"},
+        {"image": "omni@sha256:" + "0" * 64},
+        {"kv_parallel_size": "decode-tensor-parallel"},
+        {"kv_parallel_size": 5},
+        {"image": "omni:20250813_1", "kv_parallel_size": "prefill-pods-plus-one"},
+    ],
     "mount-targets": [
         {"prefill": {"p0": {"mounts": ["/x:/data/models/QwQ-32B"]}}},
         {"settings": {"decode": {"mounts": ["/x:/var/lib/pd-deploy/qwq-3p1d/x"]}}},
@@ -310,7 +317,8 @@ class TestProfiles:
     def test_of_ones_own_stands_alone(self, tmp_path: Path) -> None:
         text = "engine: omniinfer\nkv_parallel_size: 8\ndevices_per_host: 16\n"
         found = deployment.load(self.file(tmp_path, "./sub/my.yaml", text))
-        service = example.for_engine({"kv_parallel_size": found.kv_parallel_size})
+        later = {"image": "omni:20251111_1"}  # decode's tensor parallel size is 8
+        service = example.for_engine(later | {"kv_parallel_size": found.kv_parallel_size})
         decode = service.topology.decode[0].master
         assert omniinfer.kv_transfer_config(service, decode)["kv_parallel_size"] == 8
         assert found.settings_of("decode", found.decode["d0"]).arguments == {}
