@@ -127,12 +127,17 @@ def planned(
 
     Args:
         by: the run, and who or what started it.
+
+    Raises:
+        FactsError: several devices have the same address.
+        InvalidInput: the file breaks a rule with this image.
     """
     file_image, past = site.deployment.image, past_of(surveys)
     deployment = site.deployment.model_copy(update={"image": image.choice.image})
     site = site.turned_to(deployment)
     interfaces = {survey.host: survey.interface for survey in surveys}
     known = {one.host: one.of_device for one in addresses}
+    site.engine.check_addresses(known)
     made = plan.make(
         deployment,
         site.topology,

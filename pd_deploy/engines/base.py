@@ -164,6 +164,13 @@ class Engine(Protocol):
             FactsError: devices without an address.
         """
 
+    def check_addresses(self, addresses: Mapping[str, Mapping[int, str]]) -> None:
+        """Whether the addresses of all hosts' devices go together: host → device → address.
+
+        Raises:
+            FactsError: several devices have the same one; names them all.
+        """
+
     def unseen(self, nonce: str) -> dict[str, Any]:
         """Fields of a request that keep it from being answered out of a prefix cache."""
 

@@ -28,6 +28,7 @@ DERIVED_ENVIRONMENT = omniinfer_rules.DERIVED_ENVIRONMENT
 findings = omniinfer_rules.findings
 read_addresses_command = ranktable.read_addresses_command
 parse_addresses = ranktable.parse_addresses
+check_addresses = ranktable.check_addresses
 STARTED = "pd-deploy: starting"
 PREPARED = "pd-deploy: proxy prepared"
 OPENED = "pd-deploy: proxy open"

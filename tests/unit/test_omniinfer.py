@@ -13,8 +13,7 @@ import pytest
 from pd_deploy.engines import omniinfer
 from pd_deploy.engines.base import Service
 from pd_deploy.errors import InvalidInput
-from pd_deploy.hosts import ContainerSpec, Hosts
-from pd_deploy.rollout import Site
+from pd_deploy.hosts import ContainerSpec
 from tests.unit import example
 
 SERVERS = ("p0", "p1", "p2", "d0")
@@ -132,13 +131,6 @@ class TestKvParallelSize:
             assert kv_parallel_size({"image": image, "kv_parallel_size": value}) == size
         assert kv_parallel_size({"image": image, "kv_parallel_size": 7}) == 7
         assert kv_parallel_size({"image": image, "allow": ["kv-parallel-size"]}) == 8
-
-    def test_is_checked_again_for_the_image_that_a_run_takes(self) -> None:
-        hosts = Hosts.of({})
-        of = example.service({"hosts": {"a": "10.0.0.1", "b": "10.0.0.2"}})
-        site = Site(of, hosts)
-        with pytest.raises(InvalidInput, match="kv_parallel_size: expected an image whose tag"):
-            Site(of.model_copy(update={"image": "omni:silent"}), site.hosts)
 
 
 @pytest.mark.parametrize("name", [*SERVERS, "c0"])
