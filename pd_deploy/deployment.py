@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -162,6 +162,26 @@ def _ipv4(value: object) -> object:
         ) from error
 
 
+# Networks that hold no address of a machine → what they are instead. The first that fits counts.
+_NOT_OF_A_HOST = {
+    IPv4Network("0.0.0.0/8"): "stands for no machine, or for all addresses of this one",
+    IPv4Network("127.0.0.0/8"): "is a machine's own loopback, which no other machine can reach",
+    IPv4Network("224.0.0.0/4"): "is a multicast address, for groups of machines",
+    IPv4Network("255.255.255.255/32"): "is the broadcast address, for all machines of a network",
+    IPv4Network("240.0.0.0/4"): "is reserved; no machine has it",
+}
+
+
+def _of_a_host(address: str) -> str:
+    for network, what in _NOT_OF_A_HOST.items():
+        if IPv4Address(address) in network:
+            raise ValueError(
+                f"expected the address at which the other hosts reach this one, found {address}, "
+                f"which {what}"
+            )
+    return address
+
+
 def _host_from_address(value: object) -> object:
     return {"address": value} if isinstance(value, str) else value
 
@@ -299,6 +319,7 @@ RepositoryName = Annotated[
 ]
 AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
+HostAddress = Annotated[Address, AfterValidator(_of_a_host)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 PodDevices = Annotated[
     tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
@@ -402,7 +423,7 @@ class UpdatePolicy(Model):
 class HostEntry(Model):
     """A machine. `interface` is found from the address unless it is given."""
 
-    address: Address
+    address: HostAddress
     interface: Text | None = None
     ssh: Ssh | None = None
 

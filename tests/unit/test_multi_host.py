@@ -219,9 +219,8 @@ def test_another_host_joins_as_soon_as_the_master_listens(tmp_path: Path) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    hosts = {"a": "127.0.0.1"}
-    changes = WIDE | {"hosts": HOSTS | hosts, "ports": {"ray": port}}
-    script = omniinfer.start_script(example.for_engine(changes), "p0-1")
+    script = omniinfer.start_script(example.for_engine(WIDE | {"ports": {"ray": port}}), "p0-1")
+    script = script.replace("10.0.0.1", "127.0.0.1")
     process = prepared(tmp_path, script, ray=RECORD)
     assert process.stdout
     assert omniinfer.STARTED in process.stdout.readline().decode()
