@@ -60,8 +60,10 @@ _EXPECTED = {
     "too_long": "at most {max_length} entry",
     "invalid_key": "a key that is text",
 }
+# Keys of the model that no document gives: they come from the profile's own.
+_DERIVED = ("profile_settings", "upstream_source")
 # Keys of profiles that no deployment file may have.
-_OF_PROFILES = ("profile_settings", "all", "upstream")
+_OF_PROFILES = (*_DERIVED, "all", "upstream")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 EngineName = Literal["omniinfer", "vllm"]
@@ -229,6 +231,13 @@ def _kv_parallel_size(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if not number and value not in known:
         raise ValueError(f"expected {', '.join(known)} or a number, found {_shown(value)}")
+    return value
+
+
+def _engine_id(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not number and value != "kv-rank":
+        raise ValueError(f"expected kv-rank or a number from 0 on, found {_shown(value)}")
     return value
 
 
@@ -636,6 +645,7 @@ KvParallelSize = Annotated[
     Literal["by-image", "prefill-pods-plus-one", "decode-tensor-parallel"] | int,
     BeforeValidator(_kv_parallel_size),
 ]
+EngineId = Annotated[Literal["kv-rank"] | int, BeforeValidator(_engine_id)]
 Rule = Annotated[str, BeforeValidator(_rule)]
 
 
@@ -670,10 +680,14 @@ class Deployment(Model):
     keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
     kv_parallel_size: KvParallelSize = "by-image"
+    decode_engine_id: EngineId = "kv-rank"
     vllm: VllmOptions | None = None
     supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
     profile_settings: dict[Literal["all", "prefill", "decode"], Settings]
+    upstream_source: Text | None = Field(
+        default=None, description="what of upstream's the profile's section `upstream` stands for"
+    )
 
     @property
     def image_reference(self) -> str:
@@ -754,7 +768,8 @@ def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
             message = "expected a profile that says under `upstream` what upstream does"
             found = f"found {document['profile']}, which does not"
             raise InvalidInput([Problem("compat", f"{message}; {found}")], source=file)
-        profile = documents.merge(profile, upstream)
+        values = {key: value for key, value in upstream.items() if key != "source"}
+        profile = documents.merge(profile, values) | {"upstream_source": upstream.get("source")}
     settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
     allow = [*_listed(document, "allow"), *_listed(profile, "allow")]
     merged = documents.merge(profile, document)
@@ -791,6 +806,8 @@ def _profile(name: object, file: str) -> Mapping[str, Any]:
     if base not in profiles():
         expected = f"expected one of {', '.join(profiles())}, found {_shown(base)}"
         raise InvalidInput([Problem("profile", expected)], source=name)
+    if isinstance(profile.get("upstream"), dict):
+        profile["upstream"].setdefault("source", None)  # changed values are not the base's source
     return documents.merge(_own_profile(base), profile)
 
 
@@ -869,7 +886,7 @@ def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[
         model = _model_in(field.annotation) if field else model
         if model is None:
             return []
-    return [key for key in model.model_fields if key != "profile_settings"]
+    return [key for key in model.model_fields if key not in _DERIVED]
 
 
 def _model_in(annotation: Any) -> Any:

@@ -184,9 +184,8 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar
 
 
 def _engine_id(service: Service, instance: Instance) -> int:
-    if instance.role == "prefill" or corrected(service.deployment, "engine-ids"):
-        return instance.kv_rank
-    return 0
+    given = service.deployment.decode_engine_id
+    return instance.kv_rank if instance.role == "prefill" or given == "kv-rank" else given
 
 
 def _code(service: Service) -> str:

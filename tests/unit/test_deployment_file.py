@@ -258,6 +258,11 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         )
         for odd in ("x", 0, True, 1.5)
     ),
+    *(
+        ({"decode_engine_id": odd}, ["decode_engine_id: expected kv-rank or a number from 0 on, "])
+        for odd in ("x", -1, True, 1.5)
+    ),
+    ({"upstream_source": "x"}, ["upstream_source: is not a key of a deployment file"]),
     ({"supports": {"multi_host_prefill": "yes"}}, ["supports.multi_host_prefill: expected 'none'"]),
     ({"allow": "batched-tokens"}, ["allow: expected a list, found 'batched-tokens'"]),
     ({"compat": "x"}, ["compat: expected 'upstream', found 'x'"]),

@@ -170,6 +170,20 @@ def test_deepseek_decode_does_not_block_on_launch() -> None:
     assert [one["ASCEND_LAUNCH_BLOCKING"] for one in found] == ["1", "0"]
 
 
+def test_deepseek_has_upstreams_memory_and_communication_settings_on_both_sides() -> None:
+    service = example.for_engine(
+        {
+            "profile": "deepseek-r1-a3-2p1d",
+            "prefill": {"p2": None},
+            "decode": {"d0": {"devices": "0-7"}},
+        }
+    )
+    for name in ("p0", "d0"):
+        environment = omniinfer.environment(service, name)
+        assert environment["VLLM_ENABLE_MC2"] == "1"
+        assert environment["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
+
+
 def reasons(key: str) -> list[str]:
     return [why for pattern, why in EXCEPTIONS.items() if fnmatchcase(key, pattern)]
 

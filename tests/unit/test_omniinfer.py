@@ -51,6 +51,25 @@ def test_engine_ids_are_unique() -> None:
     assert {c["kv_parallel_size"] for c in configs} == {4}
 
 
+@pytest.mark.parametrize(
+    ("changes", "decode"),
+    [
+        ({"compat": "upstream"}, 0),
+        ({"decode_engine_id": 7}, 7),
+        ({"decode_engine_id": 0}, 0),
+        ({"decode_engine_id": "kv-rank", "compat": "upstream"}, 3),
+        # The default template of upstream has decode's kv_rank, as we have.
+        ({"profile": "deepseek-r1-a3-2p1d", "compat": "upstream"}, 3),
+    ],
+)
+def test_decodes_engine_id_is_the_profiles_or_the_files(
+    changes: dict[str, Any], decode: int
+) -> None:
+    service = example.for_engine({"decode": {"d0": {"tensor_parallel": 8}}} | changes)
+    configs = [omniinfer.kv_transfer_config(service, i) for i in service.topology.instances]
+    assert [c["engine_id"] for c in configs] == [0, 1, 2, decode]
+
+
 OLD, NEW = "prefill-pods-plus-one", "decode-tensor-parallel"
 UNDATED = ("omni:silent", "omni@sha256:" + "0" * 64, "omni:20250101_1@sha256:" + "0" * 64)
 
