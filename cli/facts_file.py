@@ -35,6 +35,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
 
     Raises:
         InvalidInput: the facts file is wrong, or lacks hosts or devices.
+        FactsError: several devices have the same address.
     """
     facts = _read(path)
     placed, engine = topology.build(deployment), engines.get(deployment.engine)
@@ -52,6 +53,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
     ]
     if missing:
         raise InvalidInput(missing, source=str(path))
+    engine.check_addresses({name: f.device_addresses for name, f in facts.hosts.items()})
     made = plan.make(
         deployment,
         placed,

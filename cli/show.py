@@ -41,10 +41,18 @@ def topology(deployment: Deployment, placed: Topology) -> str:
 
 
 def _unusual(deployment: Deployment) -> list[str]:
-    lines = ["values as upstream has them"] if deployment.compat else []
+    lines = [_upstream(deployment)] if deployment.compat else []
     if deployment.allow:
         lines.append(f"may break the rules {', '.join(dict.fromkeys(deployment.allow))}")
     return lines
+
+
+def _upstream(deployment: Deployment) -> str:
+    """What `compat: upstream` stands for here; only the profile knows."""
+    if deployment.upstream_source:
+        return f"values as upstream has them in {deployment.upstream_source}"
+    section = f"values of the section `upstream` of profile {deployment.profile}"
+    return f"{section}, which names nothing of upstream's as its source"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -60,8 +60,10 @@ _EXPECTED = {
     "too_long": "at most {max_length} entry",
     "invalid_key": "a key that is text",
 }
+# Keys of the model that no document gives: they come from the profile's own.
+_DERIVED = ("profile_settings", "upstream_source")
 # Keys of profiles that no deployment file may have.
-_OF_PROFILES = ("profile_settings", "all", "upstream")
+_OF_PROFILES = (*_DERIVED, "all", "upstream")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 EngineName = Literal["omniinfer", "vllm"]
@@ -162,6 +164,26 @@ def _ipv4(value: object) -> object:
         ) from error
 
 
+# Networks that hold no address of a machine → what they are instead. The first that fits counts.
+_NOT_OF_A_HOST = {
+    IPv4Network("0.0.0.0/8"): "stands for no machine, or for all addresses of this one",
+    IPv4Network("127.0.0.0/8"): "is a machine's own loopback, which no other machine can reach",
+    IPv4Network("224.0.0.0/4"): "is a multicast address, for groups of machines",
+    IPv4Network("255.255.255.255/32"): "is the broadcast address, for all machines of a network",
+    IPv4Network("240.0.0.0/4"): "is reserved; no machine has it",
+}
+
+
+def _of_a_host(address: str) -> str:
+    for network, what in _NOT_OF_A_HOST.items():
+        if IPv4Address(address) in network:
+            raise ValueError(
+                f"expected the address at which the other hosts reach this one, found {address}, "
+                f"which {what}"
+            )
+    return address
+
+
 def _host_from_address(value: object) -> object:
     return {"address": value} if isinstance(value, str) else value
 
@@ -205,10 +227,17 @@ def _json(value: object) -> object:
 
 
 def _kv_parallel_size(value: object) -> object:
-    known = ("prefill-pods-plus-one", "decode-tensor-parallel")
+    known = ("by-image", "prefill-pods-plus-one", "decode-tensor-parallel")
     number = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if not number and value not in known:
         raise ValueError(f"expected {', '.join(known)} or a number, found {_shown(value)}")
+    return value
+
+
+def _engine_id(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not number and value != "kv-rank":
+        raise ValueError(f"expected kv-rank or a number from 0 on, found {_shown(value)}")
     return value
 
 
@@ -312,6 +341,7 @@ RepositoryName = Annotated[
 ]
 AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
+HostAddress = Annotated[Address, AfterValidator(_of_a_host)]
 Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 PodDevices = Annotated[
     tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
@@ -415,7 +445,7 @@ class UpdatePolicy(Model):
 class HostEntry(Model):
     """A machine. `interface` is found from the address unless it is given."""
 
-    address: Address
+    address: HostAddress
     interface: Text | None = None
     ssh: Ssh | None = None
 
@@ -670,9 +700,10 @@ class Supports(Model):
 
 
 KvParallelSize = Annotated[
-    Literal["prefill-pods-plus-one", "decode-tensor-parallel"] | int,
+    Literal["by-image", "prefill-pods-plus-one", "decode-tensor-parallel"] | int,
     BeforeValidator(_kv_parallel_size),
 ]
+EngineId = Annotated[Literal["kv-rank"] | int, BeforeValidator(_engine_id)]
 Rule = Annotated[str, BeforeValidator(_rule)]
 
 
@@ -706,11 +737,15 @@ class Deployment(Model):
     disk: Disk = Disk()
     keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
-    kv_parallel_size: KvParallelSize = "prefill-pods-plus-one"
+    kv_parallel_size: KvParallelSize = "by-image"
+    decode_engine_id: EngineId = "kv-rank"
     vllm: VllmOptions | None = None
     supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
     profile_settings: dict[Literal["all", "prefill", "decode"], Settings]
+    upstream_source: Text | None = Field(
+        default=None, description="what of upstream's the profile's section `upstream` stands for"
+    )
 
     @property
     def image_reference(self) -> str:
@@ -791,7 +826,8 @@ def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
             message = "expected a profile that says under `upstream` what upstream does"
             found = f"found {document['profile']}, which does not"
             raise InvalidInput([Problem("compat", f"{message}; {found}")], source=file)
-        profile = documents.merge(profile, upstream)
+        values = {key: value for key, value in upstream.items() if key != "source"}
+        profile = documents.merge(profile, values) | {"upstream_source": upstream.get("source")}
     settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
     allow = [*_listed(document, "allow"), *_listed(profile, "allow")]
     merged = documents.merge(profile, document)
@@ -828,6 +864,8 @@ def _profile(name: object, file: str) -> Mapping[str, Any]:
     if base not in profiles():
         expected = f"expected one of {', '.join(profiles())}, found {_shown(base)}"
         raise InvalidInput([Problem("profile", expected)], source=name)
+    if isinstance(profile.get("upstream"), dict):
+        profile["upstream"].setdefault("source", None)  # changed values are not the base's source
     return documents.merge(_own_profile(base), profile)
 
 
@@ -906,7 +944,7 @@ def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[
         model = _model_in(field.annotation) if field else model
         if model is None:
             return []
-    return [key for key in model.model_fields if key != "profile_settings"]
+    return [key for key in model.model_fields if key not in _DERIVED]
 
 
 def _model_in(annotation: Any) -> Any:

@@ -84,6 +84,31 @@ def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[i
     return {device: address for device, address in found.items() if address}
 
 
+def check_addresses(addresses: DeviceAddresses) -> None:
+    """Whether every device has an address of its own, over all hosts.
+
+    Devices leave the factory with the same addresses on every host; two of them would link with
+    each other's peers.
+
+    Raises:
+        FactsError: names every address that several devices have, and the devices.
+    """
+    holders: dict[str, list[str]] = {}
+    for host, of_device in addresses.items():
+        for device, address in of_device.items():
+            holders.setdefault(address, []).append(f"device {device} on {host}")
+    shared = [
+        f"{address} is the address of {' and of '.join(devices)}"
+        for address, devices in holders.items()
+        if len(devices) > 1
+    ]
+    if shared:
+        raise FactsError(
+            f"expected an address of its own for each device, found: {'; '.join(shared)}",
+            hint="give each device another one with `hccn_tool -i DEVICE -ip -s address …`",
+        )
+
+
 def _address(text: str) -> str | None:
     match = re.search(r"^ipaddr:\s*(\S+)\s*$", text, re.MULTILINE)
     try:

@@ -12,6 +12,7 @@ from pd_deploy import generation, history, plan, registry, releases, tags
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
 from pd_deploy.history import Saved
+from pd_deploy.hosts import Host
 from pd_deploy.releases import Choice, History, Release
 from pd_deploy.rollout import Downtime, Rollout, Site, Survey, places
 
@@ -67,11 +68,7 @@ async def survey(site: Site, name: str) -> Survey:
         host.facts.listening_ports(),
     )
     if interface is None:
-        raise FactsError(
-            f"expected the host to own its address {host.address}, found no interface with it",
-            host=host.where,
-            hint=f"correct hosts.{name} in the deployment file",
-        )
+        raise await _not_owned(host, name)
     ours = [c for c in containers if c.labels[generation.DEPLOYMENT] == own]
     others = [c for c in containers if c not in ours and c.status in generation.RUNNING]
     entry = site.deployment.hosts.get(name)
@@ -85,6 +82,23 @@ async def survey(site: Site, name: str) -> Survey:
         others=tuple(others),
         listening=frozenset(listening),
         past=past,
+    )
+
+
+async def _not_owned(host: Host, name: str) -> FactsError:
+    """Why no interface of a host can be the one of its address."""
+    loopback = await host.facts.loopback_of(host.address)
+    if loopback is None:
+        message = f"expected the host to own its address {host.address}, found no interface with it"
+        return FactsError(
+            message, host=host.where, hint=f"correct hosts.{name} in the deployment file"
+        )
+    return FactsError(
+        f"expected its address {host.address} on an interface that the other hosts reach, "
+        f"found it only on {loopback}",
+        host=host.where,
+        hint=f"give hosts.{name} the address of a network interface (`ip -4 addr` lists them), "
+        f"or put {host.address} on one",
     )
 
 
@@ -127,12 +141,17 @@ def planned(
 
     Args:
         by: the run, and who or what started it.
+
+    Raises:
+        FactsError: several devices have the same address.
+        InvalidInput: the file breaks a rule with this image.
     """
     file_image, past = site.deployment.image, past_of(surveys)
     deployment = site.deployment.model_copy(update={"image": image.choice.image})
     site = site.turned_to(deployment)
     interfaces = {survey.host: survey.interface for survey in surveys}
     known = {one.host: one.of_device for one in addresses}
+    site.engine.check_addresses(known)
     made = plan.make(
         deployment,
         site.topology,

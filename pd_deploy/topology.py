@@ -66,6 +66,11 @@ class Instance:
         return len(self.pod_addresses) > 1
 
     @property
+    def has_copies(self) -> bool:
+        """Whether its pod has several copies of the model (data parallel)."""
+        return self.data_parallel > 1
+
+    @property
     def uses_ray(self) -> bool:
         """Whether its pod is one engine over several hosts; a decode has one engine per server."""
         return self.spans_hosts and self.role == "prefill"
@@ -125,6 +130,16 @@ class Pod:
     def tensor_parallel(self) -> int:
         """Devices that share one copy of the model."""
         return self.master.tensor_parallel
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether it has several copies of the model (data parallel)."""
+        return self.master.has_copies
+
+    @property
+    def device_count(self) -> int:
+        """The number of its devices, on all of its hosts."""
+        return sum(len(member.devices) for member in self.members)
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -186,6 +186,13 @@ class Engine(Protocol):
     def longest_prompt(self, deployment: Deployment, topology: Topology) -> int:
         """Tokens that a prompt and its answer may have together."""
 
+    def check_addresses(self, addresses: Mapping[str, Mapping[int, str]]) -> None:
+        """Whether the addresses of all hosts' devices go together: host → device → address.
+
+        Raises:
+            FactsError: several devices have the same one; names them all.
+        """
+
     def unseen(self, nonce: str) -> dict[str, Any]:
         """Fields of a request that keep it from being answered out of a prefix cache."""
 

@@ -28,14 +28,6 @@ class Correction:
 
 CORRECTIONS = (
     Correction(
-        "engine-ids",
-        "engine",
-        "decode has `engine_id` 0, which is p0's",
-        "`engine_id` is the pod's `kv_rank`",
-        "connectors that use it need it unique",
-        untried=True,
-    ),
-    Correction(
         "hccl-interface",
         "engine",
         "`HCCL_SOCKET_IFNAME` is not set",
@@ -70,6 +62,14 @@ CORRECTIONS = (
         "the proxy's script is given HOST, the balancers and empty proxy variables",
         "only the variables that are used",
         "its arguments say the same",
+    ),
+    Correction(
+        "engine-ids",
+        "profile",
+        "QwQ's decode has `engine_id` 0, which is p0's",
+        "`engine_id` is the pod's `kv_rank` (`decode_engine_id`), as in the default template",
+        "connectors that use it need it unique",
+        untried=True,
     ),
     Correction(
         "batched-tokens",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pd_deploy import npu, ranktable
-from pd_deploy.engines import common, omniinfer_rules
+from pd_deploy.engines import common, omniinfer_kv, omniinfer_rules
 from pd_deploy.engines.base import PROVING_ADDRESS, Counter, Counters, Member, Service
 from pd_deploy.engines.common import (
     ONE_STEP_ON,
@@ -40,6 +40,7 @@ read_addresses_command = ranktable.read_addresses_command
 parse_addresses = ranktable.parse_addresses
 prefill_request = common.prefill_request
 decode_request = common.decode_request
+check_addresses = ranktable.check_addresses
 STARTED = "pd-deploy: starting"
 PREPARED = "pd-deploy: proxy prepared"
 OPEN = "pd-deploy: proxy open"
@@ -62,6 +63,25 @@ _RAY_ENVIRONMENT: dict[str, Scalar] = {
     "RAY_CGRAPH_get_timeout": 7200,  # s
     "RAY_USAGE_STATS_ENABLED": 0,
 }
+
+# Starts the launcher so that every bind() may take a port with connections in TIME_WAIT. The
+# launcher looks whether its port is free by a plain bind(), which fails for 60 s after any
+# connection that the server closed first: a probe that asks for `Connection: close`, an idle
+# keep-alive. The server itself binds with SO_REUSEADDR and would start. A port that somebody
+# listens on is refused all the same. The other ways: to wait 60 s before each start, or to end
+# those sockets by `ss -K`, which kernels of today's hosts (5.10) don't do for TIME_WAIT.
+_REUSING_PORTS = """\
+import os, runpy, socket, sys
+
+def bind(self, address, plain=socket.socket.bind):
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    plain(self, address)
+
+socket.socket.bind = bind
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def members(
@@ -185,14 +205,13 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar
         "kv_role": "kv_producer" if instance.role == "prefill" else "kv_consumer",
         "kv_rank": instance.kv_rank,
         "engine_id": _engine_id(service, instance),
-        "kv_parallel_size": _kv_parallel_size(service),
+        "kv_parallel_size": omniinfer_kv.size(service.deployment, service.topology),
     }
 
 
 def _engine_id(service: Service, instance: Instance) -> int:
-    if instance.role == "prefill" or corrected(service.deployment, "engine-ids"):
-        return instance.kv_rank
-    return 0
+    given = service.deployment.decode_engine_id
+    return instance.kv_rank if instance.role == "prefill" or given == "kv-rank" else given
 
 
 def _code(service: Service) -> str:
@@ -254,7 +273,7 @@ def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
         "API_PORT": instance.api_port,
         "ZMQ_PORT": instance.zmq_port,
         "VLLM_LLMDATADIST_ZMQ_PORT": instance.zmq_port,
-        "ASCEND_RT_VISIBLE_DEVICES": instance.device_list,
+        **_devices_of_workers(instance),
         "GLOBAL_RANK_TABLE_FILE_PATH": _merged_path(service),
         "RANK_TABLE_FILE_PATH": _local_path(service, instance),
         "SERVER_IP_LIST": ",".join(decode_pods),
@@ -270,6 +289,20 @@ def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
         **instance.settings.environment,
     }
     return {key: text(value) for key, value in environment.items()}
+
+
+def _devices_of_workers(instance: Instance) -> dict[str, Scalar]:
+    """How the engine's workers find their devices.
+
+    A worker takes number `local rank + local DP rank * tensor parallel size - SERVER_OFFSET`; the
+    launcher counts the local DP rank over all members of a pod, so the offset takes away the
+    devices of those before. The engine looks up a list of visible devices by the local DP rank,
+    which is wrong for several copies: they get none, and the rule `decode-devices` keeps theirs at
+    0, 1, … on each host.
+    """
+    if instance.role == "decode" and instance.has_copies:
+        return {"SERVER_OFFSET": instance.server_offset * instance.tensor_parallel}
+    return {"ASCEND_RT_VISIBLE_DEVICES": instance.device_list}
 
 
 def _corrections_of_environment(service: Service, interface: str) -> dict[str, Scalar]:
@@ -293,7 +326,7 @@ def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]
             "NNODES": len(instance.pod_addresses),
             "NODE_RANK": instance.node_rank,
             "NODE_IP_LIST": ",".join(instance.pod_addresses),
-            **(_RAY_ENVIRONMENT if instance.uses_ray else {}),
+            **(_ray_environment(instance) if instance.uses_ray else {}),
         }
     members = service.topology.pod_of(instance.name).members
     return {
@@ -303,6 +336,12 @@ def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]
         "DECODE_DATA_PARALLEL_SIZE": ",".join(member.device_list for member in members),
         "NUM_SERVERS": len(instance.devices),
     }
+
+
+def _ray_environment(instance: Instance) -> dict[str, Scalar]:
+    """The engine asks ray for the node of its own address, which it takes from VLLM_HOST_IP; that
+    has to be the address that ray was started with."""
+    return {**_RAY_ENVIRONMENT, "VLLM_HOST_IP": instance.address}
 
 
 def _launcher(service: Service, instance: Instance) -> list[str]:
@@ -346,15 +385,6 @@ def _data_parallel(service: Service, instance: Instance) -> list[str]:
     return ["--server-offset", str(offset), "--num-dp", str(instance.data_parallel)]
 
 
-def _kv_parallel_size(service: Service) -> int:
-    size = service.deployment.kv_parallel_size
-    if isinstance(size, int):
-        return size
-    if size == "decode-tensor-parallel":
-        return service.topology.decode[0].tensor_parallel
-    return len(service.topology.prefill) + 1
-
-
 def _proxy_command(service: Service) -> list[str]:
     """Contract section 5.1."""
     topology, proxy = service.topology, service.topology.proxy.entry
@@ -391,6 +421,10 @@ def _build_environment(service: Service) -> dict[str, str]:
 
 
 def _server_script(service: Service, instance: Instance) -> str:
+    argv = command(service, instance.name)
+    if instance.api_ports:
+        python, *launcher = argv
+        argv = [python, "-c", _REUSING_PORTS, *launcher]
     return f"""\
 #!/bin/bash
 {title(service, instance.name)}
@@ -398,7 +432,7 @@ source ~/.bashrc
 {exports(environment(service, instance.name))}
 cd {shlex.quote(_code(service))}/omniinfer/tools/scripts || exit 1
 echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
-{_ray(instance)}exec {shlex.join(command(service, instance.name))}
+{_ray(instance)}exec {shlex.join(argv)}
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pd_deploy.engines import omniinfer_kv
 from pd_deploy.engines.base import Finding
 from pd_deploy.errors import Problem
 
@@ -26,7 +27,8 @@ DERIVED_ENVIRONMENT = frozenset({
     "API_PORT", "ASCEND_RT_VISIBLE_DEVICES", "DECODE_POD_NUM", "GLOBAL_DECODE_SERVER_IP_LIST",
     "GLOBAL_RANK_TABLE_FILE_PATH", "HOST_IP", "KV_RANK", "LOCAL_DECODE_SERVER_IP_LIST",
     "MASTER_PORT", "NNODES", "NODE_IP_LIST", "NODE_RANK", "PREFILL_POD_NUM",
-    "RANK_TABLE_FILE_PATH", "ROLE", "SERVER_IP_LIST", "VLLM_LLMDATADIST_ZMQ_PORT", "ZMQ_PORT",
+    "RANK_TABLE_FILE_PATH", "ROLE", "SERVER_IP_LIST", "SERVER_OFFSET", "VLLM_HOST_IP",
+    "VLLM_LLMDATADIST_ZMQ_PORT", "ZMQ_PORT",
 })  # fmt: skip
 """Variables that follow from the topology; another value makes pods that can't link."""
 
@@ -34,10 +36,14 @@ DERIVED_ENVIRONMENT = frozenset({
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     """The rules that a deployment breaks: name and place."""
     yield from _pods(topology)
+    yield from _prefill_sizes(topology)
+    for pod in topology.decode:
+        yield from _decode_devices(pod)
     for pod in topology.pods:
         yield from _tensor_parallel(pod)
         yield from _arguments(deployment, pod)
     yield from _ratio(deployment, topology)
+    yield from omniinfer_kv.findings(deployment, topology)
 
 
 def _pods(topology: Topology) -> Iterator[Finding]:
@@ -54,6 +60,34 @@ def _pods(topology: Topology) -> Iterator[Finding]:
             "one-decode-pod",
             Problem("decode", f"{message}: this engine links every prefill with a single one"),
         )
+
+
+def _prefill_sizes(topology: Topology) -> Iterator[Finding]:
+    """The engine links decode with every prefill by the first one's size."""
+    first, *others = topology.prefill
+    for pod in others:
+        if pod.device_count != first.device_count:
+            message = (
+                f"expected as many devices as {first.name} has ({first.device_count}), "
+                f"found {pod.device_count}: the engine takes the first prefill's number for all of "
+                "them and would link the wrong ranks; give every prefill the same number"
+            )
+            yield "prefill-sizes", Problem(f"{pod.key}.devices", message)
+
+
+def _decode_devices(pod: Pod) -> Iterator[Finding]:
+    """A worker of one of several copies takes the device of its own number on the host; nothing
+    that could be exported moves them to others."""
+    odd = [m for m in pod.members if m.devices != tuple(range(len(m.devices)))]
+    if pod.has_copies and odd:
+        expected = f"0-{len(odd[0].devices) - 1}" if len(odd[0].devices) > 1 else "0"
+        found = ", ".join(f"{member.device_list} on {member.host}" for member in odd)
+        message = (
+            f"expected {expected} in this order, found {found}: with several copies of the model "
+            f"({pod.master.data_parallel}) the engine counts decode's devices from 0 on each host "
+            "by itself; put a prefill on the other devices"
+        )
+        yield "decode-devices", Problem(f"{pod.key}.devices", message)
 
 
 def _tensor_parallel(pod: Pod) -> Iterator[Finding]:

@@ -45,8 +45,8 @@ COUNTERS = Counters(
     kv_bytes=Counter("vllm:nixl_bytes_transferred_sum"),
 )
 UNUSED_KEYS: tuple[str, ...] = (
-    "code", "compat", "http_proxy", "kv_parallel_size", "ports.ray", "proxy.*.core_num",
-    "proxy.*.decode_lb_sdk", "proxy.*.log_level", "proxy.*.nginx_tarball",
+    "code", "compat", "decode_engine_id", "http_proxy", "kv_parallel_size", "ports.ray",
+    "proxy.*.core_num", "proxy.*.decode_lb_sdk", "proxy.*.log_level", "proxy.*.nginx_tarball",
     "proxy.*.prefill_lb_sdk", "proxy.*.start_core_index", "supports.server_offset",
     "supports.tensor_parallel",
 )  # fmt: skip
@@ -151,6 +151,10 @@ def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
 def longest_prompt(deployment: Deployment, topology: Topology) -> int:
     """Tokens of the longest prompt, answer included: a longer one than a step's budget is split."""
     return longest_sequence(deployment)
+
+
+def check_addresses(addresses: Mapping[str, Mapping[int, str]]) -> None:
+    """Nothing to check."""
 
 
 def unseen(nonce: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import posixpath
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,6 +23,7 @@ class Runner(Protocol):
         ...
 
 
+ADDRESSES = ["ip", "-j", "-4", "addr"]
 # Paths go as arguments and come back ended by NUL, so that any name is safe.
 MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
 FREE = r"""p=$1; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; LC_ALL=C df -P -k -- "$p" """
@@ -44,9 +46,17 @@ class Facts:
         self._host = host
 
     async def interface_of(self, address: str) -> str | None:
-        """The network interface that owns an IPv4 address; None if none does."""
-        output = await self._host.output(["ip", "-j", "-4", "addr"])
+        """The network interface that owns an IPv4 address; None if none does.
+
+        A loopback interface is none: nothing reaches another host through it.
+        """
+        output = await self._host.output(ADDRESSES)
         return parse_interface(output, address, self._host.where)
+
+    async def loopback_of(self, address: str) -> str | None:
+        """The loopback interface that owns an IPv4 address; None if none does."""
+        output = await self._host.output(ADDRESSES)
+        return parse_loopback(output, address, self._host.where)
 
     async def missing_paths(self, paths: Sequence[str]) -> list[str]:
         """Which of the paths do not exist (a broken link does not)."""
@@ -92,20 +102,30 @@ class Facts:
 
 
 def parse_interface(output: str, address: str, where: str = "") -> str | None:
-    """The interface with `address` in the output of `ip -j -4 addr`."""
+    """The interface with `address` in the output of `ip -j -4 addr`, loopback left out."""
+    owners = _owners(output, address, where)
+    return next((name for name, loopback in owners if not loopback), None)
+
+
+def parse_loopback(output: str, address: str, where: str = "") -> str | None:
+    """The loopback interface with `address` in the output of `ip -j -4 addr`."""
+    owners = _owners(output, address, where)
+    return next((name for name, loopback in owners if loopback), None)
+
+
+def _owners(output: str, address: str, where: str) -> list[tuple[str, bool]]:
+    """The interfaces with an address, each with whether it is a loopback one."""
     try:
-        links = json.loads(output)
-        return next(
-            (
-                str(link["ifname"])
-                for link in links
-                for info in link.get("addr_info", [])
-                if info.get("local") == address
-            ),
-            None,
-        )
+        return [
+            (str(link["ifname"]), link["ifname"] == "lo" or "LOOPBACK" in link.get("flags", []))
+            for link in json.loads(output)
+            for info in link.get("addr_info", [])
+            if info.get("local") == address
+        ]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise _unreadable("ip -j -4 addr", "a JSON list of interfaces", output, where) from None
+        raise _unreadable(
+            shlex.join(ADDRESSES), "a JSON list of interfaces", output, where
+        ) from None
 
 
 def parse_listeners(output: str, where: str = "") -> dict[int, str]:

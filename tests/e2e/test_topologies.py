@@ -11,8 +11,12 @@ from tests.e2e.conftest import INSTANCES, Service
 
 OVER_TWO_HOSTS: dict[str, Any] = {
     "profile": "deepseek-r1-a3-2p1d",
-    "prefill": {"p1": {"host": "b", "devices": "0-7"}, "p2": None},
-    "decode": {"d0": {"host": None, "hosts": ["b", "a"], "devices": {"a": "8-9", "b": "12-13"}}},
+    "prefill": {
+        "p0": {"devices": "8-15"},
+        "p1": {"host": "b", "devices": "8-15"},
+        "p2": None,
+    },
+    "decode": {"d0": {"host": None, "hosts": ["b", "a"], "devices": "0-1"}},
 }
 ON_ONE_HOST: dict[str, Any] = {
     "prefill": {"p0": {"devices": "0-3"}, "p1": {"devices": "4-7"}, "p2": None},

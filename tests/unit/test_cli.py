@@ -78,8 +78,32 @@ def test_check_says_what_is_unusual(call: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(f"extends: {example.FILE}\ncompat: upstream\nallow: [ports-distinct]\n")
     out = call("check", path).out
-    assert "values as upstream has them\n" in out
+    assert "values as upstream has them in the QwQ-32B 3P1D template of release 0.3.0\n" in out
     assert "may break the rules ports-distinct, batched-tokens, decode-gear-list\n" in out
+
+
+@pytest.mark.parametrize(
+    ("profile", "says"),
+    [
+        ("qwq-32b-a2", "values as upstream has them in omni_cli's profile qwq_32b_bf16_a2_3p1d"),
+        ("deepseek-r1-a3-2p1d", "ds_r1_w8a8c16_a3_2p1d of October 2025, without its expert placem"),
+        ("./own.yaml", "profile own.yaml, which names nothing of upstream's as its source\n"),
+        ("./named.yaml", "values as upstream has them in my notes\n"),
+    ],
+)
+def test_check_says_what_the_values_of_upstream_stand_for(
+    call: Any, tmp_path: Path, profile: str, says: str
+) -> None:
+    for name, source in (("own", ""), ("named", "source: my notes, ")):
+        text = (
+            f"profile: qwq-32b-a3\nupstream: {{{source}decode: {{gpu_memory_utilization: 0.5}}}}\n"
+        )
+        (tmp_path / f"{name}.yaml").write_text(text)
+    path = tmp_path / "x.yaml"
+    two = "prefill: {p1: null, p2: null}\ndecode: {d0: {devices: 0-7}}\n"
+    path.write_text(f"extends: {example.FILE}\ncompat: upstream\nprofile: {profile}\n{two}")
+    done = call("check", path)
+    assert says.replace("own.yaml", f"{tmp_path}/own.yaml") in done.out, done.err
 
 
 @pytest.mark.parametrize("file", sorted((example.ROOT / "deployments").glob("*.yaml")), ids=str)
@@ -98,7 +122,9 @@ def test_every_deployment_of_the_project_checks_and_renders(
 
 
 def test_image_replaces_the_files_own(call: Any) -> None:
-    assert "image other:2\n" in call("check", example.FILE, "--image", "other:2").out
+    assert (
+        "image other:20250723_1\n" in call("check", example.FILE, "--image", "other:20250723_1").out
+    )
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "deploy"])

@@ -159,6 +159,26 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"hosts": {"a": "node-1.example"}}, ["hosts.a.address: expected an IPv4 address"]),
     ({"hosts": {"a": "10.0.0.1 "}}, ["hosts.a.address: expected an IPv4 address"]),
     ({"hosts": {"a": "010.0.0.1"}}, ["hosts.a.address: expected an IPv4 address"]),
+    *(
+        (
+            {"hosts": {"a": address}},
+            [
+                "hosts.a.address: expected the address at which the other hosts reach this one, "
+                f"found {address}, which {what}"
+            ],
+        )
+        for address, what in (
+            ("0.0.0.0", "stands for no machine"),
+            ("0.1.2.3", "stands for no machine"),
+            ("127.0.0.1", "is a machine's own loopback, which no other machine can reach"),
+            ("127.255.255.254", "is a machine's own loopback"),
+            ("224.0.0.1", "is a multicast address"),
+            ("239.255.255.255", "is a multicast address"),
+            ("240.0.0.1", "is reserved"),
+            ("255.255.255.254", "is reserved"),
+            ("255.255.255.255", "is the broadcast address"),
+        )
+    ),
     ({"hosts": {"a": 5}}, ["hosts.a: expected a mapping, found 5"]),
     ({"hosts": {"A b": "10.0.0.3"}}, ["hosts.A b: expected small letters"]),
     ({"hosts": {1: "10.0.0.3"}}, ["hosts.1: expected small letters"]),
@@ -232,9 +252,17 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         )
     ),
     *(
-        ({"kv_parallel_size": odd}, ["kv_parallel_size: expected prefill-pods-plus-one, "])
+        (
+            {"kv_parallel_size": odd},
+            ["kv_parallel_size: expected by-image, prefill-pods-plus-one, "],
+        )
         for odd in ("x", 0, True, 1.5)
     ),
+    *(
+        ({"decode_engine_id": odd}, ["decode_engine_id: expected kv-rank or a number from 0 on, "])
+        for odd in ("x", -1, True, 1.5)
+    ),
+    ({"upstream_source": "x"}, ["upstream_source: is not a key of a deployment file"]),
     ({"supports": {"multi_host_prefill": "yes"}}, ["supports.multi_host_prefill: expected 'none'"]),
     ({"allow": "batched-tokens"}, ["allow: expected a list, found 'batched-tokens'"]),
     ({"compat": "x"}, ["compat: expected 'upstream', found 'x'"]),
@@ -283,6 +311,13 @@ def test_secret_in_the_file_is_refused_and_never_repeated(changes: dict[str, Any
 @pytest.mark.parametrize("proxy", ["http://proxy.example:3128", "proxy.example:3128", None])
 def test_proxy_without_login_is_accepted(proxy: str | None) -> None:
     assert example.service({"http_proxy": proxy}).http_proxy == proxy
+
+
+@pytest.mark.parametrize(
+    "address", ["1.0.0.1", "10.0.0.9", "126.255.255.255", "128.0.0.1", "169.254.1.1", "223.1.1.1"]
+)
+def test_any_address_that_a_machine_can_have_is_accepted(address: str) -> None:
+    assert example.service({"hosts": {"a": address}}).hosts["a"].address == address
 
 
 @pytest.mark.parametrize(

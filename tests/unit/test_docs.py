@@ -62,7 +62,7 @@ def test_the_documented_file_is_valid() -> None:
 def test_every_key_is_documented() -> None:
     written = keys(documented()) | keys(documented_of_vllm()) | {"source", "target", "read_only"}
     fields = {field for model in models(Deployment) for field in model.model_fields}
-    assert fields - written == {"profile_settings"}
+    assert fields - written == {"profile_settings", "upstream_source"}
 
 
 @pytest.mark.parametrize("section", ["supports", "ports", "paths", "container", "gates", "smoke"])

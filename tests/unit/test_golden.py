@@ -160,13 +160,28 @@ def test_every_correction_of_a_value_is_stated() -> None:
 def test_deepseek_decode_does_not_block_on_launch() -> None:
     changes = {
         "profile": "deepseek-r1-a3-2p1d",
-        "decode": {"d0": {"host": None, "hosts": ["b"]}},
+        "prefill": {"p2": None},
+        "decode": {"d0": {"host": None, "hosts": ["b"], "devices": "0-7"}},
     }
     found = [
         omniinfer.environment(example.for_engine({**changes, "compat": compat}), "d0")
         for compat in ("upstream", None)
     ]
     assert [one["ASCEND_LAUNCH_BLOCKING"] for one in found] == ["1", "0"]
+
+
+def test_deepseek_has_upstreams_memory_and_communication_settings_on_both_sides() -> None:
+    service = example.for_engine(
+        {
+            "profile": "deepseek-r1-a3-2p1d",
+            "prefill": {"p2": None},
+            "decode": {"d0": {"devices": "0-7"}},
+        }
+    )
+    for name in ("p0", "d0"):
+        environment = omniinfer.environment(service, name)
+        assert environment["VLLM_ENABLE_MC2"] == "1"
+        assert environment["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def reasons(key: str) -> list[str]:

@@ -1,21 +1,32 @@
 """What the hosts layer says and reads, without a host."""
 
+import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import asyncssh
 import pytest
 from docker import errors as sdk
 
-from pd_deploy import errors
+from pd_deploy import errors, survey
 from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
-from pd_deploy.hosts import ContainerSpec, Login, Mount, RegistryLogin, create_kwargs
+from pd_deploy.hosts import ContainerSpec, Hosts, Login, Mount, RegistryLogin, create_kwargs
 from pd_deploy.hosts.containers import PullMeter, state_of
 from pd_deploy.hosts.engine_errors import container_error, pull_error
-from pd_deploy.hosts.facts import parse_disk_free, parse_interface, parse_listeners
+from pd_deploy.hosts.facts import (
+    Facts,
+    parse_disk_free,
+    parse_interface,
+    parse_listeners,
+    parse_loopback,
+)
 from pd_deploy.hosts.login import known_hosts_line
 from pd_deploy.hosts.threads import in_thread
+from pd_deploy.rollout import Site
+from tests.unit import example
 
 WHERE = "a (10.0.0.1)"
 
@@ -264,12 +275,75 @@ class TestEngineErrors:
         assert error.path == "/dev/davinci9"
 
 
+class Told:
+    """A host that says which interfaces it has, and nothing else."""
+
+    def __init__(self, address: str, links: str) -> None:
+        self.address, self.where, self.links = address, f"a ({address})", links
+        self.facts = Facts(self)
+        self.engine = SimpleNamespace(info=self.nothing, containers=self.nothing)
+
+    async def output(self, argv: Sequence[str]) -> str:
+        return self.links if argv[0] == "ip" else ""
+
+    async def nothing(self, *_: object) -> None:
+        return None
+
+
 class TestFacts:
-    IP = '[{"ifname":"lo","addr_info":[{"local":"127.0.0.1"}]},{},{"ifname":"e","addr_info":[{}]}]'
+    IP = (
+        '[{"ifname":"lo","addr_info":[{"local":"127.0.0.1"}]},{},'
+        '{"ifname":"e","addr_info":[{},{"local":"10.0.0.2"}]}]'
+    )
 
     def test_interface(self) -> None:
-        assert parse_interface(self.IP, "127.0.0.1") == "lo"
+        assert parse_interface(self.IP, "10.0.0.2") == "e"
         assert parse_interface(self.IP, "10.0.0.1") is None
+
+    def links(self, *links: tuple[str, list[str], str]) -> str:
+        return json.dumps(
+            [
+                {"ifname": name, "flags": flags, "addr_info": [{"local": address}]}
+                for name, flags, address in links
+            ]
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "flags"),
+        [("lo", ["LOOPBACK", "UP"]), ("lo", []), ("lo1", ["UP", "LOOPBACK"])],
+    )
+    def test_a_loopback_interface_is_never_the_hosts_own(self, name: str, flags: list[str]) -> None:
+        only = self.links((name, flags, "10.0.0.2"), ("eth0", ["UP"], "10.0.0.3"))
+        assert parse_interface(only, "10.0.0.2") is None
+        assert parse_loopback(only, "10.0.0.2") == name
+        assert parse_loopback(only, "10.0.0.3") is None
+        both = self.links((name, flags, "10.0.0.2"), ("eth0", ["UP"], "10.0.0.2"))
+        assert parse_interface(both, "10.0.0.2") == "eth0"
+
+    @pytest.mark.parametrize(
+        ("address", "says"),
+        [
+            (
+                "10.0.0.7",
+                "expected its address 10.0.0.7 on an interface that the other hosts reach, "
+                "found it only on lo→ give hosts.a the address of a network interface",
+            ),
+            (
+                "10.0.0.9",
+                "expected the host to own its address 10.0.0.9, found no interface with it"
+                "→ correct hosts.a in the deployment file",
+            ),
+        ],
+    )
+    async def test_a_survey_says_where_the_address_is(self, address: str, says: str) -> None:
+        links = self.links(("lo", ["LOOPBACK"], "10.0.0.7"), ("eth0", ["UP"], "10.0.0.3"))
+        site = Site(example.service({"hosts": {"a": address}}), Hosts())
+        site.hosts = {"a": Told(address, links)}  # type: ignore[assignment]
+        with pytest.raises(errors.FactsError) as caught:
+            await survey.survey(site, "a")
+        error = caught.value
+        assert error.host == f"a ({address})"
+        assert f"{error.message}→ {error.hint}".startswith(says)
 
     @pytest.mark.parametrize("output", ["", "Usage: ip", "{}x", "[1]"])
     def test_interface_of_garbage(self, output: str) -> None:

@@ -85,8 +85,8 @@ def test_the_master_is_first_whatever_its_address() -> None:
         WIDE
         | {
             "hosts": hosts,
-            "prefill": {"p0": of | {"devices": "0-7"}, "p1": None, "p2": None},
-            "decode": {"d0": of | {"devices": "8-15"}},
+            "prefill": {"p0": of | {"devices": "8-15"}, "p1": None, "p2": None},
+            "decode": {"d0": of | {"devices": "0-7"}},
         }
     )
     assert placed.prefill[0].addresses == ("10.0.0.9", "10.0.0.1", "10.0.0.20")
@@ -94,7 +94,13 @@ def test_the_master_is_first_whatever_its_address() -> None:
 
 
 def test_decode_waits_for_prefills_over_hosts_and_prefills_on_one_host_for_decode() -> None:
-    changes = WIDE | {"prefill": WIDE["prefill"] | {"p1": {"host": "c", "devices": "0-15"}}}
+    changes = WIDE | {
+        "prefill": {
+            "p0": {"host": None, "hosts": ["a", "b"], "devices": "0-7"},
+            "p1": {"host": "c", "devices": "0-15"},
+            "p2": None,
+        }
+    }
     placed = example.place(changes)
     assert {name: omniinfer.starts_after(placed, name) for name in placed.names} == {
         "p0-0": (),
@@ -121,14 +127,59 @@ def test_offset_counts_what_the_launcher_counts(unit: str, offset: str) -> None:
     assert argv[argv.index("--num-dp") + 1] == "8"
 
 
+@pytest.mark.parametrize(("size", "offsets"), [(1, ["0", "16"]), (4, ["0", "16"])])
+@pytest.mark.parametrize("unit", ["servers", "devices"])
+def test_workers_of_several_copies_get_their_devices_by_an_offset(
+    unit: str, size: int, offsets: list[str]
+) -> None:
+    """What upstream's worker makes of it are the host's devices, in order."""
+    decode = WIDE["decode"]["d0"] | {"tensor_parallel": size}
+    service = example.for_engine(
+        WIDE | {"supports": {"server_offset": unit}, "decode": {"d0": decode}}
+    )
+    for member, offset in zip(service.topology.decode[0].members, offsets, strict=True):
+        environment = omniinfer.environment(service, member.name)
+        assert environment["SERVER_OFFSET"] == offset
+        assert "ASCEND_RT_VISIBLE_DEVICES" not in environment
+        found = [
+            local_rank + (member.server_offset + server) * size - int(offset)
+            for server in range(member.ranks)
+            for local_rank in range(size)
+        ]
+        assert found == list(member.devices)
+    for member in service.topology.prefill[0].members:
+        environment = omniinfer.environment(service, member.name)
+        assert environment["ASCEND_RT_VISIBLE_DEVICES"] == member.device_list
+        assert "SERVER_OFFSET" not in environment
+
+
+def test_copies_on_one_host_need_no_visible_devices_either_and_one_copy_does() -> None:
+    of = {"profile": "deepseek-r1-a3-2p1d", "prefill": {"p2": None}}
+    for size, copies in ((4, True), (8, False)):
+        decode = {"d0": {"devices": "0-7", "tensor_parallel": size}}
+        environment = omniinfer.environment(example.for_engine({**of, "decode": decode}), "d0")
+        assert ("ASCEND_RT_VISIBLE_DEVICES" in environment) is not copies
+        assert environment.get("SERVER_OFFSET") == ("0" if copies else None)
+
+
+def test_members_that_ray_joins_have_the_address_that_ray_knows_them_by() -> None:
+    service = example.for_engine(WIDE)
+    for instance in service.topology.instances:
+        environment = omniinfer.environment(service, instance.name)
+        assert environment.get("VLLM_HOST_IP") == (instance.address if instance.uses_ray else None)
+        if instance.uses_ray:
+            script = omniinfer.start_script(service, instance.name)
+            assert f"--node-ip-address={instance.address} " in script
+
+
 RECORD = '#!/bin/bash\nprintf "%s\\n" "${0##*/} $*" >>"$SAID"\n'
 # The second time it is asked, both nodes are there.
 PYTHON = (
     RECORD
     + """\
-[ "$1" = -c ] || exit 0
+case "$2" in *ray.init*) ;; *) exit 0 ;; esac
 echo noise
-[ $(grep -c "python -c" "$SAID") -lt 2 ] || echo 2
+[ $(grep -c "ray.init" "$SAID") -lt 2 ] || echo 2
 """
 )
 
@@ -158,18 +209,18 @@ def test_a_prefills_master_serves_once_all_its_hosts_have_joined(tmp_path: Path)
     said = (tmp_path / "said").read_text().splitlines()
     assert said[0] == "ray start --head --node-ip-address=10.0.0.1 --port=6379 --num-gpus=16"
     assert [line[:9] for line in said[1:3]] == ["python -c", "python -c"]
-    assert said[3].startswith("python start_api_servers.py --num-servers 1 ")
-    assert "--tp 32" in said[3]
-    assert "--distributed-executor-backend ray" in said[3]
+    last = said[-1]
+    assert "start_api_servers.py --num-servers 1 " in last
+    assert "--tp 32" in last
+    assert "--distributed-executor-backend ray" in last
 
 
 def test_another_host_joins_as_soon_as_the_master_listens(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    hosts = {"a": "127.0.0.1"}
-    changes = WIDE | {"hosts": HOSTS | hosts, "ports": {"ray": port}}
-    script = omniinfer.start_script(example.for_engine(changes), "p0-1")
+    script = omniinfer.start_script(example.for_engine(WIDE | {"ports": {"ray": port}}), "p0-1")
+    script = script.replace("10.0.0.1", "127.0.0.1")
     process = prepared(tmp_path, script, ray=RECORD)
     assert process.stdout
     assert omniinfer.STARTED in process.stdout.readline().decode()

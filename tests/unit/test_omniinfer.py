@@ -1,14 +1,18 @@
 """Containers, variants and start scripts. Values against the documented ones: test_golden.py."""
 
 import shlex
+import socket
 import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pd_deploy.engines import omniinfer
 from pd_deploy.engines.base import Service
+from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts import ContainerSpec
 from tests.unit import example
 
@@ -47,10 +51,105 @@ def test_engine_ids_are_unique() -> None:
     assert {c["kv_parallel_size"] for c in configs} == {4}
 
 
-def test_kv_parallel_size_follows_the_age_of_the_image() -> None:
-    service = example.for_engine({"kv_parallel_size": "decode-tensor-parallel"})
-    config = omniinfer.kv_transfer_config(service, service.topology.decode[0])
-    assert config["kv_parallel_size"] == 8
+@pytest.mark.parametrize(
+    ("changes", "decode"),
+    [
+        ({"compat": "upstream"}, 0),
+        ({"decode_engine_id": 7}, 7),
+        ({"decode_engine_id": 0}, 0),
+        ({"decode_engine_id": "kv-rank", "compat": "upstream"}, 3),
+        # The default template of upstream has decode's kv_rank, as we have.
+        ({"profile": "deepseek-r1-a3-2p1d", "compat": "upstream"}, 3),
+    ],
+)
+def test_decodes_engine_id_is_the_profiles_or_the_files(
+    changes: dict[str, Any], decode: int
+) -> None:
+    service = example.for_engine({"decode": {"d0": {"tensor_parallel": 8}}} | changes)
+    configs = [omniinfer.kv_transfer_config(service, i) for i in service.topology.instances]
+    assert [c["engine_id"] for c in configs] == [0, 1, 2, decode]
+
+
+OLD, NEW = "prefill-pods-plus-one", "decode-tensor-parallel"
+UNDATED = ("omni:silent", "omni@sha256:" + "0" * 64, "omni:20250101_1@sha256:" + "0" * 64)
+
+
+def kv_parallel_size(changes: dict[str, Any]) -> int:
+    """What every instance of the example with these changes is given: 4 pods, 8 devices each."""
+    service = example.for_engine(changes)
+    configs = [omniinfer.kv_transfer_config(service, i) for i in service.topology.instances]
+    (size,) = {config["kv_parallel_size"] for config in configs}
+    assert isinstance(size, int)
+    return size
+
+
+class TestKvParallelSize:
+    """What the engine reads it as depends on the image's age, and no wrong one may get by."""
+
+    @pytest.mark.parametrize(
+        ("tag", "size"),
+        [
+            ("20250812_99", 4),
+            ("20250813_1", 8),
+            ("release_v0.3.0", 4),
+            ("release_v0.4.0", 8),
+            ("release_v0.6.0-20251111-vllm", 8),
+        ],
+    )
+    def test_follows_the_image(self, tag: str, size: int) -> None:
+        assert kv_parallel_size({"image": f"omni:{tag}"}) == size
+        right = {4: OLD, 8: NEW}[size]
+        assert kv_parallel_size({"image": f"omni:{tag}", "kv_parallel_size": right}) == size
+        assert kv_parallel_size({"image": f"omni:{tag}", "kv_parallel_size": size}) == size
+
+    @pytest.mark.parametrize(
+        ("tag", "value", "says"),
+        [
+            (
+                "20250812_1",
+                NEW,
+                "expected prefill-pods-plus-one (4) for the image 20250812_1, built",
+            ),
+            ("20250813_1", OLD, "expected decode-tensor-parallel (8) for the image 20250813_1, bu"),
+            ("release_v0.5.0", 4, "found 4: decode would read the KV of other heads"),
+            ("20250813_1", OLD, "found prefill-pods-plus-one (4): decode would read the KV of oth"),
+        ],
+    )
+    def test_of_another_age_is_refused_unless_it_is_allowed(
+        self, tag: str, value: str | int, says: str
+    ) -> None:
+        changes = {"image": f"omni:{tag}", "kv_parallel_size": value}
+        with pytest.raises(InvalidInput) as caught:
+            example.place(changes)
+        (problem,) = caught.value.problems
+        assert problem.key == "kv_parallel_size"
+        assert says in problem.message
+        given = {OLD: 4, NEW: 8}.get(str(value), value)
+        assert kv_parallel_size({**changes, "allow": ["kv-parallel-size"]}) == given
+
+    def test_that_is_the_same_number_either_way_is_right(self) -> None:
+        """Seven prefills and decode on 8 devices: both meanings are 8."""
+        hosts = {f"h{i}": f"10.0.1.{i}" for i in range(1, 9)}
+        prefill = {f"x{i}": {"host": f"h{i}", "devices": "0-7"} for i in range(1, 5)}
+        changes = {"hosts": hosts, "prefill": prefill}
+        for tag in ("20250812_1", "20250813_1"):
+            for value in ("by-image", OLD, NEW, 8):
+                of = {**changes, "image": f"omni:{tag}", "kv_parallel_size": value}
+                assert kv_parallel_size(of) == 8
+
+    @pytest.mark.parametrize("image", UNDATED)
+    def test_of_an_image_whose_age_is_unknown_has_to_be_given(self, image: str) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            example.place({"image": image})
+        (problem,) = caught.value.problems
+        assert problem.key == "kv_parallel_size"
+        found = "the tag silent, which does not tell the image's age" if "@" not in image else "a d"
+        assert f"found {found}" in problem.message
+        for value, built, size in ((OLD, "before 2025-08-13", 4), (NEW, "later", 8)):
+            assert f"`kv_parallel_size: {value}` (built {built})" in problem.message
+            assert kv_parallel_size({"image": image, "kv_parallel_size": value}) == size
+        assert kv_parallel_size({"image": image, "kv_parallel_size": 7}) == 7
+        assert kv_parallel_size({"image": image, "allow": ["kv-parallel-size"]}) == 8
 
 
 @pytest.mark.parametrize("name", [*SERVERS, "c0"])
@@ -253,5 +352,74 @@ class TestStartScripts:
             str(scripts),
             HOSTILE,
             "a\nb",
+            "-c",
+            omniinfer._REUSING_PORTS,
             *omniinfer.command(service, name)[1:],
         ]
+
+
+# Looks whether its port is free as the image's launcher does, and says how it was started.
+LAUNCHER = """\
+import os, socket, sys
+import beside
+with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    probe.bind(("", int(os.environ["API_PORT"])))
+print("started", __name__, sys.argv, beside.__file__, sys.path[0])
+"""
+
+
+class TestPortOfTheLauncher:
+    """A start script with a launcher like the image's, run for real on a port of this machine."""
+
+    def start(self, tmp_path: Path, port: int, script: str | None = None) -> tuple[int, str]:
+        """Its exit code and all it says."""
+        scripts = tmp_path / "omniinfer/tools/scripts"
+        scripts.mkdir(parents=True)
+        (scripts / "start_api_servers.py").write_text(LAUNCHER)
+        (scripts / "beside.py").touch()
+        (tmp_path / "python").symlink_to(sys.executable)
+        (tmp_path / ".bashrc").write_text(f'PATH="{tmp_path}:$PATH"\n')
+        service = example.for_engine({"code": str(tmp_path), "ports": {"api": port}})
+        ran = subprocess.run(
+            ["bash", "-c", script or omniinfer.start_script(service, "p0")],
+            env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "API_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return ran.returncode, ran.stdout
+
+    @pytest.fixture
+    def left(self) -> int:
+        """A port with a connection in TIME_WAIT, because the server's side closed first."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port: int = server.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                server.accept()[0].close()
+                assert client.recv(1) == b""
+        return port
+
+    def test_may_have_connections_that_are_waiting_to_be_forgotten(
+        self, tmp_path: Path, left: int
+    ) -> None:
+        code, said = self.start(tmp_path, left)
+        assert code == 0, said
+        scripts = tmp_path / "omniinfer/tools/scripts"
+        assert f"{scripts}/beside.py {scripts}" in said
+        assert "started __main__ ['start_api_servers.py', '--num-servers', '1', " in said
+
+    def test_may_not_be_listened_on(self, tmp_path: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            code, said = self.start(tmp_path, server.getsockname()[1])
+        assert code != 0
+        assert "Address already in use" in said
+        assert "started" not in said
+
+    def test_started_plainly_the_launcher_takes_it_for_taken(
+        self, tmp_path: Path, left: int
+    ) -> None:
+        plain = f"cd {tmp_path}/omniinfer/tools/scripts; exec {sys.executable} start_api_servers.py"
+        code, said = self.start(tmp_path, left, plain)
+        assert code != 0
+        assert "Address already in use" in said

@@ -48,7 +48,7 @@ def test_fingerprint_changes_with_digest_interface_and_device_address() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"image": "other.example/omni:nightly"},
+        {"image": "other.example/omni:20250721_1"},
         {"registry": {"host": "10.0.0.9:5000", "credentials": "other"}},
         {"ssh": {"user": "me", "port": 2222, "credentials": "other"}},
         {"gates": {"ready": 5}},
@@ -99,7 +99,7 @@ def test_each_host_gets_what_it_runs() -> None:
 
 
 def test_labels_say_what_a_container_is() -> None:
-    made = example.plan({"image": "omni:1"})
+    made = example.plan({"image": "omni:20250721_1"})
     epoch = made.generation.partition("-")[0]
     assert made.container("d0").labels == {
         "pd-deploy.deployment": "qwq-3p1d",
@@ -109,7 +109,7 @@ def test_labels_say_what_a_container_is() -> None:
         "pd-deploy.role": "decode",
         "pd-deploy.ports": "9100,8100,5668",
         "pd-deploy.devices": "8,9,10,11,12,13,14,15",
-        "pd-deploy.image": "omni:1",
+        "pd-deploy.image": "omni:20250721_1",
     }
     assert made.container("c0").labels["pd-deploy.role"] == "proxy"
     assert made.container("c0").labels["pd-deploy.ports"] == "7000"

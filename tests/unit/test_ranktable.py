@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd_deploy import ranktable
-from pd_deploy.engines import omniinfer
-from pd_deploy.errors import FactsError
+from pd_deploy import ranktable, survey
+from pd_deploy.engines import omniinfer, vllm
+from pd_deploy.errors import FactsError, InvalidInput
+from pd_deploy.history import Found
+from pd_deploy.hosts import Host, Hosts, Login
+from pd_deploy.releases import Choice, Record
+from pd_deploy.rollout import Rollout, Site, Survey
+from pd_deploy.survey import Addresses, ResolvedImage
 from tests.unit import example, topologies
 
 GOLDEN = example.GOLDEN["ranktables"]
@@ -169,6 +174,83 @@ def test_what_is_printed_is_what_is_read(known: dict[int, IPv4Address]) -> None:
     wanted = {device: str(address) for device, address in known.items()}
     if len(set(known.values())) == len(known):
         assert ranktable.parse_addresses(output, list(known), host="a") == wanted
+
+
+FACTORY = {0: "192.168.11.100", 1: "192.168.11.101"}
+
+
+def test_hosts_with_the_same_factory_addresses_are_refused_with_every_pair() -> None:
+    addresses = {"a": FACTORY, "b": dict(FACTORY), "c": {0: "192.168.12.100"}}
+    with pytest.raises(FactsError) as caught:
+        ranktable.check_addresses(addresses)
+    assert caught.value.message == (
+        "expected an address of its own for each device, found: "
+        "192.168.11.100 is the address of device 0 on a and of device 0 on b; "
+        "192.168.11.101 is the address of device 1 on a and of device 1 on b"
+    )
+    assert "hccn_tool" in (caught.value.hint or "")
+    vllm.check_addresses(addresses)  # has no use for them
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from("abc"), st.dictionaries(st.integers(0, 3), st.sampled_from("wxyz"))
+    )
+)
+def test_addresses_pass_if_and_only_if_none_is_given_twice(
+    addresses: dict[str, dict[int, str]],
+) -> None:
+    given_ = [address for of_device in addresses.values() for address in of_device.values()]
+    shared = {address for address in given_ if given_.count(address) > 1}
+    try:
+        ranktable.check_addresses(addresses)
+    except FactsError as error:
+        named = error.message.partition("found: ")[2].split("; ")
+        assert {text.partition(" ")[0] for text in named} == shared
+        assert sum(text.count("device") for text in named) == len(
+            [address for address in given_ if address in shared]
+        )
+    else:
+        assert shared == set()
+
+
+def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> Rollout:
+    """The plan of the example from what its hosts would say, for the image that a run takes."""
+    of = example.service()
+    hosts = Hosts.of({n: Host(n, h.address, Login()) for n, h in of.hosts.items()})
+    surveys = [
+        Survey(
+            host=name,
+            interface=example.INTERFACE,
+            architecture="aarch64",
+            engine_version="24",
+            engine_root="/var/lib/docker",
+            containers=(),
+            others=(),
+            listening=frozenset(),
+            past=Found(Record(), (), frozenset()),
+        )
+        for name in of.hosts
+    ]
+    taken = ResolvedImage(Choice(image or of.image, None, "the run names it"), example.IMAGE)
+    found = [Addresses(name, known) for name, known in addresses.items()]
+    return survey.planned(Site(of, hosts), surveys, found, taken, "a test")
+
+
+def test_a_plan_is_made_only_of_devices_with_addresses_of_their_own() -> None:
+    addresses = example.addresses(example.service())
+    assert planned(addresses).plan.roles
+    with pytest.raises(FactsError) as caught:
+        planned(dict.fromkeys(addresses, addresses["a"]))
+    assert caught.value.message.count(" is the address of device ") == 16
+
+
+def test_what_breaks_a_rule_with_the_image_of_the_run_is_found_in_the_plan() -> None:
+    """The file is right with its own image, and with another of a known age."""
+    addresses = example.addresses(example.service())
+    assert planned(addresses, "omni:20251111_1").plan.roles
+    with pytest.raises(InvalidInput, match=r"kv_parallel_size: .* found the tag silent"):
+        planned(addresses, "omni:silent")
 
 
 def test_command_asks_every_device_once() -> None:

@@ -12,11 +12,32 @@ from tests.unit import example
 
 DEEPSEEK = {"profile": "deepseek-r1-a3-2p1d"}
 D_ON_BOTH = {"host": None, "hosts": ["b", "a"], "devices": {"a": "8-15", "b": "8-15"}}
+# Several copies of the model: decode has the first devices of its hosts, prefills the others.
+COPIES = DEEPSEEK | {
+    "prefill": {"p0": {"devices": "8-15"}, "p1": None, "p2": None},
+    "decode": {"d0": {"host": None, "hosts": ["b", "a"], "devices": "0-7"}},
+}
 # Rule → changes to the example that break it and no other.
 BREAKING: dict[str, list[dict[str, Any]]] = {
     "batched-tokens": [
         {place: {where: {"arguments": {"max-num-batched-tokens": 1000}}}}
         for place, where in (("settings", "all"), ("settings", "decode"), ("prefill", "p1"))
+    ],
+    "decode-devices": [
+        COPIES
+        | {
+            "prefill": COPIES["prefill"] | {"p0": {"devices": "0-7"}},
+            "decode": {"d0": D_ON_BOTH},
+        },
+        *(
+            COPIES | {"decode": {"d0": COPIES["decode"]["d0"] | {"devices": devices}}}
+            for devices in (
+                {"a": "0-7", "b": "1-8"},
+                {"a": "0-7", "b": "7,0-6"},
+            )
+        ),
+        # On one host, of two devices each.
+        DEEPSEEK | {"decode": {"d0": {"tensor_parallel": 2}}},
     ],
     "decode-gear-list": [
         {"settings": {"decode": {"additional_config": {"decode_gear_list": [64]}}}},
@@ -44,11 +65,18 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
     "equal-devices": [
         DEEPSEEK
         | {
-            "prefill": {"p1": None},
-            "decode": {"d0": D_ON_BOTH | {"devices": {"a": "8-15", "b": "12-15"}}},
+            "prefill": {"p0": {"devices": "8-15"}, "p1": None, "p2": None},
+            "decode": {"d0": D_ON_BOTH | {"devices": {"a": "0-7", "b": "0-3"}}},
         }
     ],
     "host-addresses": [{"hosts": {"c": "10.0.0.1"}}],
+    "kv-parallel-size": [
+        {"image": "omni:silent"},
+        {"image": "omni@sha256:" + "0" * 64},
+        {"kv_parallel_size": "decode-tensor-parallel"},
+        {"kv_parallel_size": 5},
+        {"image": "omni:20250813_1", "kv_parallel_size": "prefill-pods-plus-one"},
+    ],
     "mount-targets": [
         {"prefill": {"p0": {"mounts": ["/x:/data/models/QwQ-32B"]}}},
         {"settings": {"decode": {"mounts": ["/x:/var/lib/pd-deploy/qwq-3p1d/x"]}}},
@@ -74,6 +102,17 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
             "hosts": {f"h{i}": f"10.0.1.{i}" for i in range(1, 34)},
             "prefill": {f"x{i}": {"host": f"h{i}", "devices": "0-7"} for i in range(1, 34)},
         }
+    ],
+    "prefill-sizes": [
+        DEEPSEEK
+        | {
+            "prefill": {"p0": {"devices": "0-3"}},
+            "decode": {"d0": {"tensor_parallel": 4, "devices": "8-11"}},
+        },
+        COPIES
+        | {
+            "prefill": COPIES["prefill"] | {"p1": {"host": "b", "devices": "8-11"}},
+        },
     ],
     "tensor-parallel": [
         DEEPSEEK | {"decode": {"d0": {"tensor_parallel": 3}}, "prefill": {
@@ -123,11 +162,49 @@ def test_a_rule_is_refused_by_name_unless_the_file_allows_it(
 
 def test_every_pod_is_a_multiple_of_decode_and_never_less() -> None:
     """Also where the profile does not want them equal."""
-    changes = DEEPSEEK | {"prefill": {"p0": {"devices": "0-3"}}}
-    assert broken({**changes, "decode": {"d0": {"tensor_parallel": 4}}}) == set()
-    assert broken({**changes, "decode": {"d0": {"tensor_parallel": 8}}}) == {
-        "tensor-parallel-ratio"
-    }
+    prefill = {"p0": {"devices": "0-3"}, "p1": {"devices": "8-11"}, "p2": None}
+    found = [
+        broken(
+            DEEPSEEK
+            | {
+                "prefill": prefill,
+                "decode": {"d0": {"devices": "0-7", "tensor_parallel": size}},
+            }
+        )
+        for size in (4, 8)
+    ]
+    assert found == [set(), {"tensor-parallel-ratio"}]
+
+
+def test_one_copy_of_decode_may_have_any_devices_and_several_only_the_first() -> None:
+    wide = {"decode": {"d0": {"devices": "11,8,10,9", "tensor_parallel": 4}}}
+    few = {"prefill": {"p0": {"devices": "0-3"}, "p1": {"devices": "4-7"}, "p2": None}}
+    assert broken(DEEPSEEK | few | wide) == set()
+    with pytest.raises(InvalidInput) as caught:
+        example.place(DEEPSEEK | few | {"decode": {"d0": {"tensor_parallel": 4}}})
+    (problem,) = caught.value.problems
+    assert str(problem).startswith(
+        "decode.d0.devices: expected 0-7 in this order, found 8,9,10,11,12,13,14,15 on b: with "
+        "several copies of the model (2) the engine counts decode's devices from 0 on each host"
+    )
+    assert "put a prefill on the other devices" in str(problem)
+
+
+def test_prefills_of_other_sizes_are_all_named() -> None:
+    sizes = {"p0": "0-7", "p1": "8-11", "p2": "8-9"}
+    with pytest.raises(InvalidInput) as caught:
+        example.place(
+            DEEPSEEK
+            | {
+                "prefill": {name: {"devices": devices} for name, devices in sizes.items()},
+                "decode": {"d0": {"devices": "0-7"}},
+            }
+        )
+    said = list(map(str, caught.value.problems))
+    assert [text.partition(": the engine")[0] for text in said] == [
+        "prefill.p1.devices: expected as many devices as p0 has (8), found 4",
+        "prefill.p2.devices: expected as many devices as p0 has (8), found 2",
+    ]
 
 
 def test_an_unknown_rule_gets_its_nearest_name() -> None:
@@ -240,7 +317,8 @@ class TestProfiles:
     def test_of_ones_own_stands_alone(self, tmp_path: Path) -> None:
         text = "engine: omniinfer\nkv_parallel_size: 8\ndevices_per_host: 16\n"
         found = deployment.load(self.file(tmp_path, "./sub/my.yaml", text))
-        service = example.for_engine({"kv_parallel_size": found.kv_parallel_size})
+        later = {"image": "omni:20251111_1"}  # decode's tensor parallel size is 8
+        service = example.for_engine(later | {"kv_parallel_size": found.kv_parallel_size})
         decode = service.topology.decode[0].master
         assert omniinfer.kv_transfer_config(service, decode)["kv_parallel_size"] == 8
         assert found.settings_of("decode", found.decode["d0"]).arguments == {}

@@ -93,6 +93,7 @@ class TestAll:
         [
             (GPU, "engine-keys", {"proxy": {"c0": {"core_num": 2}}}),
             (GPU, "engine-keys", {"kv_parallel_size": 4}),
+            (GPU, "engine-keys", {"decode_engine_id": 0}),
             (
                 example.FILE,
                 "engine-keys",

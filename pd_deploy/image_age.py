@@ -1,0 +1,65 @@
+"""How old an image is, as far as its tag tells. Pure.
+
+The engine's arguments changed their meaning over time, and nothing in a tag says which one an image
+wants, but for when it was built. Tags are those of `pd_deploy.tags`, and any other with a date in
+it: master-202512022014-vllm, release_v0.6.0-20251111.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import date, datetime
+
+_FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
+_DIGITS = re.compile(r"(?<!\d)(?:\d{12}|\d{8})(?!\d)", re.ASCII)
+_RELEASE = re.compile(r"release_v(\d+)\.(\d+)\.(\d+)(?!\d)", re.ASCII)
+_PLAUSIBLE = range(2020, 2100)  # years; other digits are build numbers and the like
+
+
+@dataclass(frozen=True)
+class Change:
+    """When images changed: those built on `day` or later, and releases from `version` on."""
+
+    day: date
+    version: tuple[int, int, int]
+
+
+def tag_of(image: str) -> str | None:
+    """The tag of an image's reference; None where a digest says which image it is."""
+    name, _, tag = image.rpartition(":")
+    return tag if name and "@" not in image else None
+
+
+def built(tag: str) -> date | None:
+    """The day that stands in a tag; None if there is none, or more than one."""
+    days = _days(tag)
+    return days.pop() if len(days) == 1 else None
+
+
+def release(tag: str) -> tuple[int, int, int] | None:
+    """The version of a release's tag, `release_v0.4.2` or with a suffix."""
+    match = _RELEASE.match(tag)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def since(tag: str, change: Change) -> bool | None:
+    """Whether an image has a change: by the day in its tag and, of a release, by its version.
+
+    None where the tag has neither, or they contradict each other.
+    """
+    found = {day >= change.day for day in _days(tag)}
+    if version := release(tag):
+        found.add(version >= change.version)
+    return found.pop() if len(found) == 1 else None
+
+
+def _days(tag: str) -> set[date]:
+    days = (_day(digits) for digits in _DIGITS.findall(tag))
+    return {day for day in days if day}
+
+
+def _day(digits: str) -> date | None:
+    try:
+        day = datetime.strptime(digits, _FORMS[len(digits)]).date()
+    except ValueError:
+        return None
+    return day if day.year in _PLAUSIBLE else None
