@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"
 INSTANCES = {"p0", "p1", "p2", "d0", "c0"}
+BUILT = "usr/local/Ascend/latest/standin/built"
+"""Where the stand-in says how old it is: what it takes follows from that, as in the original."""
 CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 
 
@@ -137,8 +140,11 @@ class Service:
         return f"{registry}/omni-ci/daily_omniinfer:{tag}"
 
     def push(self, tag: str, files: dict[str, str]) -> str:
-        """Pushes the stand-in image with other files; its name for a run."""
-        self.lab.push_variant(tag, dict(files))
+        """Pushes the stand-in image with other files, of the age that its tag tells; its name for a
+        run."""
+        if day := re.match(r"(\d{4})(\d{2})(\d{2})_", tag):
+            files = {BUILT: "-".join(day.groups()), **files}
+        self.lab.push_variant(tag, files)
         return self.image(tag)
 
     def push_bad(self, tag: str, **faults: object) -> str:

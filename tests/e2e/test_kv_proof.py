@@ -42,8 +42,7 @@ async def test_an_image_without_such_counters_is_not_called_proven(service: Serv
         'return "\\n".join(line for line in lines if "by_source" not in line)',
     )
     assert silent != code
-    service.lab.push_variant("silent", {METRICS: silent})
-    service.change(image=f"{service.lab.image.rpartition(':')[0]}:silent")
+    service.change(image=service.push("20250722_90", {METRICS: silent}))
     state = await deploy(service.file, return_state=True)
     assert state.is_completed()
     assert "KV transfer not provable: d0 counts no vllm:prompt_tokens_by_source_total" in str(

@@ -50,6 +50,8 @@ def models(kind: type[BaseModel]) -> set[type[BaseModel]]:
 def keys(document: object) -> set[str]:
     if isinstance(document, dict):
         return set(document).union(*(keys(value) for value in document.values()))
+    if isinstance(document, list):
+        return set[str]().union(*(keys(value) for value in document))
     return set()
 
 
