@@ -353,6 +353,11 @@ Environment = dict[
 ]
 
 
+Arguments = dict[
+    Annotated[str, _like(r"[a-z0-9][a-z0-9_-]*", "an option without its leading dashes")], Value
+]
+
+
 class ModelSource(Model):
     """The model that is served and the longest sequence each side accepts, in tokens."""
 
@@ -469,10 +474,7 @@ class Settings(Model):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     tensor_parallel: Annotated[int, Field(gt=0, strict=True)] | None = None
     environment: Environment = {}
-    arguments: dict[
-        Annotated[str, _like(r"[a-z0-9][a-z0-9_-]*", "an option without its leading dashes")],
-        Value,
-    ] = {}
+    arguments: Arguments = {}
     additional_config: Annotated[dict[str, Any] | None, BeforeValidator(_json)] = None
     mounts: MountEntries = ()
     container_devices: tuple[AbsolutePath, ...] = ()
@@ -517,7 +519,10 @@ class InstanceEntry(Settings):
 
 
 class ProxyEntry(Model):
-    """The proxy that clients talk to."""
+    """The proxy that clients talk to.
+
+    `arguments` and `environment` are for its program: the image's script, or the router.
+    """
 
     host: Name
     port: Annotated[int, Field(ge=1024, le=65500, strict=True)] = 7000
@@ -531,6 +536,8 @@ class ProxyEntry(Model):
     nginx_tarball: AbsolutePath | None = Field(
         default=None, description="nginx sources on the host, for an image without nginx"
     )
+    environment: Environment = {}
+    arguments: Arguments = {}
 
 
 class Ports(Model):

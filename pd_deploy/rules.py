@@ -5,7 +5,7 @@ Here are those of every service; an engine adds its own. A file may break a rule
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
@@ -65,6 +65,7 @@ def _findings(deployment: "Deployment", topology: "Topology") -> Iterator[Findin
     yield from _shared_ports(topology)
     yield from _pods(deployment, topology)
     yield from _device_ids(deployment, topology)
+    yield from _overrides_of_proxy(deployment, topology)
     for pod in topology.pods:
         yield from _spanning(deployment, pod)
         yield from _devices_of_pod(pod)
@@ -175,18 +176,35 @@ def _devices_of_pod(pod: "Pod") -> Iterator[Finding]:
 
 def _overrides(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
     settings, engine = pod.master.settings, engines.get(deployment.engine)
-    for name in sorted(engine.DERIVED_ENVIRONMENT & settings.environment.keys()):
-        message = "expected it not to be given: it follows from the topology"
-        yield "derived-environment", Problem(f"{pod.key}.environment.{name}", message)
-    for name in sorted(
-        engine.DERIVED_ARGUMENTS & {n.replace("_", "-") for n in settings.arguments}
-    ):
-        message = "expected it not to be given: it follows from other keys of the file"
-        yield "derived-arguments", Problem(f"{pod.key}.arguments.{name}", message)
+    yield from _derived_environment(pod.key, settings.environment, engine.DERIVED_ENVIRONMENT)
+    yield from _derived_arguments(pod.key, settings.arguments, engine.DERIVED_ARGUMENTS)
     for mount in (*deployment.container.mounts, *settings.mounts):
         if _is_ours(deployment, mount.target):
             message = f"expected another target, found {mount.target}, which pd-deploy mounts"
             yield "mount-targets", Problem(f"{pod.key}.mounts", message)
+
+
+def _overrides_of_proxy(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+    proxy, engine = topology.proxy, engines.get(deployment.engine)
+    key = f"proxy.{proxy.name}"
+    yield from _derived_environment(key, proxy.entry.environment, engine.DERIVED_PROXY_ENVIRONMENT)
+    yield from _derived_arguments(key, proxy.entry.arguments, engine.DERIVED_PROXY_ARGUMENTS)
+
+
+def _derived_environment(
+    key: str, given: Iterable[str], derived: frozenset[str]
+) -> Iterator[Finding]:
+    for name in sorted(derived.intersection(given)):
+        message = "expected it not to be given: it follows from the topology"
+        yield "derived-environment", Problem(f"{key}.environment.{name}", message)
+
+
+def _derived_arguments(
+    key: str, given: Iterable[str], derived: frozenset[str]
+) -> Iterator[Finding]:
+    for name in sorted(derived.intersection(name.replace("_", "-") for name in given)):
+        message = "expected it not to be given: it follows from other keys of the file"
+        yield "derived-arguments", Problem(f"{key}.arguments.{name}", message)
 
 
 def _is_ours(deployment: "Deployment", target: str) -> bool:

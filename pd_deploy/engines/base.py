@@ -134,6 +134,11 @@ class Engine(Protocol):
     DERIVED_ENVIRONMENT: frozenset[str]
     """Variables that follow from the topology; another value makes pods that can't link."""
 
+    DERIVED_PROXY_ARGUMENTS: frozenset[str]
+    """The same of the proxy's arguments."""
+    DERIVED_PROXY_ENVIRONMENT: frozenset[str]
+    """The same of the proxy's variables."""
+
     STARTED: str
     """Text in an instance's log once its launcher runs."""
     PREPARED: str

@@ -2,7 +2,7 @@
 
 `compat: upstream` undoes the corrections of values: those of the engine here, by name, and those
 of a profile by the profile's own `upstream` section. The others are ways of doing the same thing
-that show in no value the engine sees; they stay.
+(most show in no value that the engine sees); they stay.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ CORRECTIONS = (
         "profile",
         "`max-num-batched-tokens` 40960 for prompts of 61244",
         "at least the model length",
-        "a longer prompt is accepted, never scheduled, and blocks all behind it",
+        "a longer prompt is accepted, never scheduled, and blocks all behind it; with "
+        "prefill-memory it is what upstream has later, see there",
         untried=True,
     ),
     Correction(
@@ -84,7 +85,10 @@ CORRECTIONS = (
         "profile",
         "`gpu_memory_utilization` 0.88 on prefill",
         "0.65",
-        "what upstream itself later pairs with the larger batch",
+        "upstream has 0.65 for 61440 tokens in its later profiles, for later images, together with "
+        "`ENABLE_PREFILL_TND=1`, `TASK_QUEUE_ENABLE=2`, `AUTO_USE_UC_MEMORY=1` and "
+        "`PYTORCH_NPU_ALLOC_CONF=expandable_segments:True` (as in `qwq-32b-a2`); without these "
+        "four the pair is untried",
         untried=True,
     ),
     Correction(
@@ -173,11 +177,75 @@ CORRECTIONS = (
         untried=True,
     ),
     Correction(
+        "ray-address",
+        "always",
+        "ray and the engine choose their address by the default route",
+        "ray is started with the host's address, and `VLLM_HOST_IP` is the same",
+        "the engine asks ray for the node of its own address and must find it",
+        untried=True,
+    ),
+    Correction(
+        "kv-parallel-size",
+        "always",
+        "the templates followed the engine's new meaning of `kv_parallel_size` six weeks late",
+        "by the image's age; refused where the tag tells none, or where the file says otherwise",
+        "with the other meaning's number decode answers garbage, without an error",
+        untried=True,
+    ),
+    Correction(
+        "launcher-port",
+        "always",
+        "the launcher refuses a port with connections in TIME_WAIT, for 60 s after the last one",
+        "it runs with SO_REUSEADDR set on what it binds, as the server does; a port that is "
+        "listened on is still refused",
+        "a restart fails for a minute after a probe or an idle connection that the server closed",
+        untried=True,
+    ),
+    Correction(
+        "extra-arguments",
+        "always",
+        "`--extra-args` in the order of the template",
+        "in the order of profile and file",
+        "they are options by name; their order means nothing",
+    ),
+    Correction(
+        "log-rotation",
+        "always",
+        "the containers' logs grow without bound",
+        "Docker keeps the last 3 files of 100 MB of each",
+        "a full disk stops all that runs on the host",
+    ),
+    Correction(
+        "read-only-mounts",
+        "always",
+        "the time zone and the directories of scripts and ranktables may be written in containers",
+        "`/etc/localtime` and the generation's directory are mounted read-only",
+        "a container can't change what the next start reads",
+    ),
+    Correction(
+        "nginx-sources",
+        "always",
+        "nginx is built in every proxy container, its sources fetched from nginx.org unless there",
+        "built only where the image has none, from `nginx_tarball` on the host or from nginx.org; "
+        "a failure ends the stage",
+        "hosts often have no way out, and a failed build was seen by nobody",
+    ),
+    Correction(
+        "proxy-options",
+        "always",
+        "the balancer's slots are 16 and 32 and requests are logged into the container",
+        "where the image's script knows the options: the roles' `max-num-seqs`, and the log "
+        "directory",
+        "the balancer counts other slots than the servers have",
+        untried=True,
+    ),
+    Correction(
         "start-order",
         "always",
         "fixed pauses of 20 or 45 s, chosen by the first host for all",
         "a pod starts when those it follows have started",
         "too short or too long",
+        untried=True,
     ),
     Correction(
         "proxy-last",
@@ -212,7 +280,8 @@ def as_markdown() -> str:
     after = {
         "engine": "Undone by `compat: upstream`.",
         "profile": "Undone by `compat: upstream` where the profile has a section `upstream`.",
-        "always": "They show in no value that the engine is given, but paths; they always apply.",
+        "always": "They always apply. Where one shows in a value that the engine is given, it says "
+        "so.",
     }
     lines = [
         "# Corrections",

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 UNUSED_KEYS: tuple[str, ...] = ("vllm",)
 DERIVED_ARGUMENTS = omniinfer_rules.DERIVED_ARGUMENTS
 DERIVED_ENVIRONMENT = omniinfer_rules.DERIVED_ENVIRONMENT
+DERIVED_PROXY_ARGUMENTS = omniinfer_rules.DERIVED_PROXY_ARGUMENTS
+DERIVED_PROXY_ENVIRONMENT = omniinfer_rules.DERIVED_PROXY_ENVIRONMENT
 findings = omniinfer_rules.findings
 read_addresses_command = ranktable.read_addresses_command
 parse_addresses = ranktable.parse_addresses
@@ -57,6 +59,8 @@ COUNTERS = Counters(
 _LAUNCHER_SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill", "enable-mtp")
 _LAUNCHER_OPTIONS = ("block-size", "num-speculative-tokens")
 _RAY_JOIN_TIMEOUT_S = 300
+# The one that is started, and the one that it calls with all its arguments.
+_PROXY_SCRIPTS = ("tools/scripts", "omni/accelerators/sched/global_proxy")
 _NGINX = "nginx-1.24.0"
 _RAY_ENVIRONMENT: dict[str, Scalar] = {
     "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": 1,
@@ -194,7 +198,7 @@ def command(service: Service, name: str) -> list[str]:
 def environment(service: Service, name: str) -> dict[str, str]:
     """What the start script exports, after the image's own ~/.bashrc."""
     instance = instance_of(service, name)
-    return _server_environment(service, instance) if instance else _build_environment(service)
+    return _server_environment(service, instance) if instance else _proxy_environment(service)
 
 
 def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar]:
@@ -399,15 +403,56 @@ def _proxy_command(service: Service) -> list[str]:
         "--start-core-index", str(proxy.start_core_index),
         "--prefill-lb-sdk", proxy.prefill_lb_sdk,
         "--decode-lb-sdk", proxy.decode_lb_sdk,
+        *flags(proxy.arguments),
     ]  # fmt: skip
+
+
+def _if_known_to_the_image(service: Service) -> str:
+    """Options of the proxy's script that later images have: the batch sizes of both sides, by
+    which `pd_score_balance` counts free slots (16 and 32 unless given), and where requests are
+    logged. An older script ends at an option that it does not know, so the scripts are asked; the
+    one that is called only passes on what it is given.
+    """
+    name, given = service.topology.proxy.name, service.topology.proxy.entry.arguments
+    options: dict[str, Scalar | None] = {
+        "prefill-max-num-seqs": _most_sequences(service.topology.prefill),
+        "decode-max-num-seqs": _most_sequences(service.topology.decode),
+        "access-log-file": f"{service.layout.log_directory(name)}/nginx_access.log",
+    }
+    own = {argument.replace("_", "-") for argument in given}
+    scripts = [f"{_code(service)}/omniinfer/{path}/global_proxy.sh" for path in _PROXY_SCRIPTS]
+    pattern = '"(^|[^-[:alnum:]])$1([^-[:alnum:]]|$)"'
+    lines = [f"known() {{ grep -qsE -e {pattern} {shlex.join(scripts)}; }}"]
+    lines += [
+        f"known --{option} && proxy+=(--{option} {shlex.quote(text(value))})"
+        for option, value in options.items()
+        if value is not None and option not in own
+    ]
+    return "\n".join(lines)
+
+
+def _most_sequences(pods: Sequence[Pod]) -> int | None:
+    """The largest `max-num-seqs` among pods; None if none of them says."""
+    given = [
+        int(value)
+        for pod in pods
+        for name, value in pod.master.settings.arguments.items()
+        if name.replace("_", "-") == "max-num-seqs" and str(value).isdecimal()
+    ]
+    return max(given, default=None)
 
 
 def _servers(pods: Iterable[Pod]) -> list[str]:
     return [server for pod in pods for server in pod.servers]
 
 
+def _proxy_environment(service: Service) -> dict[str, str]:
+    """Where an image without nginx finds its sources, and what the file gives."""
+    given = service.topology.proxy.entry.environment
+    return _build_environment(service) | {key: text(value) for key, value in given.items()}
+
+
 def _build_environment(service: Service) -> dict[str, str]:
-    """Where an image without nginx finds its sources."""
     url, proxy = service.deployment.http_proxy, service.topology.proxy
     if corrected(service.deployment, "proxy-environment"):
         return {"http_proxy": url, "https_proxy": url} if url else {}
@@ -493,6 +538,7 @@ fi
 unset http_proxy https_proxy
 cd {code}/omniinfer/tools/scripts || exit 1
 proxy=({shlex.join(command(service, service.topology.proxy.name))})
+{_if_known_to_the_image(service)}
 "${{proxy[@]}}" --dry-run || exit 1
 conf=/usr/local/nginx/conf/nginx.conf
 sed -E "s|listen +{port}[^;]*;|listen {PROVING_ADDRESS}:{port};|" $conf >$conf.proving

@@ -32,6 +32,18 @@ DERIVED_ENVIRONMENT = frozenset({
 })  # fmt: skip
 """Variables that follow from the topology; another value makes pods that can't link."""
 
+DERIVED_PROXY_ARGUMENTS = frozenset({
+    "core-num", "decode-lb-sdk", "decode-servers-list", "dry-run", "listen-port", "log-file",
+    "log-level", "nginx-conf-file", "prefill-lb-sdk", "prefill-servers-list", "rollback",
+    "start-core-index", "stop",
+})  # fmt: skip
+"""Arguments of the proxy's script that follow from other keys, or that the start script gives."""
+DERIVED_PROXY_ENVIRONMENT = frozenset({
+    "CODE_PATH", "DECODE_LB_SDK", "HOST", "LOG_PATH", "PREFILL_LB_SDK", "PROXY_NODE_PORT",
+    "RANKTABLE_SAVE_PATH", "http_proxy", "https_proxy",
+})  # fmt: skip
+"""Variables of the proxy that follow from other keys of the file."""
+
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     """The rules that a deployment breaks: name and place."""

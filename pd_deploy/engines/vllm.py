@@ -60,7 +60,19 @@ DERIVED_ENVIRONMENT = frozenset({
     "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HCCL_IF_IP", "VLLM_HOST_IP",
     "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT",
 })  # fmt: skip
-_ROUTER_STARTUP_TIMEOUT_S = 50  # servers are ready before the router starts
+DERIVED_PROXY_ARGUMENTS = frozenset({
+    "decode", "host", "policy", "port", "prefill", "prometheus-host", "prometheus-port",
+    "vllm-pd-disaggregation",
+})  # fmt: skip
+DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
+# What the file's own arguments of the proxy may replace.
+_ROUTER_TUNING: dict[str, Scalar] = {
+    "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
+    "worker-startup-check-interval": 1,
+    "health-check-interval-secs": 2,
+    "health-failure-threshold": 2,
+    "health-success-threshold": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -228,7 +240,8 @@ def environment(service: Service, name: str) -> dict[str, str]:
     """What the start script exports."""
     instance = instance_of(service, name)
     if instance is None:
-        return {"PYTHONUNBUFFERED": "1"}
+        given = service.topology.proxy.entry.environment
+        return {"PYTHONUNBUFFERED": "1"} | {key: text(value) for key, value in given.items()}
     platform = _PLATFORMS[_options(service).device]
     interface = service.facts[instance.host].interface
     values: dict[str, Scalar] = {
@@ -362,12 +375,13 @@ def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
         "--vllm-pd-disaggregation",
         *backends,
         "--policy", options.router_policy,
-        "--worker-startup-timeout-secs", str(_ROUTER_STARTUP_TIMEOUT_S),
-        "--worker-startup-check-interval", "1",
-        "--health-check-interval-secs", "2",
-        "--health-failure-threshold", "2",
-        "--health-success-threshold", "1",
+        *flags(_ROUTER_TUNING | _dashed(proxy.entry.arguments)),
     ]  # fmt: skip
+
+
+def _dashed(arguments: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Arguments under the names that the router has; it takes each only once."""
+    return {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
 def _server_script(service: Service, instance: Instance) -> str:

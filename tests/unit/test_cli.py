@@ -231,6 +231,14 @@ class TestPlanOffline:
         assert done.err.startswith(f"pd-deploy: {path}: ")
         assert [text for text in says if text not in done.err] == []
 
+    def test_devices_with_the_same_address_are_named(self, call: Any, facts: Path) -> None:
+        known = json.loads(facts.read_text())
+        known["hosts"]["b"]["device_addresses"] = known["hosts"]["a"]["device_addresses"]
+        facts.write_text(json.dumps(known))
+        done = call("plan", example.FILE, "--facts", facts)
+        assert (done.code, done.out) == (1, "")
+        assert "192.168.1.100 is the address of device 0 on a and of device 0 on b" in done.err
+
     def test_missing_facts_file_is_2(self, call: Any, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "none.json"):
             done = call("plan", example.FILE, "--facts", path)

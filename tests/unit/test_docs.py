@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pd_deploy import deployment, documents, rules, topology
 from pd_deploy.deployment import Deployment
 from pd_deploy.engines import corrections
+from pd_deploy.hosts import ContainerSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/deployment-file.md").read_text()
@@ -78,6 +79,18 @@ def test_every_rule_is_documented_as_it_is() -> None:
     section = PAGE.partition("## Rules")[2]
     table = re.findall(r"^\| `([a-z-]+)` \| (.*) \|$", section, re.MULTILINE)
     assert dict(table) == rules.RULES
+
+
+def test_the_list_of_corrections_has_the_bounds_of_logs_that_containers_get() -> None:
+    spec = ContainerSpec(name="x", image="x")
+    (found,) = [c for c in corrections.CORRECTIONS if c.name == "log-rotation"]
+    size = spec.log_max_size.replace("m", " MB")
+    assert f"the last {spec.log_max_file} files of {size}" in found.ours
+
+
+def test_the_list_of_corrections_names_each_once() -> None:
+    names = [c.name for c in corrections.CORRECTIONS]
+    assert sorted(set(names)) == sorted(names)
 
 
 def test_the_list_of_corrections_is_the_one_in_code() -> None:

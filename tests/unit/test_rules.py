@@ -54,10 +54,15 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
     "derived-arguments": [
         {"settings": {"prefill": {"arguments": {"tensor-parallel-size": 4}}}},
         {"prefill": {"p0": {"arguments": {"kv_transfer_config": "x"}}}},
+        {"proxy": {"c0": {"arguments": {"listen-port": 1}}}},
+        {"proxy": {"c0": {"arguments": {"prefill_servers_list": "x"}}}},
     ],
     "derived-environment": [
         {"settings": {"all": {"environment": {"PREFILL_POD_NUM": 2}}}},
         {"decode": {"d0": {"environment": {"ASCEND_RT_VISIBLE_DEVICES": "0"}}}},
+        {"decode": {"d0": {"environment": {"SERVER_OFFSET": 8}}}},
+        {"prefill": {"p0": {"environment": {"VLLM_HOST_IP": "10.0.0.1"}}}},
+        {"proxy": {"c0": {"environment": {"http_proxy": "x"}}}},
     ],
     "device-ids": [{"devices_per_host": 15, "prefill": {"p1": None}}],
     "devices-disjoint": [{"prefill": {"p1": {"devices": "7-14"}}}],

@@ -103,6 +103,12 @@ class TestAll:
             (GPU, "tensor-parallel", {"decode": {"d0": {"tensor_parallel": 3}}}),
             (GPU, "tensor-parallel-ratio", {"prefill": {"p0": {"devices": "0-2"}}}),
             (GPU, "derived-arguments", {"settings": {"all": {"arguments": {"port": 1}}}}),
+            (GPU, "derived-arguments", {"proxy": {"c0": {"arguments": {"policy": "random"}}}}),
+            (
+                GPU,
+                "derived-environment",
+                {"proxy": {"c0": {"environment": {"PYTHONUNBUFFERED": 0}}}},
+            ),
             (
                 GPU,
                 "derived-environment",
@@ -180,6 +186,24 @@ class TestGpu:
     def test_router_needs_no_device(self) -> None:
         host = create_kwargs(plan(GPU).container("c0"))["config"]["HostConfig"]
         assert not {"DeviceRequests", "Devices", "CapAdd", "Ulimits"} & host.keys()
+
+    def test_router_takes_the_files_arguments_and_each_only_once(self) -> None:
+        changes = {
+            "proxy": {
+                "c0": {
+                    "arguments": {"health_check_interval_secs": 9, "log-level": "debug"},
+                    "environment": {"RUST_LOG": "info"},
+                }
+            }
+        }
+        argv, environment = runs(plan(GPU, changes), "c0")
+        options = [word for word in argv if word.startswith("--")]
+        assert value(argv, "--health-check-interval-secs") == "9"
+        assert value(argv, "--log-level") == "debug"
+        assert value(argv, "--health-failure-threshold") == "2"
+        once = [word for word in options if word not in ("--prefill", "--decode")]
+        assert len(set(once)) == len(once)
+        assert environment == {"PYTHONUNBUFFERED": "1", "RUST_LOG": "info"}
 
     def test_router_has_every_server_and_shares_them_out(self) -> None:
         argv, _ = runs(plan(GPU), "c0")
