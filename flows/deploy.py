@@ -10,7 +10,7 @@ from flows.carry_out import OnFailure, carry_out, look
 from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work, connected, open_former, open_site
-from pd_deploy import deployment, survey, tags
+from pd_deploy import deployment, survey, tags, topology
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.plan import STAGES, Stage
 from pd_deploy.rollout import Rollout, Site
@@ -46,8 +46,9 @@ async def deploy(
     run, given = this_run(), deployment.load(Path(file))
     if image == NEWEST:
         tags.policy_of(given)
-    elif image is not None:
-        deployment.load(Path(file), image=image)
+        topology.build(given)
+    else:
+        topology.build(deployment.load(Path(file), image=image))
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])

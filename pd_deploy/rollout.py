@@ -49,7 +49,7 @@ class Site:
         lease: Lease | None = None,
     ) -> None:
         self.deployment = deployment
-        self.topology = topology.build(deployment)
+        self.topology = topology.derive(deployment)
         self.engine = engines.get(deployment.engine)
         self.hosts = hosts
         self.registry_login = registry_login

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pd_deploy import generation, history, plan, registry, releases, tags
+from pd_deploy import generation, history, plan, registry, releases, tags, topology
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
 from pd_deploy.history import Saved
@@ -148,6 +148,7 @@ def planned(
     """
     file_image, past = site.deployment.image, past_of(surveys)
     deployment = site.deployment.model_copy(update={"image": image.choice.image})
+    topology.build(deployment)  # its rules depend on the image
     site = site.turned_to(deployment)
     interfaces = {survey.host: survey.interface for survey in surveys}
     known = {one.host: one.of_device for one in addresses}

@@ -206,12 +206,12 @@ class Topology:
 
 
 def build(deployment: Deployment) -> Topology:
-    """The topology of a deployment.
+    """The topology of a deployment that is to be planned.
 
     Raises:
         InvalidInput: names used twice, and rules that are broken without being allowed to.
     """
-    topology = _derive(deployment)
+    topology = derive(deployment)
     problems = rules.broken(deployment, topology)
     if problems:
         source = f"deployment {deployment.name}"
@@ -219,7 +219,9 @@ def build(deployment: Deployment) -> Topology:
     return topology
 
 
-def _derive(deployment: Deployment) -> Topology:
+def derive(deployment: Deployment) -> Topology:
+    """The topology of a deployment, whatever rules it breaks: one that was saved has to come back
+    although a later version of pd-deploy has further rules."""
     (proxy_name, proxy), *_ = deployment.proxy.items()
     prefill = tuple(
         _pod(deployment, "prefill", name, entry, rank)

@@ -439,12 +439,17 @@ async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         SmokeTestFailed: the one that failed, or all of them in one.
     """
     results = await asyncio.gather(*work, return_exceptions=True)
-    faults = [one for one in results if isinstance(one, BaseException)]
-    if other := next((one for one in faults if not isinstance(one, SmokeTestFailed)), None):
-        raise other
-    told = {str(fault): fault for fault in faults}
+    faults = [one for one in results if isinstance(one, SmokeTestFailed)]
+    for one in results:
+        if isinstance(one, BaseException) and one not in faults:
+            raise one
+    # One answer of a server is enough to know what is wrong with it.
+    told: dict[str | None, SmokeTestFailed] = {}
+    for fault in faults:
+        told.setdefault(fault.instance, fault)
     if len(told) == 1:
-        raise next(iter(told.values()))
+        raise faults[0]
     if told:
-        raise SmokeTestFailed("\n- ".join([f"{len(told)} requests failed:", *told])) from faults[0]
+        lines = ["several servers do not answer as they should:", *map(str, told.values())]
+        raise SmokeTestFailed("\n- ".join(lines)) from faults[0]
     return [one for one in results if not isinstance(one, BaseException)]

@@ -172,7 +172,7 @@ class TestRollback:
         message = str(state.message)
         assert state.is_failed()
         assert re.search(rf"new generation 2-\w+ failed at `{step}.*` because ", message)
-        assert re.search(r"The service is back on generation 1-\w+, down for \d+ s", message)
+        assert re.search(r"The service is back on generation 1-\w+, down for \d+\.\d s", message)
         assert "is in quarantine" in message
         assert {n: c["Id"] for n, c in service.containers(running=True).items()} == old
         assert service.completes()
