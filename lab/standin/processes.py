@@ -286,9 +286,7 @@ class StandinSet:
 
     def _env(self, name: str, role: str) -> dict[str, str]:
         host, _ = self.places[name]
-        decode_ips = ",".join(
-            self.address(self.places[f"d{i}"][0]) for i in range(self.decodes)
-        )
+        decode_ips = ",".join(self.address(self.places[f"d{i}"][0]) for i in range(self.decodes))
         return {
             "STANDIN_ROOT": str(self.root(host)),
             "STANDIN_ADDRESS": self.address(host),
