@@ -441,7 +441,11 @@ def test_single_requests_all_go_to_the_first_decode(root: Path, two_decodes: Sta
 
 
 @needs_nginx
-@pytest.mark.parametrize(("limit", "expected"), [("2", [2, 2]), ("32", [1, 3])])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("1", [2, 2]), ("2", [2, 2]), ("32", [1, 3])],
+    ids=["round robin once all are at it", "the other one", "far away"],
+)
 def test_a_decode_at_its_limit_gets_nothing_more(
     root: Path, two_decodes: StandinSet, limit: str, expected: list[int]
 ) -> None:
