@@ -80,7 +80,7 @@ def test_an_idle_connection_is_closed_by_the_server(running: StandinSet) -> None
     before = time_waits_at(server.api_port)
     with connect(server) as client:
         assert b"200 OK" in get_health(client)
-        assert seconds_until_closed(client) == pytest.approx(KEEP_ALIVE, abs=0.4)
+        assert 0.9 * KEEP_ALIVE < seconds_until_closed(client) < 3 * KEEP_ALIVE
     assert time_waits_at(server.api_port) == before + 1
 
 
@@ -97,7 +97,7 @@ def test_it_is_five_seconds_unless_told(pair: StandinSet) -> None:
     pair.wait_ready()
     with connect(pair["p0"]) as client:
         get_health(client)
-        assert seconds_until_closed(client) == pytest.approx(5.0, abs=0.5)
+        assert 4.9 < seconds_until_closed(client) < 7
 
 
 def test_the_wait_for_the_first_request_is_not_bounded(running: StandinSet) -> None:

@@ -330,6 +330,17 @@ def test_single_requests_all_go_to_the_first_prefill(
 
 
 @needs_nginx
+def test_connections_to_the_chosen_servers_are_kept(proxy: tuple[Instance, StandinSet]) -> None:
+    entry, instances = proxy
+    for _ in range(3):
+        assert entry.request("/v1/completions", BODY).status == 200
+    for name in ("p0", "d0"):
+        lines = [line for line in instances[name].log().splitlines() if '"POST /v1/' in line]
+        assert len(lines) == 3
+        assert len({line.split()[1] for line in lines}) == 1  # the client's address and port
+
+
+@needs_nginx
 def test_a_request_that_decode_answers_no_longer_counts_for_prefill(
     proxy: tuple[Instance, StandinSet],
 ) -> None:
@@ -432,6 +443,11 @@ def two_decodes(tmp_path: Path) -> Iterator[StandinSet]:
         yield instances
 
 
+def running_of(two_decodes: StandinSet) -> list[float]:
+    """Requests that each decode server works on."""
+    return [two_decodes[name].metric(RUNNING) for name in ("d0", "d1")]
+
+
 @needs_nginx
 def test_single_requests_all_go_to_the_first_decode(root: Path, two_decodes: StandinSet) -> None:
     with served(root, two_decodes) as entry:
@@ -457,10 +473,10 @@ def test_a_decode_at_its_limit_gets_nothing_more(
     ):
         for name in ("d0", "d1"):
             two_decodes[name].set_faults(token_seconds=1.0)
-        for prompt in ("word " * 2000, "a", "b", "c"):
+        for count, prompt in enumerate(("word " * 2000, "a", "b", "c"), start=1):
             pool.submit(entry.request, "/v1/completions", BODY | {"prompt": prompt})
-            time.sleep(0.3)
-        assert [two_decodes[name].metric(RUNNING) for name in ("d0", "d1")] == expected
+            two_decodes["d0"].wait_for(lambda n=count: sum(running_of(two_decodes)) == n, prompt)
+        assert running_of(two_decodes) == expected
 
 
 @needs_nginx
