@@ -1,7 +1,6 @@
 """What the stand-in does differently by the date of its image: the meaning of kv_parallel_size."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from lab.standin.processes import STANDIN, Instance, StandinSet, hand_over, stan
 PROMPT = {"model": "qwen", "max_tokens": 20, "prompt": "how are you?"}
 NUMBERS = PROMPT | {"prompt": "5, 7, 9, 11,", "max_tokens": 5}
 BEFORE, SINCE = "2025-08-12", "2025-08-13"
-
-Start = Callable[[str], AbstractContextManager[StandinSet]]
 
 
 def text_of(prefill: Instance, decode: Instance, body: dict[str, Any]) -> str:
