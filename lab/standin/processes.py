@@ -19,6 +19,7 @@ STANDIN = Path(__file__).parent
 LAUNCHER = STANDIN / "image/workspace/omniinfer/tools/scripts/start_api_servers.py"
 VLLM = STANDIN / "image/usr/local/Ascend/latest/bin/vllm"
 PYTHON = str(Path(sys.executable).resolve())  # without a virtual environment: starts faster
+LAUNCH = (PYTHON, "-S", str(LAUNCHER))  # no site-packages: starts faster
 DEVICES_PER_INSTANCE = 8
 TIMEOUT_SECONDS = 15.0
 
@@ -47,11 +48,12 @@ class Instance:
     args: dict[str, str]
     kv: dict[str, Any]
     extra: list[str]
+    launcher: list[str] = field(default_factory=lambda: list(LAUNCH))
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def start(self) -> None:
         """Start the launcher."""
-        argv = [PYTHON, "-S", str(LAUNCHER), *self.extra]  # no site-packages: starts faster
+        argv = [*self.launcher, *self.extra]
         for flag, value in {**self.args, "--kv-transfer-config": json.dumps(self.kv)}.items():
             argv += [flag, value]
         environment = {

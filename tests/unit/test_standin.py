@@ -237,6 +237,67 @@ def test_a_prompt_over_the_token_budget_blocks_the_queue_until_its_client_leaves
     assert [answer.status for answer in answers] == [200]
 
 
+# Sequences of numbers
+
+NUMBERS = {"model": "qwen", "max_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("1, 2, 3, 4, 5,", " 6, 7, 8"),
+        ("Go on: 8, 9, 10, 11, 12,", " 13, 14, 15"),
+        ("5 10 15", " 20, 25, 30"),
+        ("100, 98, 96", " 94, 92, 90"),
+        ("0,0,0,", " 0, 0, 0"),
+        ("7, 1, 2, 3", " 4, 5, 6"),
+        ("1997,1998,1999,", " 2000, 2001, 2002"),
+    ],
+)
+def test_a_sequence_of_numbers_is_continued(running: StandinSet, prompt: str, text: str) -> None:
+    for answer in (
+        running["d0"].request("/v1/completions", NUMBERS | {"prompt": prompt}),
+        hand_over(running["p1"], running["d0"], NUMBERS | {"prompt": prompt}),
+    ):
+        assert text_of(answer) == text
+
+
+def test_prefill_gives_the_first_token_of_a_sequence(running: StandinSet) -> None:
+    body = NUMBERS | {"prompt": "8, 9, 10, 11, 12,", "max_tokens": 1}
+    assert text_of(running["p0"].request("/v1/completions", body)) == " 13"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["1, 2,", "1, 2, 4,", "1, 2, 3, go", "1;2;3;", "1,, 2,, 3", "07 08 09", "x"]
+)
+def test_other_prompts_are_not_continued_in_numbers(running: StandinSet, prompt: str) -> None:
+    text = text_of(running["d0"].request("/v1/completions", NUMBERS | {"prompt": prompt}))
+    assert not any(character.isdigit() for character in text)
+
+
+def test_a_sequence_ends_where_the_numbers_with_tokens_end(running: StandinSet) -> None:
+    body = NUMBERS | {"prompt": "9996, 9997, 9998,"}
+    text = text_of(running["d0"].request("/v1/completions", body))
+    assert text.startswith(" 9999, ")
+    assert text.split()[1].isalpha()
+
+
+def test_an_answer_in_numbers_ends_by_itself(running: StandinSet) -> None:
+    body = NUMBERS | {"prompt": "1, 2, 3,", "max_tokens": 1000}
+    answer = running["d0"].request("/v1/completions", body).body
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert 64 <= answer["usage"]["completion_tokens"] < 256
+
+
+def test_a_chat_continues_the_sequence_of_its_last_message(running: StandinSet) -> None:
+    messages = [
+        {"role": "system", "content": "Count: 1, 2, 3"},
+        {"role": "user", "content": [{"type": "text", "text": "Go on: 20, 30, 40,"}]},
+    ]
+    answer = running["d0"].request("/v1/chat/completions", NUMBERS | {"messages": messages})
+    assert answer.body["choices"][0]["message"]["content"] == " 50, 60, 70"
+
+
 # Faults and deaths
 
 
@@ -280,6 +341,25 @@ def test_ignore_kv_is_counted_as_computed_locally(running: StandinSet) -> None:
     hand_over(running["p0"], running["d0"], PROMPT)
     running["d0"].set_faults()
     assert running["d0"].metric(name) == before + 1
+
+
+@pytest.mark.parametrize("body", [PROMPT, NUMBERS | {"prompt": "8, 9, 10,"}])
+def test_other_heads_makes_garbage_that_nothing_notices(
+    running: StandinSet, body: dict[str, Any]
+) -> None:
+    right = text_of(hand_over(running["p0"], running["d0"], body))
+    source = 'standin:requests_by_source_total{source="external_kv_transfer"}'
+    errors = "standin:kv_transfer_errors_total"
+    before = {name: running["d0"].metric(name) for name in (source, errors)}
+    running["d0"].set_faults(other_heads=True)
+    wrong = text_of(hand_over(running["p0"], running["d0"], body))
+    own = text_of(running["d0"].request("/v1/completions", body))
+    running["d0"].set_faults()
+    assert wrong != right
+    assert wrong.replace(",", " ").split()[0] == right.replace(",", " ").split()[0]
+    assert own == right
+    assert running["d0"].metric(source) == before[source] + 1
+    assert running["d0"].metric(errors) == before[errors]
 
 
 def test_a_crash_ends_the_launcher_with_its_code_and_a_traceback(pair: StandinSet) -> None:

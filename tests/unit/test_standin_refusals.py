@@ -198,6 +198,22 @@ def test_refuses_and_names_the_rule(pair: StandinSet, name: str, rule: str, chan
     assert f"standin: refused [{rule}, contract " in pair[name].log()
 
 
+def test_prefill_pods_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    """By everybody: p0 and decode know the sizes from the global ranktable."""
+    with standin_set(tmp_path, prefills=2) as instances:
+
+        def halve(server: dict[str, Any]) -> None:
+            server["device"] = server["device"][:4]
+
+        edit_both("p1", 1, halve)(instances)
+        for name in instances.instances:
+            instances[name].start()
+            assert instances[name].exit_code() == 1
+            line = "refused [prefill-sizes, contract 3.3]"
+            assert line in instances[name].log()
+        assert "devices of the prefill pods: [8, 4]" in instances["d0"].log()
+
+
 def test_an_unknown_engine_flag_is_a_usage_error(pair: StandinSet) -> None:
     pair["p0"].args["--extra-args"] = "--max-num-sequences 64"
     pair["p0"].start()

@@ -1,5 +1,101 @@
 -- Prefill, then decode (contract 5.4): one token from prefill in a subrequest, its
 -- kv_transfer_params into the original body, which then goes to a decode server.
+--
+-- With pd_score_balance it also chooses the servers. What is in flight is counted in a shared
+-- dictionary: at the choice in the access phase, back when prefill has answered, and at the latest
+-- in the log phase, which runs for every request, also for one whose client has hung up.
+
+local balancer = require("ngx.balancer")
+
+local M = {}
+local counts = ngx.shared.pd_score
+local peers = {} -- side → list of {host, port}; only for a side with pd_score_balance
+local decode_limit -- active requests of one decode server
+
+-- servers: {prefill = {"host:port", …} or nil, decode = … or nil}
+function M.configure(servers, limit)
+    decode_limit = limit
+    for side, list in pairs(servers) do
+        peers[side] = {}
+        for index, server in ipairs(list) do
+            local host, port = server:match("^(.*):(%d+)$")
+            peers[side][index] = { host = host, port = tonumber(port) }
+        end
+    end
+end
+
+local function key(what, side, index)
+    return what .. ":" .. side .. ":" .. index
+end
+
+-- The workers choose one after the other, so that a burst spreads as in upstream's shared memory.
+-- A worker that dies inside holds the lock for 0.1 s.
+local function locked(action, ...)
+    while not counts:add("lock", true, 0.1) do end
+    local result = action(...)
+    counts:delete("lock")
+    return result
+end
+
+-- The server with the fewest bytes in flight, of equal ones the first; nil if none has room.
+local function least(side, limit)
+    local best, fewest
+    for index = 1, #peers[side] do
+        local bytes = counts:get(key("bytes", side, index)) or 0
+        local active = counts:get(key("active", side, index)) or 0
+        if active < limit and (not fewest or bytes < fewest) then
+            best, fewest = index, bytes
+        end
+    end
+    return best
+end
+
+local function take(side, bytes, limit)
+    local index = least(side, limit)
+    if index then
+        counts:incr(key("bytes", side, index), bytes, 0)
+        counts:incr(key("active", side, index), 1, 0)
+    end
+    return index
+end
+
+local function choose(side, limit)
+    if not peers[side] then
+        return
+    end
+    local bytes = tonumber(ngx.var.request_length)
+    local index = locked(take, side, bytes, limit)
+    ngx.ctx[side] = index and { index = index, bytes = bytes }
+end
+
+local function release(side)
+    local choice = ngx.ctx[side]
+    if choice then
+        ngx.ctx[side] = nil
+        counts:incr(key("bytes", side, choice.index), -choice.bytes)
+        counts:incr(key("active", side, choice.index), -1)
+    end
+end
+
+-- balancer phase: without a choice (every decode server is at its limit) nginx goes round robin.
+function M.balance(side)
+    local choice = ngx.ctx[side]
+    if choice then
+        local peer = peers[side][choice.index]
+        assert(balancer.set_current_peer(peer.host, peer.port))
+    end
+end
+
+-- access phase of what goes to prefill alone.
+function M.to_prefill()
+    choose("prefill", math.huge)
+end
+
+-- log phase.
+function M.finish()
+    release("prefill")
+    release("decode")
+end
 
 local function set_request_id()
     if ngx.req.get_headers()["x-request-id"] then
@@ -44,18 +140,33 @@ local function pass_on(answer)
     ngx.exit(ngx.HTTP_OK)
 end
 
-set_request_id()
-local body = read_body()
-local answer = ngx.location.capture("/prefill_internal" .. ngx.var.uri, {
-    method = ngx.HTTP_POST,
-    body = prefill_body(body),
-})
-if answer.status >= 300 then
-    return pass_on(answer)
+local function ask_prefill(body)
+    choose("prefill", math.huge)
+    -- The subrequest's balancer reads the choice from the same context.
+    local answer = ngx.location.capture("/prefill_internal" .. ngx.var.uri, {
+        method = ngx.HTTP_POST,
+        body = prefill_body(body),
+        ctx = ngx.ctx,
+    })
+    release("prefill")
+    return answer
 end
--- Without parameters (prefill's only token ended the answer) decode computes by itself.
-local parameters = answer.body:match('"kv_transfer_params"%s*:%s*(%b{})')
-if parameters then
-    body = insert_at_end(body, '"kv_transfer_params":' .. parameters)
+
+-- access phase of a completion.
+function M.hand_over()
+    set_request_id()
+    local body = read_body()
+    local answer = ask_prefill(body)
+    if answer.status >= 300 then
+        return pass_on(answer)
+    end
+    -- Without parameters (prefill's only token ended the answer) decode computes by itself.
+    local parameters = answer.body:match('"kv_transfer_params"%s*:%s*(%b{})')
+    if parameters then
+        body = insert_at_end(body, '"kv_transfer_params":' .. parameters)
+    end
+    ngx.req.set_body_data(body)
+    choose("decode", decode_limit)
 end
-ngx.req.set_body_data(body)
+
+return M

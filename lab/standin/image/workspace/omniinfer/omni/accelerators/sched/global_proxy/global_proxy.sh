@@ -7,6 +7,9 @@ ROOT=${STANDIN_ROOT:-}
 PREFIX=$ROOT/usr/local/nginx
 NGINX=$PREFIX/nginx
 PID_FILE=$ROOT/run/nginx.pid
+# Options that came with images of this date; an ISO date compares as text.
+NEW_OPTIONS_SINCE=2025-10-10
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 conf_file=$PREFIX/conf/nginx.conf
 start_core=0
@@ -19,6 +22,9 @@ decode_lb=pd_score_balance
 body_buffer=1024K
 log_file=
 log_level=
+prefill_seqs=16
+decode_seqs=32
+access_log=/tmp/nginx_access.log
 dry_run=0
 stop=0
 rollback=0
@@ -59,11 +65,22 @@ parse() {
     [ "$rollback" = 0 ] || [ "$stop" = 1 ] || fail "--rollback only with --stop"
 }
 
+built() { # the date of the image, below the root or else below the one that this script is in
+    local file=usr/local/Ascend/latest/standin/built
+    cat "$ROOT/$file" 2>/dev/null || cat "$here/../../../../../../$file"
+}
+
+has_new_options() {
+    [[ ! $(built) < $NEW_OPTIONS_SINCE ]]
+}
+
 is_known() {
     case $1 in
         -f | --nginx-conf-file | -s | --start-core-index | -c | --core-num | -p | --listen-port | \
             --prefill-servers-list | --decode-servers-list | --prefill-lb-sdk | --decode-lb-sdk | \
             --client-body-buffer-size | -l | --log-file | --log-level) return 0 ;;
+        --prefill-max-num-seqs | --decode-max-num-seqs | --access-log-file)
+            has_new_options && return 0 ;;
     esac
     return 1
 }
@@ -81,6 +98,9 @@ set_option() {
         --client-body-buffer-size) body_buffer=$2 ;;
         -l | --log-file) log_file=$2 ;;
         --log-level) log_level=$2 ;;
+        --prefill-max-num-seqs) prefill_seqs=$2 ;;
+        --decode-max-num-seqs) decode_seqs=$2 ;;
+        --access-log-file) access_log=$2 ;;
     esac
 }
 
@@ -89,6 +109,8 @@ check_arguments() {
         fail "--listen-port must be an integer from 1024 to 65500, found '$listen_port'"
     [[ $core_num =~ ^[1-9][0-9]*$ ]] || fail "--core-num must be a positive integer"
     [[ $start_core =~ ^[0-9]+$ ]] || fail "--start-core-index must be an integer"
+    [[ $prefill_seqs =~ ^[1-9][0-9]*$ ]] || fail "--prefill-max-num-seqs must be a positive integer"
+    [[ $decode_seqs =~ ^[1-9][0-9]*$ ]] || fail "--decode-max-num-seqs must be a positive integer"
     check_servers --prefill-servers-list "$prefill_servers"
     check_servers --decode-servers-list "$decode_servers"
     case $log_level in
@@ -137,22 +159,24 @@ affinity_masks() {
     done
 }
 
-balance() { # name
-    case $1 in
+balance() { # side name
+    case $2 in
         round_robin) ;;
+        pd_score_balance)
+            echo "        balancer_by_lua_block { package.loaded.pd_handover.balance(\"$1\") }" ;;
         least_conn) echo "        least_conn;" ;;
-        pd_score_balance | weighted_least_active | greedy_timeout | prefill_score_balance | \
+        weighted_least_active | greedy_timeout | prefill_score_balance | \
             least_total_load | auto_balance_controller | length_balance)
-            echo "        least_conn;  # in place of $1" ;;
+            echo "        least_conn;  # in place of $2" ;;
         # Verbatim, so that nginx -t refuses it (5.2).
-        *) echo "        $1;" ;;
+        *) echo "        $2;" ;;
     esac
 }
 
-upstream() { # name servers lb
+upstream() { # side servers lb
     local server
-    echo "    upstream $1 {"
-    balance "$3"
+    echo "    upstream $1_servers {"
+    balance "$1" "$3"
     for server in ${2//,/ }; do
         echo "        server $server max_fails=3 fail_timeout=10s;"
     done
@@ -162,6 +186,30 @@ upstream() { # name servers lb
         keepalive_requests 20000;
     }
 EOF
+}
+
+scored() { # side servers lb: the side's entry in the table of the servers to choose from
+    local server
+    [ "$3" = pd_score_balance ] || return
+    printf '%s = { ' "$1"
+    for server in ${2//,/ }; do
+        printf '"%s:%s", ' "$(address "${server%:*}")" "${server##*:}"
+    done
+    printf '}, '
+}
+
+address() { # of a host; the choice in Lua takes no names
+    local found
+    found=$(getent ahostsv4 "$1" | head -n 1)
+    echo "${found%% *}"
+}
+
+decode_limit() { # active requests of one decode server
+    if has_new_options; then echo "$decode_seqs"; else echo 25; fi
+}
+
+access_log_line() {
+    if has_new_options; then echo "access_log $access_log;"; else echo "access_log off;"; fi
 }
 
 write_conf() {
@@ -192,10 +240,16 @@ events {
 http {
     lua_package_path "$ROOT/usr/share/lua/5.1/?.lua;;";
     # Loaded by the master, like a C module: the workers' user need not be able to read it.
+    lua_shared_dict pd_score 1m;
     init_by_lua_block {
-        package.loaded.pd_handover = assert(loadfile("$PREFIX/modules/pd_handover.lua"))
+        package.loaded.pd_handover = assert(loadfile("$PREFIX/modules/pd_handover.lua"))()
+        package.loaded.pd_handover.configure({
+            $(scored prefill "$prefill_servers" "$prefill_lb")
+            $(scored decode "$decode_servers" "$decode_lb")
+        }, $(decode_limit))
     }
-    access_log off;
+    log_by_lua_block { package.loaded.pd_handover.finish() }
+    $(access_log_line)
     client_body_temp_path $PREFIX/tmp/body;
     proxy_temp_path $PREFIX/tmp/proxy;
     fastcgi_temp_path $PREFIX/tmp/fastcgi;
@@ -212,18 +266,19 @@ http {
     proxy_read_timeout 14400s;
     subrequest_output_buffer_size 1m;
 
-$(upstream prefill_servers "$prefill_servers" "$prefill_lb")
-$(upstream decode_servers "$decode_servers" "$decode_lb")
+$(upstream prefill "$prefill_servers" "$prefill_lb")
+$(upstream decode "$decode_servers" "$decode_lb")
     server {
         listen $listen_port reuseport;
         proxy_http_version 1.1;
         proxy_set_header Connection "";
 
         location /v1 {
+            access_by_lua_block { package.loaded.pd_handover.to_prefill() }
             proxy_pass http://prefill_servers;
         }
         location ~ ^/v1(/chat)?/completions\$ {
-            access_by_lua_block { package.loaded.pd_handover() }
+            access_by_lua_block { package.loaded.pd_handover.hand_over() }
             proxy_pass http://decode_servers;
         }
         location /prefill_internal {
