@@ -59,8 +59,6 @@ COUNTERS = Counters(
 _LAUNCHER_SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill", "enable-mtp")
 _LAUNCHER_OPTIONS = ("block-size", "num-speculative-tokens")
 _RAY_JOIN_TIMEOUT_S = 300
-# The one that is started, and the one that it calls with all its arguments.
-_PROXY_SCRIPTS = ("tools/scripts", "omni/accelerators/sched/global_proxy")
 _NGINX = "nginx-1.24.0"
 _RAY_ENVIRONMENT: dict[str, Scalar] = {
     "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": 1,
@@ -410,8 +408,7 @@ def _proxy_command(service: Service) -> list[str]:
 def _if_known_to_the_image(service: Service) -> str:
     """Options of the proxy's script that later images have: the batch sizes of both sides, by
     which `pd_score_balance` counts free slots (16 and 32 unless given), and where requests are
-    logged. An older script ends at an option that it does not know, so the scripts are asked; the
-    one that is called only passes on what it is given.
+    logged. An older script ends at an option that it does not know, so each is tried first.
     """
     name, given = service.topology.proxy.name, service.topology.proxy.entry.arguments
     options: dict[str, Scalar | None] = {
@@ -420,11 +417,9 @@ def _if_known_to_the_image(service: Service) -> str:
         "access-log-file": f"{service.layout.log_directory(name)}/nginx_access.log",
     }
     own = {argument.replace("_", "-") for argument in given}
-    scripts = [f"{_code(service)}/omniinfer/{path}/global_proxy.sh" for path in _PROXY_SCRIPTS]
-    pattern = '"(^|[^-[:alnum:]])$1([^-[:alnum:]]|$)"'
-    lines = [f"known() {{ grep -qsE -e {pattern} {shlex.join(scripts)}; }}"]
+    lines = ['takes() { "${proxy[@]}" "$@" --dry-run >/dev/null 2>&1 && proxy+=("$@"); }']
     lines += [
-        f"known --{option} && proxy+=(--{option} {shlex.quote(text(value))})"
+        shlex.join(["takes", f"--{option}", text(value)])
         for option, value in options.items()
         if value is not None and option not in own
     ]

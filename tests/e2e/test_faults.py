@@ -50,17 +50,19 @@ async def test_server_killed_from_outside_fails_the_run_at_once(service: Service
     assert seconds_after_death(service, "d0", state) < 2
 
 
-async def test_the_proxy_opens_only_when_every_backend_is_ready(service: Service) -> None:
-    """While one prefill still loads, nobody can connect."""
+async def test_the_proxy_opens_only_when_the_smoke_test_has_passed(service: Service) -> None:
+    """While one prefill still loads, and while the service is proven, nobody can connect."""
     service.faults("p2", load_seconds=4)
+    service.faults("d0", token_seconds=0.02)
     running = asyncio.ensure_future(run(service))
     await asyncio.to_thread(until, lambda: "c0" in service.containers(running=True))
     log = ["docker", "logs", service.containers()["c0"]["Id"]]
     proxy = service.host_of("c0")
-    await asyncio.to_thread(until, lambda: "proxy prepared" in proxy.run(log).stdout)
-    for _ in range(20):
-        assert not service.port_open()
-        await asyncio.sleep(0.05)
+    for said in ("proxy prepared", "proxy open to the smoke test"):
+        await asyncio.to_thread(until, lambda said=said: said in proxy.run(log).stdout)
+        for _ in range(10):
+            assert not service.port_open()
+            await asyncio.sleep(0.05)
     assert (await running).is_completed()
     assert service.port_open()
 

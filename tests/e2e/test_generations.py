@@ -207,8 +207,12 @@ class TestRollback:
         assert "Nothing serves." in message
         assert all(f"host {h.name} ({h.address}): " in message for h in service.lab.hosts.values())
         service.faults("p2")
-        assert (await run(recover, service)).is_completed()
+        failed, state = state.timestamp, await run(recover, service)
+        assert state.is_completed()
         assert epochs(service) == all_on(1)
+        down = re.search(r"down for ([\d.]+) s", str(state.message))
+        assert down, "the time before the recovery counts too"
+        assert float(down[1]) > (state.timestamp - failed).total_seconds()
 
     async def test_failed_generation_is_kept_on_request(self, service: Service) -> None:
         """What lives of it goes on living; the next run puts things right."""
