@@ -19,7 +19,7 @@ from pd_deploy.verify.requests import COMPLETIONS
 
 T = TypeVar("T")
 
-COUNTED_WITHIN_S = 5.0
+COUNTED_WITHIN_S = 3.0
 """How long a server may take to count a request that it has answered."""
 IMPATIENT_S = 0.5
 """The same for a server that has once not counted in time: it will not."""

@@ -8,6 +8,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 parser = argparse.ArgumentParser()
+parser.add_argument("--host")
 parser.add_argument("--port", type=int)
 parser.add_argument("--prefill")
 parser.add_argument("--decode")
@@ -41,4 +42,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-ThreadingHTTPServer(("0.0.0.0", options.port), Handler).serve_forever()
+ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
