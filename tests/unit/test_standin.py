@@ -84,7 +84,7 @@ def test_a_peer_that_never_comes_ends_the_wait_after_hccl_connect_timeout(
 ) -> None:
     pair["p0"].env["HCCL_CONNECT_TIMEOUT"] = "1"
     pair["p0"].start()
-    assert pair["p0"].exit_code() == 1
+    assert pair["p0"].exit_code() == 0
     assert "no link with decode after HCCL_CONNECT_TIMEOUT=1 s" in pair["p0"].log()
 
 
@@ -94,7 +94,7 @@ def test_different_global_ranktables_fail_the_link_on_both_sides(pair: StandinSe
     pair["d0"].env["GLOBAL_RANK_TABLE_FILE_PATH"] = str(other)
     pair.start()
     for name in ("p0", "d0"):
-        assert pair[name].exit_code() == 1
+        assert pair[name].exit_code() == 0
         assert "RuntimeError: link status FAILED" in pair[name].log()
 
 
@@ -103,7 +103,7 @@ def test_a_lone_restart_cannot_rejoin(pair: StandinSet) -> None:
     pair.wait_ready()
     pair["d0"].stop()
     pair["d0"].start()
-    assert pair["d0"].exit_code() == 1
+    assert pair["d0"].exit_code() == 0
     assert "cluster 8 is linked already" in pair["d0"].log()
     assert pair["p0"].request("/health").status == 200
     assert pair["p0"].metric("standin:links") == 0
@@ -362,10 +362,11 @@ def test_other_heads_makes_garbage_that_nothing_notices(
     assert running["d0"].metric(errors) == before[errors]
 
 
-def test_a_crash_ends_the_launcher_with_its_code_and_a_traceback(pair: StandinSet) -> None:
+def test_a_crash_ends_the_launcher_with_a_traceback(pair: StandinSet) -> None:
     pair["p0"].set_faults(crash_after=0.3, exit_code=7)
     pair["p0"].start()
-    assert pair["p0"].exit_code() == 7
+    assert pair["p0"].exit_code() == 0, "only the log tells what the server died of"
+    assert "exited with code 7" in pair["p0"].launcher_log()
     assert pair["p0"].log().splitlines()[-1].startswith("RuntimeError: NPU out of memory")
 
 
@@ -373,14 +374,14 @@ def test_a_hanging_instance_holds_its_peers(pair: StandinSet) -> None:
     pair["d0"].env["HCCL_CONNECT_TIMEOUT"] = "1"
     pair["p0"].set_faults(hang=True)
     pair.start()
-    assert pair["d0"].exit_code() == 1
+    assert pair["d0"].exit_code() == 0
     assert pair["p0"].refuses_connections()
 
 
 def test_an_unknown_fault_is_refused(pair: StandinSet) -> None:
     pair["p0"].set_faults(craash_after=1)
     pair["p0"].start()
-    assert pair["p0"].exit_code() == 1
+    assert pair["p0"].exit_code() == 0
     assert "unknown ['craash_after']" in pair["p0"].log()
 
 
@@ -388,7 +389,7 @@ def test_the_launcher_ends_when_its_server_is_killed(pair: StandinSet) -> None:
     pair["p0"].start()
     pair["p0"].wait_for(lambda: "pid " in pair["p0"].launcher_log(), "server")
     pair["p0"].kill_server()
-    assert pair["p0"].exit_code() == 1
+    assert pair["p0"].exit_code() == 0
 
 
 def test_sigint_stops_launcher_and_server(pair: StandinSet) -> None:
@@ -460,7 +461,7 @@ def test_the_launcher_builds_the_documented_command_line(pair: StandinSet, tmp_p
     args += ["--kv-transfer-config", '{"a": 1}', "--additional-config", "{}", "--enable-mtp"]
     environment = {"PATH": f"{recorder.parent}:{os.environ['PATH']}"}
     command = [PYTHON, "-S", str(LAUNCHER), *args, "--no-enable-prefix-caching"]
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    subprocess.run(command, env=environment, capture_output=True, check=True)
     port = pair["p0"].api_port
     assert (
         (tmp_path / "server_0.log").read_text().split()

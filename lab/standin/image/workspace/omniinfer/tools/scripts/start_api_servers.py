@@ -21,14 +21,15 @@ def main() -> None:
     check_base_port(args.base_api_port)
     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     servers: list[subprocess.Popen] = []
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(stop(servers, 0)))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(stop(servers)))
     taken: set[int] = set()
     for rank in range(args.num_servers):
         port = find_available_port(args.base_api_port + rank, args.max_port_attempts, taken)
         taken.add(port)
         servers.append(start_server(args, rank, port))
         log(f"server {rank}: pid {servers[-1].pid}, port {port}")
-    sys.exit(stop(servers, wait_for_first(servers)))
+    wait_for_first(servers)
+    stop(servers)  # and end with 0, whatever a server died of, as the original does
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -143,8 +144,8 @@ def command(args: argparse.Namespace, port: int) -> list[str]:
     return argv
 
 
-def wait_for_first(servers: list[subprocess.Popen]) -> int:
-    """Wait until one server has ended; the launcher's exit code, never 0."""
+def wait_for_first(servers: list[subprocess.Popen]) -> None:
+    """Wait until one server has ended."""
     # Waits for the event instead of polling each second: a death is noticed at once.
     ranks = {server.pid: rank for rank, server in enumerate(servers)}
     while (pid := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid) not in ranks:
@@ -152,11 +153,10 @@ def wait_for_first(servers: list[subprocess.Popen]) -> int:
     rank = ranks[pid]
     code = servers[rank].wait()
     log(f"server {rank} (pid {pid}) exited with code {code}, stopping the others")
-    return code if code > 0 else 1
 
 
-def stop(servers: list[subprocess.Popen], exit_code: int) -> int:
-    """Terminate what still runs, kill what does not end in time; returns the exit code."""
+def stop(servers: list[subprocess.Popen]) -> None:
+    """Terminate what still runs, kill what does not end in time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would wait for locks of this frame
     for server in servers:
         if server.poll() is None:
@@ -168,7 +168,6 @@ def stop(servers: list[subprocess.Popen], exit_code: int) -> int:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-    return exit_code
 
 
 def log(text: str) -> None:
