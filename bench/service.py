@@ -23,7 +23,8 @@ from bench.timeline import Measured, Span, measure
 from demo.processes import Processes
 from lab import Lab
 from lab.lifecycle import take_down
-from pd_deploy import deployment, topology
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pd_deploy import actions, engines, plan, releases, topology
-from pd_deploy.deployment import Address, Deployment, Text, Word, problems_of
+from pd_deploy import engines
+from pd_deploy.config import topology
+from pd_deploy.config.models import Address, Deployment, Text, Word, problems_of
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.plan import STAGES
+from pd_deploy.planning import actions, plan
+from pd_deploy.planning.plan import STAGES
+from pd_deploy.records import releases
 
 
 class _Strict(BaseModel):

@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager
 
 from cli.prefect_api import reached
 from flows.site import open_former, open_site
-from pd_deploy import history, survey
-from pd_deploy.deployment import Deployment
-from pd_deploy.plan import STAGES, Plan
-from pd_deploy.releases import History
-from pd_deploy.rollout import Site
+from pd_deploy.config.models import Deployment
+from pd_deploy.planning.plan import STAGES, Plan
+from pd_deploy.records.releases import History
+from pd_deploy.steps import history, survey
+from pd_deploy.steps.rollout import Site
 
 
 async def plan(deployment: Deployment, image: str | None) -> Plan:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from cli.hosts import looked_at
 from cli.prefect_api import reached
-from pd_deploy import logs
-from pd_deploy.deployment import Deployment
+from pd_deploy.config.models import Deployment
+from pd_deploy.steps import logs
 
 
 async def collect(deployment: Deployment, generation: str | None, to: Path | None) -> Path:

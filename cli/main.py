@@ -15,11 +15,11 @@ import typer
 
 from cli import credentials, facts_file, shell, show
 from lab import cli as lab_cli
-from pd_deploy import deployment as files
-from pd_deploy import topology
+from pd_deploy.config import models as files
+from pd_deploy.config import topology
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
-from pd_deploy.plan import Plan
-from pd_deploy.survey import NEWEST
+from pd_deploy.planning.plan import Plan
+from pd_deploy.steps.survey import NEWEST
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 

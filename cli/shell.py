@@ -3,11 +3,12 @@
 import json
 import shlex
 
-from pd_deploy import docker_command, engines
-from pd_deploy.deployment import Deployment
-from pd_deploy.plan import HostPlan, Plan, PlannedFile
-from pd_deploy.topology import Topology
-from pd_deploy.verify import requests
+from pd_deploy import engines
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Topology
+from pd_deploy.planning import docker_command
+from pd_deploy.planning.plan import HostPlan, Plan, PlannedFile
+from pd_deploy.steps.verify import requests
 
 _END = "PD_DEPLOY_END"
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from pd_deploy import releases as pd_releases
-from pd_deploy.deployment import Deployment
-from pd_deploy.plan import HostPlan, Plan
-from pd_deploy.releases import History
-from pd_deploy.topology import Topology
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Topology
+from pd_deploy.planning.plan import HostPlan, Plan
+from pd_deploy.records import releases as pd_releases
+from pd_deploy.records.releases import History
 
 
 def topology(deployment: Deployment, placed: Topology) -> str:

@@ -11,12 +11,13 @@ from flows import publish
 from flows.fan_out import fan_out
 from flows.run import Run
 from flows.stages import make_so, prove_and_open
-from pd_deploy import containers, promotion
-from pd_deploy import survey as reading
 from pd_deploy.errors import RollbackFailed, RolledBack
-from pd_deploy.plan import STAGES, Stage
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout, Site, Survey
+from pd_deploy.planning.plan import STAGES, Stage
+from pd_deploy.steps import containers
+from pd_deploy.steps import record as promotion
+from pd_deploy.steps import survey as reading
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout, Site, Survey
 from tasks.promote import promote
 from tasks.survey import survey
 from tasks.tidy import clear, prune

@@ -10,11 +10,14 @@ from flows.carry_out import OnFailure, carry_out, look
 from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work, connected, open_former, open_site
-from pd_deploy import deployment, survey, tags, topology
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.plan import STAGES, Stage
-from pd_deploy.rollout import Rollout, Site
-from pd_deploy.survey import NEWEST, with_addresses
+from pd_deploy.planning.plan import STAGES, Stage
+from pd_deploy.registry import tags
+from pd_deploy.steps import survey
+from pd_deploy.steps.rollout import Rollout, Site
+from pd_deploy.steps.survey import NEWEST, with_addresses
 from tasks.image import choose_image, resolve_image
 from tasks.survey import device_addresses
 

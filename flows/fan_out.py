@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Iterable
 from typing import TypeVar
 
-from pd_deploy.barrier import Barrier
 from pd_deploy.errors import Abandoned, SeveralFaults
+from pd_deploy.steps.barrier import Barrier
 
 T = TypeVar("T")
 

@@ -10,7 +10,8 @@ from flows.carry_out import look
 from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work
-from pd_deploy import deployment, survey
+from pd_deploy.config import models as deployment
+from pd_deploy.steps import survey
 from tasks.tidy import prune as prune_host
 
 

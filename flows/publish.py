@@ -10,11 +10,12 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from pd_deploy import actions, releases
-from pd_deploy.releases import History
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout
-from pd_deploy.verify.smoke import Completion
+from pd_deploy.planning import actions
+from pd_deploy.records import releases
+from pd_deploy.records.releases import History
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.verify.smoke import Completion
 
 
 def run_name() -> str:

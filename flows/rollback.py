@@ -8,9 +8,10 @@ from flows import publish
 from flows.carry_out import carry_out, look, restore
 from flows.run import this_run
 from flows.site import at_work
-from pd_deploy import deployment, survey
+from pd_deploy.config import models as deployment
 from pd_deploy.errors import NoSuchGeneration
-from pd_deploy.releases import History, Release
+from pd_deploy.records.releases import History, Release
+from pd_deploy.steps import survey
 
 
 @flow(name="pd-rollback", flow_run_name=publish.run_name, persist_result=False)

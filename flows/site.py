@@ -9,12 +9,13 @@ from prefect.blocks.core import Block
 from blocks.registry import RegistryCredentials
 from blocks.ssh import SshCredentials
 from flows.fan_out import fan_out
-from pd_deploy import history, locking
-from pd_deploy.deployment import Deployment
+from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.hosts import Host, Hosts, Login, RegistryLogin
-from pd_deploy.releases import History, Place
-from pd_deploy.rollout import Site, places
+from pd_deploy.records.releases import History, Place
+from pd_deploy.steps import history
+from pd_deploy.steps import lock as locking
+from pd_deploy.steps.rollout import Site, places
 from tasks.lock import lock
 from tasks.survey import connect
 

@@ -4,11 +4,11 @@ cut-over, and what follows it."""
 import time
 
 from flows.fan_out import fan_out
-from pd_deploy import promotion
-from pd_deploy.plan import Stage
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout
-from pd_deploy.verify.smoke import Completion
+from pd_deploy.planning.plan import Stage
+from pd_deploy.steps import record as promotion
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.verify.smoke import Completion
 from tasks.clean_up import clean_up
 from tasks.image import pull_image
 from tasks.launch import launch

@@ -1,8 +1,8 @@
 """Stop what must not run any longer."""
 
-from pd_deploy import containers
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout
+from pd_deploy.steps import containers
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
 from tasks.step import step
 
 

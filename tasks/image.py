@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from prefect.logging import get_run_logger
 
-from pd_deploy import containers, survey
 from pd_deploy.hosts import PullProgress
-from pd_deploy.releases import Choice
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout, Site, Survey
-from pd_deploy.survey import ResolvedImage
+from pd_deploy.records.releases import Choice
+from pd_deploy.steps import containers, survey
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout, Site, Survey
+from pd_deploy.steps.survey import ResolvedImage
 from tasks.step import step
 
 MIB = 1 << 20

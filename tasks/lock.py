@@ -2,9 +2,9 @@
 
 from prefect.logging import get_run_logger
 
-from pd_deploy import locking
-from pd_deploy.report import Report
-from pd_deploy.rollout import Site
+from pd_deploy.steps import lock as locking
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Site
 from tasks.step import step
 
 

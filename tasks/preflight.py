@@ -1,8 +1,8 @@
 """Check a host before anything on it is changed, and before servers start on it."""
 
-from pd_deploy import preflight as checks
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout
+from pd_deploy.steps import preflight as checks
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
 from tasks.step import step
 
 

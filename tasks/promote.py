@@ -1,8 +1,8 @@
 """Record what is attempted and what serves."""
 
-from pd_deploy import promotion
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout
+from pd_deploy.steps import record as promotion
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
 from tasks.step import step
 
 

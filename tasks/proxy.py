@@ -1,9 +1,9 @@
 """Prepare the proxy, and open its port."""
 
-from pd_deploy import containers
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout
-from pd_deploy.verify import smoke
+from pd_deploy.steps import containers
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.verify import smoke
 from tasks.step import step
 
 

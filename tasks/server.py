@@ -1,8 +1,9 @@
 """Start servers, and wait until they are ready."""
 
-from pd_deploy import containers, probes
-from pd_deploy.report import Report
-from pd_deploy.rollout import Rollout
+from pd_deploy.steps import containers
+from pd_deploy.steps import ready as probes
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
 from tasks.step import step
 
 

@@ -2,9 +2,9 @@
 
 from prefect.logging import get_run_logger
 
-from pd_deploy.rollout import Rollout
-from pd_deploy.verify import smoke
-from pd_deploy.verify.smoke import Completion
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.verify import smoke
+from pd_deploy.steps.verify.smoke import Completion
 from tasks.step import step
 
 

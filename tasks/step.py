@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 
 from pd_deploy.errors import PdDeployError, is_transient
-from pd_deploy.report import Report
+from pd_deploy.steps.report import Report
 from tasks import story
 
 story.tell()

@@ -1,10 +1,10 @@
 """Read what a plan needs to know of a host."""
 
-from pd_deploy import history
-from pd_deploy import survey as reading
-from pd_deploy.history import Found
-from pd_deploy.rollout import Site, Survey
-from pd_deploy.survey import Addresses
+from pd_deploy.steps import history
+from pd_deploy.steps import survey as reading
+from pd_deploy.steps.history import Found
+from pd_deploy.steps.rollout import Site, Survey
+from pd_deploy.steps.survey import Addresses
 from tasks.step import step
 
 

@@ -1,9 +1,9 @@
 """Remove what is not needed any more."""
 
-from pd_deploy import tidy
-from pd_deploy.releases import History
-from pd_deploy.report import Report
-from pd_deploy.rollout import Site
+from pd_deploy.records.releases import History
+from pd_deploy.steps import tidy
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Site
 from tasks.step import step
 
 

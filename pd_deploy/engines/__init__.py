@@ -1,7 +1,8 @@
 """What an instance runs. An engine is a module that follows `base.Engine`."""
 
-from pd_deploy.engines import omniinfer, vllm
+from pd_deploy.engines import vllm
 from pd_deploy.engines.base import Engine
+from pd_deploy.engines.omniinfer import engine as omniinfer
 
 _ENGINES: dict[str, Engine] = {"omniinfer": omniinfer, "vllm": vllm}
 

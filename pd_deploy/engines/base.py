@@ -10,8 +10,8 @@ from pd_deploy.errors import Problem
 from pd_deploy.hosts import ContainerSpec
 
 if TYPE_CHECKING:
-    from pd_deploy.deployment import Deployment
-    from pd_deploy.topology import Topology
+    from pd_deploy.config.models import Deployment
+    from pd_deploy.config.topology import Topology
 
 Finding = tuple[str, Problem]
 """A rule that is broken, by name, and where."""

@@ -29,8 +29,8 @@ from pd_deploy.errors import Problem
 from pd_deploy.hosts import ContainerSpec, DeviceRequest
 
 if TYPE_CHECKING:
-    from pd_deploy.deployment import Deployment, Scalar, VllmOptions
-    from pd_deploy.topology import Instance, Pod, Topology
+    from pd_deploy.config.models import Deployment, Scalar, VllmOptions
+    from pd_deploy.config.topology import Instance, Pod, Topology
 
 decode_request = common.decode_request
 STARTED = "pd-deploy: starting"

@@ -12,13 +12,7 @@ from typing import Self
 import asyncssh
 import httpx
 
-from pd_deploy.errors import (
-    CommandFailed,
-    ConnectionDropped,
-    HostError,
-    HostUnreachable,
-    TimedOut,
-)
+from pd_deploy.errors import CommandFailed, ConnectionDropped, HostError, HostUnreachable, TimedOut
 from pd_deploy.hosts.engine import Engine
 from pd_deploy.hosts.engine_socket import EngineSocket
 from pd_deploy.hosts.facts import Facts

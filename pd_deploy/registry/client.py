@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 import httpx
 
-from pd_deploy import tags
-from pd_deploy.deployment import UpdatePolicy
+from pd_deploy.config.models import UpdatePolicy
 from pd_deploy.errors import ImageNotFound, PdDeployError, RegistryUnavailable
 from pd_deploy.hosts import Host, RegistryLogin
+from pd_deploy.registry import tags
 from pd_deploy.registry.headers import next_link
 from pd_deploy.registry.place import Place
 from pd_deploy.registry.session import Answer, Session

@@ -12,7 +12,7 @@ import pytest
 from lab import Lab, LabHost
 from pd_deploy.errors import HostError, LeaseHeld, LeaseLost
 from pd_deploy.hosts import Host, Login
-from pd_deploy.lease import Lease, Owner, this_process
+from pd_deploy.hosts.lease import Lease, Owner, this_process
 
 ROOT = "/var/lib/pd-deploy/leased"
 ELSEWHERE: dict[str, Any] = {"machine": "elsewhere boot pid", "pid": 1, "started": "1"}

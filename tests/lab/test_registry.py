@@ -15,7 +15,7 @@ from lab import Lab, LabHost, images
 from lab.lifecycle import prepare
 from lab.system import wait_until
 from pd_deploy import registry
-from pd_deploy.deployment import UpdatePolicy
+from pd_deploy.config.models import UpdatePolicy
 from pd_deploy.errors import (
     AuthenticationFailed,
     ImageNotFound,

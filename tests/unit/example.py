@@ -7,14 +7,18 @@ from typing import Any
 
 import yaml
 
-from pd_deploy import deployment, documents, engines, releases, topology
-from pd_deploy import plan as plans
-from pd_deploy.deployment import Deployment
-from pd_deploy.documents import merge
+from pd_deploy import engines
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
+from pd_deploy.config import yaml_files as documents
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Topology
+from pd_deploy.config.yaml_files import merge
 from pd_deploy.engines.base import HostFacts, Layout, Service
-from pd_deploy.plan import Plan
-from pd_deploy.releases import History
-from pd_deploy.topology import Topology
+from pd_deploy.planning import plan as plans
+from pd_deploy.planning.plan import Plan
+from pd_deploy.records import releases
+from pd_deploy.records.releases import History
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deployments" / "qwq-3p1d.yaml"

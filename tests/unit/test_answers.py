@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from pd_deploy.verify.answers import Answer, NoAnswer, ask
-from pd_deploy.verify.requests import CHAT, COMPLETIONS
+from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
+from pd_deploy.steps.verify.requests import CHAT, COMPLETIONS
 
 USAGE = {"prompt_tokens": 7}
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from cli import main as cli
-from pd_deploy import deployment, topology
-from pd_deploy.deployment import Deployment
-from pd_deploy.plan import Plan
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
+from pd_deploy.config.models import Deployment
+from pd_deploy.planning.plan import Plan
 from tests.unit import example
 
 

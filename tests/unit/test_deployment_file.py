@@ -9,8 +9,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pd_deploy import deployment, documents, topology
-from pd_deploy.deployment import Deployment, parse_devices, parse_size
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
+from pd_deploy.config import yaml_files as documents
+from pd_deploy.config.models import Deployment, parse_devices, parse_size
 from pd_deploy.errors import InvalidInput
 from tests.unit import example
 

@@ -8,10 +8,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pd_deploy import deployment, documents, rules, topology
-from pd_deploy.deployment import Deployment
-from pd_deploy.engines import corrections
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
+from pd_deploy.config import yaml_files as documents
+from pd_deploy.config.models import Deployment
+from pd_deploy.engines.omniinfer import corrections
 from pd_deploy.hosts import ContainerSpec
+from pd_deploy.planning import rules
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/deployment-file.md").read_text()

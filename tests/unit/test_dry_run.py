@@ -5,15 +5,16 @@ from datetime import UTC, datetime
 
 import pytest
 
-from pd_deploy import actions, survey
-from pd_deploy import generation as gen
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.history import Found
 from pd_deploy.hosts import ContainerState, Host, Hosts, Login
-from pd_deploy.plan import STAGES
-from pd_deploy.releases import Choice, Record
-from pd_deploy.rollout import Rollout, Site, Survey
-from pd_deploy.survey import Addresses, ResolvedImage
+from pd_deploy.planning import actions
+from pd_deploy.planning.plan import STAGES
+from pd_deploy.records import generation as gen
+from pd_deploy.records.releases import Choice, Record
+from pd_deploy.steps import survey
+from pd_deploy.steps.history import Found
+from pd_deploy.steps.rollout import Rollout, Site, Survey
+from pd_deploy.steps.survey import Addresses, ResolvedImage
 from tests.unit import example
 
 OLD = "1-0123abcd"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pd_deploy import generation as gen
-from pd_deploy.generation import Generation
 from pd_deploy.hosts import ContainerState
+from pd_deploy.records import generation as gen
+from pd_deploy.records.generation import Generation
 
 OURS = Generation(3, "0123abcd")
 OLD = Generation(2, "89abcdef")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pd_deploy.verify.handover import Handover, pairs, way_of
-from pd_deploy.verify.servers import Counts
+from pd_deploy.steps.verify.handover import Handover, pairs, way_of
+from pd_deploy.steps.verify.servers import Counts
 
 NOTHING = Counts(None, None, None)
 

@@ -11,7 +11,7 @@ import asyncssh
 import pytest
 from docker import errors as sdk
 
-from pd_deploy import errors, survey
+from pd_deploy import errors
 from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
 from pd_deploy.hosts import ContainerSpec, Hosts, Login, Mount, RegistryLogin, create_kwargs
 from pd_deploy.hosts.containers import PullMeter, state_of
@@ -25,7 +25,8 @@ from pd_deploy.hosts.facts import (
 )
 from pd_deploy.hosts.login import known_hosts_line
 from pd_deploy.hosts.threads import in_thread
-from pd_deploy.rollout import Site
+from pd_deploy.steps import survey
+from pd_deploy.steps.rollout import Site
 from tests.unit import example
 
 WHERE = "a (10.0.0.1)"

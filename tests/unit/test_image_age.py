@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_deploy import image_age, tags
-from pd_deploy.image_age import Change
+from pd_deploy.engines.omniinfer import image_age
+from pd_deploy.engines.omniinfer.image_age import Change
+from pd_deploy.registry import tags
 
 CHANGE = Change(date(2025, 8, 13), (0, 4, 0))
 

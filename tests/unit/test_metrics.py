@@ -2,9 +2,10 @@
 
 import pytest
 
-from pd_deploy.engines import omniinfer, vllm
+from pd_deploy.engines import vllm
 from pd_deploy.engines.base import Counter
-from pd_deploy.verify import metrics
+from pd_deploy.engines.omniinfer import engine as omniinfer
+from pd_deploy.steps.verify import metrics
 
 PAGE = """\
 # HELP vllm:prompt_tokens_by_source_total Number of prompt tokens by source.

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pd_deploy.engines import omniinfer
-from pd_deploy.topology import Topology
+from pd_deploy.config.topology import Topology
+from pd_deploy.engines.omniinfer import engine as omniinfer
 from tests.unit import example
 
 HOSTS = {name: f"10.0.0.{index}" for index, name in enumerate("abcdef", start=1)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_deploy import npu
+from pd_deploy.engines.omniinfer import npu_smi as npu
 from pd_deploy.errors import FactsError
 from tests.unit.example import ROOT
 

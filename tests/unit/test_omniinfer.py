@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from pd_deploy.engines import omniinfer
 from pd_deploy.engines.base import Service
+from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts import ContainerSpec
 from tests.unit import example

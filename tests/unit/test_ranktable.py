@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd_deploy import ranktable, survey
-from pd_deploy.engines import omniinfer, vllm
+from pd_deploy.engines import vllm
+from pd_deploy.engines.omniinfer import engine as omniinfer
+from pd_deploy.engines.omniinfer import ranktable
 from pd_deploy.errors import FactsError, InvalidInput
-from pd_deploy.history import Found
 from pd_deploy.hosts import Host, Hosts, Login
-from pd_deploy.releases import Choice, Record
-from pd_deploy.rollout import Rollout, Site, Survey
-from pd_deploy.survey import Addresses, ResolvedImage
+from pd_deploy.records.releases import Choice, Record
+from pd_deploy.steps import survey
+from pd_deploy.steps.history import Found
+from pd_deploy.steps.rollout import Rollout, Site, Survey
+from pd_deploy.steps.survey import Addresses, ResolvedImage
 from tests.unit import example, topologies
 
 GOLDEN = example.GOLDEN["ranktables"]

@@ -9,11 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_deploy import deployment, engines, plan, releases, topology
-from pd_deploy.deployment import Deployment
-from pd_deploy.history import Saved
-from pd_deploy.plan import Made
-from pd_deploy.releases import History, Outcome, Place, Quarantined, Record, Release, Result
+from pd_deploy import engines
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
+from pd_deploy.config.models import Deployment
+from pd_deploy.planning import plan
+from pd_deploy.planning.plan import Made
+from pd_deploy.records import releases
+from pd_deploy.records.releases import History, Outcome, Place, Quarantined, Record, Release, Result
+from pd_deploy.steps.history import Saved
 from tests.unit import example
 
 ONE, TWO, THREE = "1-0123abcd", "2-89abcdef", "3-ffffffff"

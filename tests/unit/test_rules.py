@@ -5,9 +5,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from pd_deploy import deployment, rules, topology
-from pd_deploy.engines import omniinfer
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
+from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.errors import InvalidInput
+from pd_deploy.planning import rules
 from tests.unit import example
 
 DEEPSEEK = {"profile": "deepseek-r1-a3-2p1d"}

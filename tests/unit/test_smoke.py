@@ -10,10 +10,11 @@ import httpx
 import pytest
 
 from lab.standin.processes import Instance, StandinSet, hand_over, standin_set
-from pd_deploy import engines, topology
+from pd_deploy import engines
+from pd_deploy.config import topology
 from pd_deploy.errors import SmokeTestFailed
-from pd_deploy.verify.servers import Servers, not_counted, reached
-from pd_deploy.verify.smoke import Found, handed_over, way_through
+from pd_deploy.steps.verify.servers import Servers, not_counted, reached
+from pd_deploy.steps.verify.smoke import Found, handed_over, way_through
 from tests.unit import example
 
 COUNTED = "vllm:prompt_tokens_by_source_total"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_deploy import tags
-from pd_deploy.deployment import UpdatePolicy
+from pd_deploy.config.models import UpdatePolicy
 from pd_deploy.errors import InvalidInput
+from pd_deploy.registry import tags
 from tests.unit import example
 
 # All forms that were seen upstream.

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pd_deploy import topology
+from pd_deploy.config import topology
 from pd_deploy.errors import InvalidInput
 from tests.unit import example
 

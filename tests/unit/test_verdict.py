@@ -2,7 +2,7 @@
 
 import pytest
 
-from pd_deploy.verify.verdict import difference, fits, strays
+from pd_deploy.steps.verify.verdict import difference, fits, strays
 
 SAME = {"p0": ["a", "a"], "p1": ["a", "a"]}
 

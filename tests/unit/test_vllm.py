@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 
 from cli import facts_file, show
-from pd_deploy import deployment, docker_command, documents, engines, topology
+from pd_deploy import engines
+from pd_deploy.config import models as deployment
+from pd_deploy.config import topology
+from pd_deploy.config import yaml_files as documents
 from pd_deploy.engines import vllm
 from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts import create_kwargs
-from pd_deploy.plan import Plan
+from pd_deploy.planning import docker_command
+from pd_deploy.planning.plan import Plan
 from tests.unit import example
 
 DEPLOYMENTS = example.ROOT / "deployments"

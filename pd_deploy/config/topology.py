@@ -1,0 +1,286 @@
+"""What follows from a deployment: pods, members, ranks, ports and servers in one canonical order.
+
+Prefill pods come first, in the order of the file, then decode; `kv_rank` counts prefill pods from
+0 and the decode pod follows. Within a pod the master comes first, then the other hosts; everything
+that lists hosts, ranks or devices follows this order (contract section 1).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pd_deploy import engines
+from pd_deploy.config.models import Deployment, InstanceEntry, ProxyEntry, Settings
+from pd_deploy.errors import InvalidInput
+from pd_deploy.planning import rules
+
+ServingRole = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One launcher on some devices of one host: a pod, or a pod's member on that host.
+
+    `api_ports` are those of its API servers; hosts without any follow their pod's master.
+    `kv_ports` are where others ask for its KV. `data_parallel` counts the copies of the model in
+    its pod, `ranks` its own, and `server_offset` those of the members before it.
+    """
+
+    name: str
+    pod: str
+    role: ServingRole
+    host: str
+    address: str
+    devices: tuple[int, ...]
+    kv_rank: int
+    node_rank: int
+    pod_addresses: tuple[str, ...]
+    master_port: int
+    api_port: int
+    api_ports: tuple[int, ...]
+    zmq_port: int
+    kv_ports: tuple[int, ...]
+    ray_port: int
+    tensor_parallel: int
+    ranks: int
+    server_offset: int
+    data_parallel: int
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        """Where it stands in the deployment file."""
+        return f"{self.role}.{self.pod}"
+
+    @property
+    def is_master(self) -> bool:
+        """Whether its address is the one that its pod is known by."""
+        return self.node_rank == 0
+
+    @property
+    def master_address(self) -> str:
+        """The address of its pod's master."""
+        return self.pod_addresses[0]
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether its pod has other members."""
+        return len(self.pod_addresses) > 1
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether its pod has several copies of the model (data parallel)."""
+        return self.data_parallel > 1
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether its pod is one engine over several hosts; a decode has one engine per server."""
+        return self.spans_hosts and self.role == "prefill"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The ports that it listens on, by purpose."""
+        found = {
+            f"api-{index}" if index else "api": port for index, port in enumerate(self.api_ports)
+        }
+        if self.is_master:
+            found["master"] = self.master_port
+        for index, port in enumerate(self.kv_ports):
+            found[f"zmq-{index}" if index else "zmq"] = port
+        if self.uses_ray and self.is_master:
+            found["ray"] = self.ray_port
+        return found
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """`address:port` of each of its API servers."""
+        return tuple(f"{self.address}:{port}" for port in self.api_ports)
+
+    @property
+    def server(self) -> str:
+        """Its API servers for people: `address:first-last`."""
+        if len(self.api_ports) > 1:
+            return f"{self.servers[0]}-{self.api_ports[-1]}"
+        return self.servers[0] if self.servers else self.address
+
+    @property
+    def device_list(self) -> str:
+        """Its devices as the runtime wants them, `0,1,2`."""
+        return ",".join(map(str, self.devices))
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One logical engine: a group of the ranktable, on one host or several."""
+
+    name: str
+    role: ServingRole
+    kv_rank: int
+    members: tuple[Instance, ...]
+
+    @property
+    def key(self) -> str:
+        """Where it stands in the deployment file."""
+        return self.master.key
+
+    @property
+    def master(self) -> Instance:
+        """The member that the others follow."""
+        return self.members[0]
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Devices that share one copy of the model."""
+        return self.master.tensor_parallel
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether it has several copies of the model (data parallel)."""
+        return self.master.has_copies
+
+    @property
+    def device_count(self) -> int:
+        """The number of its devices, on all of its hosts."""
+        return sum(len(member.devices) for member in self.members)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Its hosts' addresses, the master's first."""
+        return self.master.pod_addresses
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """`address:port` of all its API servers."""
+        return tuple(server for member in self.members for server in member.servers)
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """The proxy that clients talk to."""
+
+    name: str
+    host: str
+    address: str
+    entry: ProxyEntry
+
+    @property
+    def port(self) -> int:
+        """The port that clients use."""
+        return self.entry.port
+
+
+@dataclass(frozen=True)
+class Topology:
+    """All pods in canonical order, and the proxy."""
+
+    prefill: tuple[Pod, ...]
+    decode: tuple[Pod, ...]
+    proxy: Proxy
+
+    @property
+    def pods(self) -> tuple[Pod, ...]:
+        """Prefill, then decode: the order of ranktable groups and of KV-transfer ranks."""
+        return self.prefill + self.decode
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """The members of all pods."""
+        return tuple(member for pod in self.pods for member in pod.members)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all that runs: instances, then the proxy."""
+        return (*(i.name for i in self.instances), self.proxy.name)
+
+    def pod_of(self, name: str) -> Pod:
+        """The pod that an instance belongs to."""
+        return next(p for p in self.pods if any(m.name == name for m in p.members))
+
+    def on_host(self, host: str) -> tuple[Instance, ...]:
+        """The instances of one host."""
+        return tuple(i for i in self.instances if i.host == host)
+
+    def host_of(self, name: str) -> str:
+        """The host that an instance, or the proxy, runs on."""
+        if name == self.proxy.name:
+            return self.proxy.host
+        return next(i.host for i in self.instances if i.name == name)
+
+
+def build(deployment: Deployment) -> Topology:
+    """The topology of a deployment that is to be planned.
+
+    Raises:
+        InvalidInput: names used twice, and rules that are broken without being allowed to.
+    """
+    topology = derive(deployment)
+    problems = rules.broken(deployment, topology)
+    if problems:
+        source = f"deployment {deployment.name}"
+        raise InvalidInput(problems, source=source, hint=rules.hint(problems))
+    return topology
+
+
+def derive(deployment: Deployment) -> Topology:
+    """The topology of a deployment, whatever rules it breaks: one that was saved has to come back
+    although a later version of pd-deploy has further rules."""
+    (proxy_name, proxy), *_ = deployment.proxy.items()
+    prefill = tuple(
+        _pod(deployment, "prefill", name, entry, rank)
+        for rank, (name, entry) in enumerate(deployment.prefill.items())
+    )
+    decode = tuple(
+        _pod(deployment, "decode", name, entry, rank)
+        for rank, (name, entry) in enumerate(deployment.decode.items())
+    )
+    address = deployment.hosts[proxy.host].address
+    return Topology(prefill, decode, Proxy(proxy_name, proxy.host, address, proxy))
+
+
+def _pod(
+    deployment: Deployment, role: ServingRole, name: str, entry: InstanceEntry, rank: int
+) -> Pod:
+    kv_rank = rank if role == "prefill" else len(deployment.prefill) + rank
+    hosts = _canonical(deployment, role, entry)
+    settings = deployment.settings_of(role, entry)
+    counts = [len(entry.devices_on(host)) for host in hosts]
+    tp = settings.tensor_parallel or (sum(counts) if role == "prefill" else counts[0])
+    brings = engines.get(deployment.engine).members(deployment, role, counts, tp)
+    ports = deployment.ports
+    # All members of a pod share the master's port; a decode's API ports count over its hosts.
+    base = rank if role == "prefill" else ports.decode_offset + rank
+    own = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
+    zmq = [ports.zmq + one * ports.zmq_step for one in own]
+    members = tuple(
+        Instance(
+            name=name if len(hosts) == 1 else f"{name}-{index}",
+            pod=name,
+            role=role,
+            host=host,
+            address=deployment.hosts[host].address,
+            devices=entry.devices_on(host),
+            kv_rank=kv_rank,
+            node_rank=index,
+            pod_addresses=tuple(deployment.hosts[h].address for h in hosts),
+            master_port=ports.master + base,
+            api_port=ports.api + own[index],
+            api_ports=tuple(ports.api + own[index] + i for i in range(brings[index].servers)),
+            zmq_port=zmq[index],
+            kv_ports=tuple(zmq[index] + i for i in range(brings[index].kv_ports)),
+            ray_port=ports.ray + rank,
+            tensor_parallel=tp,
+            ranks=brings[index].ranks,
+            server_offset=sum(one.ranks for one in brings[:index]),
+            data_parallel=max(1, sum(one.ranks for one in brings)),
+            settings=settings,
+        )
+        for index, host in enumerate(hosts)
+    )
+    return Pod(name, role, kv_rank, members)
+
+
+def _canonical(deployment: Deployment, role: ServingRole, entry: InstanceEntry) -> tuple[str, ...]:
+    """A pod's hosts, the master first. Ray ranks a prefill's other nodes by address as text."""
+    master, *others = entry.on
+    if role == "prefill":
+        others.sort(key=lambda host: deployment.hosts[host].address)
+    return (master, *others)

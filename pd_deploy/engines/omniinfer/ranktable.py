@@ -1,0 +1,137 @@
+"""Ranktables: device addresses in, documents out (contract sections 3.2 to 3.4). Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Address
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from pd_deploy.errors import FactsError
+
+if TYPE_CHECKING:
+    from pd_deploy.config.topology import Pod, Topology
+
+DeviceAddresses = Mapping[str, Mapping[int, str]]
+"""Host name → device id → IPv4 address of the device's network port."""
+
+
+def local(pod: Pod, addresses: DeviceAddresses) -> dict[str, Any]:
+    """The document of one pod; `server_count` is text on one host, a number on several."""
+    return {
+        "version": "1.0",
+        "status": "completed",
+        "group_id": "0",
+        "server_count": "1" if len(pod.members) == 1 else len(pod.members),
+        "server_list": _servers(pod, addresses),
+    }
+
+
+def merged(topology: Topology, addresses: DeviceAddresses) -> dict[str, Any]:
+    """The document of the whole service: one group per pod in canonical order.
+
+    The KV-transfer id of a device is the running count over this order, so it must be the same
+    on every host; here `server_count` is always a number.
+    """
+    groups = [
+        {
+            "group_id": str(index),
+            "server_count": len(pod.members),
+            "server_list": _servers(pod, addresses),
+        }
+        for index, pod in enumerate(topology.pods)
+    ]
+    return {"version": "1.0", "status": "completed", "server_group_list": groups}
+
+
+def render(document: Mapping[str, Any]) -> bytes:
+    """The document as file content."""
+    return json.dumps(document, indent=4).encode() + b"\n"
+
+
+def read_addresses_command(devices: Iterable[int]) -> list[str]:
+    """One command that prints the address of every device, for `parse_addresses`."""
+    script = 'for i in "$@"; do echo "device $i"; hccn_tool -i "$i" -ip -g 2>&1; done; true'
+    return ["sh", "-c", script, "hccn_tool", *map(str, devices)]
+
+
+def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
+    """Device addresses from the output of `read_addresses_command`.
+
+    Raises:
+        FactsError: devices without a valid IPv4 address, all of them, with what was seen; or an
+            address that two devices share.
+    """
+    sections = re.split(r"^device (\d+)\n", output, flags=re.MULTILINE)[1:]
+    seen = dict(zip(map(int, sections[::2]), sections[1::2], strict=True))
+    found = {device: _address(seen.get(device, "")) for device in devices}
+    bad = [
+        f"device {device}: {seen.get(device, '').strip() or 'no output'}"
+        for device, address in found.items()
+        if address is None
+    ]
+    good = [address for address in found.values() if address]
+    bad += [f"address {a} is given twice" for a in sorted({a for a in good if good.count(a) > 1})]
+    if bad:
+        raise FactsError(
+            "expected one IPv4 address per device from `hccn_tool -i DEVICE -ip -g`, found: "
+            + "; ".join(bad),
+            host=host,
+            hint="configure the devices' network with `hccn_tool -i DEVICE -ip -s address …`",
+        )
+    return {device: address for device, address in found.items() if address}
+
+
+def check_addresses(addresses: DeviceAddresses) -> None:
+    """Whether every device has an address of its own, over all hosts.
+
+    Devices leave the factory with the same addresses on every host; two of them would link with
+    each other's peers.
+
+    Raises:
+        FactsError: names every address that several devices have, and the devices.
+    """
+    holders: dict[str, list[str]] = {}
+    for host, of_device in addresses.items():
+        for device, address in of_device.items():
+            holders.setdefault(address, []).append(f"device {device} on {host}")
+    shared = [
+        f"{address} is the address of {' and of '.join(devices)}"
+        for address, devices in holders.items()
+        if len(devices) > 1
+    ]
+    if shared:
+        raise FactsError(
+            f"expected an address of its own for each device, found: {'; '.join(shared)}",
+            hint="give each device another one with `hccn_tool -i DEVICE -ip -s address …`",
+        )
+
+
+def _address(text: str) -> str | None:
+    match = re.search(r"^ipaddr:\s*(\S+)\s*$", text, re.MULTILINE)
+    try:
+        return str(IPv4Address(match[1])) if match else None
+    except ValueError:
+        return None
+
+
+def _servers(pod: Pod, addresses: DeviceAddresses) -> list[dict[str, Any]]:
+    """A pod's hosts in its order; ranks count over all of them."""
+    rank = count()
+    return [
+        {
+            "server_id": member.address,
+            "server_ip": member.address,
+            "device": [
+                {
+                    "device_id": str(device),
+                    "device_ip": addresses[member.host][device],
+                    "rank_id": str(next(rank)),
+                }
+                for device in member.devices
+            ],
+        }
+        for member in pod.members
+    ]

@@ -1,0 +1,240 @@
+"""The rules that a service has to keep: their names, and what of a deployment breaks them. Pure.
+
+Here are those of every service; an engine adds its own. A file may break a rule on purpose:
+`allow: [rule-name]`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from pd_deploy import engines
+from pd_deploy.engines.base import Finding
+from pd_deploy.errors import Problem
+
+if TYPE_CHECKING:
+    from pd_deploy.config.models import Deployment
+    from pd_deploy.config.topology import Pod, Topology
+
+RULES = {
+    "batched-tokens": "`max-num-batched-tokens` holds the longest prompt",
+    "decode-devices": "decode with several copies of the model has devices 0, 1, … on each host",
+    "decode-gear-list": "graph sizes stand inside `graph_model_compile_config`, at most 6",
+    "derived-arguments": "what follows from the topology is not given as an argument",
+    "derived-environment": "what follows from the topology is not given as a variable",
+    "device-ids": "device ids are those of the hardware",
+    "devices-disjoint": "a device belongs to one instance",
+    "engine-keys": "keys that the engine has no use for are not given",
+    "equal-devices": "a pod has as many devices on each of its hosts",
+    "host-addresses": "hosts have addresses of their own",
+    "kv-parallel-size": "`kv_parallel_size` is what an image of its age reads",
+    "mount-targets": "mounts keep off the paths that pd-deploy mounts itself",
+    "multi-host-decode": "decode spans hosts only where the profile supports it",
+    "multi-host-prefill": "a prefill spans hosts only where the profile supports it",
+    "one-decode-pod": "there is one decode pod",
+    "ports-distinct": "a port of a host has one user",
+    "ports-in-range": "ports fit into 65535, prefill's below decode's",
+    "prefill-pods": "there are at most 32 prefill pods; the proxy chooses no others",
+    "prefill-sizes": "all prefill pods have the same number of devices",
+    "tensor-parallel": "tensor parallel size and devices agree",
+    "tensor-parallel-ratio": "tensor parallel sizes of prefill and decode divide each other",
+    "values-without-blanks": "arguments have no blanks; the launcher splits at them",
+}
+"""Name → what the rule demands."""
+
+RESERVED_NAMES = {"ranktables"}
+
+
+def broken(deployment: "Deployment", topology: "Topology") -> list[Problem]:
+    """Every rule that a deployment breaks and does not allow itself to, and what is never allowed.
+
+    Each problem names its rule.
+    """
+    problems = list(_names(topology))
+    for rule, problem in _findings(deployment, topology):
+        if rule not in deployment.allow:
+            problems.append(Problem(problem.key, f"{problem.message} (rule {rule})"))
+    return problems
+
+
+def _findings(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+    yield from _shared_addresses(deployment)
+    yield from _shared_devices(topology)
+    yield from _shared_ports(topology)
+    yield from _pods(deployment, topology)
+    yield from _device_ids(deployment, topology)
+    yield from _overrides_of_proxy(deployment, topology)
+    for pod in topology.pods:
+        yield from _spanning(deployment, pod)
+        yield from _devices_of_pod(pod)
+        yield from _overrides(deployment, pod)
+    yield from _unused(deployment)
+    yield from engines.get(deployment.engine).findings(deployment, topology)
+
+
+def _names(topology: "Topology") -> Iterator[Problem]:
+    for name, count in Counter(topology.names).items():
+        if count > 1:
+            yield Problem(name, "expected a name used once among prefill, decode and proxy")
+        if name in RESERVED_NAMES:
+            yield Problem(name, "expected another name; it is that of the ranktables' directory")
+
+
+def _shared_addresses(deployment: "Deployment") -> Iterator[Finding]:
+    seen: dict[str, str] = {}
+    for name, entry in deployment.hosts.items():
+        if entry.address in seen:
+            yield (
+                "host-addresses",
+                Problem(
+                    f"hosts.{name}",
+                    f"expected an address of its own, found {entry.address}, "
+                    f"which host {seen[entry.address]} has",
+                ),
+            )
+        seen.setdefault(entry.address, name)
+
+
+def _shared_devices(topology: "Topology") -> Iterator[Finding]:
+    holder: dict[tuple[str, int], str] = {}
+    for instance in topology.instances:
+        taken = {
+            d: holder[instance.host, d] for d in instance.devices if (instance.host, d) in holder
+        }
+        for other in sorted(set(taken.values())):
+            devices = ", ".join(str(d) for d, name in taken.items() if name == other)
+            yield (
+                "devices-disjoint",
+                Problem(
+                    f"{instance.key}.devices",
+                    f"expected devices of its own on host {instance.host}, "
+                    f"found {devices}, which {other} has",
+                ),
+            )
+        holder |= {(instance.host, d): instance.name for d in instance.devices if d not in taken}
+
+
+def _shared_ports(topology: "Topology") -> Iterator[Finding]:
+    proxy = topology.proxy
+    holder = {(proxy.host, proxy.port): f"the port of proxy {proxy.name}"}
+    for instance in topology.instances:
+        for purpose, port in instance.ports.items():
+            place = (instance.host, port)
+            if port > 65535:
+                message = f"{purpose} port of {instance.name} would be {port}, above 65535"
+                yield "ports-in-range", Problem("ports", message)
+            if place in holder:
+                message = f"its {purpose} port {port} on host {instance.host} is also"
+                yield "ports-distinct", Problem(instance.key, f"{message} {holder[place]}")
+            holder.setdefault(place, f"the {purpose} port of {instance.name}")
+
+
+def _pods(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+    count, ports = len(topology.prefill), deployment.ports
+    if count > ports.decode_offset:
+        message = (
+            f"expected at least the number of prefill pods ({count}), "
+            f"found {ports.decode_offset}: their ports would overlap decode's"
+        )
+        yield "ports-in-range", Problem("ports.decode_offset", message)
+
+
+def _spanning(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
+    supports = deployment.supports
+    prefill = pod.role == "prefill"
+    supported = supports.multi_host_prefill != "none" if prefill else supports.multi_host_decode
+    if len(pod.members) > 1 and not supported:
+        starts = "no executor that spans hosts" if prefill else "a decode of one host only"
+        message = f"expected one host, found {len(pod.members)}: profile {deployment.profile} "
+        yield f"multi-host-{pod.role}", Problem(f"{pod.key}.hosts", f"{message}starts {starts}")
+
+
+def _device_ids(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+    limit = deployment.devices_per_host
+    for instance in topology.instances:
+        beyond = [d for d in instance.devices if d >= limit]
+        if beyond:
+            yield (
+                "device-ids",
+                Problem(
+                    f"{instance.key}.devices",
+                    f"expected ids below {limit} (profile {deployment.profile}), "
+                    f"found {', '.join(map(str, beyond))}",
+                ),
+            )
+
+
+def _devices_of_pod(pod: "Pod") -> Iterator[Finding]:
+    counts = {member.host: len(member.devices) for member in pod.members}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} on {host}" for host, count in counts.items())
+        message = f"expected as many devices on each host, found {found}"
+        yield "equal-devices", Problem(f"{pod.key}.devices", message)
+
+
+def _overrides(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
+    settings, engine = pod.master.settings, engines.get(deployment.engine)
+    yield from _derived_environment(pod.key, settings.environment, engine.DERIVED_ENVIRONMENT)
+    yield from _derived_arguments(pod.key, settings.arguments, engine.DERIVED_ARGUMENTS)
+    for mount in (*deployment.container.mounts, *settings.mounts):
+        if _is_ours(deployment, mount.target):
+            message = f"expected another target, found {mount.target}, which pd-deploy mounts"
+            yield "mount-targets", Problem(f"{pod.key}.mounts", message)
+
+
+def _overrides_of_proxy(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+    proxy, engine = topology.proxy, engines.get(deployment.engine)
+    key = f"proxy.{proxy.name}"
+    yield from _derived_environment(key, proxy.entry.environment, engine.DERIVED_PROXY_ENVIRONMENT)
+    yield from _derived_arguments(key, proxy.entry.arguments, engine.DERIVED_PROXY_ARGUMENTS)
+
+
+def _derived_environment(
+    key: str, given: Iterable[str], derived: frozenset[str]
+) -> Iterator[Finding]:
+    for name in sorted(derived.intersection(given)):
+        message = "expected it not to be given: it follows from the topology"
+        yield "derived-environment", Problem(f"{key}.environment.{name}", message)
+
+
+def _derived_arguments(
+    key: str, given: Iterable[str], derived: frozenset[str]
+) -> Iterator[Finding]:
+    for name in sorted(derived.intersection(name.replace("_", "-") for name in given)):
+        message = "expected it not to be given: it follows from other keys of the file"
+        yield "derived-arguments", Problem(f"{key}.arguments.{name}", message)
+
+
+def _is_ours(deployment: "Deployment", target: str) -> bool:
+    paths = deployment.paths
+    exact = {deployment.model.path, deployment.code, "/etc/localtime"}
+    below = (f"{paths.state}/{deployment.name}/", f"{paths.logs}/{deployment.name}/")
+    return target in exact or f"{target}/".startswith(below)
+
+
+def _unused(deployment: "Deployment") -> Iterator[Finding]:
+    """Keys that stand in the file or its profile and would change nothing."""
+    for key in engines.get(deployment.engine).UNUSED_KEYS:
+        for path in _given(deployment, key.split(".")):
+            message = f"expected it not to be given: engine {deployment.engine} has no use for it"
+            yield "engine-keys", Problem(path, message)
+
+
+def _given(part: object, key: list[str]) -> Iterator[str]:
+    """The paths at which a key is given; `*` stands for every entry of a mapping."""
+    first, *rest = key
+    if first == "*" and isinstance(part, dict):
+        for name, entry in part.items():
+            yield from (f"{name}.{path}" for path in _given(entry, rest))
+    elif isinstance(part, BaseModel) and first in part.model_fields_set:
+        below = _given(getattr(part, first), rest) if rest else [""]
+        yield from (f"{first}.{path}".rstrip(".") for path in below)
+
+
+def hint(problems: list[Problem]) -> str | None:
+    """How to go on when a rule is broken on purpose."""
+    if any("(rule " in problem.message for problem in problems):
+        return "if a rule is broken on purpose, name it in the file: `allow: [RULE]`"
+    return None

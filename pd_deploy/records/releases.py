@@ -1,0 +1,292 @@
+"""Releases: what was deployed when, what serves, what is good, what is quarantined. Pure.
+
+Every generation leaves a `Release` on each of its hosts, written before anything of it is made.
+One `Record` says what became of them; the one with the highest sequence counts. It is written to
+the proxy's host first, by one atomic rename: that is the moment of promotion. The other hosts get
+a copy, so that it outlives any of them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pd_deploy.records.generation import Generation, latest
+
+RELEASE = "release.json"
+PLAN = "plan.json"
+RECORD = "record.json"
+Result = Literal["good", "failed", "interrupted"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Place(_Frozen):
+    """How a host of a release is reached; `credentials` names a block."""
+
+    name: str
+    address: str
+    user: str | None = None
+    port: int = 22
+    credentials: str | None = None
+
+
+class Release(_Frozen):
+    """One generation: when and why it was made, and of what.
+
+    Attributes:
+        generation: its name.
+        servers: the generation whose servers it runs; another one when only the proxy changed.
+        servers_fingerprint: stands for all of its servers.
+        image: the image as somebody wrote it, with a tag.
+        exact: the image by digest, or by id with `pull: never`.
+        file_image: what the deployment file said at that time.
+        hosts: all its hosts by their names then.
+        logs: where its log files are on them.
+        created: when it was first attempted, by the controller's clock.
+        started_by: the run that made it, and who or what started that.
+    """
+
+    generation: str
+    servers: str
+    servers_fingerprint: str
+    image: str
+    exact: str
+    file_image: str
+    hosts: dict[str, Place]
+    logs: str
+    created: datetime
+    started_by: str
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` of its image."""
+        return digest_of(self.exact)
+
+
+class Outcome(_Frozen):
+    """How the last attempt at a generation ended."""
+
+    result: Result
+    when: datetime
+    by: str
+    reason: str = ""
+
+
+class Quarantined(_Frozen):
+    """An image that no nightly run takes again, and why."""
+
+    image: str
+    when: datetime
+    reason: str
+
+
+class Record(_Frozen):
+    """What became of the releases.
+
+    Attributes:
+        sequence: counts changes; the highest one counts.
+        serving: the generation that serves, or is to.
+        hosts: all hosts, by address, on which anything of the deployment may be.
+        outcomes: by generation.
+        quarantine: by digest.
+        closed: since when clients can't connect; None while the service is up.
+    """
+
+    sequence: int = 0
+    serving: str | None = None
+    hosts: dict[str, Place] = {}
+    outcomes: dict[str, Outcome] = {}
+    quarantine: dict[str, Quarantined] = {}
+    closed: datetime | None = None
+
+    def promoted(self, generation: str, when: datetime, by: str) -> "Record":
+        """The record once a generation has passed all gates; itself if that is what it says.
+
+        An image that serves is not quarantined any longer; the caller lifts that by digest.
+        """
+        known = self.outcomes.get(generation)
+        if self.serving == generation and known and known.result == "good":
+            return self
+        good = Outcome(result="good", when=when, by=by)
+        return self._changed(serving=generation, outcomes={**self.outcomes, generation: good})
+
+    def on(self, places: Iterable[Place]) -> "Record":
+        """The record once a generation is to be made on hosts."""
+        hosts = {**self.hosts, **{place.address: place for place in places}}
+        return self if hosts == self.hosts else self._changed(hosts=hosts)
+
+    def left(self, addresses: Iterable[str]) -> "Record":
+        """The record once nothing of the deployment is on some hosts any more."""
+        gone = set(addresses)
+        hosts = {address: place for address, place in self.hosts.items() if address not in gone}
+        return self if hosts == self.hosts else self._changed(hosts=hosts)
+
+    def ended(self, generation: str, outcome: Outcome) -> "Record":
+        """The record once an attempt ended; a generation that was good before stays good."""
+        known = self.outcomes.get(generation)
+        if known and known.result == "good":
+            return self
+        return self._changed(outcomes={**self.outcomes, generation: outcome})
+
+    def quarantined(self, digest: str, why: Quarantined) -> "Record":
+        """The record with an image in quarantine."""
+        return self._changed(quarantine={**self.quarantine, digest: why})
+
+    def released(self, digest: str) -> "Record":
+        """The record with an image out of quarantine."""
+        if digest not in self.quarantine:
+            return self
+        rest = {key: why for key, why in self.quarantine.items() if key != digest}
+        return self._changed(quarantine=rest)
+
+    def closing(self, when: datetime) -> "Record":
+        """The record when the proxy is about to close; a service that is down already stays so."""
+        return self if self.closed else self._changed(closed=when)
+
+    def opened(self) -> "Record":
+        """The record once clients can connect."""
+        return self._changed(closed=None) if self.closed else self
+
+    def without(self, generations: Iterable[str]) -> "Record":
+        """The record once generations are removed."""
+        gone = set(generations)
+        rest = {name: one for name, one in self.outcomes.items() if name not in gone}
+        return self if rest == self.outcomes else self._changed(outcomes=rest)
+
+    def _changed(self, **update: object) -> "Record":
+        return self.model_copy(update={"sequence": self.sequence + 1, **update})
+
+
+@dataclass(frozen=True)
+class History:
+    """All that the hosts know of a deployment's past.
+
+    Attributes:
+        record: the newest one found.
+        releases: by generation.
+        found: names of all generations of which anything is on a host.
+    """
+
+    record: Record
+    releases: Mapping[str, Release]
+    found: frozenset[str]
+
+    @property
+    def serving(self) -> Release | None:
+        """The release that serves, or is to."""
+        return self.releases.get(self.record.serving or "")
+
+    @property
+    def good(self) -> list[str]:
+        """Generations that passed all gates, the last promoted last."""
+        outcomes = self.record.outcomes.items()
+        found = [(one.when, name) for name, one in outcomes if one.result == "good"]
+        return [name for _, name in sorted(found) if name in self.releases]
+
+    def with_release(self, release: Release) -> "History":
+        """The history once a release is written."""
+        known = {**self.releases, release.generation: release}
+        return replace(self, releases=known, found=self.found | {release.generation})
+
+    def before(self) -> str | None:
+        """The good generation that served before the present one: where a rollback goes."""
+        others = [name for name in self.good if name != self.record.serving]
+        return others[-1] if others else None
+
+    def kept(self, count: int) -> set[str]:
+        """Generations that pruning keeps: what serves, the last `count` good ones besides, and the
+        youngest, whatever became of it. Those whose servers they run stay with them."""
+        others = [name for name in self.good if name != self.record.serving]
+        names = {*others[-count:], *filter(None, [self.record.serving])}
+        if youngest := latest(self.found):
+            names.add(str(youngest))
+        return names | {self.releases[name].servers for name in names if name in self.releases}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The image that a run takes, and the rule by which. `digest` is None until it is looked up."""
+
+    image: str
+    digest: str | None
+    rule: str
+
+
+def choose(file_image: str, asked: str | None, serving: Release | None) -> Choice:
+    """Which image a run without further orders takes.
+
+    One that the run names wins. Else the promoted image stays, so that a manual run never undoes
+    a nightly one, unless the file's own `image` has changed since.
+    """
+    if asked is not None:
+        return Choice(asked, None, "the run names it")
+    if serving is None:
+        return Choice(file_image, None, "the file's own")
+    if serving.file_image != file_image:
+        return Choice(file_image, None, f"the file's own, changed since {serving.generation}")
+    if serving.image == file_image:
+        return Choice(serving.image, serving.digest, f"the file's own, as {serving.generation}")
+    return Choice(
+        serving.image, serving.digest, f"promoted with {serving.generation}; the file's is older"
+    )
+
+
+def merge(records: Iterable[Record], releases: Iterable[Release], found: Iterable[str]) -> History:
+    """The history from what each host knows."""
+    newest = max(records, key=lambda record: record.sequence, default=Record())
+    known = {release.generation: release for release in releases}
+    names = frozenset(name for name in found if Generation.parse(name))
+    return History(newest, known, names | frozenset(known))
+
+
+def digest_of(exact: str) -> str:
+    """The digest in `repository@sha256:…`, or the id itself."""
+    return exact.rpartition("@")[2]
+
+
+def local_tag(deployment: str, generation: str) -> str:
+    """A name on the host that keeps an image of a kept generation from being pruned."""
+    return f"pd-deploy/{deployment}:{generation}"
+
+
+def table(history: History) -> Sequence[Mapping[str, str]]:
+    """A row per release, the youngest first."""
+    releases = sorted(history.releases.values(), key=_age, reverse=True)
+    return [_row(history, release) for release in releases]
+
+
+def _age(release: Release) -> Generation:
+    parsed = Generation.parse(release.generation)
+    assert parsed is not None
+    return parsed
+
+
+def _row(history: History, release: Release) -> Mapping[str, str]:
+    outcome = history.record.outcomes.get(release.generation)
+    serves = history.record.serving == release.generation
+    result: str = outcome.result if outcome else "unfinished"
+    if serves:
+        result = "serving"
+    if release.digest in history.record.quarantine:
+        result += ", image quarantined"
+    return {
+        "generation": release.generation,
+        "created": f"{release.created:%Y-%m-%d %H:%M:%S}",
+        "image": release.image,
+        "digest": release.digest[:19],
+        "started by": release.started_by,
+        "result": result,
+        "ended": f"{outcome.when:%Y-%m-%d %H:%M:%S}" if outcome else "",
+        "why": _first_line(outcome.reason) if outcome else "",
+    }
+
+
+def _first_line(text: str) -> str:
+    line = re.sub(r"\s+", " ", text.strip().partition("\n")[0])
+    return line if len(line) <= 200 else f"{line[:199]}…"

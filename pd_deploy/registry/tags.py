@@ -1,0 +1,144 @@
+"""Which tags are builds of one family, and which of them is newer (contract section 8.2). Pure.
+
+    daily         20250722_26                     by date, then by the build's number
+    branch-daily  master-202508191159-daily       of one branch, by time
+    timestamp     202506272026                    by time
+    date          20250611                        by date
+    release       release_v0.4.2, release_v0.4.2_0926_2000
+    pattern       what the user's regular expression matches, by its groups
+
+Families are never mixed: a tag of another one, or with a further suffix (test, yes, RC1), is no
+candidate. What stands for a date or time must be one.
+
+Builds of a release carry month, day and time but no year. They are ordered by version and then by
+this stamp, which is wrong for builds of one version on both sides of a new year. The bare tag is
+the final build, newer than all others of its version.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from pd_deploy.config.models import Deployment, UpdatePolicy
+from pd_deploy.errors import InvalidInput, Problem
+
+Key = tuple[Any, ...]
+_TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
+# Years are left out of the stamps of releases; in this one, 29 February exists.
+_ANY_YEAR = "2000"
+_FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
+
+
+class _Family(NamedTuple):
+    pattern: re.Pattern[str]
+    key: Callable[[re.Match[str]], Key]
+    """Raises ValueError where digits are no date."""
+
+
+def newest_first(policy: UpdatePolicy, tags: Iterable[str]) -> list[str]:
+    """The tags that are builds as the policy wants them, the newest first, each once.
+
+    Tags that the order can't tell apart, such as 20250722_9 and 20250722_09, come by their text.
+    """
+    keyed = {tag: key for tag in tags if (key := _key(policy, tag)) is not None}
+    return sorted(keyed, key=lambda tag: (keyed[tag], tag), reverse=True)
+
+
+def recognised(tag: str) -> UpdatePolicy | None:
+    """The policy under which a tag is a build, if it is of one of the families built in."""
+    for name, family in _FAMILIES.items():
+        match = _matched(family, tag)
+        if match:
+            return UpdatePolicy.model_validate({"family": name, **match.groupdict()})
+    return None
+
+
+def policy_of(deployment: Deployment) -> UpdatePolicy:
+    """The file's update policy; without one, that of the family which its own tag is of.
+
+    Raises:
+        InvalidInput: the tag is of no family; says what to write.
+    """
+    if deployment.update:
+        return deployment.update
+    tag = "" if "@" in deployment.image else deployment.image.rpartition(":")[2]
+    policy = recognised(tag)
+    if policy is None:
+        found = f"the tag {tag}" if tag else "a digest"
+        families = ", ".join(_FAMILIES)
+        raise InvalidInput(
+            [Problem("update", f"expected the family of the image's tags, found {found} alone")],
+            source=deployment.name,
+            hint=f"write `update: {{family: NAME}}` with one of {families}, or "
+            r"`update: {family: pattern, pattern: 'build-(\d+)'}`",
+        )
+    return policy
+
+
+def described(policy: UpdatePolicy) -> str:
+    """A policy in words, for messages."""
+    detail = policy.branch or policy.pattern
+    return f"{policy.family} ({detail})" if detail else policy.family
+
+
+def _key(policy: UpdatePolicy, tag: str) -> Key | None:
+    """What a tag is ordered by; None if it is no candidate."""
+    if not _TAG.fullmatch(tag):
+        return None
+    if policy.pattern is not None:
+        own = re.compile(policy.pattern, re.ASCII).fullmatch(tag)
+        return _by_groups(own, policy.order) if own else None
+    family = _FAMILIES[policy.family]
+    match = _matched(family, tag)
+    if match is None or match.groupdict().get("branch") != policy.branch:
+        return None
+    return family.key(match)
+
+
+def _matched(family: _Family, tag: str) -> re.Match[str] | None:
+    match = family.pattern.fullmatch(tag)
+    try:
+        return match if match and family.key(match) else None
+    except ValueError:
+        return None
+
+
+def _by_groups(match: re.Match[str], order: Iterable[int | str]) -> Key:
+    groups = order or range(1, match.re.groups + 1)
+    return tuple(_by_text(match[group]) for group in groups)
+
+
+def _by_text(text: str | None) -> Key:
+    """Numbers by value, below other text; a group that took no part below both."""
+    if text is None:
+        return 0, 0, ""
+    return (1, int(text), "") if text.isdigit() else (2, 0, text)
+
+
+def _time(digits: str) -> datetime:
+    return datetime.strptime(digits, _FORMS[len(digits)])
+
+
+def _by_version(match: re.Match[str]) -> Key:
+    major, minor, patch, stamp = match.groups()
+    version = int(major), int(minor), int(patch)
+    if stamp is None:
+        return *version, 1, _time(_ANY_YEAR + "0101")
+    return *version, 0, _time(_ANY_YEAR + stamp.replace("_", ""))
+
+
+_FAMILIES = {
+    name: _Family(re.compile(pattern, re.ASCII), key)
+    for name, pattern, key in (
+        ("daily", r"(\d{8})_(\d+)", lambda match: (_time(match[1]), int(match[2]))),
+        (
+            "branch-daily",
+            r"(?P<branch>\w[\w.-]{0,99})-(\d{12})-daily",
+            lambda match: (_time(match[2]),),
+        ),
+        ("timestamp", r"(\d{12})", lambda match: (_time(match[1]),)),
+        ("date", r"(\d{8})", lambda match: (_time(match[1]),)),
+        ("release", r"release_v(\d+)\.(\d+)\.(\d+)(?:_(\d{4}_\d{4}))?", _by_version),
+    )
+}

@@ -1,0 +1,324 @@
+"""Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
+
+import asyncio
+from collections.abc import Callable
+
+import httpx
+
+from pd_deploy.engines.base import PROVING_ADDRESS
+from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder
+from pd_deploy.hosts import ContainerState, File, Host, PullProgress
+from pd_deploy.planning.plan import HostPlan
+from pd_deploy.records import generation
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout, Site
+
+LOG_LINES = 20
+ABORT_TIMEOUT_S = 10
+CONNECT_S = 5.0
+
+
+async def pull(
+    rollout: Rollout, name: str, on_progress: Callable[[PullProgress], None] | None = None
+) -> Report:
+    """Brings the image to a host unless it is there.
+
+    Raises:
+        NotReady: it took longer than `gates.pull`.
+    """
+    host, image = rollout.site.host(name), rollout.plan.image
+    if await host.engine.image(image):
+        return Report("pull image", name, name, False, "present")
+    await rollout.site.may_change(host)
+    limit = rollout.site.deployment.gates.pull
+    try:
+        async with asyncio.timeout(limit):
+            await host.engine.pull(image, rollout.site.registry_login, on_progress)
+    except TimeoutError as error:
+        raise NotReady(
+            f"expected {image} to be pulled within {limit:g} s",
+            host=host.where,
+            hint="raise gates.pull, or pull it on the host by hand",
+        ) from error
+    return Report("pull image", name, name, True, f"pulled {image.rpartition('@')[2][:19]}")
+
+
+async def clean_up(rollout: Rollout, instance: str) -> Report:
+    """Stops an instance's containers that must not run any longer, and keeps them."""
+    stopping = [
+        (host, state)
+        for host, state in rollout.stopping()
+        if state.labels[generation.INSTANCE] == instance
+    ]
+    if stopping:
+        rollout.stopped = True
+        rollout.down.begin()
+    await asyncio.gather(*(_stop(rollout.site, host, state) for host, state in stopping))
+    where = ", ".join(sorted({host for host, _ in stopping}))
+    detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
+    return Report("clean up", instance, where, bool(stopping), detail)
+
+
+async def launch(rollout: Rollout, instance: str) -> Report:
+    """Creates an instance's directories, start script and container; starts nothing."""
+    where, host = rollout.site.topology.host_of(instance), rollout.site.host_of(instance)
+    await rollout.site.may_change(host)
+    planned, spec = rollout.plan.hosts[where], rollout.plan.container(instance)
+    own = [d for d in planned.directories if d.endswith(f"/{instance}")]
+    shared = [d for d in planned.directories if d.endswith("/ranktables")]
+    made = await host.make_dirs(own + shared)
+    written = await _write(host, planned, "launch", spec.command[0])
+    if await _find(rollout, instance):
+        changes = [f"wrote {path}" for path in (*made, *written)]
+        return Report("launch", instance, where, bool(changes), ", ".join(changes) or "present")
+    await host.engine.create(spec)
+    return Report("launch", instance, where, True, f"created {spec.name}")
+
+
+async def write_ranktables(rollout: Rollout, name: str) -> Report:
+    """Writes a host's ranktable documents.
+
+    Raises:
+        OutOfOrder: the generation was not launched.
+    """
+    host, planned = rollout.site.host(name), rollout.plan.hosts[name]
+    for instance in planned.containers:
+        await require(rollout, instance)
+    await rollout.site.may_change(host)
+    written = await _write(host, planned, "ranktable", "/ranktables/")
+    detail = f"wrote {len(written)} documents" if written else "up to date"
+    return Report("ranktable", name, name, bool(written), detail)
+
+
+async def prepare_proxy(rollout: Rollout) -> Report:
+    """Starts the proxy's container up to the point where it could open its port.
+
+    Raises:
+        OutOfOrder: the generation was not launched.
+        InstanceDied: the preparation failed; the message has the proxy's last lines.
+    """
+    site, name = rollout.site, rollout.site.topology.proxy.name
+    state = await require(rollout, name)
+    if state.status in generation.RUNNING:
+        return Report("prepare proxy", name, site.topology.proxy.host, False, "runs")
+    await _start(rollout, name, state)
+    await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
+    return Report("prepare proxy", name, site.topology.proxy.host, True, "prepared, port closed")
+
+
+async def start_server(rollout: Rollout, instance: str) -> Report:
+    """Starts an instance and waits until its launcher runs.
+
+    Raises:
+        OutOfOrder: the generation was not launched, or has no ranktables.
+        InstanceDied: the launcher ended at once.
+    """
+    site, where = rollout.site, rollout.site.topology.host_of(instance)
+    state = await require(rollout, instance)
+    if state.status in generation.RUNNING:
+        return Report("start server", instance, where, False, "runs")
+    await _require_ranktables(rollout, where)
+    await _start(rollout, instance, state)
+    await _log_says(rollout, instance, state, site.engine.STARTED, site.deployment.gates.start)
+    return Report("start server", instance, where, True, f"started {state.name}")
+
+
+async def let_smoke_test_in(rollout: Rollout) -> str:
+    """Opens a prepared proxy to the smoke test alone, unless it is open to clients already.
+
+    Returns:
+        The address where its port answers on its host.
+    """
+    site, name = rollout.site, rollout.site.topology.proxy.name
+    host, state = site.host_of(name), await require(rollout, name)
+    if state.status not in generation.RUNNING:
+        await prepare_proxy(rollout)
+        state = await require(rollout, name)
+    elif await _clients_can_connect(rollout):
+        return site.topology.proxy.address
+    if site.engine.PROVING not in await host.engine.logs(state.id, since=state.finished_at):
+        await _log_says(
+            rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy
+        )
+        await _one_step_on(rollout, state)
+        await _log_says(rollout, name, state, site.engine.OPEN, site.deployment.gates.start)
+        # Scripts that older versions of pd-deploy have saved open to clients at once.
+        if site.engine.PROVING not in await host.engine.logs(state.id, since=state.finished_at):
+            return site.topology.proxy.address
+    return PROVING_ADDRESS
+
+
+async def open_proxy(rollout: Rollout) -> Report:
+    """Opens the proxy's port to clients; to be called when the smoke test has passed."""
+    site, name = rollout.site, rollout.site.topology.proxy.name
+    where, state = site.topology.proxy.host, await require(rollout, name)
+    port = site.topology.proxy.port
+    if await _clients_can_connect(rollout):
+        if not rollout.stopped:
+            rollout.down.never()
+        return Report("open proxy", name, where, False, f"port {port} is open")
+    await _one_step_on(rollout, state)
+    await _log_says(rollout, name, state, site.engine.OPENED, site.deployment.gates.start)
+    rollout.down.end()
+    return Report("open proxy", name, where, True, f"opened port {port}")
+
+
+async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
+    """Stops, after a failure, what this run has started; keeps the containers and their logs.
+
+    Returns:
+        By instance, None if it is stopped, or why it could not be.
+    """
+    names = sorted(rollout.started)
+    outcomes = await asyncio.gather(
+        *(_stop_instance(rollout, name) for name in names), return_exceptions=True
+    )
+    return {
+        name: outcome if isinstance(outcome, Exception) else None
+        for name, outcome in zip(names, outcomes, strict=True)
+    }
+
+
+async def died(rollout: Rollout, instance: str) -> InstanceDied:
+    """The error for an instance that ended: exit code and the last lines of its logs."""
+    host, state = rollout.site.host_of(instance), await require(rollout, instance)
+    code = await host.engine.wait(state.id)
+    return InstanceDied(
+        f"ended with exit code {code}\n{await last_lines(rollout, instance)}",
+        host=host.where,
+        instance=instance,
+        hint=f"the whole log is on the host: `docker logs {state.name}` and "
+        f"{rollout.log_directory(instance)}",
+    )
+
+
+async def last_lines(rollout: Rollout, instance: str) -> str:
+    """The end of an instance's output and log files since its last start, for messages."""
+    host, state = rollout.site.host_of(instance), await require(rollout, instance)
+    output, files = await asyncio.gather(
+        host.engine.logs(state.id, tail=LOG_LINES, since=state.started_at),
+        host.facts.tail([rollout.log_directory(instance)], lines=LOG_LINES),
+    )
+    shown = ["its last lines:", *(f"  | {line}" for line in output.splitlines())]
+    for path, text in files.items():
+        shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
+    return "\n".join(shown)
+
+
+async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | None:
+    """The error for an instance, or the proxy, that has ended or ends within some seconds."""
+    names = rollout.site.topology.names
+    states = await asyncio.gather(*(require(rollout, name) for name in names))
+    ends = {
+        asyncio.ensure_future(rollout.site.host_of(name).engine.wait(state.id)): name
+        for name, state in zip(names, states, strict=True)
+        if within or state.status in generation.ENDED
+    }
+    if not ends:
+        return None
+    done, running = await asyncio.wait(
+        ends, timeout=within or None, return_when=asyncio.FIRST_COMPLETED
+    )
+    for one in running:
+        one.cancel()
+    return await died(rollout, ends[done.pop()]) if done else None
+
+
+async def require(rollout: Rollout, instance: str) -> ContainerState:
+    """The generation's container of an instance.
+
+    Raises:
+        OutOfOrder: it was not launched.
+    """
+    state = await _find(rollout, instance)
+    if state is None:
+        raise OutOfOrder(
+            f"expected the container {rollout.plan.container(instance).name}, found none",
+            host=rollout.site.host_of(instance).where,
+            instance=instance,
+            hint="run the stage `launch` first",
+        )
+    return state
+
+
+async def _stop_instance(rollout: Rollout, instance: str) -> None:
+    state, host = await require(rollout, instance), rollout.site.topology.host_of(instance)
+    if state.status in generation.RUNNING:
+        await _stop(rollout.site, host, state, ABORT_TIMEOUT_S)
+
+
+async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:
+    seconds = site.deployment.container.stop_timeout if timeout is None else timeout
+    await site.may_change(site.host(host))
+    await site.host(host).engine.stop(state.id, deployment=site.deployment.name, timeout=seconds)
+
+
+async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
+    spec = rollout.plan.container(instance)
+    try:
+        return await rollout.site.host_of(instance).engine.inspect(spec.name)
+    except ContainerMissing:
+        return None
+
+
+async def _require_ranktables(rollout: Rollout, name: str) -> None:
+    host, files = rollout.site.host(name), rollout.plan.hosts[name].files_of("ranktable")
+    found = await asyncio.gather(*(host.read_file(file.path) for file in files))
+    wrong = [f.path for f, seen in zip(files, found, strict=True) if seen != f.content.encode()]
+    if wrong:
+        raise OutOfOrder(
+            f"expected the generation's ranktables, found {', '.join(wrong)} missing or different",
+            host=host.where,
+            hint="run the stage `ranktable` first",
+        )
+
+
+async def _write(host: Host, planned: HostPlan, stage: str, below: str) -> list[str]:
+    files = {
+        file.path: File(file.content.encode(), int(file.mode, 8))
+        for file in planned.files_of(stage)
+        if below in file.path
+    }
+    return await host.write_files(files)
+
+
+async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:
+    host = rollout.site.host_of(instance)
+    await rollout.site.may_change(host)
+    rollout.started.add(instance)
+    await host.engine.start(state.id)
+
+
+async def _one_step_on(rollout: Rollout, state: ContainerState) -> None:
+    """Takes the proxy from prepared to open to the smoke test, and from there to open."""
+    site, host = rollout.site, rollout.site.host_of(rollout.site.topology.proxy.name)
+    await site.may_change(host)
+    await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
+
+
+async def _clients_can_connect(rollout: Rollout) -> bool:
+    """Whether something answers where clients ask; its log may have left the start behind."""
+    proxy = rollout.site.topology.proxy
+    async with rollout.site.host(proxy.host).http(proxy.address, proxy.port) as client:
+        try:
+            await client.get(f"http://{proxy.address}:{proxy.port}/health", timeout=CONNECT_S)
+        except httpx.TransportError:
+            return False
+    return True
+
+
+async def _log_says(
+    rollout: Rollout, instance: str, state: ContainerState, text: str, timeout: float
+) -> None:
+    """Waits for a text in the container's log since its last start."""
+    host = rollout.site.host_of(instance)
+    said = await host.engine.wait_log(state.id, text, timeout, since=state.finished_at)
+    if said == "ended":
+        raise await died(rollout, instance)
+    if said == "timeout":
+        raise NotReady(
+            f"expected {text!r} in its log within {timeout:g} s, found nothing of it\n"
+            + await last_lines(rollout, instance),
+            host=host.where,
+            instance=instance,
+        )

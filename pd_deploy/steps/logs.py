@@ -1,0 +1,60 @@
+"""Collecting logs: what containers printed, and the files that they wrote."""
+
+import asyncio
+from pathlib import Path
+
+from pd_deploy.errors import NoSuchGeneration
+from pd_deploy.hosts import Host
+from pd_deploy.records import generation as gen
+from pd_deploy.records.releases import History
+from pd_deploy.steps.rollout import Site
+
+
+def chosen(past: History, generation: str | None) -> str:
+    """The generation whose logs are wanted: the youngest, unless one is named.
+
+    Raises:
+        NoSuchGeneration: nothing of it is on the hosts.
+    """
+    wanted = generation or str(gen.latest(past.found) or "")
+    if wanted in past.found:
+        return wanted
+    raise NoSuchGeneration(
+        f"expected the generation {wanted or 'of any name'} on the hosts, "
+        f"found {', '.join(sorted(past.found)) or 'none'}",
+        hint="`pd-deploy releases FILE` lists those that are kept",
+    )
+
+
+async def collect(site: Site, name: str, past: History, generation: str, to: Path) -> list[Path]:
+    """Copies a host's logs of a generation below a directory here; returns the files.
+
+    `docker.log` of each instance is what its container printed. A generation that runs the
+    servers of another has their logs there.
+    """
+    host = site.host(name)
+    wanted = {generation}
+    if release := past.releases.get(generation):
+        wanted.add(release.servers)
+    containers = await host.engine.containers({gen.DEPLOYMENT: site.deployment.name})
+    ours = [c for c in containers if c.labels.get(gen.GENERATION) in wanted]
+    printed = await asyncio.gather(*(host.engine.logs(c.id, tail="all") for c in ours))
+    written = []
+    for container, text in zip(ours, printed, strict=True):
+        written.append(to / container.labels[gen.INSTANCE] / "docker.log")
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        written[-1].write_text(text)
+    for one in sorted(wanted):
+        if known := past.releases.get(one):
+            written += await _copy_tree(host, known.logs, to)
+    return written
+
+
+async def _copy_tree(host: Host, source: str, to: Path) -> list[Path]:
+    copied = []
+    for path in await host.find_files(source):
+        target = to / path.removeprefix(f"{source}/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(await host.read_file(path) or b"")
+        copied.append(target)
+    return copied

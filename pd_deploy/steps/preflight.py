@@ -1,0 +1,201 @@
+"""What has to be true of a host before anything on it is changed."""
+
+import asyncio
+from collections.abc import Iterator
+
+from pd_deploy.errors import DiskFull, FileMissing, HostError, InUse, PortTaken
+from pd_deploy.hosts import ContainerState, Host
+from pd_deploy.hosts.lease import Owner
+from pd_deploy.records import generation
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
+
+GIB = 1 << 30
+
+
+async def preflight(rollout: Rollout, name: str) -> Report:
+    """Checks paths, disk, devices and ports of a host, and reports all faults in one error.
+
+    Raises:
+        FileMissing, DiskFull, InUse, PortTaken: the only fault found.
+        HostError: several faults.
+    """
+    host = rollout.site.host(name)
+    checks = await asyncio.gather(
+        _paths(rollout, host, name),
+        _disk(rollout, host, name),
+        _devices(rollout, host, name),
+        _ports(rollout, host, name),
+    )
+    faults = [fault for found in checks for fault in found]
+    faults += _of_other_deployments(rollout, host, name)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise HostError("; ".join(fault.message for fault in faults), host=host.where)
+    survey = rollout.surveys[name]
+    detail = f"{survey.architecture}, Docker {survey.engine_version}, {survey.interface}"
+    return Report("preflight", name, name, False, detail)
+
+
+async def until_free(rollout: Rollout, name: str) -> Report:
+    """Waits until the devices and ports that stopped containers had are really free.
+
+    Raises:
+        InUse: they are not within `gates.free`; says who holds them.
+    """
+    site, host = rollout.site, rollout.site.host(name)
+    try:
+        async with asyncio.timeout(site.deployment.gates.free) as limit:
+            # An asyncio.Event can't be set from another machine
+            while busy := await _busy(rollout, host, name):  # noqa: ASYNC110
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise InUse(
+            f"expected devices and ports to be free within {site.deployment.gates.free:g} s "
+            f"after the old generation stopped, found {', '.join(busy)}",
+            host=host.where,
+            hint="end what holds them, or raise gates.free",
+        ) from None
+    return Report("free", name, name, False, "devices and ports are free")
+
+
+POLL_S = 0.25
+
+
+async def _busy(rollout: Rollout, host: Host, name: str) -> list[str]:
+    """Who still has something that the servers about to start need."""
+    starting = rollout.to_start(name)
+    devices = {d for s in starting for d in generation.numbers(s.labels[generation.DEVICES])}
+    ports = {p for s in starting for p in generation.numbers(s.labels[generation.PORTS])}
+    users, taken = await asyncio.gather(
+        _users(rollout, host, devices), host.facts.ports_taken(sorted(ports))
+    )
+    busy = [f"device {device} with {user}" for device, user in sorted(users.items())]
+    return busy + [f"port {p} with {who or 'a process'}" for p, who in sorted(taken.items())]
+
+
+async def _users(rollout: Rollout, host: Host, devices: set[int]) -> dict[int, str]:
+    engine = rollout.site.engine
+    command = engine.users_command()
+    if not command or not devices:
+        return {}
+    return dict(engine.users(await host.output(command), sorted(devices), host.where))
+
+
+async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    planned = rollout.plan.hosts.get(name)
+    if planned is None:
+        return []
+    ours = {*planned.directories, *(d.rpartition("/")[0] for d in planned.directories)}
+    specs = planned.containers.values()
+    mounts = {m.source for spec in specs for m in spec.mounts} - ours
+    devices = {device.partition(":")[0] for spec in specs for device in spec.devices}
+    missing = await host.facts.missing_paths(sorted(mounts | devices))
+    if not missing:
+        return []
+    return [
+        FileMissing(
+            f"expected these paths, which the containers use: {', '.join(sorted(missing))}; "
+            "found nothing there",
+            path=sorted(missing)[0],
+            host=host.where,
+            hint="install the driver or model there, or change `container` or `model` in the file",
+        )
+    ]
+
+
+async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    deployment, survey = rollout.site.deployment, rollout.surveys[name]
+    if name not in rollout.plan.hosts:
+        return []
+    wanted = [("logs", deployment.paths.logs, deployment.disk.logs)]
+    if await host.engine.image(rollout.plan.image) is None:
+        wanted.append(("the image", survey.engine_root, deployment.disk.image))
+    free = await asyncio.gather(*(host.facts.disk_free(path) for _, path, _ in wanted))
+    return [
+        DiskFull(
+            f"expected {least / GIB:.1f} GiB free for {what} at {path}, found {found / GIB:.1f}",
+            host=host.where,
+            hint="free some (`pd-deploy prune FILE` removes old generations), or change `disk`",
+        )
+        for (what, path, least), found in zip(wanted, free, strict=True)
+        if found < least
+    ]
+
+
+async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    """Devices that somebody uses who is no running container of this deployment."""
+    wanted, ours = _labelled(rollout, name, generation.DEVICES)
+    users = await _users(rollout, host, wanted.keys() - ours)
+    return [
+        InUse(
+            f"expected device {device} to be free for {wanted[device]}, found {user} on it",
+            host=host.where,
+            hint="end that process, or use other devices",
+        )
+        for device, user in sorted(users.items())
+    ]
+
+
+async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    wanted, ours = _labelled(rollout, name, generation.PORTS)
+    taken = await host.facts.ports_taken(sorted(wanted.keys() - ours))
+    return [
+        PortTaken(
+            f"expected port {port} to be free for {wanted[port]}, "
+            f"found that {holder or 'another process'} listens on it",
+            host=host.where,
+            hint="stop that process, or move the port in the deployment file",
+        )
+        for port, holder in sorted(taken.items())
+    ]
+
+
+def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], set[int]]:
+    """Ports or devices on a host that the plan wants, by instance; those running ones have."""
+    planned = rollout.plan.hosts.get(name)
+    wanted = {
+        number: instance
+        for instance, spec in (planned.containers.items() if planned else ())
+        for number in generation.numbers(spec.labels[label])
+    }
+    running = [c for c in rollout.surveys[name].containers if c.status in generation.RUNNING]
+    return wanted, {n for c in running for n in generation.numbers(c.labels.get(label, ""))}
+
+
+def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[HostError]:
+    """Devices and ports that another deployment's containers have, or its run is about to use."""
+    claims = [(_holder(state), _uses(state)) for state in rollout.surveys[name].others]
+    lease = rollout.site.lease
+    for other in lease.others.get(host.address, []) if lease else []:
+        if other.age < rollout.site.deployment.gates.lease_lasts:
+            claims.append((f"{other.owner.run}, which is at work", _claimed(other.owner)))
+    for label in (generation.DEVICES, generation.PORTS):
+        wanted, _ = _labelled(rollout, name, label)
+        for holder, used in claims:
+            both = sorted(wanted.keys() & used[label])
+            if both:
+                yield InUse(
+                    f"expected the {label.rpartition('.')[2]} {', '.join(map(str, both))} to be "
+                    f"this deployment's, found that {holder} uses them",
+                    host=host.where,
+                    hint="tear that deployment down, or change devices or ports in the file",
+                )
+
+
+def _holder(state: ContainerState) -> str:
+    return f"{state.name} of deployment {state.labels[generation.DEPLOYMENT]}"
+
+
+def _uses(state: ContainerState) -> dict[str, set[int]]:
+    return {
+        label: generation.numbers(state.labels.get(label, ""))
+        for label in (generation.DEVICES, generation.PORTS)
+    }
+
+
+def _claimed(owner: Owner) -> dict[str, set[int]]:
+    return {generation.DEVICES: set(owner.devices), generation.PORTS: set(owner.ports)}

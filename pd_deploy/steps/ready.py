@@ -1,0 +1,90 @@
+"""Asking an instance whether it is ready."""
+
+import asyncio
+
+import httpx
+
+from pd_deploy.errors import NotReady
+from pd_deploy.hosts import Host
+from pd_deploy.steps import containers
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
+
+POLL_INTERVAL_S = 0.25
+PROBE_TIMEOUT_S = 5.0
+PATIENCE_S = 5.0
+"""How long a host may be away before the step says so and is retried."""
+
+
+async def until_ready(rollout: Rollout, instance: str) -> Report:
+    """Waits until an instance answers on its health endpoint.
+
+    The wait ends at once when its container ends, or when another step fails.
+
+    Raises:
+        InstanceDied: the server ended while loading; with the last lines of its log.
+        NotReady: the time is over.
+        Abandoned: another step failed.
+    """
+    site = rollout.site
+    await site.barrier.unless_failed(_answers_or_ends(rollout, instance))
+    return Report("ready", instance, site.topology.host_of(instance), False, "healthy")
+
+
+async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
+    host, state = rollout.site.host_of(instance), await containers.require(rollout, instance)
+    limit = rollout.site.deployment.gates.ready
+    ended = asyncio.ensure_future(host.engine.wait(state.id, patience=PATIENCE_S))
+    healthy = asyncio.ensure_future(_healthy(rollout, instance))
+    try:
+        done, _ = await asyncio.wait(
+            {ended, healthy}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        ended.cancel()
+        healthy.cancel()
+    if ended in done:
+        ended.result()
+        raise await containers.died(rollout, instance)
+    if not done:
+        raise NotReady(
+            f"expected an answer on its health endpoint within {limit:g} s, found none\n"
+            + await containers.last_lines(rollout, instance),
+            host=host.where,
+            instance=instance,
+            hint="raise gates.ready if it only needs longer",
+        )
+    healthy.result()
+
+
+async def _healthy(rollout: Rollout, instance: str) -> None:
+    """Returns once all API servers of an instance answer 200 on /health. One without any is
+    ready when its pod's master is."""
+    pod = rollout.site.topology.pod_of(instance)
+    place = next(member for member in pod.members if member.name == instance)
+    answering = place if place.api_ports else pod.master
+    host = rollout.site.host_of(answering.name)
+    waits = [
+        asyncio.ensure_future(_server_healthy(host, answering.address, port))
+        for port in answering.api_ports
+    ]
+    try:
+        await asyncio.gather(*waits)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+async def _server_healthy(host: Host, address: str, port: int) -> None:
+    async with host.http(address, port) as client:
+        # An asyncio.Event can't be set from another machine
+        while not await _answers(client, f"http://{address}:{port}/health"):  # noqa: ASYNC110
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+async def _answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url, timeout=PROBE_TIMEOUT_S)).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,125 @@
+"""Recording what is attempted, what serves and what failed, on the hosts."""
+
+import asyncio
+from collections.abc import Collection
+from datetime import UTC, datetime
+
+from pd_deploy.errors import InstanceDied, NotReady, SeveralFaults, SmokeTestFailed
+from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
+from pd_deploy.steps import history
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
+
+# Faults of the service itself; those of hosts, network or registry say nothing about an image.
+_OF_THE_SERVICE = (InstanceDied, NotReady, SmokeTestFailed)
+
+
+async def save(rollout: Rollout, name: str) -> Report:
+    """Writes a generation's account of itself on a host, before anything of it is made."""
+    site, host = rollout.site, rollout.site.host(name)
+    await site.may_change(host)
+    written = await history.write_release(host, site.root, rollout.release, rollout.saved)
+    detail = f"wrote {len(written)} files" if written else "known"
+    return Report("save", name, name, bool(written), detail)
+
+
+async def note_hosts(rollout: Rollout) -> None:
+    """Notes on which hosts something of the deployment will be, so that none is forgotten."""
+    await write(rollout, rollout.history.record.on(rollout.release.hosts.values()))
+
+
+async def note_closing(rollout: Rollout) -> None:
+    """Notes that clients are about to be cut off, so that whoever brings the service back, in this
+    run or a later one, knows for how long it was down."""
+    await write(rollout, rollout.history.record.closing(datetime.now(UTC)))
+
+
+async def promote(rollout: Rollout, by: str) -> Report:
+    """Makes the generation the one that serves.
+
+    Its image gets a local name on every host, which keeps it from a `docker image prune`.
+    """
+    site, generation = rollout.site, rollout.plan.generation
+    await asyncio.gather(*(_keep_image(rollout, name) for name in rollout.plan.hosts))
+    before = rollout.history.record
+    record = before.promoted(generation, datetime.now(UTC), by)
+    record = record.released(digest_of(rollout.plan.image)).opened()
+    await write(rollout, record)
+    where = site.topology.proxy.host
+    changed = record is not before
+    return Report("promote", generation, where, changed, "serves" if changed else "serves already")
+
+
+async def note_opened(rollout: Rollout) -> None:
+    """Notes that clients are served again."""
+    await write(rollout, rollout.history.record.opened())
+
+
+async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
+    """Records how an attempt ended."""
+    result: Result = "failed" if isinstance(error, Exception) else "interrupted"
+    outcome = Outcome(
+        result=result,
+        when=datetime.now(UTC),
+        by=by,
+        reason=f"{_step(error)}{error or type(error).__name__}",
+    )
+    await write(rollout, rollout.history.record.ended(rollout.plan.generation, outcome))
+
+
+async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bool:
+    """Puts the image of a failed generation into quarantine if the fault is its own.
+
+    To be called when the generation before serves again: then hosts and network are all right. An
+    image that served before is not to blame either: then the file was changed.
+
+    Returns:
+        Whether it is in quarantine now.
+    """
+    past, digest = back.history, failed.release.digest
+    if digest in {past.releases[name].digest for name in past.good}:
+        return False
+    if not is_of_the_service(error):
+        return False
+    why = Quarantined(
+        image=failed.release.image, when=datetime.now(UTC), reason=str(error).partition("\n")[0]
+    )
+    await write(back, past.record.quarantined(digest, why))
+    return True
+
+
+def is_of_the_service(error: BaseException) -> bool:
+    """Whether only the service itself is to blame for a failure."""
+    if isinstance(error, SeveralFaults):
+        return all(map(is_of_the_service, error.faults))
+    return isinstance(error, _OF_THE_SERVICE)
+
+
+def _step(error: BaseException) -> str:
+    step = getattr(error, "step", None)
+    return f"{step}: " if step else ""
+
+
+async def write(rollout: Rollout, record: Record, besides: Collection[str] = ()) -> None:
+    """Writes the record if it has changed, on the proxy's host first.
+
+    Args:
+        besides: addresses of hosts that get none.
+    """
+    if record is rollout.history.record:
+        return
+    site = rollout.site
+    first = site.host(site.topology.proxy.host)
+    await site.may_change(first)
+    others = [h for h in site.hosts.values() if h is not first and h.address not in besides]
+    await history.write_record(first, others, site.root, record)
+    rollout.remember(record)
+
+
+async def _keep_image(rollout: Rollout, name: str) -> None:
+    host = rollout.site.host(name)
+    tag = local_tag(rollout.site.deployment.name, rollout.plan.generation)
+    image = await host.engine.image(rollout.plan.image)
+    if image and tag not in image.tags:
+        await rollout.site.may_change(host)
+        await host.engine.tag(rollout.plan.image, tag)

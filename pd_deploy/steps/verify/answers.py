@@ -1,0 +1,133 @@
+"""Asking a server or the proxy, and reading its answer, whole or streamed."""
+
+import functools
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from pd_deploy.steps.verify.requests import CHAT
+
+SHOWN = 300
+"""Characters of an unexpected answer that messages repeat."""
+
+
+class NoAnswer(Exception):
+    """What came in place of an answer, in words; `status` is its HTTP status if there was one."""
+
+    def __init__(self, found: str, status: int | None = None) -> None:
+        super().__init__(found)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request gave.
+
+    Attributes:
+        text: all of the answer.
+        prompt_tokens: length of the prompt, if the answer says it.
+        reason: why it ended, `stop` or `length`.
+        seconds: how long it took.
+        document: the body; empty if it was streamed.
+    """
+
+    text: str
+    prompt_tokens: int | None
+    reason: str
+    seconds: float
+    document: Mapping[str, Any]
+
+
+async def ask(
+    client: httpx.AsyncClient,
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    timeout: float,
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
+    """The answer to a completion or a chat.
+
+    Args:
+        timeout: seconds without a byte of the answer.
+
+    Raises:
+        NoAnswer: no connection, an error, or something that is no completion.
+    """
+    begin = time.monotonic()
+    answer = await _posted(client, url, body, timeout, headers)
+    if answer.status_code != 200:
+        raise NoAnswer(f"status {answer.status_code}: {answer.text[:SHOWN]!r}", answer.status_code)
+    try:
+        read = streamed if body.get("stream") else whole
+        return read(answer.text, url.endswith(CHAT), time.monotonic() - begin)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise NoAnswer(f"{answer.text[:SHOWN]!r}") from None
+
+
+async def _posted(
+    client: httpx.AsyncClient,
+    url: str,
+    body: Mapping[str, Any],
+    timeout: float,
+    headers: Mapping[str, str] | None,
+) -> httpx.Response:
+    """The response; asked once more on a new connection when the first one is lost, because
+    servers close idle connections just when they are used again."""
+    send = functools.partial(client.post, url, json=body, timeout=timeout, headers=headers)
+    try:
+        try:
+            return await send()
+        except (httpx.NetworkError, httpx.RemoteProtocolError):
+            return await send()
+    except httpx.HTTPError as error:
+        raise NoAnswer(f"no answer ({error or type(error).__name__})") from error
+
+
+def whole(text: str, chat: bool, seconds: float) -> Answer:
+    """An answer that came in one piece.
+
+    Raises:
+        NoAnswer, ValueError, LookupError, TypeError, AttributeError: it is no completion.
+    """
+    document = json.loads(text)
+    choice = document["choices"][0]
+    said = _said(choice["message"]) if chat else choice["text"]
+    tokens = (document.get("usage") or {}).get("prompt_tokens")
+    return _answer(said, choice["finish_reason"], tokens, seconds, document)
+
+
+def streamed(text: str, chat: bool, seconds: float) -> Answer:
+    """An answer that came in pieces; see `whole`."""
+    chunks = list(_chunks(text.splitlines()))
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    said = "".join(_said(one["delta"]) if chat else one["text"] for one in choices)
+    reason = next((one["finish_reason"] for one in choices if one.get("finish_reason")), None)
+    return _answer(said, reason, None, seconds, {})
+
+
+def _chunks(lines: Iterable[str]) -> Iterator[Any]:
+    for line in lines:
+        if line == "data: [DONE]":
+            return
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+    raise ValueError("it ended without [DONE]")
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The content of a message; a model that reasons says its thoughts in a field of their own."""
+    parts = (message.get(key) for key in ("reasoning_content", "reasoning", "content"))
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _answer(
+    said: Any, reason: Any, tokens: Any, seconds: float, document: Mapping[str, Any]
+) -> Answer:
+    if not isinstance(said, str) or reason not in ("stop", "length"):
+        raise NoAnswer(f"the text {said!r} that ended because of {reason!r}")
+    return Answer(said, tokens if isinstance(tokens, int) else None, reason, seconds, document)

@@ -1,0 +1,455 @@
+"""The smoke test: a service is asked, as its clients will, and its KV is followed.
+
+It is made before the public port opens, through a proxy that only it can reach; so nobody else's
+requests count. On a service that is open already others may ask at the same time, and what can't
+be told apart is said to be not provable.
+"""
+
+import asyncio
+import uuid
+from collections import defaultdict
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import httpx
+
+from pd_deploy.config.models import SmokeCheck
+from pd_deploy.errors import SmokeTestFailed
+from pd_deploy.steps import containers
+from pd_deploy.steps.rollout import Rollout, Site
+from pd_deploy.steps.verify import requests, verdict
+from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
+from pd_deploy.steps.verify.handover import Exchange, Handover, ask_alone, hand_over, pairs
+from pd_deploy.steps.verify.requests import HANDOVER_TOKENS
+from pd_deploy.steps.verify.servers import Counts, Servers, counted, not_counted, reached
+
+DEATH_NOTICED_S = 2.0
+CONTROLS = 3
+"""How often each prefill is asked again where two prefills differ, to see whether it also differs
+from itself."""
+TRIES = 3
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Whether KV was seen to move; `reason` says why that could not be seen."""
+
+    verdict: Literal["proven", "not provable"]
+    handovers: tuple[Handover, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.verdict == "not provable":
+            return f"KV transfer not provable: {self.reason}"
+        ways = dict.fromkeys(f"{one.prefill} → {one.decode}" for one in self.handovers)
+        return f"KV transfer proven by the servers' counters: {', '.join(ways)}"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The completion that proved the service, and all else that was found.
+
+    Attributes:
+        seconds: how long the completion took.
+        proof: whether its KV was seen to come from a prefill.
+        remarks: what was seen and is no fault, and what could not be judged.
+    """
+
+    url: str
+    prompt: str
+    text: str
+    seconds: float
+    proof: Proof
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a part of the smoke test found."""
+
+    ways: tuple[Handover, ...] = ()
+    remarks: tuple[str, ...] = ()
+    unseen: str = ""
+    """Why it could not be seen where KV came from; empty if it was."""
+
+
+async def smoke_test(rollout: Rollout) -> Completion:
+    """Asks every prefill and decode, and the proxy, and sees that nobody died of it.
+
+    Raises:
+        SmokeTestFailed: no answer, an error, an answer that can't be right, or KV that did not
+            move.
+        InstanceDied: a server or the proxy has ended since it was ready.
+    """
+    try:
+        completion = await _prove(rollout)
+    except SmokeTestFailed as error:
+        # Whoever asks a server notices its death before its container has ended.
+        if dead := await containers.any_dead(rollout, within=DEATH_NOTICED_S):
+            raise dead from error
+        raise
+    if dead := await containers.any_dead(rollout):
+        raise dead
+    return completion
+
+
+async def answers_clients(rollout: Rollout) -> None:
+    """Asks for a completion where clients ask.
+
+    Raises:
+        SmokeTestFailed: none came.
+    """
+    site = rollout.site
+    proxy = site.topology.proxy
+    _, body = requests.completion(site.deployment, proxy)
+    async with site.host(proxy.host).http(proxy.address, proxy.port) as client:
+        entrance = Entrance(site, client, proxy.address, is_open=True)
+        await entrance.completion({**body, "max_tokens": HANDOVER_TOKENS})
+
+
+async def _prove(rollout: Rollout) -> Completion:
+    site = rollout.site
+    proxy = site.topology.proxy
+    address = await containers.let_smoke_test_in(rollout)
+    async with (
+        reached(site) as servers,
+        site.host(proxy.host).http(address, proxy.port) as client,
+    ):
+        entrance = Entrance(site, client, address, is_open=address == proxy.address)
+        direct = await handed_over(site, servers)
+        answer, through = await entrance.handed_over(servers)
+        unseen = not_counted(site.engine.COUNTERS, servers, await servers.counts())
+        unseen = unseen or direct.unseen or through.unseen
+        remarks = (*direct.remarks, *through.remarks, *await entrance.checked())
+    proof = Proof("proven", (*direct.ways, *through.ways))
+    if unseen:
+        proof = replace(proof, verdict="not provable", reason=unseen)
+    url, body = requests.completion(site.deployment, proxy)
+    return Completion(url, str(body["prompt"]), answer.text, answer.seconds, proof, remarks)
+
+
+async def handed_over(site: Site, servers: Servers) -> Found:
+    """Every prefill and every decode, asked directly; all at once, each for one thing at a time.
+
+    Raises:
+        SmokeTestFailed: a hand-over that does not work, or answers that other KV is behind.
+    """
+    deployment, engine = site.deployment, site.engine
+    known = [check for check in deployment.smoke.checks if check.prompt and check.expect]
+    compared = [deployment.smoke.prompt, *(() if known else requests.COMPARED)]
+    several = len(servers.prefill) > 1
+    work: list[Coroutine[Any, Any, Exchange]] = []
+    for index, (prefill, decode) in enumerate(pairs(servers.prefill, servers.decode)):
+        bodies = [requests.prompt(deployment, c.prompt or "", c.max_tokens) for c in known]
+        if index < len(servers.prefill):
+            asked = [*compared, *compared[:1]] if several else compared
+        else:
+            asked = [] if known else compared[:1]
+        bodies += [requests.prompt(deployment, text, HANDOVER_TOKENS) for text in asked]
+        work += [hand_over(engine, prefill, decode, body) for body in bodies]
+    exchanges = await _together(work)
+    remarks = [
+        f"{one.prefill.name} had nothing to hand over for {one.prompt!r}: its first token ended "
+        "the answer"
+        for one in exchanges
+        if not one.offered
+    ]
+    offered = [one for one in exchanges if one.offered]
+    await _as_expected(site, known, offered)
+    if not known:
+        remarks += await _as_decode_alone(site, servers, offered)
+    remarks += await _alike(site, [one for one in offered if one.prompt == compared[0]])
+    return Found(_ways(offered), tuple(dict.fromkeys(remarks)), _unseen(offered))
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """Where the proxy is asked: at its public address, or at one that only the smoke test knows."""
+
+    site: Site
+    client: httpx.AsyncClient
+    address: str
+    is_open: bool
+
+    async def completion(self, body: Mapping[str, Any]) -> Answer:
+        """A completion, as a client asks for one.
+
+        Raises:
+            SmokeTestFailed: none came.
+        """
+        try:
+            answer = await self._ask(requests.COMPLETIONS, body)
+        except NoAnswer as error:
+            raise self._failed(requests.COMPLETIONS, "a completion", str(error)) from error
+        if not answer.text.strip():
+            raise self._failed(requests.COMPLETIONS, "a completion", f"the text {answer.text!r}")
+        return answer
+
+    async def handed_over(self, servers: Servers) -> tuple[Answer, Found]:
+        """The completion that proves the service, and the way of its KV.
+
+        Raises:
+            SmokeTestFailed: none came, or the proxy does not pass KV on.
+        """
+        _, body = requests.completion(self.site.deployment, self.site.topology.proxy)
+        for _ in range(TRIES):
+            before = await servers.counts()
+            answer = await self.completion({**body, **self.site.engine.unseen(str(uuid.uuid4()))})
+            since = await _counted_since(servers, before)
+            way = way_through(servers, answer.prompt_tokens, since)
+            if way is None or way.alone:
+                break
+        if way is None:
+            return answer, Found(unseen="the answer does not say how long the prompt is")
+        if not_counted(self.site.engine.COUNTERS, servers, since):
+            return answer, Found()
+        if not way.complete:
+            raise self._failed(
+                requests.COMPLETIONS,
+                f"decode to get the KV of the prompt's {way.prompt_tokens} tokens from a prefill "
+                "for a request",
+                f"that it computed it itself: {way}",
+                "see whether the proxy passes kv_transfer_params on, and decode's log",
+            )
+        return answer, Found((way,), (), _unseen_way(way))
+
+    async def checked(self) -> list[str]:
+        """All of `smoke.checks`, at once; what of them could not be judged.
+
+        Raises:
+            SmokeTestFailed: all answers that are not as expected.
+        """
+        deployment = self.site.deployment
+        longest = self.site.engine.longest_prompt(deployment, self.site.topology)
+        work, remarks = [], []
+        for check in deployment.smoke.checks:
+            if check.prompt_tokens and self.is_open:
+                remarks.append(f"{check.name}: not asked, because the service is in use")
+                continue
+            work.append(self._check(check, longest))
+        return remarks + [remark for remark in await _together(work) if remark]
+
+    async def _check(self, check: SmokeCheck, longest: int) -> str:
+        question = requests.of_check(self.site.deployment, check, longest, str(uuid.uuid4()))
+        try:
+            answer = await self._ask(question.path, question.body)
+        except NoAnswer as error:
+            if error.status == 400 and "chat template" in str(error):
+                return f"{question.name}: not judged, because the model has no chat template"
+            raise self._failed(
+                question.path, f"an answer to {question.name}", str(error)
+            ) from error
+        if check.expect is None:
+            return ""
+        if not verdict.fits(check.expect, answer.text):
+            expected = f"an answer to {question.name} that matches {check.expect!r}"
+            raise self._failed(
+                question.path,
+                expected,
+                repr(answer.text),
+                "if the model is known to answer so, correct `smoke.checks` in the file",
+            )
+        return ""
+
+    async def _ask(self, path: str, body: Mapping[str, Any]) -> Answer:
+        url = f"http://{self.address}:{self.site.topology.proxy.port}{path}"
+        return await ask(self.client, url, body, timeout=self.site.deployment.gates.smoke)
+
+    def _failed(
+        self, path: str, expected: str, found: str, hint: str | None = None
+    ) -> SmokeTestFailed:
+        proxy, logs = self.site.topology.proxy, self.site.deployment.paths.logs
+        return SmokeTestFailed(
+            f"expected {expected} from http://{proxy.address}:{proxy.port}{path}, found {found}",
+            host=self.site.host(proxy.host).where,
+            instance=proxy.name,
+            hint=hint or f"the instances' logs are in {logs} on their hosts",
+        )
+
+
+def way_through(
+    servers: Servers, prompt_tokens: int | None, since: Sequence[Counts]
+) -> Handover | None:
+    """The way of a request through the proxy, from what all servers counted. Pure."""
+    if prompt_tokens is None:
+        return None
+    count = len(servers.prefill)
+    prefill = [s for s, c in zip(servers.prefill, since[:count], strict=True) if c.served]
+    decode = [s for s, c in zip(servers.decode, since[count:], strict=True) if c.served]
+    of_decode = since[count:]
+    moved = [one.kv_bytes for one in of_decode if one.kv_bytes is not None]
+    tokens = sum(one.kv_tokens or 0 for one in of_decode)
+    served = sum(one.served or 0 for one in of_decode)
+    return Handover(
+        prefill=", ".join(server.name for server in prefill),
+        decode=", ".join(server.name for server in decode),
+        prompt_tokens=prompt_tokens,
+        kv_tokens=int(tokens),
+        kv_bytes=int(sum(moved)) if moved else None,
+        alone=served <= 1 and len(prefill) <= 1 and tokens <= prompt_tokens,
+        proxied=True,
+    )
+
+
+async def _counted_since(servers: Servers, before: Sequence[Counts]) -> list[Counts]:
+    async def since() -> list[Counts]:
+        now = await servers.counts()
+        return [one.since(then) for one, then in zip(now, before, strict=True)]
+
+    def enough(found: Sequence[Counts]) -> bool:
+        of_prefill, of_decode = found[: len(servers.prefill)], found[len(servers.prefill) :]
+        if all(one.served is None for one in of_prefill):
+            return True
+        return any(one.served for one in of_prefill) and any(one.is_complete() for one in of_decode)
+
+    return await counted(since, enough, min(one.patience for one in servers.decode))
+
+
+async def _as_expected(
+    site: Site, checks: Sequence[SmokeCheck], exchanges: Sequence[Exchange]
+) -> None:
+    """Sees that each answer by a prefill's KV is the one that its check knows to be right."""
+    wrong = [
+        (check, one)
+        for check in checks
+        for one in exchanges
+        if one.prompt == check.prompt and not verdict.fits(check.expect or "", one.answer.text)
+    ]
+    if not wrong:
+        return
+    check, first = wrong[0]
+    body = requests.prompt(site.deployment, first.prompt, check.max_tokens)
+    expected = f"expected an answer to {first.prompt!r} that matches {check.expect!r}"
+    by = ", ".join(dict.fromkeys(f"{one.prefill.name} → {one.decode.name}" for _, one in wrong))
+    found = f"found {first.answer.text!r} with the KV handed over by {by}"
+    try:
+        alone = (await ask_alone(site.engine, first.decode, body)).text
+    except NoAnswer as error:
+        raise first.decode.failed(
+            f"{expected}, {found}; what decode answers without it can't be told ({error})"
+        ) from error
+    if verdict.fits(check.expect or "", alone):
+        raise first.decode.failed(
+            f"{expected}, {found}, but {alone!r} without it: decode reads other KV than prefill "
+            "made",
+            "compare kv_parallel_size, tensor parallel sizes and ranktables with what the image "
+            "takes",
+        )
+    raise first.decode.failed(
+        f"{expected}, {found}, and {alone!r} without it: the model itself answers so",
+        "look at the model's files; if the model is known to answer so, correct `smoke.checks`",
+    )
+
+
+async def _as_decode_alone(
+    site: Site, servers: Servers, exchanges: Sequence[Exchange]
+) -> list[str]:
+    """Compares with what decode answers by itself, where no check knows the right answer."""
+    decode = servers.decode[0]
+    alone: dict[str, str] = {}
+    for prompt in dict.fromkeys(one.prompt for one in exchanges):
+        body = requests.prompt(site.deployment, prompt, HANDOVER_TOKENS)
+        try:
+            texts = {(await ask_alone(site.engine, decode, body)).text for _ in range(2)}
+        except NoAnswer as error:
+            return [
+                "what the answers say was not judged: `smoke.checks` expects nothing, and "
+                f"{decode.name} does not answer without a prefill ({error})"
+            ]
+        if len(texts) == 1:
+            alone[prompt] = texts.pop()
+    by_pair: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for one in exchanges:
+        by_pair[one.prefill.name, one.decode.name][one.prompt] = one.answer.text
+    for (prefill, to), texts_of in by_pair.items():
+        if verdict.strays(texts_of, alone):
+            prompt = next(iter(texts_of))
+            raise decode.failed(
+                f"expected the answers that decode gives without a prefill, found others to all "
+                f"of {len(texts_of)} prompts with the KV that {prefill} handed over to {to}: to "
+                f"{prompt!r} {texts_of[prompt]!r} in place of {alone.get(prompt)!r}",
+                "decode reads other KV than prefill made, or they have different model files",
+            )
+    return []
+
+
+async def _alike(site: Site, exchanges: Sequence[Exchange]) -> list[str]:
+    """Compares the prefills by the answers to one prompt."""
+    answers = _texts(exchanges)
+    prompt = exchanges[0].prompt if exchanges else ""
+    found = verdict.difference(prompt, answers)
+    if found and not found.by_itself:
+        body = requests.prompt(site.deployment, prompt, HANDOVER_TOKENS)
+        firsts = {one.prefill.name: one for one in exchanges}
+        again = await _together(
+            hand_over(site.engine, one.prefill, one.decode, body)
+            for one in firsts.values()
+            for _ in range(CONTROLS)
+        )
+        found = verdict.difference(prompt, _texts([*exchanges, *again]))
+    if found is None:
+        return []
+    if found.by_itself:
+        return [
+            f"answers at temperature 0 differ by themselves: {found}; engines that are not "
+            "deterministic do so, and prefills can't be compared"
+        ]
+    raise exchanges[0].decode.failed(
+        f"expected the same answer whichever prefill made the KV, as each gives each time; "
+        f"found {found}",
+        "see whether all instances have the same model files",
+    )
+
+
+def _texts(exchanges: Iterable[Exchange]) -> dict[str, list[str]]:
+    texts: defaultdict[str, list[str]] = defaultdict(list)
+    for one in exchanges:
+        texts[one.prefill.name].append(one.answer.text)
+    return dict(texts)
+
+
+def _ways(exchanges: Iterable[Exchange]) -> tuple[Handover, ...]:
+    """One way per pair, the first."""
+    ways: dict[tuple[str, str], Handover] = {}
+    for one in exchanges:
+        if one.way:
+            ways.setdefault((one.way.prefill, one.way.decode), one.way)
+    return tuple(ways.values())
+
+
+def _unseen(exchanges: Sequence[Exchange]) -> str:
+    if any(one.way is None and one.answer.prompt_tokens is None for one in exchanges):
+        return "the answer does not say how long the prompt is"
+    return next(filter(None, (_unseen_way(one.way) for one in exchanges if one.way)), "")
+
+
+def _unseen_way(way: Handover) -> str:
+    if way.alone:
+        return ""
+    return f"the service is under traffic; {way.decode} also counts other requests"
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results; when some fail, all have ended before this raises.
+
+    Raises:
+        SmokeTestFailed: the one that failed, or all of them in one.
+    """
+    results = await asyncio.gather(*work, return_exceptions=True)
+    faults = [one for one in results if isinstance(one, SmokeTestFailed)]
+    for one in results:
+        if isinstance(one, BaseException) and one not in faults:
+            raise one
+    # One answer of a server is enough to know what is wrong with it.
+    told: dict[str | None, SmokeTestFailed] = {}
+    for fault in faults:
+        told.setdefault(fault.instance, fault)
+    if len(told) == 1:
+        raise faults[0]
+    if told:
+        lines = ["several servers do not answer as they should:", *map(str, told.values())]
+        raise SmokeTestFailed("\n- ".join(lines)) from faults[0]
+    return [one for one in results if not isinstance(one, BaseException)]
