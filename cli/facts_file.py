@@ -5,11 +5,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pd_deploy import engines
-from pd_deploy.config import topology
 from pd_deploy.config.models import Address, Deployment, Text, Word, problems_of
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.planning import actions, plan
+from pd_deploy.planning import actions, placement, plan
 from pd_deploy.planning.plan import STAGES
 from pd_deploy.records import releases
 
@@ -41,7 +40,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
         FactsError: several devices have the same address.
     """
     facts = _read(path)
-    placed, engine = topology.build(deployment), engines.get(deployment.engine)
+    placed, engine = placement.build(deployment), engines.get(deployment.engine)
     missing = [
         Problem(f"hosts.{host}", "is missing")
         for host in deployment.hosts

@@ -16,8 +16,8 @@ import typer
 from cli import credentials, facts_file, shell, show
 from lab import cli as lab_cli
 from pd_deploy.config import models as files
-from pd_deploy.config import topology
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
+from pd_deploy.planning import placement
 from pd_deploy.planning.plan import Plan
 from pd_deploy.steps.survey import NEWEST
 
@@ -83,7 +83,7 @@ def check(file: File, image: Image = None) -> None:
     Example: pd-deploy check deployments/qwq-3p1d.yaml
     """
     service = _load(file, image)
-    typer.echo(show.topology(service, topology.build(service)))
+    typer.echo(show.topology(service, placement.build(service)))
 
 
 @app.command()
@@ -125,7 +125,7 @@ def plan(
     )
     if format is Format.SHELL:
         hosts = [host] if host else list(service.hosts)
-        placed = topology.build(service)
+        placed = placement.build(service)
         typer.echo("\n".join(shell.script(service, placed, made, name) for name in hosts), nl=False)
     else:
         typer.echo(made.model_dump_json(indent=2) if format is Format.JSON else show.plan(made))
@@ -318,7 +318,7 @@ def main() -> NoReturn:
 def _load(file: Path, image: str | None = None) -> files.Deployment:
     """The file's deployment, sound in itself and as a whole."""
     service = files.load(file, image=image)
-    topology.build(service)
+    placement.build(service)
     return service
 
 
@@ -328,7 +328,7 @@ def _fail(error: PdDeployError | str, code: int) -> NoReturn:
 
 
 def _plan_on_hosts(service: files.Deployment, image: str | None) -> Plan:
-    topology.build(service)
+    placement.build(service)
     from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
     return asyncio.run(hosts.plan(service, image))

@@ -11,8 +11,8 @@ from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work, connected, open_former, open_site
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
 from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.planning import placement
 from pd_deploy.planning.plan import STAGES, Stage
 from pd_deploy.registry import tags
 from pd_deploy.steps import survey
@@ -49,9 +49,9 @@ async def deploy(
     run, given = this_run(), deployment.load(Path(file))
     if image == NEWEST:
         tags.policy_of(given)
-        topology.build(given)
+        placement.build(given)
     else:
-        topology.build(deployment.load(Path(file), image=image))
+        placement.build(deployment.load(Path(file), image=image))
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])

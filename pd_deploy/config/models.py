@@ -29,8 +29,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from pd_deploy.config import yaml_files as documents
+from pd_deploy.config.rule_names import RULES
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.planning import rules
 
 PROFILES = Path(__file__).parent / "profiles"
 MAX_DEVICES = 64
@@ -243,9 +243,9 @@ def _engine_id(value: object) -> object:
 
 
 def _rule(value: object) -> object:
-    if not isinstance(value, str) or value not in rules.RULES:
-        near = difflib.get_close_matches(str(value), rules.RULES, n=1)
-        expected = f"did you mean {near[0]}?" if near else f"known are {', '.join(rules.RULES)}"
+    if not isinstance(value, str) or value not in RULES:
+        near = difflib.get_close_matches(str(value), RULES, n=1)
+        expected = f"did you mean {near[0]}?" if near else f"known are {', '.join(RULES)}"
         raise ValueError(f"expected the name of a rule, found {_shown(value)}; {expected}")
     return value
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from pd_deploy import engines
-from pd_deploy.config import topology
 from pd_deploy.config.models import Deployment
 from pd_deploy.engines.base import Layout
 from pd_deploy.errors import OutOfOrder
 from pd_deploy.hosts import ContainerSpec, ContainerState, Host, Hosts, RegistryLogin
 from pd_deploy.hosts.lease import Lease
-from pd_deploy.planning import actions
+from pd_deploy.planning import actions, placement
 from pd_deploy.planning import plan as plans
 from pd_deploy.records import generation
 from pd_deploy.records.releases import History, Place, Record, Release
@@ -52,7 +51,7 @@ class Site:
         lease: Lease | None = None,
     ) -> None:
         self.deployment = deployment
-        self.topology = topology.derive(deployment)
+        self.topology = placement.derive(deployment)
         self.engine = engines.get(deployment.engine)
         self.hosts = hosts
         self.registry_login = registry_login

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pd_deploy import registry
-from pd_deploy.config import topology
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
 from pd_deploy.hosts import Host
-from pd_deploy.planning import plan
+from pd_deploy.planning import placement, plan
 from pd_deploy.records import generation, releases
 from pd_deploy.records.releases import Choice, History, Release
 from pd_deploy.registry import tags
@@ -153,7 +152,7 @@ def planned(
     """
     file_image, past = site.deployment.image, past_of(surveys)
     deployment = site.deployment.model_copy(update={"image": image.choice.image})
-    topology.build(deployment)  # its rules depend on the image
+    placement.build(deployment)  # its rules depend on the image
     site = site.turned_to(deployment)
     interfaces = {survey.host: survey.interface for survey in surveys}
     known = {one.host: one.of_device for one in addresses}

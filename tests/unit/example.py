@@ -9,12 +9,12 @@ import yaml
 
 from pd_deploy import engines
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
 from pd_deploy.config import yaml_files as documents
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.config.yaml_files import merge
 from pd_deploy.engines.base import HostFacts, Layout, Service
+from pd_deploy.planning import placement
 from pd_deploy.planning import plan as plans
 from pd_deploy.planning.plan import Plan
 from pd_deploy.records import releases
@@ -41,7 +41,7 @@ def service(changes: Mapping[str, Any] | None = None) -> Deployment:
 
 def place(changes: Mapping[str, Any] | None = None) -> Topology:
     """The example's topology."""
-    return topology.build(service(changes))
+    return placement.build(service(changes))
 
 
 def addresses(of: Deployment) -> dict[str, dict[int, str]]:
@@ -61,13 +61,13 @@ def for_engine(changes: Mapping[str, Any] | None = None, interface: str = INTERF
     """The example as an engine is given it."""
     of = service(changes)
     layout = Layout.of(of, GENERATION)
-    return Service(of, topology.build(of), layout, facts(of, interface), IMAGE)
+    return Service(of, placement.build(of), layout, facts(of, interface), IMAGE)
 
 
 def plan_of(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     """The plan of another file, with changes merged in."""
     of = deployment.parse(merge(documents.read(path), changes or {}))
-    made = topology.build(of)
+    made = placement.build(of)
     return plans.make(
         of, made, engines.get(of.engine), facts=facts(of), image=IMAGE, history=past()
     ).plan
@@ -90,7 +90,7 @@ def plan(
     of = service(changes)
     return plans.make(
         of,
-        topology.build(of),
+        placement.build(of),
         engines.get(of.engine),
         facts=known or facts(of),
         image=image,

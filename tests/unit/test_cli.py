@@ -10,8 +10,8 @@ import pytest
 
 from cli import main as cli
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
 from pd_deploy.config.models import Deployment
+from pd_deploy.planning import placement
 from pd_deploy.planning.plan import Plan
 from tests.unit import example
 
@@ -118,7 +118,7 @@ def test_every_deployment_of_the_project_checks_and_renders(
     done = call("plan", file, "--facts", path, "--format", "json")
     assert (done.code, done.err) == (0, "")
     names = Plan.model_validate_json(done.out).roles
-    placed = topology.build(of)
+    placed = placement.build(of)
     assert len(names) == len(placed.instances) + 1
 
 

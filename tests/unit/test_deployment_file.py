@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
 from pd_deploy.config import yaml_files as documents
 from pd_deploy.config.models import Deployment, parse_devices, parse_size
 from pd_deploy.errors import InvalidInput
+from pd_deploy.planning import placement
 from tests.unit import example
 
 WORDS_OF_THE_LIBRARY = ("Input should", "String should", "Dictionary should", "pattern '", "[key]")
@@ -22,7 +22,7 @@ WORDS_OF_THE_LIBRARY = ("Input should", "String should", "Dictionary should", "p
 def refused(changes: dict[str, Any]) -> InvalidInput:
     """The error that the example with these changes ends in."""
     with pytest.raises(InvalidInput) as caught:
-        topology.build(example.service(changes))
+        placement.build(example.service(changes))
     assert not [word for word in WORDS_OF_THE_LIBRARY if word in str(caught.value)]
     return caught.value
 
@@ -35,7 +35,7 @@ def read(directory: Path, content: str | bytes, name: str = "x.yaml") -> Deploym
 
 @pytest.mark.parametrize("file", sorted((example.ROOT / "deployments").glob("*.yaml")), ids=str)
 def test_the_deployments_of_the_project_load_and_build(file: Path) -> None:
-    assert topology.build(deployment.load(file)).instances
+    assert placement.build(deployment.load(file)).instances
 
 
 def test_the_lab_differs_only_where_it_must() -> None:
@@ -439,7 +439,7 @@ def test_any_document_is_a_deployment_or_invalid_input(
     changes: dict[str, Any], complete: bool
 ) -> None:
     try:
-        topology.build(deployment.parse(example.document(changes) if complete else changes))
+        placement.build(deployment.parse(example.document(changes) if complete else changes))
     except InvalidInput:
         return
 

@@ -9,12 +9,12 @@ import yaml
 from pydantic import BaseModel
 
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
 from pd_deploy.config import yaml_files as documents
 from pd_deploy.config.models import Deployment
+from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.omniinfer import corrections
 from pd_deploy.hosts import ContainerSpec
-from pd_deploy.planning import rules
+from pd_deploy.planning import placement
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/deployment-file.md").read_text()
@@ -60,9 +60,9 @@ def keys(document: object) -> set[str]:
 
 
 def test_the_documented_file_is_valid() -> None:
-    topology.build(deployment.parse(documented()))
+    placement.build(deployment.parse(documented()))
     of_vllm = documents.read(ROOT / "deployments/vllm-gpu-3p1d.yaml")
-    topology.build(deployment.parse(of_vllm | documented_of_vllm()))
+    placement.build(deployment.parse(of_vllm | documented_of_vllm()))
 
 
 def test_every_key_is_documented() -> None:
@@ -81,7 +81,7 @@ def test_documented_defaults_are_the_defaults(section: str) -> None:
 def test_every_rule_is_documented_as_it_is() -> None:
     section = PAGE.partition("## Rules")[2]
     table = re.findall(r"^\| `([a-z-]+)` \| (.*) \|$", section, re.MULTILINE)
-    assert dict(table) == rules.RULES
+    assert dict(table) == RULES
 
 
 def test_the_list_of_corrections_has_the_bounds_of_logs_that_containers_get() -> None:

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from pd_deploy import engines
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
 from pd_deploy.config.models import Deployment
-from pd_deploy.planning import plan
+from pd_deploy.planning import placement, plan
 from pd_deploy.planning.plan import Made
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History, Outcome, Place, Quarantined, Record, Release, Result
@@ -296,7 +295,7 @@ ENGINE = {"settings": {"all": {"environment": {"X": 1}}}}
 def made(of: Deployment, past: History) -> Made:
     return plan.make(
         of,
-        topology.build(of),
+        placement.build(of),
         engines.get(of.engine),
         facts=example.facts(of),
         image=example.IMAGE,

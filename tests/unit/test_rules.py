@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import pytest
 
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
+from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.errors import InvalidInput
-from pd_deploy.planning import rules
+from pd_deploy.planning import placement
 from tests.unit import example
 
 DEEPSEEK = {"profile": "deepseek-r1-a3-2p1d"}
@@ -152,7 +152,7 @@ def test_a_refusal_says_how_to_go_on_if_it_is_meant() -> None:
 
 
 def test_every_rule_is_tried() -> None:
-    assert set(BREAKING) == set(rules.RULES)
+    assert set(BREAKING) == set(RULES)
 
 
 @pytest.mark.parametrize(("rule", "changes"), CASES, ids=[f"{r} {c}"[:70] for r, c in CASES])
@@ -163,7 +163,7 @@ def test_a_rule_is_refused_by_name_unless_the_file_allows_it(
     assert rule in found
     assert rule not in broken({**changes, "allow": [rule]})
     assert broken({**changes, "allow": sorted(found)}) == set()
-    others = sorted(set(rules.RULES) - {rule})
+    others = sorted(set(RULES) - {rule})
     assert broken({**changes, "allow": others}) == {rule}
 
 
@@ -315,7 +315,7 @@ class TestProfiles:
         settings = found.settings_of("decode", found.decode["d0"])
         assert (settings.gpu_memory_utilization, settings.arguments["seed"]) == (0.5, 7)
         assert settings.arguments["max-num-batched-tokens"] == 61440
-        assert topology.build(found).decode[0].master.settings == settings
+        assert placement.build(found).decode[0].master.settings == settings
         # A file elsewhere that extends it means the same profile.
         other = tmp_path / "sub/other.yaml"
         other.write_text("extends: ../x.yaml\n")

@@ -11,8 +11,8 @@ import pytest
 
 from lab.standin.processes import Instance, StandinSet, hand_over, standin_set
 from pd_deploy import engines
-from pd_deploy.config import topology
 from pd_deploy.errors import SmokeTestFailed
+from pd_deploy.planning import placement
 from pd_deploy.steps.verify.servers import Servers, not_counted, reached
 from pd_deploy.steps.verify.smoke import Found, handed_over, way_through
 from tests.unit import example
@@ -54,7 +54,7 @@ class Site:
     def __init__(self, instances: StandinSet, smoke: dict[str, Any]) -> None:
         changes = TWO_PREFILLS if instances.prefills == 2 else {}
         self.deployment = example.service({**changes, "smoke": smoke})
-        self.topology = topology.build(self.deployment)
+        self.topology = placement.build(self.deployment)
         self.engine = engines.get("omniinfer")
         self._instances = instances
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from pd_deploy.config import topology
 from pd_deploy.errors import InvalidInput
+from pd_deploy.planning import placement
 from tests.unit import example
 
 GOLDEN = example.GOLDEN["derived_per_instance"]
@@ -147,6 +147,6 @@ def test_all_refusals_come_at_once_and_name_the_deployment() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_prefill_pods_move_decodes_rank(count: int) -> None:
     changes = {f"p{index}": None for index in range(count, 3)}
-    placed = topology.build(example.service({"prefill": changes}))
+    placed = placement.build(example.service({"prefill": changes}))
     assert [i.kv_rank for i in placed.decode] == [count]
     assert placed.decode[0].master.api_port == 9100

@@ -11,12 +11,11 @@ import pytest
 from cli import facts_file, show
 from pd_deploy import engines
 from pd_deploy.config import models as deployment
-from pd_deploy.config import topology
 from pd_deploy.config import yaml_files as documents
 from pd_deploy.engines import vllm
 from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts import create_kwargs
-from pd_deploy.planning import docker_command
+from pd_deploy.planning import docker_command, placement
 from pd_deploy.planning.plan import Plan
 from tests.unit import example
 
@@ -48,7 +47,7 @@ def kv_config(made: Plan, name: str) -> dict[str, Any]:
 def broken(file: Path, changes: dict[str, Any]) -> set[str]:
     """Names of the rules that a file with these changes breaks."""
     try:
-        topology.build(
+        placement.build(
             deployment.parse(
                 documents.merge(documents.read(file, names_file=("profile",)), changes)
             )
@@ -67,7 +66,7 @@ class TestAll:
 
     @pytest.mark.parametrize("file", [CPU, GPU, ASCEND], ids=lambda f: f.stem)
     def test_no_instance_waits_for_another(self, file: Path) -> None:
-        placed = topology.build(deployment.load(file))
+        placed = placement.build(deployment.load(file))
         assert {vllm.starts_after(placed, name) for name in placed.names} == {()}
 
     def test_planning_offline_needs_no_device_address(self, tmp_path: Path) -> None:
@@ -239,7 +238,7 @@ class TestGpu:
         assert "--headless" not in master[0]
         assert value(other[0], "--data-parallel-start-rank") == "4"
         # A rank adds its number in the pod to the port: these two begin at their own zmq ports.
-        placed = topology.build(deployment.parse(documents.merge(documents.read(GPU), changes)))
+        placed = placement.build(deployment.parse(documents.merge(documents.read(GPU), changes)))
         zmq = {i.name: i.kv_ports for i in placed.instances}
         port = "VLLM_NIXL_SIDE_CHANNEL_PORT"
         assert int(master[1][port]) == zmq["d0-0"][0]

@@ -1,0 +1,87 @@
+"""What follows from a deployment: its pods with their ranks, ports and servers. Pure."""
+
+from pd_deploy import engines
+from pd_deploy.config.models import Deployment, InstanceEntry
+from pd_deploy.config.topology import Instance, Pod, Proxy, ServingRole, Topology
+from pd_deploy.errors import InvalidInput
+from pd_deploy.planning import rules
+
+
+def build(deployment: Deployment) -> Topology:
+    """The topology of a deployment that is to be planned.
+
+    Raises:
+        InvalidInput: names used twice, and rules that are broken without being allowed to.
+    """
+    topology = derive(deployment)
+    problems = rules.broken(deployment, topology)
+    if problems:
+        source = f"deployment {deployment.name}"
+        raise InvalidInput(problems, source=source, hint=rules.hint(problems))
+    return topology
+
+
+def derive(deployment: Deployment) -> Topology:
+    """The topology of a deployment, whatever rules it breaks: one that was saved has to come back
+    although a later version of pd-deploy has further rules."""
+    (proxy_name, proxy), *_ = deployment.proxy.items()
+    prefill = tuple(
+        _pod(deployment, "prefill", name, entry, rank)
+        for rank, (name, entry) in enumerate(deployment.prefill.items())
+    )
+    decode = tuple(
+        _pod(deployment, "decode", name, entry, rank)
+        for rank, (name, entry) in enumerate(deployment.decode.items())
+    )
+    address = deployment.hosts[proxy.host].address
+    return Topology(prefill, decode, Proxy(proxy_name, proxy.host, address, proxy))
+
+
+def _pod(
+    deployment: Deployment, role: ServingRole, name: str, entry: InstanceEntry, rank: int
+) -> Pod:
+    kv_rank = rank if role == "prefill" else len(deployment.prefill) + rank
+    hosts = _canonical(deployment, role, entry)
+    settings = deployment.settings_of(role, entry)
+    counts = [len(entry.devices_on(host)) for host in hosts]
+    tp = settings.tensor_parallel or (sum(counts) if role == "prefill" else counts[0])
+    brings = engines.get(deployment.engine).members(deployment, role, counts, tp)
+    ports = deployment.ports
+    # All members of a pod share the master's port; a decode's API ports count over its hosts.
+    base = rank if role == "prefill" else ports.decode_offset + rank
+    own = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
+    zmq = [ports.zmq + one * ports.zmq_step for one in own]
+    members = tuple(
+        Instance(
+            name=name if len(hosts) == 1 else f"{name}-{index}",
+            pod=name,
+            role=role,
+            host=host,
+            address=deployment.hosts[host].address,
+            devices=entry.devices_on(host),
+            kv_rank=kv_rank,
+            node_rank=index,
+            pod_addresses=tuple(deployment.hosts[h].address for h in hosts),
+            master_port=ports.master + base,
+            api_port=ports.api + own[index],
+            api_ports=tuple(ports.api + own[index] + i for i in range(brings[index].servers)),
+            zmq_port=zmq[index],
+            kv_ports=tuple(zmq[index] + i for i in range(brings[index].kv_ports)),
+            ray_port=ports.ray + rank,
+            tensor_parallel=tp,
+            ranks=brings[index].ranks,
+            server_offset=sum(one.ranks for one in brings[:index]),
+            data_parallel=max(1, sum(one.ranks for one in brings)),
+            settings=settings,
+        )
+        for index, host in enumerate(hosts)
+    )
+    return Pod(name, role, kv_rank, members)
+
+
+def _canonical(deployment: Deployment, role: ServingRole, entry: InstanceEntry) -> tuple[str, ...]:
+    """A pod's hosts, the master first. Ray ranks a prefill's other nodes by address as text."""
+    master, *others = entry.on
+    if role == "prefill":
+        others.sort(key=lambda host: deployment.hosts[host].address)
+    return (master, *others)
