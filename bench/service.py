@@ -23,7 +23,7 @@ from bench.timeline import Measured, Span, measure
 from demo.processes import Processes
 from lab import Lab
 from lab.lifecycle import take_down
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment
 from pd_deploy.planning import placement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +126,7 @@ class Service:
         return False
 
     def _health_urls(self) -> list[str]:
-        built = placement.build(deployment.load(Path(self._file)))
+        built = placement.build(load_deployment(Path(self._file)))
         return [f"http://{server}/health" for pod in built.pods for server in pod.servers]
 
     def _last_start(self) -> datetime:

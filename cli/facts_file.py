@@ -5,7 +5,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pd_deploy import engines
-from pd_deploy.config.models import Address, Deployment, Text, Word, problems_of
+from pd_deploy.config.fields import Address, Text, Word
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.problems import problems_of
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.planning import actions, placement, plan

@@ -15,7 +15,8 @@ import typer
 
 from cli import credentials, facts_file, shell, show
 from lab import cli as lab_cli
-from pd_deploy.config import models as files
+from pd_deploy.config.load import load_deployment
+from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.planning import placement
 from pd_deploy.planning.plan import Plan
@@ -116,12 +117,14 @@ def plan(
 
     Example: pd-deploy plan deployments/qwq-3p1d.yaml --format json
     """
-    service = files.load(file, image=image)
+    service = load_deployment(file, image=image)
     if host is not None and host not in service.hosts:
         known = ", ".join(service.hosts)
         raise InvalidInput([Problem("--host", f"expected one of {known}, found {host}")])
     made = (
-        facts_file.make_plan(service, facts) if facts else _plan_on_hosts(files.load(file), image)
+        facts_file.make_plan(service, facts)
+        if facts
+        else _plan_on_hosts(load_deployment(file), image)
     )
     if format is Format.SHELL:
         hosts = [host] if host else list(service.hosts)
@@ -315,9 +318,9 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _load(file: Path, image: str | None = None) -> files.Deployment:
+def _load(file: Path, image: str | None = None) -> Deployment:
     """The file's deployment, sound in itself and as a whole."""
-    service = files.load(file, image=image)
+    service = load_deployment(file, image=image)
     placement.build(service)
     return service
 
@@ -327,7 +330,7 @@ def _fail(error: PdDeployError | str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _plan_on_hosts(service: files.Deployment, image: str | None) -> Plan:
+def _plan_on_hosts(service: Deployment, image: str | None) -> Plan:
     placement.build(service)
     from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 

@@ -10,7 +10,7 @@ from flows.carry_out import OnFailure, carry_out, look
 from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work, connected, open_former, open_site
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.planning import placement
 from pd_deploy.planning.plan import STAGES, Stage
@@ -46,12 +46,12 @@ async def deploy(
         forget: addresses of hosts that have left the file and are gone for good, so that what the
             deployment left there can't be removed.
     """
-    run, given = this_run(), deployment.load(Path(file))
+    run, given = this_run(), load_deployment(Path(file))
     if image == NEWEST:
         tags.policy_of(given)
         placement.build(given)
     else:
-        placement.build(deployment.load(Path(file), image=image))
+        placement.build(load_deployment(Path(file), image=image))
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])

@@ -11,7 +11,7 @@ from flows.carry_out import carry_out, look, restore
 from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment
 from pd_deploy.steps import survey
 from tasks.tidy import stop
 
@@ -27,7 +27,7 @@ async def recover(file: str) -> State[None]:
     Args:
         file: the deployment file; says which deployment, and how its hosts are reached.
     """
-    run, given = this_run(), deployment.load(Path(file))
+    run, given = this_run(), load_deployment(Path(file))
     async with at_work(given, str(run)) as site:
         past = survey.past_of(await look(site))
         if past.serving is None:

@@ -8,7 +8,7 @@ from flows import publish
 from flows.carry_out import carry_out, look, restore
 from flows.run import this_run
 from flows.site import at_work
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.records.releases import History, Release
 from pd_deploy.steps import survey
@@ -24,7 +24,7 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
         file: the deployment file; says which deployment, and how its hosts are reached.
         generation: one that `pd-deploy releases` lists; without it, the good one before.
     """
-    run, given = this_run(), deployment.load(Path(file))
+    run, given = this_run(), load_deployment(Path(file))
     async with at_work(
         given, str(run), lambda past: target(past, generation).hosts.values()
     ) as site:

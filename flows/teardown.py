@@ -10,7 +10,7 @@ from flows.carry_out import look
 from flows.fan_out import fan_out
 from flows.run import this_run
 from flows.site import at_work
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment
 from pd_deploy.steps import survey
 from tasks.tidy import clear, stop
 
@@ -22,7 +22,7 @@ async def teardown(file: str) -> State[None]:
     Args:
         file: the deployment file; says which deployment, and how its hosts are reached.
     """
-    given = deployment.load(Path(file))
+    given = load_deployment(Path(file))
     async with at_work(given, str(this_run())) as site:
         past = survey.past_of(await look(site))
         proxy_first = sorted(site.hosts, key=lambda name: name != site.topology.proxy.host)

@@ -1,19 +1,11 @@
-"""The deployment file: what runs where, as typed, frozen models.
+"""The deployment file: what runs where, as typed, frozen models. Pure.
 
-`load` reads a file, lays it on its profile and reports everything that is wrong with it at once;
-no host is touched.
+`pd_deploy.config.load` reads a file into them.
 """
 
-import difflib
-import json
-import os
 import re
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from ipaddress import IPv4Address, IPv4Network
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,54 +13,49 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
-from pd_deploy.config import yaml_files as documents
-from pd_deploy.config.rule_names import RULES
-from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.config import yaml_files
+from pd_deploy.config.fields import (
+    MAX_DEVICES,
+    AbsolutePath,
+    Arguments,
+    ContainerName,
+    Environment,
+    HostAddress,
+    Image,
+    Name,
+    PodDevices,
+    Port,
+    RepositoryName,
+    Seconds,
+    Text,
+    Word,
+    compile_pattern,
+    like,
+    parse_code,
+    parse_engine_id,
+    parse_group,
+    parse_host,
+    parse_json,
+    parse_kv_parallel_size,
+    parse_mount,
+    parse_pattern,
+    parse_prompt_tokens,
+    parse_rule,
+    parse_size,
+    require_with,
+    shown,
+    split_registry,
+    without_login,
+)
 
-PROFILES = Path(__file__).parent / "profiles"
-MAX_DEVICES = 64
-# What pydantic calls its findings, in words for the file's author.
-_EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "mapping_type": "a mapping",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "literal_error": "{expected}",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "too_short": "at least {min_length} entry",
-    "too_long": "at most {max_length} entry",
-    "invalid_key": "a key that is text",
-}
 # Keys of the model that no document gives: they come from the profile's own.
-_DERIVED = ("profile_settings", "upstream_source")
-# Keys of profiles that no deployment file may have.
-_OF_PROFILES = (*_DERIVED, "all", "upstream")
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-
+DERIVED = ("profile_settings", "upstream_source")
 EngineName = Literal["omniinfer", "vllm"]
-Scalar = str | int | float | bool
 
 
 class Model(BaseModel):
@@ -76,287 +63,6 @@ class Model(BaseModel):
 
     # Inputs stay out of pydantic's own messages: they may hold what should not be in the file.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-def parse_devices(value: object) -> tuple[int, ...]:
-    """Device ids from `0-7`, `0,2,4-6`, `[0, 1]` or `3`, in the order given.
-
-    Raises:
-        ValueError: not numbers, a reversed range, a device twice, or an id of 64 and above.
-    """
-    if isinstance(value, bool):
-        raise ValueError(f"expected device ids such as 0-7, found {value!r}")
-    if isinstance(value, int):
-        parts: Sequence[object] = [value]
-    elif isinstance(value, str):
-        parts = [part.strip() for part in value.split(",")]
-    elif isinstance(value, list | tuple):
-        parts = value
-    else:
-        raise ValueError(f"expected device ids such as 0-7, found {value!r}")
-    devices = [device for part in parts for device in _device_range(part)]
-    twice = sorted({d for d in devices if devices.count(d) > 1})
-    if twice:
-        raise ValueError(
-            f"expected each device once, found {', '.join(map(str, twice))} more than once"
-        )
-    if not devices:
-        raise ValueError("expected at least one device")
-    return tuple(devices)
-
-
-def parse_pod_devices(value: object) -> object:
-    """Device ids, or a mapping of hosts to device ids; see `parse_devices`."""
-    if isinstance(value, Mapping):
-        odd = [host for host in value if not isinstance(host, str)]
-        if odd:
-            raise ValueError(f"expected hosts of the file, found {_shown(odd[0])}")
-        return {host: parse_devices(devices) for host, devices in value.items()}
-    return parse_devices(value)
-
-
-def _device_range(part: object) -> range:
-    match = re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", str(part), re.ASCII)
-    if isinstance(part, bool) or not match:
-        raise ValueError(f"expected device ids such as 0-7 or 0,1,2, found {part!r}")
-    first, last = int(match[1]), int(match[2] or match[1])
-    if last < first:
-        raise ValueError(f"expected a range that runs upwards, {last}-{first}, found {part!r}")
-    if last >= MAX_DEVICES:
-        raise ValueError(f"expected device ids below {MAX_DEVICES}, found {last}")
-    return range(first, last + 1)
-
-
-def parse_size(value: object) -> int:
-    """Bytes from `500g`, `64m`, `1024k` or a number of bytes."""
-    match = re.fullmatch(r"(\d{1,15})([kmg]?)b?", str(value).strip().lower(), re.ASCII)
-    if isinstance(value, bool) or not match:
-        raise ValueError(f"expected a size such as 500g, found {value!r}")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-def _parse_mount(value: object) -> object:
-    """A mount from `/host/path`, `/host/path:/container/path` or the same with `:ro`."""
-    if not isinstance(value, str):
-        return value
-    source, _, rest = value.partition(":")
-    target, _, mode = rest.partition(":")
-    if target in ("ro", "rw") and not mode:
-        target, mode = "", target
-    if mode not in ("", "ro", "rw"):
-        raise ValueError(f"expected SOURCE[:TARGET][:ro], found {value!r}")
-    return {"source": source, "target": target or source, "read_only": mode == "ro"}
-
-
-def _absolute(value: str) -> str:
-    if not value.startswith("/") or os.path.normpath(value) != value or value == "/":
-        raise ValueError(
-            f"expected an absolute path without '..' or a trailing '/', found {value!r}"
-        )
-    return value
-
-
-def _ipv4(value: object) -> object:
-    try:
-        return str(IPv4Address(value)) if isinstance(value, str) else value
-    except ValueError as error:
-        raise ValueError(
-            f"expected an IPv4 address (ranktables hold nothing else), found {value!r}"
-        ) from error
-
-
-# Networks that hold no address of a machine → what they are instead. The first that fits counts.
-_NOT_OF_A_HOST = {
-    IPv4Network("0.0.0.0/8"): "stands for no machine, or for all addresses of this one",
-    IPv4Network("127.0.0.0/8"): "is a machine's own loopback, which no other machine can reach",
-    IPv4Network("224.0.0.0/4"): "is a multicast address, for groups of machines",
-    IPv4Network("255.255.255.255/32"): "is the broadcast address, for all machines of a network",
-    IPv4Network("240.0.0.0/4"): "is reserved; no machine has it",
-}
-
-
-def _of_a_host(address: str) -> str:
-    for network, what in _NOT_OF_A_HOST.items():
-        if IPv4Address(address) in network:
-            raise ValueError(
-                f"expected the address at which the other hosts reach this one, found {address}, "
-                f"which {what}"
-            )
-    return address
-
-
-def _host_from_address(value: object) -> object:
-    return {"address": value} if isinstance(value, str) else value
-
-
-def _like(pattern: str, expected: str) -> BeforeValidator:
-    """Text of a given form; `expected` describes the form to people."""
-
-    def check(value: object) -> object:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
-            raise ValueError(f"expected {expected}, found {_shown(value)}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _scalar(value: object) -> object:
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"expected text, a number, true or false, found {_shown(value)}")
-    if "\0" in str(value):
-        raise ValueError(f"expected text without NUL characters, found {_shown(value)}")
-    return value
-
-
-def _without_login(pattern: str) -> BeforeValidator:
-    """Refuses text with a user or password where `pattern` looks; the message never repeats it."""
-
-    def check(value: object) -> object:
-        if isinstance(value, str) and re.search(pattern, value):
-            raise ValueError("expected no user or password in the file, found some (not shown)")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _json(value: object) -> object:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected values that JSON can hold, found another: {error}") from error
-    return value
-
-
-def _kv_parallel_size(value: object) -> object:
-    known = ("by-image", "prefill-pods-plus-one", "decode-tensor-parallel")
-    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if not number and value not in known:
-        raise ValueError(f"expected {', '.join(known)} or a number, found {_shown(value)}")
-    return value
-
-
-def _engine_id(value: object) -> object:
-    number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if not number and value != "kv-rank":
-        raise ValueError(f"expected kv-rank or a number from 0 on, found {_shown(value)}")
-    return value
-
-
-def _rule(value: object) -> object:
-    if not isinstance(value, str) or value not in RULES:
-        near = difflib.get_close_matches(str(value), RULES, n=1)
-        expected = f"did you mean {near[0]}?" if near else f"known are {', '.join(RULES)}"
-        raise ValueError(f"expected the name of a rule, found {_shown(value)}; {expected}")
-    return value
-
-
-def _group(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"expected the name or number of a group, found {_shown(value)}")
-    return value
-
-
-def _given_with(info: ValidationInfo, family: str, value: str | None, expected: str) -> None:
-    """Whether a key that only one family has is given with it, and with no other."""
-    found = info.data.get("family")
-    if found is None:
-        return  # Wrong itself; one problem is enough.
-    if found == family and value is None:
-        raise ValueError(f"expected {expected}, because the family is {family}; found none")
-    if found != family and value is not None:
-        raise ValueError(
-            f"expected none, because the family is {found} and not {family}, found {_shown(value)}"
-        )
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"expected a regular expression, found {_shown(pattern)} ({error})"
-        ) from error
-
-
-def _pattern(value: str | None) -> str | None:
-    if value is not None:
-        _compiled(value)
-    return value
-
-
-def _prompt_tokens(value: object) -> object:
-    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if value is not None and value != "limit" and not number:
-        raise ValueError(f"expected `limit` or a number of tokens, found {_shown(value)}")
-    return value
-
-
-def _code(value: object) -> object:
-    if value == "image":
-        return value
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ValueError(
-            f"expected `image` (the code in the image) or an absolute path, found {_shown(value)}"
-        )
-    return _absolute(value)
-
-
-def _shown(value: object) -> str:
-    shown = reprlib.repr(value)
-    return shown if len(shown) < 80 else shown[:77] + "..."
-
-
-Name = Annotated[
-    str,
-    _like(
-        r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?",
-        "small letters, digits and '-' (at most 40, no '-' at either end)",
-    ),
-]
-ContainerName = Annotated[
-    str,
-    _like(
-        r"[A-Za-z0-9][A-Za-z0-9_.-]{1,63}",
-        "letters, digits, '_', '.' and '-' (2 to 64, the first a letter or digit)",
-    ),
-]
-Text = Annotated[
-    str, _like(r"(?s:[^\x00-\x1f\x7f]+)", "text that is not empty, without control characters")
-]
-Word = Annotated[str, _like(r"[^\x00-\x20\x7f]+", "text without blanks")]
-Image = Annotated[
-    str,
-    _like(
-        r"[^\s:@]([^\s@]*[^\s:@])?(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})",
-        "an image with a tag or a digest, NAME:TAG or NAME@sha256:…",
-    ),
-]
-_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
-REPOSITORY = rf"{_COMPONENT}(?:/{_COMPONENT})*"  # a repository's path in its registry
-RepositoryName = Annotated[
-    str,
-    _like(
-        rf"(?:[A-Za-z0-9.-]+(?::\d{{1,5}})?/)?{REPOSITORY}",
-        "a repository without a tag, such as omni-ci/daily_omniinfer",
-    ),
-]
-AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
-Address = Annotated[str, BeforeValidator(_ipv4)]
-HostAddress = Annotated[Address, AfterValidator(_of_a_host)]
-Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
-PodDevices = Annotated[
-    tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
-]
-Seconds = Annotated[float, Field(gt=0, le=86400)]
-Value = Annotated[Scalar, BeforeValidator(_scalar), _without_login(r"://[^/@]*@")]
-Environment = dict[
-    Annotated[str, _like(r"[A-Za-z_][A-Za-z0-9_]*", "letters, digits and '_'")], Value
-]
-
-
-Arguments = dict[
-    Annotated[str, _like(r"[a-z0-9][a-z0-9_-]*", "an option without its leading dashes")], Value
-]
 
 
 class ModelSource(Model):
@@ -384,7 +90,7 @@ class Registry(Model):
     are; the hosts' engines have settings of their own for both.
     """
 
-    host: Annotated[Word | None, _without_login(r"^([^/]*://)?[^/]*@")] = None
+    host: Annotated[Word | None, without_login(r"^([^/]*://)?[^/]*@")] = None
     credentials: Text | None = None
     insecure: bool = False
     ca: AbsolutePath | None = None
@@ -407,24 +113,24 @@ class UpdatePolicy(Model):
     repository: RepositoryName | None = None
     branch: Annotated[str | None, Field(validate_default=True)] = None
     pattern: Annotated[str | None, Field(validate_default=True)] = None
-    order: tuple[Annotated[int | str, BeforeValidator(_group)], ...] = ()
+    order: tuple[Annotated[int | str, BeforeValidator(parse_group)], ...] = ()
 
     @field_validator("branch")
     @classmethod
     def _branch_of_its_family(cls, value: str | None, info: ValidationInfo) -> str | None:
-        _given_with(info, "branch-daily", value, "a branch such as master")
+        require_with(info, "branch-daily", value, "a branch such as master")
         if value is not None and not re.fullmatch(r"\w[\w.-]{0,99}", value, re.ASCII):
-            raise ValueError(f"expected a branch as it stands in tags, found {_shown(value)}")
+            raise ValueError(f"expected a branch as it stands in tags, found {shown(value)}")
         return value
 
     @field_validator("pattern")
     @classmethod
     def _pattern_to_compare_by(cls, value: str | None, info: ValidationInfo) -> str | None:
-        _given_with(info, "pattern", value, r"a regular expression such as build-(\d+)")
-        if value is not None and not _compiled(value).groups:
+        require_with(info, "pattern", value, r"a regular expression such as build-(\d+)")
+        if value is not None and not compile_pattern(value).groups:
             raise ValueError(
                 r"expected groups to compare tags by, as in build-(\d+), "
-                f"found none in {_shown(value)}"
+                f"found none in {shown(value)}"
             )
         return value
 
@@ -438,7 +144,7 @@ class UpdatePolicy(Model):
             return value
         if pattern is None:
             raise ValueError("expected no `order` without a `pattern`, found one")
-        groups = _compiled(pattern)
+        groups = compile_pattern(pattern)
         known = [*groups.groupindex, *range(1, groups.groups + 1)]
         odd = [group for group in value if group not in known]
         if odd or len(set(value)) < len(value):
@@ -464,7 +170,7 @@ class MountEntry(Model):
     read_only: bool = False
 
 
-MountEntries = tuple[Annotated[MountEntry, BeforeValidator(_parse_mount)], ...]
+MountEntries = tuple[Annotated[MountEntry, BeforeValidator(parse_mount)], ...]
 
 
 class Settings(Model):
@@ -476,7 +182,7 @@ class Settings(Model):
     tensor_parallel: Annotated[int, Field(gt=0, strict=True)] | None = None
     environment: Environment = {}
     arguments: Arguments = {}
-    additional_config: Annotated[dict[str, Any] | None, BeforeValidator(_json)] = None
+    additional_config: Annotated[dict[str, Any] | None, BeforeValidator(parse_json)] = None
     mounts: MountEntries = ()
     container_devices: tuple[AbsolutePath, ...] = ()
 
@@ -592,13 +298,13 @@ class ContainerOptions(Model):
         )
     )
     gpus: Literal["all"] | None = None
-    cap_add: tuple[Annotated[str, _like(r"[A-Z_]+", "a capability such as IPC_LOCK")], ...] = ()
+    cap_add: tuple[Annotated[str, like(r"[A-Z_]+", "a capability such as IPC_LOCK")], ...] = ()
     ulimits: dict[
-        Annotated[str, _like(r"[a-z]+", "a limit such as memlock")],
+        Annotated[str, like(r"[a-z]+", "a limit such as memlock")],
         Annotated[int, Field(ge=-1, strict=True)],
     ] = {}
     time_zone: Annotated[
-        str, _like(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", "a time zone such as Asia/Shanghai")
+        str, like(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", "a time zone such as Asia/Shanghai")
     ] = "Asia/Shanghai"
     stop_timeout: Annotated[int, Field(ge=1, le=3600)] = 60
 
@@ -641,8 +347,10 @@ class SmokeCheck(Model):
 
     prompt: Text | None = None
     chat: Text | None = None
-    prompt_tokens: Annotated[Literal["limit"] | int | None, BeforeValidator(_prompt_tokens)] = None
-    expect: Annotated[Text | None, AfterValidator(_pattern)] = None
+    prompt_tokens: Annotated[
+        Literal["limit"] | int | None, BeforeValidator(parse_prompt_tokens)
+    ] = None
+    expect: Annotated[Text | None, AfterValidator(parse_pattern)] = None
     max_tokens: Annotated[int, Field(gt=0, le=4096, strict=True)] = 12
     stream: bool = False
 
@@ -691,7 +399,7 @@ class VllmOptions(Model):
     device: Literal["cpu", "cuda", "npu"]
     connector: Literal["NixlConnector", "MooncakeConnectorV1"]
     kv_buffer_device: Literal["cpu", "cuda", "npu"] | None = None
-    kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(_json)] = {}
+    kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(parse_json)] = {}
     command: Text = "vllm"
     router: Text = "vllm-router"
     router_policy: Literal["round_robin", "random", "cache_aware", "power_of_two"] = "round_robin"
@@ -709,10 +417,10 @@ class Supports(Model):
 
 KvParallelSize = Annotated[
     Literal["by-image", "prefill-pods-plus-one", "decode-tensor-parallel"] | int,
-    BeforeValidator(_kv_parallel_size),
+    BeforeValidator(parse_kv_parallel_size),
 ]
-EngineId = Annotated[Literal["kv-rank"] | int, BeforeValidator(_engine_id)]
-Rule = Annotated[str, BeforeValidator(_rule)]
+EngineId = Annotated[Literal["kv-rank"] | int, BeforeValidator(parse_engine_id)]
+Rule = Annotated[str, BeforeValidator(parse_rule)]
 
 
 class Deployment(Model):
@@ -730,14 +438,14 @@ class Deployment(Model):
     registry: Registry = Registry()
     update: UpdatePolicy | None = None
     hosts: Annotated[
-        dict[Name, Annotated[HostEntry, BeforeValidator(_host_from_address)]], Field(min_length=1)
+        dict[Name, Annotated[HostEntry, BeforeValidator(parse_host)]], Field(min_length=1)
     ]
     prefill: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     decode: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     proxy: Annotated[dict[Name, ProxyEntry], Field(min_length=1, max_length=1)]
     settings: dict[Literal["all", "prefill", "decode"], Settings] = {}
-    code: Annotated[str, BeforeValidator(_code)] = "image"
-    http_proxy: Annotated[Word | None, _without_login(r"^([^/]*://)?[^/]*@")] = None
+    code: Annotated[str, BeforeValidator(parse_code)] = "image"
+    http_proxy: Annotated[Word | None, without_login(r"^([^/]*://)?[^/]*@")] = None
     ports: Ports = Ports()
     paths: Paths = Paths()
     container: ContainerOptions = ContainerOptions()
@@ -789,178 +497,5 @@ class Deployment(Model):
             given = level.model_dump(include=set(Settings.model_fields), exclude_unset=True)
             for key in ("mounts", "container_devices"):
                 given[key] = (*merged.get(key, ()), *given.get(key, ()))
-            merged = documents.merge(merged, given)
+            merged = yaml_files.merge(merged, given)
         return Settings.model_validate(merged)
-
-
-def load(path: Path, *, image: str | None = None) -> Deployment:
-    """The deployment that a file describes, with `image` in place of the file's own if given.
-
-    Raises:
-        InvalidInput: all that is wrong with the file, each with the path of its key.
-    """
-    document = documents.read(path, names_file=("profile",))
-    if image is not None:
-        document["image"] = image
-    return parse(document, file=str(path))
-
-
-def parse(document: Mapping[str, Any], *, file: str = "deployment") -> Deployment:
-    """The deployment that a mapping describes; see `load`."""
-    try:
-        deployment = Deployment.model_validate(_on_profile(document, file))
-    except ValidationError as error:
-        raise InvalidInput(problems_of(error, Deployment), source=file) from error
-    problems = list(_placed_on_unknown_hosts(deployment))
-    if problems:
-        raise InvalidInput(problems, source=file)
-    return deployment
-
-
-def profiles() -> list[str]:
-    """Names of the profiles that come with pd-deploy."""
-    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
-
-
-def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
-    given = [key for key in _OF_PROFILES if key in document]
-    if given:
-        problems = [Problem(key, "is not a key of a deployment file") for key in given]
-        raise InvalidInput(problems, source=file)
-    profile = dict(_profile(document.get("profile"), file))
-    upstream = profile.pop("upstream", None)
-    if document.get("compat") == "upstream":
-        if not isinstance(upstream, Mapping):
-            message = "expected a profile that says under `upstream` what upstream does"
-            found = f"found {document['profile']}, which does not"
-            raise InvalidInput([Problem("compat", f"{message}; {found}")], source=file)
-        values = {key: value for key, value in upstream.items() if key != "source"}
-        profile = documents.merge(profile, values) | {"upstream_source": upstream.get("source")}
-    settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
-    allow = [*_listed(document, "allow"), *_listed(profile, "allow")]
-    merged = documents.merge(profile, document)
-    if isinstance(merged.get("allow"), list):
-        merged["allow"] = allow
-    return {**merged, "profile_settings": settings}
-
-
-def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
-    value = document.get(key)
-    return value if isinstance(value, list) else []
-
-
-def _profile(name: object, file: str) -> Mapping[str, Any]:
-    """A profile that comes with pd-deploy, by name, or a user's own, by path."""
-    if isinstance(name, str) and name in profiles():
-        return _own_profile(name)
-    if not isinstance(name, str) or not documents.is_path(name):
-        expected = ", ".join(profiles())
-        raise InvalidInput(
-            [
-                Problem(
-                    "profile",
-                    f"expected one of {expected}, or the path of a file such as ./my.yaml, "
-                    f"found {_shown(name)}",
-                )
-            ],
-            source=file,
-        )
-    profile = documents.read(Path(name), names_file=("profile",))
-    base = profile.pop("profile", None)
-    if base is None:
-        return profile
-    if base not in profiles():
-        expected = f"expected one of {', '.join(profiles())}, found {_shown(base)}"
-        raise InvalidInput([Problem("profile", expected)], source=name)
-    if isinstance(profile.get("upstream"), dict):
-        profile["upstream"].setdefault("source", None)  # changed values are not the base's source
-    return documents.merge(_own_profile(base), profile)
-
-
-@cache
-def _own_profile(name: str) -> Mapping[str, Any]:
-    """Read once: it comes with the package and does not change."""
-    return documents.read(PROFILES / f"{name}.yaml")
-
-
-def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """A validation error as problems with key paths, unknown keys with their nearest known one."""
-    return [
-        Problem(_key(detail["loc"]), _message(detail, model))
-        for detail in error.errors(include_url=False)
-    ]
-
-
-def split_registry(name: str) -> tuple[str, str]:
-    """An image's name as the registry in front of it, empty if there is none, and the rest."""
-    first, slash, rest = name.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost"):
-        return first, rest
-    return "", name
-
-
-def _placed_on_unknown_hosts(deployment: Deployment) -> Iterator[Problem]:
-    known = ", ".join(deployment.hosts)
-    places = [
-        (f"{group}.{name}.{'host' if entry.host else 'hosts'}", host)
-        for group in ("prefill", "decode", "proxy")
-        for name, entry in getattr(deployment, group).items()
-        for host in (entry.on if isinstance(entry, InstanceEntry) else (entry.host,))
-    ]
-    for key, host in places:
-        if host not in deployment.hosts:
-            yield Problem(key, f"expected one of {known}, found {host}")
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """The path of a key, without what pydantic adds for itself."""
-    return ".".join(
-        str(part) for part in location if not str(part).startswith(("function-", "[key]"))
-    )
-
-
-def _message(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    kind, value = detail["type"], detail["input"]
-    if kind == "extra_forbidden":
-        return _unknown_key(detail["loc"], model)
-    if kind == "missing":
-        return "is missing"
-    if kind == "value_error":
-        message = detail["msg"].removeprefix("Value error, ")
-        return message if "found" in message else f"{message}, found {_shown(value)}"
-    if kind == "json_invalid":
-        return f"not valid JSON: {detail['msg'].removeprefix('Invalid JSON: ')}"
-    expected = _EXPECTED.get(kind)
-    if expected is None:
-        return f"{detail['msg']}, found {_shown(value)}"
-    return f"expected {expected.format(**detail.get('ctx', {}))}, found {_shown(value)}"
-
-
-def _unknown_key(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    known = _known_keys(location[:-1], model)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    if near:
-        return f"is not a known key; did you mean {near[0]}?"
-    return f"is not a known key; known are {', '.join(known)}" if known else "is not a known key"
-
-
-def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    """Keys of the model at a place in the file."""
-    model: Any = root
-    for part in location:
-        field = model.model_fields.get(part) if _is_model(model) else None
-        model = _model_in(field.annotation) if field else model
-        if model is None:
-            return []
-    return [key for key in model.model_fields if key not in _DERIVED]
-
-
-def _model_in(annotation: Any) -> Any:
-    if _is_model(annotation):
-        return annotation
-    found = (_model_in(arg) for arg in get_args(annotation))
-    return next((model for model in found if model), None)
-
-
-def _is_model(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseModel)

@@ -10,7 +10,8 @@ from pd_deploy.engines.base import Service
 from pd_deploy.hosts import Mount
 
 if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment, MountEntry, Scalar
+    from pd_deploy.config.fields import Scalar
+    from pd_deploy.config.models import Deployment, MountEntry
     from pd_deploy.config.topology import Instance
 
 ONE_STEP_ON = """\

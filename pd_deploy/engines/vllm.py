@@ -29,7 +29,8 @@ from pd_deploy.errors import Problem
 from pd_deploy.hosts import ContainerSpec, DeviceRequest
 
 if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment, Scalar, VllmOptions
+    from pd_deploy.config.fields import Scalar
+    from pd_deploy.config.models import Deployment, VllmOptions
     from pd_deploy.config.topology import Instance, Pod, Topology
 
 decode_request = common.decode_request

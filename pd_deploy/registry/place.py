@@ -6,7 +6,8 @@ from ipaddress import ip_address
 
 import httpx
 
-from pd_deploy.config.models import REPOSITORY, Deployment, split_registry
+from pd_deploy.config.fields import REPOSITORY, split_registry
+from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
 
 MAX_PORT = 65535

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 
-from pd_deploy.config import models as files
 from pd_deploy.config.models import Deployment
+from pd_deploy.config.problems import problems_of
 from pd_deploy.errors import FactsError, InvalidInput, NoSuchGeneration
 from pd_deploy.hosts import File, Host
 from pd_deploy.planning.plan import Plan
@@ -117,7 +117,7 @@ async def load(hosts: Mapping[str, Host], root: str, generation: str) -> Saved:
             return Saved.model_validate_json(content)
         except (ValidationError, InvalidInput) as error:
             problems = error.problems if isinstance(error, InvalidInput) else None
-            listed = problems or files.problems_of(error, Saved)  # type: ignore[arg-type]
+            listed = problems or problems_of(error, Saved)  # type: ignore[arg-type]
             why = f"{path} on host {host.where} cannot be used: {listed[0]}"
     raise NoSuchGeneration(
         f"expected the saved generation {generation}, found that {why}",
@@ -130,7 +130,7 @@ def _parse(model: type[T], text: str, path: str, host: Host) -> T:
         return model.model_validate_json(text)
     except ValidationError as error:
         raise FactsError(
-            f"expected {path} as pd-deploy wrote it, found {files.problems_of(error, model)[0]}",
+            f"expected {path} as pd-deploy wrote it, found {problems_of(error, model)[0]}",
             host=host.where,
             hint="another version of pd-deploy may have written it; move it away if it is damaged",
         ) from error

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from pd_deploy import engines
-from pd_deploy.config import models as deployment
 from pd_deploy.config import yaml_files as documents
+from pd_deploy.config.load import parse_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.config.yaml_files import merge
@@ -36,7 +36,7 @@ def document(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 def service(changes: Mapping[str, Any] | None = None) -> Deployment:
     """The example as a deployment."""
-    return deployment.parse(document(changes))
+    return parse_deployment(document(changes))
 
 
 def place(changes: Mapping[str, Any] | None = None) -> Topology:
@@ -66,7 +66,7 @@ def for_engine(changes: Mapping[str, Any] | None = None, interface: str = INTERF
 
 def plan_of(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     """The plan of another file, with changes merged in."""
-    of = deployment.parse(merge(documents.read(path), changes or {}))
+    of = parse_deployment(merge(documents.read(path), changes or {}))
     made = placement.build(of)
     return plans.make(
         of, made, engines.get(of.engine), facts=facts(of), image=IMAGE, history=past()

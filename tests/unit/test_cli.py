@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cli import main as cli
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement
 from pd_deploy.planning.plan import Plan
@@ -111,7 +111,7 @@ def test_check_says_what_the_values_of_upstream_stand_for(
 def test_every_deployment_of_the_project_checks_and_renders(
     call: Any, tmp_path: Path, file: Path
 ) -> None:
-    of = deployment.load(file)
+    of = load_deployment(file)
     path = tmp_path / "facts.json"
     write_facts(path, of)
     assert call("check", file).code == 0

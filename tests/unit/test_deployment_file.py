@@ -9,9 +9,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pd_deploy.config import models as deployment
 from pd_deploy.config import yaml_files as documents
-from pd_deploy.config.models import Deployment, parse_devices, parse_size
+from pd_deploy.config.fields import parse_devices, parse_size
+from pd_deploy.config.load import load_deployment, parse_deployment
+from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput
 from pd_deploy.planning import placement
 from tests.unit import example
@@ -30,12 +31,12 @@ def refused(changes: dict[str, Any]) -> InvalidInput:
 def read(directory: Path, content: str | bytes, name: str = "x.yaml") -> Deployment:
     path = directory / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return deployment.load(path)
+    return load_deployment(path)
 
 
 @pytest.mark.parametrize("file", sorted((example.ROOT / "deployments").glob("*.yaml")), ids=str)
 def test_the_deployments_of_the_project_load_and_build(file: Path) -> None:
-    assert placement.build(deployment.load(file)).instances
+    assert placement.build(load_deployment(file)).instances
 
 
 def test_the_lab_differs_only_where_it_must() -> None:
@@ -93,12 +94,12 @@ class TestFile:
     def test_may_be_absent_or_a_directory(self, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "none.yaml"):
             with pytest.raises(InvalidInput, match=str(path)):
-                deployment.load(path)
+                load_deployment(path)
 
     def test_that_links_to_itself_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "loop.yaml").symlink_to("loop.yaml")
         with pytest.raises(InvalidInput, match=r"loop\.yaml"):
-            deployment.load(tmp_path / "loop.yaml")
+            load_deployment(tmp_path / "loop.yaml")
 
     def test_circle_of_two_names_both(self, tmp_path: Path) -> None:
         (tmp_path / "y.yaml").write_text("extends: x.yaml\n")
@@ -122,7 +123,7 @@ class TestFile:
         assert documents.read(path)["b"] == {"x": 3, "y": 2}
 
     def test_image_given_at_the_call_replaces_the_files(self) -> None:
-        assert deployment.load(example.FILE, image="other:1").image == "other:1"
+        assert load_deployment(example.FILE, image="other:1").image == "other:1"
 
 
 # changes to the example → the problems they must give, as `key: start of message`
@@ -439,7 +440,7 @@ def test_any_document_is_a_deployment_or_invalid_input(
     changes: dict[str, Any], complete: bool
 ) -> None:
     try:
-        placement.build(deployment.parse(example.document(changes) if complete else changes))
+        placement.build(parse_deployment(example.document(changes) if complete else changes))
     except InvalidInput:
         return
 
@@ -456,4 +457,4 @@ def test_any_text_is_a_deployment_or_invalid_input(tmp_path: Path, text: str) ->
     path = tmp_path / "any.yaml"
     path.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(InvalidInput):
-        deployment.load(path)
+        load_deployment(path)

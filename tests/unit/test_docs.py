@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pd_deploy.config import models as deployment
 from pd_deploy.config import yaml_files as documents
+from pd_deploy.config.load import parse_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.omniinfer import corrections
@@ -60,9 +60,9 @@ def keys(document: object) -> set[str]:
 
 
 def test_the_documented_file_is_valid() -> None:
-    placement.build(deployment.parse(documented()))
+    placement.build(parse_deployment(documented()))
     of_vllm = documents.read(ROOT / "deployments/vllm-gpu-3p1d.yaml")
-    placement.build(deployment.parse(of_vllm | documented_of_vllm()))
+    placement.build(parse_deployment(of_vllm | documented_of_vllm()))
 
 
 def test_every_key_is_documented() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_deploy import engines
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement, plan
 from pd_deploy.planning.plan import Made
@@ -400,7 +400,7 @@ class TestPlans:
 
 @pytest.mark.parametrize("path", sorted(example.FILE.parent.glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_saved_generation_comes_back_as_it_was(path: Path) -> None:
-    of = deployment.load(path)
+    of = load_deployment(path)
     before = made(of, example.past())
     text = Saved(deployment=of, plan=before.plan).model_dump_json(indent=1)
     again = Saved.model_validate_json(text)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from pd_deploy.config import models as deployment
+from pd_deploy.config.load import load_deployment, profiles
 from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.errors import InvalidInput
@@ -311,7 +311,7 @@ class TestProfiles:
         self, tmp_path: Path
     ) -> None:
         text = "profile: qwq-32b-a3\ndecode: {gpu_memory_utilization: 0.5, arguments: {seed: 7}}\n"
-        found = deployment.load(self.file(tmp_path, "sub/my.yaml", text))
+        found = load_deployment(self.file(tmp_path, "sub/my.yaml", text))
         settings = found.settings_of("decode", found.decode["d0"])
         assert (settings.gpu_memory_utilization, settings.arguments["seed"]) == (0.5, 7)
         assert settings.arguments["max-num-batched-tokens"] == 61440
@@ -319,11 +319,11 @@ class TestProfiles:
         # A file elsewhere that extends it means the same profile.
         other = tmp_path / "sub/other.yaml"
         other.write_text("extends: ../x.yaml\n")
-        assert deployment.load(other).profile_settings == found.profile_settings
+        assert load_deployment(other).profile_settings == found.profile_settings
 
     def test_of_ones_own_stands_alone(self, tmp_path: Path) -> None:
         text = "engine: omniinfer\nkv_parallel_size: 8\ndevices_per_host: 16\n"
-        found = deployment.load(self.file(tmp_path, "./sub/my.yaml", text))
+        found = load_deployment(self.file(tmp_path, "./sub/my.yaml", text))
         later = {"image": "omni:20251111_1"}  # decode's tensor parallel size is 8
         service = example.for_engine(later | {"kv_parallel_size": found.kv_parallel_size})
         decode = service.topology.decode[0].master
@@ -351,19 +351,19 @@ class TestProfiles:
         self, tmp_path: Path, profile: str, text: str, says: str
     ) -> None:
         with pytest.raises(InvalidInput) as caught:
-            deployment.load(self.file(tmp_path, profile, text))
+            load_deployment(self.file(tmp_path, profile, text))
         assert says in str(caught.value)
 
     def test_compat_needs_a_profile_that_says_what_upstream_does(self, tmp_path: Path) -> None:
         path = self.file(tmp_path, "./sub/my.yaml", "engine: omniinfer\n")
         path.write_text(path.read_text() + "compat: upstream\n")
         with pytest.raises(InvalidInput, match="compat: expected a profile that says"):
-            deployment.load(path)
+            load_deployment(path)
 
     @pytest.mark.parametrize(
         ("name", "compat"),
-        [(name, None) for name in deployment.profiles()]
-        + [(name, "upstream") for name in deployment.profiles() if not name.startswith("vllm-")],
+        [(name, None) for name in profiles()]
+        + [(name, "upstream") for name in profiles() if not name.startswith("vllm-")],
     )
     def test_that_comes_with_us_has_an_example_that_renders(
         self, name: str, compat: str | None
@@ -371,7 +371,7 @@ class TestProfiles:
         files = [
             path
             for path in (example.ROOT / "deployments").glob("*.yaml")
-            if deployment.load(path).profile == name
+            if load_deployment(path).profile == name
         ]
         assert files
         for path in files:

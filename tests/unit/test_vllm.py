@@ -10,8 +10,8 @@ import pytest
 
 from cli import facts_file, show
 from pd_deploy import engines
-from pd_deploy.config import models as deployment
 from pd_deploy.config import yaml_files as documents
+from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.engines import vllm
 from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts import create_kwargs
@@ -48,7 +48,7 @@ def broken(file: Path, changes: dict[str, Any]) -> set[str]:
     """Names of the rules that a file with these changes breaks."""
     try:
         placement.build(
-            deployment.parse(
+            parse_deployment(
                 documents.merge(documents.read(file, names_file=("profile",)), changes)
             )
         )
@@ -66,13 +66,13 @@ class TestAll:
 
     @pytest.mark.parametrize("file", [CPU, GPU, ASCEND], ids=lambda f: f.stem)
     def test_no_instance_waits_for_another(self, file: Path) -> None:
-        placed = placement.build(deployment.load(file))
+        placed = placement.build(load_deployment(file))
         assert {vllm.starts_after(placed, name) for name in placed.names} == {()}
 
     def test_planning_offline_needs_no_device_address(self, tmp_path: Path) -> None:
         facts = tmp_path / "facts.json"
         facts.write_text('{"hosts": {"a": {"interface": "e0"}, "b": {"interface": "e1"}}}')
-        made = facts_file.make_plan(deployment.load(GPU), facts)
+        made = facts_file.make_plan(load_deployment(GPU), facts)
         assert runs(made, "p0")[1]["NCCL_SOCKET_IFNAME"] == "e0"
         assert runs(made, "d0")[1]["NCCL_SOCKET_IFNAME"] == "e1"
 
@@ -238,7 +238,7 @@ class TestGpu:
         assert "--headless" not in master[0]
         assert value(other[0], "--data-parallel-start-rank") == "4"
         # A rank adds its number in the pod to the port: these two begin at their own zmq ports.
-        placed = placement.build(deployment.parse(documents.merge(documents.read(GPU), changes)))
+        placed = placement.build(parse_deployment(documents.merge(documents.read(GPU), changes)))
         zmq = {i.name: i.kv_ports for i in placed.instances}
         port = "VLLM_NIXL_SIDE_CHANNEL_PORT"
         assert int(master[1][port]) == zmq["d0-0"][0]

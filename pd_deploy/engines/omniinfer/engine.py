@@ -32,7 +32,8 @@ from pd_deploy.engines.omniinfer.corrections import corrected
 from pd_deploy.hosts import ContainerSpec, Mount
 
 if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment, Scalar
+    from pd_deploy.config.fields import Scalar
+    from pd_deploy.config.models import Deployment
     from pd_deploy.config.topology import Instance, Pod, Topology
 
 UNUSED_KEYS: tuple[str, ...] = ("vllm",)

@@ -1,0 +1,311 @@
+"""Values of the deployment file: their types, and the parsers behind them. Pure.
+
+A parser raises ValueError saying what it expected; `problems` turns that into the file's words.
+"""
+
+import difflib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address, IPv4Network
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+from pd_deploy.config.rule_names import RULES
+
+MAX_DEVICES = 64
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+Scalar = str | int | float | bool
+
+
+def parse_devices(value: object) -> tuple[int, ...]:
+    """Device ids from `0-7`, `0,2,4-6`, `[0, 1]` or `3`, in the order given.
+
+    Raises:
+        ValueError: not numbers, a reversed range, a device twice, or an id of 64 and above.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"expected device ids such as 0-7, found {value!r}")
+    if isinstance(value, int):
+        parts: Sequence[object] = [value]
+    elif isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")]
+    elif isinstance(value, list | tuple):
+        parts = value
+    else:
+        raise ValueError(f"expected device ids such as 0-7, found {value!r}")
+    devices = [device for part in parts for device in _device_range(part)]
+    twice = sorted({d for d in devices if devices.count(d) > 1})
+    if twice:
+        raise ValueError(
+            f"expected each device once, found {', '.join(map(str, twice))} more than once"
+        )
+    if not devices:
+        raise ValueError("expected at least one device")
+    return tuple(devices)
+
+
+def parse_pod_devices(value: object) -> object:
+    """Device ids, or a mapping of hosts to device ids; see `parse_devices`."""
+    if isinstance(value, Mapping):
+        odd = [host for host in value if not isinstance(host, str)]
+        if odd:
+            raise ValueError(f"expected hosts of the file, found {shown(odd[0])}")
+        return {host: parse_devices(devices) for host, devices in value.items()}
+    return parse_devices(value)
+
+
+def _device_range(part: object) -> range:
+    match = re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", str(part), re.ASCII)
+    if isinstance(part, bool) or not match:
+        raise ValueError(f"expected device ids such as 0-7 or 0,1,2, found {part!r}")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise ValueError(f"expected a range that runs upwards, {last}-{first}, found {part!r}")
+    if last >= MAX_DEVICES:
+        raise ValueError(f"expected device ids below {MAX_DEVICES}, found {last}")
+    return range(first, last + 1)
+
+
+def parse_size(value: object) -> int:
+    """Bytes from `500g`, `64m`, `1024k` or a number of bytes."""
+    match = re.fullmatch(r"(\d{1,15})([kmg]?)b?", str(value).strip().lower(), re.ASCII)
+    if isinstance(value, bool) or not match:
+        raise ValueError(f"expected a size such as 500g, found {value!r}")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_mount(value: object) -> object:
+    """A mount from `/host/path`, `/host/path:/container/path` or the same with `:ro`."""
+    if not isinstance(value, str):
+        return value
+    source, _, rest = value.partition(":")
+    target, _, mode = rest.partition(":")
+    if target in ("ro", "rw") and not mode:
+        target, mode = "", target
+    if mode not in ("", "ro", "rw"):
+        raise ValueError(f"expected SOURCE[:TARGET][:ro], found {value!r}")
+    return {"source": source, "target": target or source, "read_only": mode == "ro"}
+
+
+def _absolute(value: str) -> str:
+    if not value.startswith("/") or os.path.normpath(value) != value or value == "/":
+        raise ValueError(
+            f"expected an absolute path without '..' or a trailing '/', found {value!r}"
+        )
+    return value
+
+
+def _ipv4(value: object) -> object:
+    try:
+        return str(IPv4Address(value)) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(
+            f"expected an IPv4 address (ranktables hold nothing else), found {value!r}"
+        ) from error
+
+
+# Networks that hold no address of a machine → what they are instead. The first that fits counts.
+_NOT_OF_A_HOST = {
+    IPv4Network("0.0.0.0/8"): "stands for no machine, or for all addresses of this one",
+    IPv4Network("127.0.0.0/8"): "is a machine's own loopback, which no other machine can reach",
+    IPv4Network("224.0.0.0/4"): "is a multicast address, for groups of machines",
+    IPv4Network("255.255.255.255/32"): "is the broadcast address, for all machines of a network",
+    IPv4Network("240.0.0.0/4"): "is reserved; no machine has it",
+}
+
+
+def _of_a_host(address: str) -> str:
+    for network, what in _NOT_OF_A_HOST.items():
+        if IPv4Address(address) in network:
+            raise ValueError(
+                f"expected the address at which the other hosts reach this one, found {address}, "
+                f"which {what}"
+            )
+    return address
+
+
+def parse_host(value: object) -> object:
+    return {"address": value} if isinstance(value, str) else value
+
+
+def like(pattern: str, expected: str) -> BeforeValidator:
+    """Text of a given form; `expected` describes the form to people."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError(f"expected {expected}, found {shown(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"expected text, a number, true or false, found {shown(value)}")
+    if "\0" in str(value):
+        raise ValueError(f"expected text without NUL characters, found {shown(value)}")
+    return value
+
+
+def without_login(pattern: str) -> BeforeValidator:
+    """Refuses text with a user or password where `pattern` looks; the message never repeats it."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and re.search(pattern, value):
+            raise ValueError("expected no user or password in the file, found some (not shown)")
+        return value
+
+    return BeforeValidator(check)
+
+
+def parse_json(value: object) -> object:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected values that JSON can hold, found another: {error}") from error
+    return value
+
+
+def parse_kv_parallel_size(value: object) -> object:
+    known = ("by-image", "prefill-pods-plus-one", "decode-tensor-parallel")
+    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if not number and value not in known:
+        raise ValueError(f"expected {', '.join(known)} or a number, found {shown(value)}")
+    return value
+
+
+def parse_engine_id(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not number and value != "kv-rank":
+        raise ValueError(f"expected kv-rank or a number from 0 on, found {shown(value)}")
+    return value
+
+
+def parse_rule(value: object) -> object:
+    if not isinstance(value, str) or value not in RULES:
+        near = difflib.get_close_matches(str(value), RULES, n=1)
+        expected = f"did you mean {near[0]}?" if near else f"known are {', '.join(RULES)}"
+        raise ValueError(f"expected the name of a rule, found {shown(value)}; {expected}")
+    return value
+
+
+def parse_group(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"expected the name or number of a group, found {shown(value)}")
+    return value
+
+
+def require_with(info: ValidationInfo, family: str, value: str | None, expected: str) -> None:
+    """Whether a key that only one family has is given with it, and with no other."""
+    found = info.data.get("family")
+    if found is None:
+        return  # Wrong itself; one problem is enough.
+    if found == family and value is None:
+        raise ValueError(f"expected {expected}, because the family is {family}; found none")
+    if found != family and value is not None:
+        raise ValueError(
+            f"expected none, because the family is {found} and not {family}, found {shown(value)}"
+        )
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.ASCII)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"expected a regular expression, found {shown(pattern)} ({error})"
+        ) from error
+
+
+def parse_pattern(value: str | None) -> str | None:
+    if value is not None:
+        compile_pattern(value)
+    return value
+
+
+def parse_prompt_tokens(value: object) -> object:
+    number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is not None and value != "limit" and not number:
+        raise ValueError(f"expected `limit` or a number of tokens, found {shown(value)}")
+    return value
+
+
+def parse_code(value: object) -> object:
+    if value == "image":
+        return value
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise ValueError(
+            f"expected `image` (the code in the image) or an absolute path, found {shown(value)}"
+        )
+    return _absolute(value)
+
+
+def shown(value: object) -> str:
+    shown = reprlib.repr(value)
+    return shown if len(shown) < 80 else shown[:77] + "..."
+
+
+Name = Annotated[
+    str,
+    like(
+        r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?",
+        "small letters, digits and '-' (at most 40, no '-' at either end)",
+    ),
+]
+ContainerName = Annotated[
+    str,
+    like(
+        r"[A-Za-z0-9][A-Za-z0-9_.-]{1,63}",
+        "letters, digits, '_', '.' and '-' (2 to 64, the first a letter or digit)",
+    ),
+]
+Text = Annotated[
+    str, like(r"(?s:[^\x00-\x1f\x7f]+)", "text that is not empty, without control characters")
+]
+Word = Annotated[str, like(r"[^\x00-\x20\x7f]+", "text without blanks")]
+Image = Annotated[
+    str,
+    like(
+        r"[^\s:@]([^\s@]*[^\s:@])?(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})",
+        "an image with a tag or a digest, NAME:TAG or NAME@sha256:…",
+    ),
+]
+_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+REPOSITORY = rf"{_COMPONENT}(?:/{_COMPONENT})*"  # a repository's path in its registry
+RepositoryName = Annotated[
+    str,
+    like(
+        rf"(?:[A-Za-z0-9.-]+(?::\d{{1,5}})?/)?{REPOSITORY}",
+        "a repository without a tag, such as omni-ci/daily_omniinfer",
+    ),
+]
+AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
+Address = Annotated[str, BeforeValidator(_ipv4)]
+HostAddress = Annotated[Address, AfterValidator(_of_a_host)]
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+PodDevices = Annotated[
+    tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
+]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+Value = Annotated[Scalar, BeforeValidator(_scalar), without_login(r"://[^/@]*@")]
+Environment = dict[
+    Annotated[str, like(r"[A-Za-z_][A-Za-z0-9_]*", "letters, digits and '_'")], Value
+]
+
+
+Arguments = dict[
+    Annotated[str, like(r"[a-z0-9][a-z0-9_-]*", "an option without its leading dashes")], Value
+]
+
+
+def split_registry(name: str) -> tuple[str, str]:
+    """An image's name as the registry in front of it, empty if there is none, and the rest."""
+    first, slash, rest = name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        return first, rest
+    return "", name

@@ -1,0 +1,121 @@
+"""Reading a deployment file: laid on its profile, with everything that is wrong with it at once."""
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pd_deploy.config import yaml_files
+from pd_deploy.config.fields import shown
+from pd_deploy.config.models import DERIVED, Deployment, InstanceEntry
+from pd_deploy.config.problems import problems_of
+from pd_deploy.errors import InvalidInput, Problem
+
+PROFILES = Path(__file__).parent / "profiles"
+# Keys of profiles that no deployment file may have.
+_OF_PROFILES = (*DERIVED, "all", "upstream")
+
+
+def load_deployment(path: Path, *, image: str | None = None) -> Deployment:
+    """The deployment that a file describes, with `image` in place of the file's own if given.
+
+    Raises:
+        InvalidInput: all that is wrong with the file, each with the path of its key.
+    """
+    document = yaml_files.read(path, names_file=("profile",))
+    if image is not None:
+        document["image"] = image
+    return parse_deployment(document, file=str(path))
+
+
+def parse_deployment(document: Mapping[str, Any], *, file: str = "deployment") -> Deployment:
+    """The deployment that a mapping describes; see `load_deployment`."""
+    try:
+        deployment = Deployment.model_validate(_on_profile(document, file))
+    except ValidationError as error:
+        raise InvalidInput(problems_of(error, Deployment), source=file) from error
+    problems = list(_placed_on_unknown_hosts(deployment))
+    if problems:
+        raise InvalidInput(problems, source=file)
+    return deployment
+
+
+def profiles() -> list[str]:
+    """Names of the profiles that come with pd-deploy."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
+    given = [key for key in _OF_PROFILES if key in document]
+    if given:
+        problems = [Problem(key, "is not a key of a deployment file") for key in given]
+        raise InvalidInput(problems, source=file)
+    profile = dict(_profile(document.get("profile"), file))
+    upstream = profile.pop("upstream", None)
+    if document.get("compat") == "upstream":
+        if not isinstance(upstream, Mapping):
+            message = "expected a profile that says under `upstream` what upstream does"
+            found = f"found {document['profile']}, which does not"
+            raise InvalidInput([Problem("compat", f"{message}; {found}")], source=file)
+        values = {key: value for key, value in upstream.items() if key != "source"}
+        profile = yaml_files.merge(profile, values) | {"upstream_source": upstream.get("source")}
+    settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
+    allow = [*_listed(document, "allow"), *_listed(profile, "allow")]
+    merged = yaml_files.merge(profile, document)
+    if isinstance(merged.get("allow"), list):
+        merged["allow"] = allow
+    return {**merged, "profile_settings": settings}
+
+
+def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
+    value = document.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _profile(name: object, file: str) -> Mapping[str, Any]:
+    """A profile that comes with pd-deploy, by name, or a user's own, by path."""
+    if isinstance(name, str) and name in profiles():
+        return _own_profile(name)
+    if not isinstance(name, str) or not yaml_files.is_path(name):
+        expected = ", ".join(profiles())
+        raise InvalidInput(
+            [
+                Problem(
+                    "profile",
+                    f"expected one of {expected}, or the path of a file such as ./my.yaml, "
+                    f"found {shown(name)}",
+                )
+            ],
+            source=file,
+        )
+    profile = yaml_files.read(Path(name), names_file=("profile",))
+    base = profile.pop("profile", None)
+    if base is None:
+        return profile
+    if base not in profiles():
+        expected = f"expected one of {', '.join(profiles())}, found {shown(base)}"
+        raise InvalidInput([Problem("profile", expected)], source=name)
+    if isinstance(profile.get("upstream"), dict):
+        profile["upstream"].setdefault("source", None)  # changed values are not the base's source
+    return yaml_files.merge(_own_profile(base), profile)
+
+
+@cache
+def _own_profile(name: str) -> Mapping[str, Any]:
+    """Read once: it comes with the package and does not change."""
+    return yaml_files.read(PROFILES / f"{name}.yaml")
+
+
+def _placed_on_unknown_hosts(deployment: Deployment) -> Iterator[Problem]:
+    known = ", ".join(deployment.hosts)
+    places = [
+        (f"{group}.{name}.{'host' if entry.host else 'hosts'}", host)
+        for group in ("prefill", "decode", "proxy")
+        for name, entry in getattr(deployment, group).items()
+        for host in (entry.on if isinstance(entry, InstanceEntry) else (entry.host,))
+    ]
+    for key, host in places:
+        if host not in deployment.hosts:
+            yield Problem(key, f"expected one of {known}, found {host}")
