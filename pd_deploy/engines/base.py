@@ -1,17 +1,13 @@
 """The plug-in point: what an engine has to say about a service. No I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Topology
 from pd_deploy.errors import Problem
 from pd_deploy.hosts import ContainerSpec
-
-if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment
-    from pd_deploy.config.topology import Topology
 
 Finding = tuple[str, Problem]
 """A rule that is broken, by name, and where."""
@@ -36,7 +32,7 @@ class Layout:
     logs: str
 
     @classmethod
-    def of(cls, deployment: Deployment, generation: str) -> Layout:
+    def of(cls, deployment: Deployment, generation: str) -> Self:
         """The layout of a deployment's generation, as the file's paths give it."""
         return cls(deployment.name, generation, deployment.paths.state, deployment.paths.logs)
 

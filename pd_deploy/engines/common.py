@@ -1,18 +1,14 @@
 """What the engines have in common: mounts, and pieces of start scripts. Pure."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pd_deploy.config.fields import Scalar
+from pd_deploy.config.models import Deployment, MountEntry
+from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Service
 from pd_deploy.hosts import Mount
-
-if TYPE_CHECKING:
-    from pd_deploy.config.fields import Scalar
-    from pd_deploy.config.models import Deployment, MountEntry
-    from pd_deploy.config.topology import Instance
 
 ONE_STEP_ON = """\
 steps=0

@@ -5,14 +5,15 @@ from P's answer to D's request, and fetches the KV from there. The hardware come
 in the section `vllm`. Pure.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from pd_deploy.config.fields import Scalar
+from pd_deploy.config.models import Deployment, VllmOptions
+from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import common
 from pd_deploy.engines.base import PROVING_ADDRESS, Counter, Counters, Finding, Member, Service
 from pd_deploy.engines.common import (
@@ -27,11 +28,6 @@ from pd_deploy.engines.common import (
 )
 from pd_deploy.errors import Problem
 from pd_deploy.hosts import ContainerSpec, DeviceRequest
-
-if TYPE_CHECKING:
-    from pd_deploy.config.fields import Scalar
-    from pd_deploy.config.models import Deployment, VllmOptions
-    from pd_deploy.config.topology import Instance, Pod, Topology
 
 decode_request = common.decode_request
 STARTED = "pd-deploy: starting"

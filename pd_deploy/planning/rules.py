@@ -6,22 +6,19 @@ Here are those of every service; an engine adds its own. A file may break a rule
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from pd_deploy import engines
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import Finding
 from pd_deploy.errors import Problem
-
-if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment
-    from pd_deploy.config.topology import Pod, Topology
 
 RESERVED_NAMES = {"ranktables"}
 
 
-def broken(deployment: "Deployment", topology: "Topology") -> list[Problem]:
+def broken(deployment: Deployment, topology: Topology) -> list[Problem]:
     """Every rule that a deployment breaks and does not allow itself to, and what is never allowed.
 
     Each problem names its rule.
@@ -33,7 +30,7 @@ def broken(deployment: "Deployment", topology: "Topology") -> list[Problem]:
     return problems
 
 
-def _findings(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+def _findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     yield from _shared_addresses(deployment)
     yield from _shared_devices(topology)
     yield from _shared_ports(topology)
@@ -48,7 +45,7 @@ def _findings(deployment: "Deployment", topology: "Topology") -> Iterator[Findin
     yield from engines.get(deployment.engine).findings(deployment, topology)
 
 
-def _names(topology: "Topology") -> Iterator[Problem]:
+def _names(topology: Topology) -> Iterator[Problem]:
     for name, count in Counter(topology.names).items():
         if count > 1:
             yield Problem(name, "expected a name used once among prefill, decode and proxy")
@@ -56,7 +53,7 @@ def _names(topology: "Topology") -> Iterator[Problem]:
             yield Problem(name, "expected another name; it is that of the ranktables' directory")
 
 
-def _shared_addresses(deployment: "Deployment") -> Iterator[Finding]:
+def _shared_addresses(deployment: Deployment) -> Iterator[Finding]:
     seen: dict[str, str] = {}
     for name, entry in deployment.hosts.items():
         if entry.address in seen:
@@ -71,7 +68,7 @@ def _shared_addresses(deployment: "Deployment") -> Iterator[Finding]:
         seen.setdefault(entry.address, name)
 
 
-def _shared_devices(topology: "Topology") -> Iterator[Finding]:
+def _shared_devices(topology: Topology) -> Iterator[Finding]:
     holder: dict[tuple[str, int], str] = {}
     for instance in topology.instances:
         taken = {
@@ -90,7 +87,7 @@ def _shared_devices(topology: "Topology") -> Iterator[Finding]:
         holder |= {(instance.host, d): instance.name for d in instance.devices if d not in taken}
 
 
-def _shared_ports(topology: "Topology") -> Iterator[Finding]:
+def _shared_ports(topology: Topology) -> Iterator[Finding]:
     proxy = topology.proxy
     holder = {(proxy.host, proxy.port): f"the port of proxy {proxy.name}"}
     for instance in topology.instances:
@@ -105,7 +102,7 @@ def _shared_ports(topology: "Topology") -> Iterator[Finding]:
             holder.setdefault(place, f"the {purpose} port of {instance.name}")
 
 
-def _pods(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+def _pods(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     count, ports = len(topology.prefill), deployment.ports
     if count > ports.decode_offset:
         message = (
@@ -115,7 +112,7 @@ def _pods(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
         yield "ports-in-range", Problem("ports.decode_offset", message)
 
 
-def _spanning(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
+def _spanning(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
     supports = deployment.supports
     prefill = pod.role == "prefill"
     supported = supports.multi_host_prefill != "none" if prefill else supports.multi_host_decode
@@ -125,7 +122,7 @@ def _spanning(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
         yield f"multi-host-{pod.role}", Problem(f"{pod.key}.hosts", f"{message}starts {starts}")
 
 
-def _device_ids(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+def _device_ids(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     limit = deployment.devices_per_host
     for instance in topology.instances:
         beyond = [d for d in instance.devices if d >= limit]
@@ -140,7 +137,7 @@ def _device_ids(deployment: "Deployment", topology: "Topology") -> Iterator[Find
             )
 
 
-def _devices_of_pod(pod: "Pod") -> Iterator[Finding]:
+def _devices_of_pod(pod: Pod) -> Iterator[Finding]:
     counts = {member.host: len(member.devices) for member in pod.members}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} on {host}" for host, count in counts.items())
@@ -148,7 +145,7 @@ def _devices_of_pod(pod: "Pod") -> Iterator[Finding]:
         yield "equal-devices", Problem(f"{pod.key}.devices", message)
 
 
-def _overrides(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
+def _overrides(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
     settings, engine = pod.master.settings, engines.get(deployment.engine)
     yield from _derived_environment(pod.key, settings.environment, engine.DERIVED_ENVIRONMENT)
     yield from _derived_arguments(pod.key, settings.arguments, engine.DERIVED_ARGUMENTS)
@@ -158,7 +155,7 @@ def _overrides(deployment: "Deployment", pod: "Pod") -> Iterator[Finding]:
             yield "mount-targets", Problem(f"{pod.key}.mounts", message)
 
 
-def _overrides_of_proxy(deployment: "Deployment", topology: "Topology") -> Iterator[Finding]:
+def _overrides_of_proxy(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     proxy, engine = topology.proxy, engines.get(deployment.engine)
     key = f"proxy.{proxy.name}"
     yield from _derived_environment(key, proxy.entry.environment, engine.DERIVED_PROXY_ENVIRONMENT)
@@ -181,14 +178,14 @@ def _derived_arguments(
         yield "derived-arguments", Problem(f"{key}.arguments.{name}", message)
 
 
-def _is_ours(deployment: "Deployment", target: str) -> bool:
+def _is_ours(deployment: Deployment, target: str) -> bool:
     paths = deployment.paths
     exact = {deployment.model.path, deployment.code, "/etc/localtime"}
     below = (f"{paths.state}/{deployment.name}/", f"{paths.logs}/{deployment.name}/")
     return target in exact or f"{target}/".startswith(below)
 
 
-def _unused(deployment: "Deployment") -> Iterator[Finding]:
+def _unused(deployment: Deployment) -> Iterator[Finding]:
     """Keys that stand in the file or its profile and would change nothing."""
     for key in engines.get(deployment.engine).UNUSED_KEYS:
         for path in _given(deployment, key.split(".")):

@@ -1,0 +1,10 @@
+"""omni-infer on Ascend, and all that only it needs.
+
+engine       containers, start scripts, environment and arguments
+kv           kv_parallel_size, which follows from the image's age
+image_age    how old an image is, by its tag
+rules        what it demands of a service
+corrections  what is done otherwise than upstream does it
+ranktable    device addresses in, ranktables out
+npu_smi      who uses which NPU
+"""

@@ -5,13 +5,10 @@ of a profile by the profile's own `upstream` section. The others are ways of doi
 (most show in no value that the engine sees); they stay.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment
+from pd_deploy.config.models import Deployment
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ Values follow the QwQ-32B template; where it is faulty the corrected value is us
 says `compat: upstream`. `corrections` lists every difference. Pure.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from pd_deploy.config.fields import Scalar
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import common
 from pd_deploy.engines.base import PROVING_ADDRESS, Counter, Counters, Member, Service
 from pd_deploy.engines.common import (
@@ -30,11 +31,6 @@ from pd_deploy.engines.omniinfer import ranktable
 from pd_deploy.engines.omniinfer import rules as omniinfer_rules
 from pd_deploy.engines.omniinfer.corrections import corrected
 from pd_deploy.hosts import ContainerSpec, Mount
-
-if TYPE_CHECKING:
-    from pd_deploy.config.fields import Scalar
-    from pd_deploy.config.models import Deployment
-    from pd_deploy.config.topology import Instance, Pod, Topology
 
 UNUSED_KEYS: tuple[str, ...] = ("vllm",)
 DERIVED_ARGUMENTS = omniinfer_rules.DERIVED_ARGUMENTS

@@ -6,19 +6,14 @@ all counters grow, but decode reads the KV of other heads and answers garbage (c
 1.4): so a value is refused where it is not the image's, or where the image's can't be told.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import date
-from typing import TYPE_CHECKING
 
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Finding
 from pd_deploy.engines.omniinfer import image_age
 from pd_deploy.errors import Problem
-
-if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment
-    from pd_deploy.config.topology import Topology
 
 _OLD, _NEW = "prefill-pods-plus-one", "decode-tensor-parallel"
 CHANGE = image_age.Change(day=date(2025, 8, 13), version=(0, 4, 0))

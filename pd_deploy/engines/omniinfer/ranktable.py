@@ -1,18 +1,14 @@
 """Ranktables: device addresses in, documents out (contract sections 3.2 to 3.4). Pure."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Address
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.errors import FactsError
-
-if TYPE_CHECKING:
-    from pd_deploy.config.topology import Pod, Topology
 
 DeviceAddresses = Mapping[str, Mapping[int, str]]
 """Host name → device id → IPv4 address of the device's network port."""

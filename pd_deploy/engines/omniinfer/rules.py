@@ -1,17 +1,13 @@
 """What omni-infer demands of a service, beyond what every engine does. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import Finding
 from pd_deploy.engines.omniinfer import kv as omniinfer_kv
 from pd_deploy.errors import Problem
-
-if TYPE_CHECKING:
-    from pd_deploy.config.models import Deployment
-    from pd_deploy.config.topology import Pod, Topology
 
 MAX_PREFILL_PODS = 32
 MAX_GEARS = 6
