@@ -3,7 +3,7 @@
 from prefect.blocks.core import Block
 from pydantic import Field, SecretStr
 
-from pd_deploy.hosts import Jump, Login
+from pd_deploy.hosts.login import Jump, Login
 
 
 class SshCredentials(Block):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from prefect.logging import get_run_logger
 
-from pd_deploy.hosts import PullProgress
+from pd_deploy.hosts.containers import PullProgress
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps import containers, survey
 from pd_deploy.steps.report import Report

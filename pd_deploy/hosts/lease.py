@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, PdDeployError
-from pd_deploy.hosts import Host
+from pd_deploy.hosts.host import Host
 
 POLL_S = 0.5
 RENEWALS = 4

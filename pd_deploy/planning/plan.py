@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
-from pd_deploy.hosts import ContainerSpec
+from pd_deploy.hosts.containers import ContainerSpec
 from pd_deploy.records import generation as gen
 from pd_deploy.records.generation import Generation
 from pd_deploy.records.releases import History

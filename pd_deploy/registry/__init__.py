@@ -5,20 +5,3 @@
 
 Nothing is pulled.
 """
-
-from pd_deploy.registry.client import Found, Registry, newest, reach
-from pd_deploy.registry.place import Place, place_of
-from pd_deploy.registry.ways import Connect, straight, through, trust
-
-__all__ = [
-    "Connect",
-    "Found",
-    "Place",
-    "Registry",
-    "newest",
-    "place_of",
-    "reach",
-    "straight",
-    "through",
-    "trust",
-]

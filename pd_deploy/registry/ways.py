@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 import httpx
 
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.hosts import Host
+from pd_deploy.hosts.host import Host
 
 Connect = Callable[[str, int], AbstractAsyncContextManager[httpx.AsyncClient]]
 """Opens a client for all requests to a host's port."""

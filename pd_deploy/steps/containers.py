@@ -7,7 +7,9 @@ import httpx
 
 from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder
-from pd_deploy.hosts import ContainerState, File, Host, PullProgress
+from pd_deploy.hosts.containers import ContainerState, PullProgress
+from pd_deploy.hosts.files import File
+from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plan import HostPlan
 from pd_deploy.records import generation
 from pd_deploy.steps.report import Report

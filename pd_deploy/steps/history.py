@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.problems import problems_of
 from pd_deploy.errors import FactsError, InvalidInput, NoSuchGeneration
-from pd_deploy.hosts import File, Host
+from pd_deploy.hosts.files import File
+from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plan import Plan
 from pd_deploy.records import releases
 from pd_deploy.records.releases import PLAN, RECORD, RELEASE, History, Record, Release

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from pd_deploy.errors import NoSuchGeneration
-from pd_deploy.hosts import Host
+from pd_deploy.hosts.host import Host
 from pd_deploy.records import generation as gen
 from pd_deploy.records.releases import History
 from pd_deploy.steps.rollout import Site

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Iterator
 
 from pd_deploy.errors import DiskFull, FileMissing, HostError, InUse, PortTaken
-from pd_deploy.hosts import ContainerState, Host
+from pd_deploy.hosts.containers import ContainerState
+from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generation
 from pd_deploy.steps.report import Report

@@ -5,7 +5,7 @@ import asyncio
 import httpx
 
 from pd_deploy.errors import NotReady
-from pd_deploy.hosts import Host
+from pd_deploy.hosts.host import Host
 from pd_deploy.steps import containers
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout

@@ -8,7 +8,8 @@ from pd_deploy import engines
 from pd_deploy.config.models import Deployment
 from pd_deploy.engines.base import Layout
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts import ContainerSpec, ContainerState, Host, Hosts, RegistryLogin
+from pd_deploy.hosts.containers import ContainerSpec, ContainerState, RegistryLogin
+from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.lease import Lease
 from pd_deploy.planning import actions, placement
 from pd_deploy.planning import plan as plans

@@ -8,14 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pd_deploy import registry
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
-from pd_deploy.hosts import Host
+from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plan
 from pd_deploy.records import generation, releases
 from pd_deploy.records.releases import Choice, History, Release
 from pd_deploy.registry import tags
+from pd_deploy.registry.client import newest, reach
+from pd_deploy.registry.place import place_of
 from pd_deploy.steps import history
 from pd_deploy.steps.history import Saved
 from pd_deploy.steps.rollout import Downtime, Rollout, Site, Survey, places
@@ -126,10 +127,10 @@ async def choose(site: Site, surveys: Iterable[Survey], asked: str | None) -> Ch
     past, deployment = past_of(surveys), site.deployment
     if asked != NEWEST:
         return releases.choose(deployment.image, asked, past.serving)
-    policy, place = tags.policy_of(deployment), registry.place_of(deployment)
+    policy, place = tags.policy_of(deployment), place_of(deployment)
     via = site.host(site.topology.proxy.host)
-    async with registry.reach(place, login=site.registry_login, via=via) as reached:
-        found = await registry.newest(reached, policy, skip=past.record.quarantine)
+    async with reach(place, login=site.registry_login, via=via) as reached:
+        found = await newest(reached, policy, skip=past.record.quarantine)
     rule = f"the newest build of family {tags.described(policy)} that is not in quarantine"
     return Choice(f"{deployment.update_repository}:{found.tag}", found.digest, rule)
 

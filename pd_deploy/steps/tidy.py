@@ -7,7 +7,8 @@ import asyncio
 from collections.abc import Collection, Iterable
 
 from pd_deploy.engines.base import Layout
-from pd_deploy.hosts import ContainerState, Host
+from pd_deploy.hosts.containers import ContainerState
+from pd_deploy.hosts.host import Host
 from pd_deploy.records import generation
 from pd_deploy.records.releases import History, local_tag
 from pd_deploy.steps.report import Report

@@ -14,18 +14,16 @@ import pytest
 
 from lab import Lab, LabHost
 from pd_deploy import errors
-from pd_deploy.hosts import (
+from pd_deploy.hosts.containers import (
     DEPLOYMENT_LABEL,
     ContainerSpec,
-    File,
-    Host,
-    Hosts,
-    Jump,
-    Login,
     Mount,
     PullProgress,
     RegistryLogin,
 )
+from pd_deploy.hosts.files import File
+from pd_deploy.hosts.host import Host, Hosts
+from pd_deploy.hosts.login import Jump, Login
 
 OURS = "hosts-test"
 NO_FORWARDING_PORT = 2222

@@ -11,8 +11,9 @@ import pytest
 
 from lab import Lab, LabHost
 from pd_deploy.errors import HostError, LeaseHeld, LeaseLost
-from pd_deploy.hosts import Host, Login
+from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Lease, Owner, this_process
+from pd_deploy.hosts.login import Login
 
 ROOT = "/var/lib/pd-deploy/leased"
 ELSEWHERE: dict[str, Any] = {"machine": "elsewhere boot pid", "pid": 1, "started": "1"}

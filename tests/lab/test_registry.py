@@ -14,7 +14,6 @@ import pytest
 from lab import Lab, LabHost, images
 from lab.lifecycle import prepare
 from lab.system import wait_until
-from pd_deploy import registry
 from pd_deploy.config.models import UpdatePolicy
 from pd_deploy.errors import (
     AuthenticationFailed,
@@ -23,8 +22,13 @@ from pd_deploy.errors import (
     RegistryMisconfigured,
     RegistryUnavailable,
 )
-from pd_deploy.hosts import Host, Login, RegistryLogin
-from pd_deploy.registry import Place, Registry, client, session
+from pd_deploy.hosts.containers import RegistryLogin
+from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.login import Login
+from pd_deploy.registry import client, session
+from pd_deploy.registry.client import Found, Registry, newest, reach
+from pd_deploy.registry.place import Place
+from pd_deploy.registry.ways import straight, trust
 from tests.lab.registries import (
     LOGIN,
     Authority,
@@ -97,7 +101,7 @@ async def ask() -> AsyncIterator[Callable[..., Registry]]:
         address: str, repository: str, login: RegistryLogin | None = None, **more: Any
     ) -> Registry:
         place = Place.of(f"{address}/{repository}", **more)
-        opened.append(Registry(place, registry.straight(registry.trust(place.ca)), login))
+        opened.append(Registry(place, straight(trust(place.ca)), login))
         return opened[-1]
 
     yield make
@@ -411,7 +415,7 @@ class TestTls:
         self, with_tls: str, repository: str
     ) -> None:
         place = Place(with_tls, repository)
-        async with Registry(place, registry.straight(registry.trust())) as asked:
+        async with Registry(place, straight(trust())) as asked:
             with pytest.raises(RegistryMisconfigured, match=r"not trusted.*`registry: {ca: …}`"):
                 await asked.ping()
 
@@ -528,8 +532,8 @@ class TestNewest:
             tag: push(anyone, repository, tag)
             for tag in ("20250722_9", "20250722_26", "latest", "20250723_rc", "202601010000")
         }
-        found = await registry.newest(ask(anyone, repository), DAILY)
-        assert found == registry.Found("20250722_26", pushed["20250722_26"])
+        found = await newest(ask(anyone, repository), DAILY)
+        assert found == Found("20250722_26", pushed["20250722_26"])
 
     async def test_leaves_out_what_is_in_quarantine_under_whichever_tag(
         self, anyone: str, repository: str, ask: Ask
@@ -538,11 +542,11 @@ class TestNewest:
         bad = push(anyone, repository, "20250722_2", "bad")
         push(anyone, repository, "20250722_3", "bad")
         asked = ask(anyone, repository)
-        found = await registry.newest(asked, DAILY, skip={bad})
-        assert found == registry.Found("20250722_1", good)
+        found = await newest(asked, DAILY, skip={bad})
+        assert found == Found("20250722_1", good)
         repaired = push(anyone, repository, "20250722_3", "repaired")
-        found = await registry.newest(asked, DAILY, skip={bad})
-        assert found == registry.Found("20250722_3", repaired)
+        found = await newest(asked, DAILY, skip={bad})
+        assert found == Found("20250722_3", repaired)
 
     async def test_that_is_none_says_what_was_seen(
         self, anyone: str, repository: str, ask: Ask
@@ -551,7 +555,7 @@ class TestNewest:
         push(anyone, repository, "latest")
         says = f"family daily in {anyone}/{repository}, found none to use: 2 tags, 1 of the family"
         with pytest.raises(ImageNotFound, match=rf"{re.escape(says)}, 1 in quarantine"):
-            await registry.newest(ask(anyone, repository), DAILY, skip=[bad])
+            await newest(ask(anyone, repository), DAILY, skip=[bad])
 
     async def test_passes_over_a_tag_that_is_listed_after_its_end(
         self, anyone: str, repository: str, ask: Ask
@@ -565,8 +569,8 @@ class TestNewest:
             return Reply.json({"tags": [*json.loads(reply.body)["tags"], "20250722_2"]})
 
         with serving(with_ghost) as front:
-            found = await registry.newest(ask(front.address, repository), DAILY)
-        assert found == registry.Found("20250722_1", digest)
+            found = await newest(ask(front.address, repository), DAILY)
+        assert found == Found("20250722_1", digest)
 
 
 class TestThroughAHost:
@@ -603,7 +607,7 @@ class TestThroughAHost:
         self, lab: Lab, host: Host
     ) -> None:
         name, digest = lab.image.rpartition(":")[0], lab.images[lab.image]
-        async with registry.reach(Place.of(name, insecure=True), via=host) as asked:
+        async with reach(Place.of(name, insecure=True), via=host) as asked:
             assert await asked.digest(lab.image.rpartition(":")[2]) == digest
         assert host.connects == 0
 
@@ -613,9 +617,9 @@ class TestThroughAHost:
         start()
         digest = push(f"{box.address}:{HOST_PORT}", "a", "20250722_1")
         place = Place.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
-        async with registry.reach(place, via=host) as asked:
-            found = await registry.newest(asked, DAILY)
-        assert found == registry.Found("20250722_1", digest)
+        async with reach(place, via=host) as asked:
+            found = await newest(asked, DAILY)
+        assert found == Found("20250722_1", digest)
         assert host.connects == 1
 
     async def test_a_loopback_address_is_the_hosts_own(
@@ -623,11 +627,11 @@ class TestThroughAHost:
     ) -> None:
         start()
         digest = push(f"{box.address}:{HOST_PORT}", "b", "1")
-        async with registry.reach(Place.of(f"127.0.0.1:{HOST_PORT}/b"), via=host) as asked:
+        async with reach(Place.of(f"127.0.0.1:{HOST_PORT}/b"), via=host) as asked:
             assert await asked.digest("1") == digest
         absent = Place.of(f"{anyone}/b")
         with pytest.raises(RegistryUnavailable, match="does not answer"):
-            async with registry.reach(absent, via=host):
+            async with reach(absent, via=host):
                 pass
 
     async def test_tls_is_checked_through_it(
@@ -635,11 +639,11 @@ class TestThroughAHost:
     ) -> None:
         start(tls=copied(box, authority.server(box.box.name)))
         name = f"{box.box.name}:{HOST_PORT}/none"
-        async with registry.reach(Place.of(name, ca=authority.pem), via=host) as asked:
+        async with reach(Place.of(name, ca=authority.pem), via=host) as asked:
             with pytest.raises(ImageNotFound):
                 await asked.tags()
         with pytest.raises(RegistryMisconfigured, match=f"{box.box.name} is not trusted"):
-            async with registry.reach(Place.of(name), via=host):
+            async with reach(Place.of(name), via=host):
                 pass
 
     async def test_a_registry_that_is_down_is_told_with_both_ways(
@@ -647,7 +651,7 @@ class TestThroughAHost:
     ) -> None:
         place = Place.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
         with pytest.raises(RegistryUnavailable) as caught:
-            async with registry.reach(place, via=host):
+            async with reach(place, via=host):
                 pass
         assert str(caught.value).startswith(f"host a ({box.address}): {place.registry} does not")
         assert f"straight from here: {place.registry} does not answer" in str(caught.value)
@@ -658,7 +662,7 @@ class TestThroughAHost:
         name, digest = lab.image.rpartition(":")[0], lab.images[lab.image]
         with serving(lambda _: Reply(403)) as proxy:
             monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
-            async with registry.reach(Place.of(name, insecure=True), via=host) as asked:
+            async with reach(Place.of(name, insecure=True), via=host) as asked:
                 assert await asked.digest(lab.image.rpartition(":")[2]) == digest
             assert [urlsplit(request.path).netloc for request in proxy.requests] == [lab.registry]
         assert host.connects == 1
@@ -670,7 +674,7 @@ class TestThroughAHost:
         with serving(lambda _: Reply(404)) as proxy:
             monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
             with pytest.raises(RegistryMisconfigured, match="a server without /v2/"):
-                async with registry.reach(place, via=host):
+                async with reach(place, via=host):
                     pass
 
     async def test_a_host_that_lets_nobody_in_is_not_taken_for_a_registry_that_is_down(
@@ -680,7 +684,7 @@ class TestThroughAHost:
         host = Host("a", box.address, login)
         place = Place.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
         with pytest.raises(AuthenticationFailed):
-            async with registry.reach(place, via=host):
+            async with reach(place, via=host):
                 pass
         await host.aclose()
 
@@ -689,7 +693,7 @@ class TestThroughAHost:
     ) -> None:
         name = lab.image.rpartition(":")[0]
         with pytest.raises(RegistryUnavailable, match="by the test"):
-            async with registry.reach(Place.of(name, insecure=True), via=host):
+            async with reach(Place.of(name, insecure=True), via=host):
                 raise RegistryUnavailable("by the test")
         assert host.connects == 0
 

@@ -13,7 +13,7 @@ from pd_deploy.config.load import parse_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.omniinfer import corrections
-from pd_deploy.hosts import ContainerSpec
+from pd_deploy.hosts.containers import ContainerSpec
 from pd_deploy.planning import placement
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,9 @@ from datetime import UTC, datetime
 import pytest
 
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts import ContainerState, Host, Hosts, Login
+from pd_deploy.hosts.containers import ContainerState
+from pd_deploy.hosts.host import Host, Hosts
+from pd_deploy.hosts.login import Login
 from pd_deploy.planning import actions
 from pd_deploy.planning.plan import STAGES
 from pd_deploy.records import generation as gen

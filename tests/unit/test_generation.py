@@ -2,7 +2,7 @@
 
 import pytest
 
-from pd_deploy.hosts import ContainerState
+from pd_deploy.hosts.containers import ContainerState
 from pd_deploy.records import generation as gen
 from pd_deploy.records.generation import Generation
 

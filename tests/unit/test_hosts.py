@@ -13,8 +13,14 @@ from docker import errors as sdk
 
 from pd_deploy import errors
 from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
-from pd_deploy.hosts import ContainerSpec, Hosts, Login, Mount, RegistryLogin, create_kwargs
-from pd_deploy.hosts.containers import PullMeter, state_of
+from pd_deploy.hosts.containers import (
+    ContainerSpec,
+    Mount,
+    PullMeter,
+    RegistryLogin,
+    create_kwargs,
+    state_of,
+)
 from pd_deploy.hosts.engine_errors import container_error, pull_error
 from pd_deploy.hosts.facts import (
     Facts,
@@ -23,7 +29,8 @@ from pd_deploy.hosts.facts import (
     parse_listeners,
     parse_loopback,
 )
-from pd_deploy.hosts.login import known_hosts_line
+from pd_deploy.hosts.host import Hosts
+from pd_deploy.hosts.login import Login, known_hosts_line
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.steps import survey
 from pd_deploy.steps.rollout import Site

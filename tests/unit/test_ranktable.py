@@ -12,7 +12,8 @@ from pd_deploy.engines import vllm
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.engines.omniinfer import ranktable
 from pd_deploy.errors import FactsError, InvalidInput
-from pd_deploy.hosts import Host, Hosts, Login
+from pd_deploy.hosts.host import Host, Hosts
+from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import survey
 from pd_deploy.steps.history import Found

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_deploy import registry
 from pd_deploy.errors import InvalidInput
-from pd_deploy.registry import Place
 from pd_deploy.registry.headers import Challenge, next_link, parse_challenges
+from pd_deploy.registry.place import Place, place_of
+from pd_deploy.registry.ways import trust
 from tests.unit import example
 
 WORD = st.text(alphabet="abcdefghijklmnopqrstuvwxyz", min_size=1)
@@ -124,12 +124,12 @@ class TestPlace:
                 "update": {"family": "daily", "repository": "c/d"},
             }
         )
-        assert registry.place_of(of) == Place("10.0.0.9:5000", "c/d", plain=True)
+        assert place_of(of) == Place("10.0.0.9:5000", "c/d", plain=True)
 
 
 class TestTrust:
     def test_a_ca_comes_on_top_of_the_systems(self) -> None:
-        assert registry.trust().verify_mode == ssl.CERT_REQUIRED
+        assert trust().verify_mode == ssl.CERT_REQUIRED
 
     @pytest.mark.parametrize("content", [None, "no certificate", "\0"])
     def test_a_file_without_a_ca_is_an_error_that_names_it(
@@ -139,6 +139,6 @@ class TestTrust:
         if content is not None:
             file.write_text(content)
         with pytest.raises(InvalidInput, match=r"registry\.ca: expected a file .*ca\.pem"):
-            registry.trust(str(file))
+            trust(str(file))
         with pytest.raises(InvalidInput, match=r"registry\.ca: expected a file .*other text"):
-            registry.trust("-----BEGIN CERTIFICATE-----\nno\n")
+            trust("-----BEGIN CERTIFICATE-----\nno\n")

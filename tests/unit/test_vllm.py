@@ -14,7 +14,7 @@ from pd_deploy.config import yaml_files as documents
 from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.engines import vllm
 from pd_deploy.errors import InvalidInput
-from pd_deploy.hosts import create_kwargs
+from pd_deploy.hosts.containers import create_kwargs
 from pd_deploy.planning import docker_command, placement
 from pd_deploy.planning.plan import Plan
 from tests.unit import example

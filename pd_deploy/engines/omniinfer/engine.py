@@ -30,7 +30,7 @@ from pd_deploy.engines.omniinfer import npu_smi as npu
 from pd_deploy.engines.omniinfer import ranktable
 from pd_deploy.engines.omniinfer import rules as omniinfer_rules
 from pd_deploy.engines.omniinfer.corrections import corrected
-from pd_deploy.hosts import ContainerSpec, Mount
+from pd_deploy.hosts.containers import ContainerSpec, Mount
 
 UNUSED_KEYS: tuple[str, ...] = ("vllm",)
 DERIVED_ARGUMENTS = omniinfer_rules.DERIVED_ARGUMENTS
