@@ -3,7 +3,7 @@
 from prefect.blocks.core import Block
 from pydantic import Field, SecretStr
 
-from pd_deploy.hosts.containers import RegistryLogin
+from pd_deploy.hosts.container_values import RegistryLogin
 
 
 class RegistryCredentials(Block):

@@ -10,8 +10,8 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.config.problems import problems_of
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.planning import actions, placement, plan
-from pd_deploy.planning.plan import STAGES
+from pd_deploy.planning import actions, placement, plans
+from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
 
 
@@ -34,7 +34,7 @@ class FactsFile(_Strict):
     generations: list[str] = Field(default=[], description="Generations already on the hosts.")
 
 
-def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
+def make_plan(deployment: Deployment, path: Path) -> plans.Plan:
     """The plan from a facts file.
 
     Raises:
@@ -58,7 +58,7 @@ def make_plan(deployment: Deployment, path: Path) -> plan.Plan:
     if missing:
         raise InvalidInput(missing, source=str(path))
     engine.check_addresses({name: f.device_addresses for name, f in facts.hosts.items()})
-    made = plan.make(
+    made = plans.make(
         deployment,
         placed,
         engine,

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cli.prefect_api import reached
-from flows.site import open_former, open_site
+from flows.session import open_former, open_site
 from pd_deploy.config.models import Deployment
-from pd_deploy.planning.plan import STAGES, Plan
+from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records.releases import History
-from pd_deploy.steps import history, survey
+from pd_deploy.steps import history, surveying
 from pd_deploy.steps.rollout import Site
 
 
@@ -17,7 +17,7 @@ async def plan(deployment: Deployment, image: str | None) -> Plan:
     """The plan that a deployment would carry out now; changes nothing on the hosts."""
     with reached():
         async with looked_at(deployment) as (site, _):
-            return (await survey.look(site, image)).with_actions(STAGES)
+            return (await surveying.look(site, image)).with_actions(STAGES)
 
 
 async def past(deployment: Deployment) -> History:

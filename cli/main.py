@@ -19,8 +19,8 @@ from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.planning import placement
-from pd_deploy.planning.plan import Plan
-from pd_deploy.steps.survey import NEWEST
+from pd_deploy.planning.plans import Plan
+from pd_deploy.steps.surveying import NEWEST
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 
@@ -232,7 +232,7 @@ def releases(
     from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
     past = asyncio.run(hosts.past(service))
-    typer.echo(past.record.model_dump_json(indent=2) if as_json else show.releases(past))
+    typer.echo(past.record.model_dump_json(indent=2) if as_json else show.release_table(past))
 
 
 @app.command()

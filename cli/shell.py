@@ -7,7 +7,7 @@ from pd_deploy import engines
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.planning import docker_command
-from pd_deploy.planning.plan import HostPlan, Plan, PlannedFile
+from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
 from pd_deploy.steps.verify import requests
 
 _END = "PD_DEPLOY_END"

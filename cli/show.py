@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
-from pd_deploy.planning.plan import HostPlan, Plan
-from pd_deploy.records import releases as pd_releases
+from pd_deploy.planning.plans import HostPlan, Plan
+from pd_deploy.records import releases
 from pd_deploy.records.releases import History
 
 
@@ -64,9 +64,9 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def releases(past: History) -> str:
+def release_table(past: History) -> str:
     """The releases as a table, and the images in quarantine."""
-    rows = pd_releases.table(past)
+    rows = releases.table(past)
     if not rows:
         return "nothing was deployed yet"
     lines = table([tuple(rows[0]), *(tuple(row.values()) for row in rows)])

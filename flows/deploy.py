@@ -6,18 +6,18 @@ from typing import Any
 from prefect import State, flow
 
 from flows import publish
-from flows.carry_out import OnFailure, carry_out, look
 from flows.fan_out import fan_out
+from flows.roll_out import OnFailure, carry_out, look
 from flows.run import this_run
-from flows.site import at_work, connected, open_former, open_site
+from flows.session import at_work, connected, open_former, open_site
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.planning import placement
-from pd_deploy.planning.plan import STAGES, Stage
+from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.registry import tags
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 from pd_deploy.steps.rollout import Rollout, Site
-from pd_deploy.steps.survey import NEWEST, with_addresses
+from pd_deploy.steps.surveying import NEWEST, with_addresses
 from tasks.image import choose_image, resolve_image
 from tasks.survey import device_addresses
 
@@ -78,4 +78,4 @@ async def plan(site: Site, image: str | None, run: str) -> Rollout:
         site.barrier, [resolve_image(site, choice), fan_out(site.barrier, reading)]
     )
     resolved, addresses = found
-    return survey.planned(site, surveys, addresses, resolved, run)
+    return surveying.planned(site, surveys, addresses, resolved, run)

@@ -6,12 +6,12 @@ from prefect import State, flow
 from prefect.states import Completed
 
 from flows import publish
-from flows.carry_out import look
 from flows.fan_out import fan_out
+from flows.roll_out import look
 from flows.run import this_run
-from flows.site import at_work
+from flows.session import at_work
 from pd_deploy.config.load import load_deployment
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 from tasks.tidy import prune as prune_host
 
 
@@ -26,7 +26,7 @@ async def prune(file: str) -> State[None]:
     """
     given = load_deployment(Path(file))
     async with at_work(given, str(this_run())) as site:
-        past = survey.past_of(await look(site))
+        past = surveying.past_of(await look(site))
         steps = [prune_host(site, name, past) for name in site.hosts]
         done = await fan_out(site.barrier, steps)
         await publish.listing(past)

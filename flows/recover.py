@@ -7,12 +7,12 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from flows import publish
-from flows.carry_out import carry_out, look, restore
 from flows.fan_out import fan_out
+from flows.roll_out import carry_out, look, restore
 from flows.run import this_run
-from flows.site import at_work
+from flows.session import at_work
 from pd_deploy.config.load import load_deployment
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 from tasks.tidy import stop
 
 
@@ -29,7 +29,7 @@ async def recover(file: str) -> State[None]:
     """
     run, given = this_run(), load_deployment(Path(file))
     async with at_work(given, str(run)) as site:
-        past = survey.past_of(await look(site))
+        past = surveying.past_of(await look(site))
         if past.serving is None:
             get_run_logger().info("no generation was ever promoted; stopping what runs")
             stopped = await fan_out(site.barrier, [stop(site, name) for name in site.hosts])

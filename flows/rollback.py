@@ -5,13 +5,13 @@ from pathlib import Path
 from prefect import State, flow
 
 from flows import publish
-from flows.carry_out import carry_out, look, restore
+from flows.roll_out import carry_out, look, restore
 from flows.run import this_run
-from flows.site import at_work
+from flows.session import at_work
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.records.releases import History, Release
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 
 
 @flow(name="pd-rollback", flow_run_name=publish.run_name, persist_result=False)
@@ -28,7 +28,7 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
     async with at_work(
         given, str(run), lambda past: target(past, generation).hosts.values()
     ) as site:
-        chosen = target(survey.past_of(await look(site)), generation)
+        chosen = target(surveying.past_of(await look(site)), generation)
         rollout = await restore(site, chosen.generation)
         publish.found(rollout)
         return await carry_out(rollout, run)

@@ -4,8 +4,8 @@ cut-over, and what follows it."""
 import time
 
 from flows.fan_out import fan_out
-from pd_deploy.planning.plan import Stage
-from pd_deploy.steps import record as promotion
+from pd_deploy.planning.plans import Stage
+from pd_deploy.steps import promotion
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion

@@ -6,12 +6,12 @@ from prefect import State, flow
 from prefect.states import Completed
 
 from flows import publish
-from flows.carry_out import look
 from flows.fan_out import fan_out
+from flows.roll_out import look
 from flows.run import this_run
-from flows.site import at_work
+from flows.session import at_work
 from pd_deploy.config.load import load_deployment
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 from tasks.tidy import clear, stop
 
 
@@ -24,7 +24,7 @@ async def teardown(file: str) -> State[None]:
     """
     given = load_deployment(Path(file))
     async with at_work(given, str(this_run())) as site:
-        past = survey.past_of(await look(site))
+        past = surveying.past_of(await look(site))
         proxy_first = sorted(site.hosts, key=lambda name: name != site.topology.proxy.host)
         for name in proxy_first[:1]:
             await stop(site, name)

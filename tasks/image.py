@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from prefect.logging import get_run_logger
 
-from pd_deploy.hosts.containers import PullProgress
+from pd_deploy.hosts.container_values import PullProgress
 from pd_deploy.records.releases import Choice
-from pd_deploy.steps import containers, survey
+from pd_deploy.steps import containers, surveying
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout, Site, Survey
-from pd_deploy.steps.survey import ResolvedImage
+from pd_deploy.steps.surveying import ResolvedImage
 from tasks.step import step
 
 MIB = 1 << 20
@@ -18,7 +18,7 @@ MIB = 1 << 20
 @step("choose image")
 async def choose_image(site: Site, surveys: list[Survey], asked: str | None) -> Choice:
     """Decides which image the run takes."""
-    choice = await survey.choose(site, surveys, asked)
+    choice = await surveying.choose(site, surveys, asked)
     get_run_logger().info("%s: %s", choice.image, choice.rule)
     return choice
 
@@ -26,7 +26,7 @@ async def choose_image(site: Site, surveys: list[Survey], asked: str | None) -> 
 @step("resolve image")
 async def resolve_image(site: Site, choice: Choice) -> ResolvedImage:
     """Finds the digest behind a tag, once for all hosts."""
-    return await survey.resolve_image(site, choice)
+    return await surveying.resolve_image(site, choice)
 
 
 @step("pull image {host}")

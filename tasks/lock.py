@@ -2,7 +2,7 @@
 
 from prefect.logging import get_run_logger
 
-from pd_deploy.steps import lock as locking
+from pd_deploy.steps import locking
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Site
 from tasks.step import step

@@ -1,6 +1,6 @@
 """Record what is attempted and what serves."""
 
-from pd_deploy.steps import record as promotion
+from pd_deploy.steps import promotion
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from tasks.step import step

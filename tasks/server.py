@@ -1,7 +1,6 @@
 """Start servers, and wait until they are ready."""
 
-from pd_deploy.steps import containers
-from pd_deploy.steps import ready as probes
+from pd_deploy.steps import containers, readiness
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from tasks.step import step
@@ -16,4 +15,4 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
 @step("ready {instance}")
 async def until_ready(rollout: Rollout, instance: str) -> Report:
     """Waits until an instance is healthy; ends at once when it dies."""
-    return await probes.until_ready(rollout, instance)
+    return await readiness.until_ready(rollout, instance)

@@ -1,10 +1,9 @@
 """Read what a plan needs to know of a host."""
 
-from pd_deploy.steps import history
-from pd_deploy.steps import survey as reading
+from pd_deploy.steps import history, surveying
 from pd_deploy.steps.history import Found
 from pd_deploy.steps.rollout import Site, Survey
-from pd_deploy.steps.survey import Addresses
+from pd_deploy.steps.surveying import Addresses
 from tasks.step import step
 
 
@@ -17,10 +16,10 @@ async def connect(site: Site, host: str) -> Found:
 @step("survey {host}")
 async def survey(site: Site, host: str) -> Survey:
     """Reads a host's facts, what runs there, and what was deployed there before."""
-    return await reading.survey(site, host)
+    return await surveying.survey(site, host)
 
 
 @step("device addresses {host}")
 async def device_addresses(site: Site, host: str) -> Addresses:
     """Reads the network address of every device that is used on a host."""
-    return await reading.device_addresses(site, host)
+    return await surveying.device_addresses(site, host)

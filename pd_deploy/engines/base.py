@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, Self
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.errors import Problem
-from pd_deploy.hosts.containers import ContainerSpec
+from pd_deploy.hosts.container_values import ContainerSpec
 
 Finding = tuple[str, Problem]
 """A rule that is broken, by name, and where."""

@@ -8,7 +8,7 @@ from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, MountEntry
 from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Service
-from pd_deploy.hosts.containers import Mount
+from pd_deploy.hosts.container_values import Mount
 
 ONE_STEP_ON = """\
 steps=0

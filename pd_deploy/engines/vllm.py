@@ -27,7 +27,7 @@ from pd_deploy.engines.common import (
     title,
 )
 from pd_deploy.errors import Problem
-from pd_deploy.hosts.containers import ContainerSpec, DeviceRequest
+from pd_deploy.hosts.container_values import ContainerSpec, DeviceRequest
 
 decode_request = common.decode_request
 STARTED = "pd-deploy: starting"

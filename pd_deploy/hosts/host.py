@@ -13,8 +13,8 @@ import asyncssh
 import httpx
 
 from pd_deploy.errors import CommandFailed, ConnectionDropped, HostError, HostUnreachable, TimedOut
-from pd_deploy.hosts.engine import Engine
-from pd_deploy.hosts.engine_socket import EngineSocket
+from pd_deploy.hosts.docker_engine import Engine
+from pd_deploy.hosts.docker_socket import EngineSocket
 from pd_deploy.hosts.facts import Facts
 from pd_deploy.hosts.files import File, Files, sftp_error
 from pd_deploy.hosts.link import Link

@@ -2,15 +2,15 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from pd_deploy.planning.plan import Action, HostPlan, Plan
-from pd_deploy.records import generation
-from pd_deploy.records.generation import Containers
+from pd_deploy.planning.plans import Action, HostPlan, Plan
+from pd_deploy.records import generations
+from pd_deploy.records.generations import Containers
 
 
 def with_actions(
     plan: Plan,
     containers: Containers,
-    generations: Mapping[str, Collection[str]],
+    known: Mapping[str, Collection[str]],
     listening: Mapping[str, Collection[int]],
     stages: Sequence[str],
 ) -> Plan:
@@ -18,19 +18,19 @@ def with_actions(
 
     Args:
         containers: per host, the deployment's containers that exist.
-        generations: per host, names of the generations whose files are there.
+        known: per host, names of the generations whose files are there.
         listening: per host, the TCP ports that somebody listens on.
     """
-    stopping = generation.to_stop(plan.roles, containers) if _cleans(stages) else []
+    stopping = generations.to_stop(plan.roles, containers) if _cleans(stages) else []
     hosts = {}
     for name, host in plan.hosts.items():
         stops = [state.name for where, state in stopping if where == name]
-        running = {s.name for s in containers.get(name, ()) if s.status in generation.RUNNING}
+        running = {s.name for s in containers.get(name, ()) if s.status in generations.RUNNING}
         existing = {state.name for state in containers.get(name, ())}
         actions = [Action(verb="stop", subject=container) for container in stops]
         if "launch" in stages:
             actions += _launch(host, existing)
-        if "ranktable" in stages and plan.servers not in generations.get(name, ()):
+        if "ranktable" in stages and plan.servers not in known.get(name, ()):
             actions += [Action(verb="write", subject=f.path) for f in host.files_of("ranktable")]
         actions += _start(host, running - set(stops), stages)
         if "server" in stages:
@@ -63,14 +63,14 @@ def _launch(host: HostPlan, existing: set[str]) -> Iterator[Action]:
 
 def _start(host: HostPlan, running: set[str], stages: Sequence[str]) -> Iterator[Action]:
     for spec in host.containers.values():
-        stage = "proxy" if spec.labels[generation.ROLE] == "proxy" else "server"
+        stage = "proxy" if spec.labels[generations.ROLE] == "proxy" else "server"
         if stage in stages and spec.name not in running:
             yield Action(verb="start", subject=spec.name)
 
 
 def _open(host: HostPlan, running: set[str], listening: Collection[int]) -> Iterator[Action]:
     for spec in host.containers.values():
-        if spec.labels[generation.ROLE] == "proxy":
-            port = spec.labels[generation.PORTS]
+        if spec.labels[generations.ROLE] == "proxy":
+            port = spec.labels[generations.PORTS]
             if spec.name not in running or int(port) not in listening:
                 yield Action(verb="open", subject=f"port {port}")

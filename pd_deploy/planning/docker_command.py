@@ -1,6 +1,6 @@
 """The `docker` command line that makes the same container as the Engine API does. Pure."""
 
-from pd_deploy.hosts.containers import ContainerSpec, Mount
+from pd_deploy.hosts.container_values import ContainerSpec, Mount
 
 
 def create(spec: ContainerSpec) -> list[str]:

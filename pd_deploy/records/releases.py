@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pd_deploy.records.generation import Generation, latest
+from pd_deploy.records.generations import Generation, latest
 
 RELEASE = "release.json"
 PLAN = "plan.json"

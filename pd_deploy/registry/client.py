@@ -14,11 +14,11 @@ import httpx
 
 from pd_deploy.config.models import UpdatePolicy
 from pd_deploy.errors import ImageNotFound, PdDeployError, RegistryUnavailable
-from pd_deploy.hosts.containers import RegistryLogin
+from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host
 from pd_deploy.registry import tags
 from pd_deploy.registry.headers import next_link
-from pd_deploy.registry.place import Place
+from pd_deploy.registry.repository import Place
 from pd_deploy.registry.session import Answer, Session
 from pd_deploy.registry.ways import Connect, straight, through, trust
 

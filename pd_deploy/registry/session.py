@@ -19,9 +19,9 @@ from pd_deploy.errors import (
     RegistryMisconfigured,
     RegistryUnavailable,
 )
-from pd_deploy.hosts.containers import RegistryLogin
+from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.registry.headers import Challenge, parse_challenges
-from pd_deploy.registry.place import MAX_PORT, Place
+from pd_deploy.registry.repository import MAX_PORT, Place
 from pd_deploy.registry.ways import Connect
 
 CONNECT_TIMEOUT_S = 5.0

@@ -7,11 +7,11 @@ import httpx
 
 from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder
-from pd_deploy.hosts.containers import ContainerState, PullProgress
+from pd_deploy.hosts.container_values import ContainerState, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
-from pd_deploy.planning.plan import HostPlan
-from pd_deploy.records import generation
+from pd_deploy.planning.plans import HostPlan
+from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout, Site
 
@@ -50,7 +50,7 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     stopping = [
         (host, state)
         for host, state in rollout.stopping()
-        if state.labels[generation.INSTANCE] == instance
+        if state.labels[generations.INSTANCE] == instance
     ]
     if stopping:
         rollout.stopped = True
@@ -101,7 +101,7 @@ async def prepare_proxy(rollout: Rollout) -> Report:
     """
     site, name = rollout.site, rollout.site.topology.proxy.name
     state = await require(rollout, name)
-    if state.status in generation.RUNNING:
+    if state.status in generations.RUNNING:
         return Report("prepare proxy", name, site.topology.proxy.host, False, "runs")
     await _start(rollout, name, state)
     await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
@@ -117,7 +117,7 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
     """
     site, where = rollout.site, rollout.site.topology.host_of(instance)
     state = await require(rollout, instance)
-    if state.status in generation.RUNNING:
+    if state.status in generations.RUNNING:
         return Report("start server", instance, where, False, "runs")
     await _require_ranktables(rollout, where)
     await _start(rollout, instance, state)
@@ -133,7 +133,7 @@ async def let_smoke_test_in(rollout: Rollout) -> str:
     """
     site, name = rollout.site, rollout.site.topology.proxy.name
     host, state = site.host_of(name), await require(rollout, name)
-    if state.status not in generation.RUNNING:
+    if state.status not in generations.RUNNING:
         await prepare_proxy(rollout)
         state = await require(rollout, name)
     elif await _clients_can_connect(rollout):
@@ -214,7 +214,7 @@ async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | Non
     ends = {
         asyncio.ensure_future(rollout.site.host_of(name).engine.wait(state.id)): name
         for name, state in zip(names, states, strict=True)
-        if within or state.status in generation.ENDED
+        if within or state.status in generations.ENDED
     }
     if not ends:
         return None
@@ -245,7 +245,7 @@ async def require(rollout: Rollout, instance: str) -> ContainerState:
 
 async def _stop_instance(rollout: Rollout, instance: str) -> None:
     state, host = await require(rollout, instance), rollout.site.topology.host_of(instance)
-    if state.status in generation.RUNNING:
+    if state.status in generations.RUNNING:
         await _stop(rollout.site, host, state, ABORT_TIMEOUT_S)
 
 

@@ -12,7 +12,7 @@ from pd_deploy.config.problems import problems_of
 from pd_deploy.errors import FactsError, InvalidInput, NoSuchGeneration
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
-from pd_deploy.planning.plan import Plan
+from pd_deploy.planning.plans import Plan
 from pd_deploy.records import releases
 from pd_deploy.records.releases import PLAN, RECORD, RELEASE, History, Record, Release
 

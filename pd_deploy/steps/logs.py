@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.hosts.host import Host
-from pd_deploy.records import generation as gen
+from pd_deploy.records import generations
 from pd_deploy.records.releases import History
 from pd_deploy.steps.rollout import Site
 
@@ -16,7 +16,7 @@ def chosen(past: History, generation: str | None) -> str:
     Raises:
         NoSuchGeneration: nothing of it is on the hosts.
     """
-    wanted = generation or str(gen.latest(past.found) or "")
+    wanted = generation or str(generations.latest(past.found) or "")
     if wanted in past.found:
         return wanted
     raise NoSuchGeneration(
@@ -36,12 +36,12 @@ async def collect(site: Site, name: str, past: History, generation: str, to: Pat
     wanted = {generation}
     if release := past.releases.get(generation):
         wanted.add(release.servers)
-    containers = await host.engine.containers({gen.DEPLOYMENT: site.deployment.name})
-    ours = [c for c in containers if c.labels.get(gen.GENERATION) in wanted]
+    containers = await host.engine.containers({generations.DEPLOYMENT: site.deployment.name})
+    ours = [c for c in containers if c.labels.get(generations.GENERATION) in wanted]
     printed = await asyncio.gather(*(host.engine.logs(c.id, tail="all") for c in ours))
     written = []
     for container, text in zip(ours, printed, strict=True):
-        written.append(to / container.labels[gen.INSTANCE] / "docker.log")
+        written.append(to / container.labels[generations.INSTANCE] / "docker.log")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
         written[-1].write_text(text)
     for one in sorted(wanted):

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Iterator
 
 from pd_deploy.errors import DiskFull, FileMissing, HostError, InUse, PortTaken
-from pd_deploy.hosts.containers import ContainerState
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
-from pd_deploy.records import generation
+from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 
@@ -69,8 +69,8 @@ POLL_S = 0.25
 async def _busy(rollout: Rollout, host: Host, name: str) -> list[str]:
     """Who still has something that the servers about to start need."""
     starting = rollout.to_start(name)
-    devices = {d for s in starting for d in generation.numbers(s.labels[generation.DEVICES])}
-    ports = {p for s in starting for p in generation.numbers(s.labels[generation.PORTS])}
+    devices = {d for s in starting for d in generations.numbers(s.labels[generations.DEVICES])}
+    ports = {p for s in starting for p in generations.numbers(s.labels[generations.PORTS])}
     users, taken = await asyncio.gather(
         _users(rollout, host, devices), host.facts.ports_taken(sorted(ports))
     )
@@ -129,7 +129,7 @@ async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
 
 async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     """Devices that somebody uses who is no running container of this deployment."""
-    wanted, ours = _labelled(rollout, name, generation.DEVICES)
+    wanted, ours = _labelled(rollout, name, generations.DEVICES)
     users = await _users(rollout, host, wanted.keys() - ours)
     return [
         InUse(
@@ -142,7 +142,7 @@ async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
 
 
 async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    wanted, ours = _labelled(rollout, name, generation.PORTS)
+    wanted, ours = _labelled(rollout, name, generations.PORTS)
     taken = await host.facts.ports_taken(sorted(wanted.keys() - ours))
     return [
         PortTaken(
@@ -161,10 +161,10 @@ def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], 
     wanted = {
         number: instance
         for instance, spec in (planned.containers.items() if planned else ())
-        for number in generation.numbers(spec.labels[label])
+        for number in generations.numbers(spec.labels[label])
     }
-    running = [c for c in rollout.surveys[name].containers if c.status in generation.RUNNING]
-    return wanted, {n for c in running for n in generation.numbers(c.labels.get(label, ""))}
+    running = [c for c in rollout.surveys[name].containers if c.status in generations.RUNNING]
+    return wanted, {n for c in running for n in generations.numbers(c.labels.get(label, ""))}
 
 
 def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[HostError]:
@@ -174,7 +174,7 @@ def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[H
     for other in lease.others.get(host.address, []) if lease else []:
         if other.age < rollout.site.deployment.gates.lease_lasts:
             claims.append((f"{other.owner.run}, which is at work", _claimed(other.owner)))
-    for label in (generation.DEVICES, generation.PORTS):
+    for label in (generations.DEVICES, generations.PORTS):
         wanted, _ = _labelled(rollout, name, label)
         for holder, used in claims:
             both = sorted(wanted.keys() & used[label])
@@ -188,15 +188,15 @@ def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[H
 
 
 def _holder(state: ContainerState) -> str:
-    return f"{state.name} of deployment {state.labels[generation.DEPLOYMENT]}"
+    return f"{state.name} of deployment {state.labels[generations.DEPLOYMENT]}"
 
 
 def _uses(state: ContainerState) -> dict[str, set[int]]:
     return {
-        label: generation.numbers(state.labels.get(label, ""))
-        for label in (generation.DEVICES, generation.PORTS)
+        label: generations.numbers(state.labels.get(label, ""))
+        for label in (generations.DEVICES, generations.PORTS)
     }
 
 
 def _claimed(owner: Owner) -> dict[str, set[int]]:
-    return {generation.DEVICES: set(owner.devices), generation.PORTS: set(owner.ports)}
+    return {generations.DEVICES: set(owner.devices), generations.PORTS: set(owner.ports)}

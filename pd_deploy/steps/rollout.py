@@ -8,12 +8,11 @@ from pd_deploy import engines
 from pd_deploy.config.models import Deployment
 from pd_deploy.engines.base import Layout
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts.containers import ContainerSpec, ContainerState, RegistryLogin
+from pd_deploy.hosts.container_values import ContainerSpec, ContainerState, RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.lease import Lease
-from pd_deploy.planning import actions, placement
-from pd_deploy.planning import plan as plans
-from pd_deploy.records import generation
+from pd_deploy.planning import actions, placement, plans
+from pd_deploy.records import generations
 from pd_deploy.records.releases import History, Place, Record, Release
 from pd_deploy.steps.barrier import Barrier
 from pd_deploy.steps.history import Found, Saved
@@ -187,13 +186,13 @@ class Rollout:
 
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""
-        return generation.to_stop(self.plan.roles, self.containers)
+        return generations.to_stop(self.plan.roles, self.containers)
 
     def to_start(self, host: str) -> list[ContainerSpec]:
         """Containers on a host that do not run, or have to stop first."""
         states = self.surveys[host].containers if host in self.surveys else ()
         stopping = {state.name for _, state in self.stopping()}
-        running = {s.name for s in states if s.status in generation.RUNNING} - stopping
+        running = {s.name for s in states if s.status in generations.RUNNING} - stopping
         planned = self.plan.hosts.get(host)
         specs = planned.containers.values() if planned else ()
         return [spec for spec in specs if spec.name not in running]
@@ -211,8 +210,8 @@ class Rollout:
         servers = dict.fromkeys(i.name for i in topology.instances)
         for containers in self.containers.values():
             for state in containers:
-                names = proxies if state.labels[generation.ROLE] == "proxy" else servers
-                names.setdefault(state.labels[generation.INSTANCE])
+                names = proxies if state.labels[generations.ROLE] == "proxy" else servers
+                names.setdefault(state.labels[generations.INSTANCE])
         return list(proxies), list(servers)
 
     def to_restart(self) -> tuple[list[str], list[str]]:
@@ -227,7 +226,7 @@ class Rollout:
                 f"expected no other generation to run, found {', '.join(others)}",
                 hint="run the stage `cleanup` first",
             )
-        names = {state.labels[generation.INSTANCE] for _, state in self.stopping()}
+        names = {state.labels[generations.INSTANCE] for _, state in self.stopping()}
         proxy = self.site.topology.proxy.name
         return sorted(names & {proxy}), sorted(names - {proxy})
 

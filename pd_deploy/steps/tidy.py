@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import Collection, Iterable
 
 from pd_deploy.engines.base import Layout
-from pd_deploy.hosts.containers import ContainerState
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
-from pd_deploy.records import generation
+from pd_deploy.records import generations
 from pd_deploy.records.releases import History, local_tag
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Site
@@ -23,8 +23,8 @@ async def prune(site: Site, name: str, past: History, kept: Collection[str]) -> 
     images that no kept one needs."""
     host = site.host(name)
     gone = sorted(past.found - set(kept))
-    containers = await host.engine.containers({generation.DEPLOYMENT: site.deployment.name})
-    removed = [c for c in containers if c.labels.get(generation.GENERATION) in gone]
+    containers = await host.engine.containers({generations.DEPLOYMENT: site.deployment.name})
+    removed = [c for c in containers if c.labels.get(generations.GENERATION) in gone]
     await _remove_containers(site, host, removed)
     for one in gone:
         await _remove_generation(site, host, past, one)
@@ -39,7 +39,7 @@ async def prune(site: Site, name: str, past: History, kept: Collection[str]) -> 
 async def clear(site: Site, name: str, past: History) -> Report:
     """Removes everything of the deployment from a host."""
     host, own = site.host(name), site.deployment.name
-    containers = await host.engine.containers({generation.DEPLOYMENT: own})
+    containers = await host.engine.containers({generations.DEPLOYMENT: own})
     await _remove_containers(site, host, containers)
     await site.may_change(host)
     exact = {release.exact for release in past.releases.values()}
@@ -59,8 +59,8 @@ async def clear(site: Site, name: str, past: History) -> Report:
 async def stop(site: Site, name: str) -> Report:
     """Stops all containers of the deployment on a host, the proxy first, and keeps them."""
     host = site.host(name)
-    containers = await host.engine.containers({generation.DEPLOYMENT: site.deployment.name})
-    running = [c for c in containers if c.status in generation.RUNNING]
+    containers = await host.engine.containers({generations.DEPLOYMENT: site.deployment.name})
+    running = [c for c in containers if c.status in generations.RUNNING]
     await _stop(site, host, running)
     detail = f"stopped {', '.join(c.name for c in running)}" if running else "nothing runs"
     return Report("stop", name, name, bool(running), detail)
@@ -68,7 +68,7 @@ async def stop(site: Site, name: str) -> Report:
 
 async def _remove_containers(site: Site, host: Host, states: Iterable[ContainerState]) -> None:
     states = list(states)
-    await _stop(site, host, [s for s in states if s.status in generation.RUNNING])
+    await _stop(site, host, [s for s in states if s.status in generations.RUNNING])
     if states:
         await site.may_change(host)
     own = site.deployment.name
@@ -78,7 +78,7 @@ async def _remove_containers(site: Site, host: Host, states: Iterable[ContainerS
 async def _stop(site: Site, host: Host, running: Iterable[ContainerState]) -> None:
     by_role: dict[bool, list[ContainerState]] = {True: [], False: []}
     for state in running:
-        by_role[state.labels.get(generation.ROLE) == "proxy"].append(state)
+        by_role[state.labels.get(generations.ROLE) == "proxy"].append(state)
     own, seconds = site.deployment.name, site.deployment.container.stop_timeout
     for group in (by_role[True], by_role[False]):
         if group:

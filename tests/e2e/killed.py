@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.deploy import deploy
-from pd_deploy.hosts.engine import Engine
+from pd_deploy.hosts.docker_engine import Engine
 from pd_deploy.hosts.host import Host
 
 CHANGES = {

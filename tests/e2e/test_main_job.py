@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from flows.deploy import deploy
-from pd_deploy.planning.plan import STAGES
+from pd_deploy.planning.plans import STAGES
 from tests.e2e.conftest import INSTANCES, Service
 
 EVENTS = ("create", "start", "stop")

@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from lab import images
 from lab.system import wait_until
-from pd_deploy.hosts.containers import RegistryLogin
+from pd_deploy.hosts.container_values import RegistryLogin
 
 LOGIN = RegistryLogin("robot", "open-sesame")
 SERVICE = "test-service"

@@ -14,7 +14,7 @@ import pytest
 
 from lab import Lab, LabHost
 from pd_deploy import errors
-from pd_deploy.hosts.containers import (
+from pd_deploy.hosts.container_values import (
     DEPLOYMENT_LABEL,
     ContainerSpec,
     Mount,

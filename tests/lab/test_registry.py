@@ -22,12 +22,12 @@ from pd_deploy.errors import (
     RegistryMisconfigured,
     RegistryUnavailable,
 )
-from pd_deploy.hosts.containers import RegistryLogin
+from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.login import Login
 from pd_deploy.registry import client, session
 from pd_deploy.registry.client import Found, Registry, newest, reach
-from pd_deploy.registry.place import Place
+from pd_deploy.registry.repository import Place
 from pd_deploy.registry.ways import straight, trust
 from tests.lab.registries import (
     LOGIN,

@@ -8,15 +8,14 @@ from typing import Any
 import yaml
 
 from pd_deploy import engines
-from pd_deploy.config import yaml_files as documents
+from pd_deploy.config import yaml_files
 from pd_deploy.config.load import parse_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.config.yaml_files import merge
 from pd_deploy.engines.base import HostFacts, Layout, Service
-from pd_deploy.planning import placement
-from pd_deploy.planning import plan as plans
-from pd_deploy.planning.plan import Plan
+from pd_deploy.planning import placement, plans
+from pd_deploy.planning.plans import Plan
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History
 
@@ -66,7 +65,7 @@ def for_engine(changes: Mapping[str, Any] | None = None, interface: str = INTERF
 
 def plan_of(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     """The plan of another file, with changes merged in."""
-    of = parse_deployment(merge(documents.read(path), changes or {}))
+    of = parse_deployment(merge(yaml_files.read(path), changes or {}))
     made = placement.build(of)
     return plans.make(
         of, made, engines.get(of.engine), facts=facts(of), image=IMAGE, history=past()

@@ -12,7 +12,7 @@ from cli import main as cli
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement
-from pd_deploy.planning.plan import Plan
+from pd_deploy.planning.plans import Plan
 from tests.unit import example
 
 

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pd_deploy.config import yaml_files as documents
+from pd_deploy.config import yaml_files
 from pd_deploy.config.fields import parse_devices, parse_size
 from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.config.models import Deployment
@@ -40,8 +40,8 @@ def test_the_deployments_of_the_project_load_and_build(file: Path) -> None:
 
 
 def test_the_lab_differs_only_where_it_must() -> None:
-    real = documents.read(example.FILE)
-    lab = documents.read(example.FILE.with_name("lab-qwq-3p1d.yaml"))
+    real = yaml_files.read(example.FILE)
+    lab = yaml_files.read(example.FILE.with_name("lab-qwq-3p1d.yaml"))
     for key in ("hosts", "registry", "container", "disk"):
         real.pop(key, None)
         lab.pop(key, None)
@@ -69,7 +69,7 @@ class TestFile:
             ("a: !!bool maybe\n", "not valid YAML"),
             ("a: !!timestamp x\n", "not valid YAML"),
             ("a: !!python/object:os.system x\n", "not valid YAML: line 1"),
-            ("# " + "x" * documents.MAX_BYTES, "expected a file of at most"),
+            ("# " + "x" * yaml_files.MAX_BYTES, "expected a file of at most"),
             ("extends: x.yaml\n", "extend each other in a circle: x.yaml → x.yaml"),
             ("extends: gone.yaml\n", "gone.yaml: 1 problem\n  cannot be read: No such file"),
             ("extends: [a]\n", "extends: expected the path of a file, found ['a']"),
@@ -120,7 +120,7 @@ class TestFile:
     def test_merge_key_may_be_overridden(self, tmp_path: Path) -> None:
         path = tmp_path / "x.yaml"
         path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
-        assert documents.read(path)["b"] == {"x": 3, "y": 2}
+        assert yaml_files.read(path)["b"] == {"x": 3, "y": 2}
 
     def test_image_given_at_the_call_replaces_the_files(self) -> None:
         assert load_deployment(example.FILE, image="other:1").image == "other:1"

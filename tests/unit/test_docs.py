@@ -8,12 +8,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pd_deploy.config import yaml_files as documents
+from pd_deploy.config import yaml_files
 from pd_deploy.config.load import parse_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.omniinfer import corrections
-from pd_deploy.hosts.containers import ContainerSpec
+from pd_deploy.hosts.container_values import ContainerSpec
 from pd_deploy.planning import placement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def keys(document: object) -> set[str]:
 
 def test_the_documented_file_is_valid() -> None:
     placement.build(parse_deployment(documented()))
-    of_vllm = documents.read(ROOT / "deployments/vllm-gpu-3p1d.yaml")
+    of_vllm = yaml_files.read(ROOT / "deployments/vllm-gpu-3p1d.yaml")
     placement.build(parse_deployment(of_vllm | documented_of_vllm()))
 
 

@@ -6,17 +6,17 @@ from datetime import UTC, datetime
 import pytest
 
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts.containers import ContainerState
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.planning import actions
-from pd_deploy.planning.plan import STAGES
-from pd_deploy.records import generation as gen
+from pd_deploy.planning.plans import STAGES
+from pd_deploy.records import generations
 from pd_deploy.records.releases import Choice, Record
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 from pd_deploy.steps.history import Found
 from pd_deploy.steps.rollout import Rollout, Site, Survey
-from pd_deploy.steps.survey import Addresses, ResolvedImage
+from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from tests.unit import example
 
 OLD = "1-0123abcd"
@@ -24,7 +24,11 @@ OLD = "1-0123abcd"
 
 def state(name: str, host_generation: str, status: str) -> ContainerState:
     role = {"p": "prefill", "d": "decode", "c": "proxy"}[name[0]]
-    labels = {gen.GENERATION: host_generation, gen.INSTANCE: name, gen.ROLE: role}
+    labels = {
+        generations.GENERATION: host_generation,
+        generations.INSTANCE: name,
+        generations.ROLE: role,
+    }
     full = f"omni-infer-{role}_{name}_{host_generation}"
     began = datetime(2025, 1, 1, tzinfo=UTC)
     return ContainerState(full, full, labels, status, None, began, None, "image", "sha256:0")
@@ -62,7 +66,7 @@ def rollout(
     }
     addresses = [Addresses(host, found) for host, found in example.addresses(of).items()]
     image = ResolvedImage(Choice(of.image, None, "the file's own"), example.IMAGE)
-    return survey.planned(site, list(surveys.values()), addresses, image, "a test")
+    return surveying.planned(site, list(surveys.values()), addresses, image, "a test")
 
 
 def verbs(of: Rollout, stages: Sequence[str] = STAGES) -> list[tuple[str, str, str]]:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pd_deploy.hosts.containers import ContainerState
-from pd_deploy.records import generation as gen
-from pd_deploy.records.generation import Generation
+from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.records import generations
+from pd_deploy.records.generations import Generation
 
 OURS = Generation(3, "0123abcd")
 OLD = Generation(2, "89abcdef")
@@ -15,9 +15,9 @@ PLANNED = {f"{name}_{OURS}": ROLES[name[0]] for name in HOSTS}
 
 def state(name: str, status: str, generation: Generation = OURS) -> ContainerState:
     labels = {
-        gen.GENERATION: str(generation),
-        gen.INSTANCE: name,
-        gen.ROLE: ROLES[name[0]],
+        generations.GENERATION: str(generation),
+        generations.INSTANCE: name,
+        generations.ROLE: ROLES[name[0]],
     }
     full = f"{name}_{generation}"
     return ContainerState(full, full, labels, status, None, None, None, "image", "sha256:0")
@@ -29,8 +29,8 @@ def stopping(ours: dict[str, str], old: dict[str, str] | None = None) -> set[str
     for generation, states in ((OURS, ours), (OLD, old or {})):
         for name, status in states.items():
             containers[HOSTS[name]].append(state(name, status, generation))
-    found = gen.to_stop(PLANNED, containers)
-    assert [host for host, s in found] == [HOSTS[s.labels[gen.INSTANCE]] for _, s in found]
+    found = generations.to_stop(PLANNED, containers)
+    assert [host for host, s in found] == [HOSTS[s.labels[generations.INSTANCE]] for _, s in found]
     return {s.name for _, s in found}
 
 
@@ -54,10 +54,10 @@ def test_names_are_epoch_and_fingerprint(name: str, parsed: Generation | None) -
 
 
 def test_latest_counts_epochs_as_numbers_and_passes_over_other_names() -> None:
-    assert gen.latest(["9-0123abcd", "10-89abcdef", "lost+found", "2-ffffffff"]) == Generation(
-        10, "89abcdef"
-    )
-    assert gen.latest(["x"]) is None
+    assert generations.latest(
+        ["9-0123abcd", "10-89abcdef", "lost+found", "2-ffffffff"]
+    ) == Generation(10, "89abcdef")
+    assert generations.latest(["x"]) is None
 
 
 @pytest.mark.parametrize(
@@ -71,19 +71,21 @@ def test_latest_counts_epochs_as_numbers_and_passes_over_other_names() -> None:
     ],
 )
 def test_same_fingerprint_keeps_the_generation(found: list[str], wanted: str, desired: str) -> None:
-    assert str(gen.desired(found, wanted)) == desired
+    assert str(generations.desired(found, wanted)) == desired
 
 
 def test_what_serves_stays_though_a_younger_one_failed() -> None:
     found = ["1-0123abcd", "2-89abcdef"]
-    assert str(gen.desired(found, "0123abcd", "1-0123abcd")) == "1-0123abcd"
-    assert str(gen.desired(found, "89abcdef", "1-0123abcd")) == "2-89abcdef"
-    assert str(gen.desired(found, "ffffffff", "1-0123abcd")) == "3-ffffffff"
+    assert str(generations.desired(found, "0123abcd", "1-0123abcd")) == "1-0123abcd"
+    assert str(generations.desired(found, "89abcdef", "1-0123abcd")) == "2-89abcdef"
+    assert str(generations.desired(found, "ffffffff", "1-0123abcd")) == "3-ffffffff"
 
 
 def test_fingerprint_is_stable_hexadecimal() -> None:
-    assert gen.fingerprint("a") == gen.fingerprint("a") != gen.fingerprint("b")
-    assert Generation.parse(f"1-{gen.fingerprint('a')}")
+    assert (
+        generations.fingerprint("a") == generations.fingerprint("a") != generations.fingerprint("b")
+    )
+    assert Generation.parse(f"1-{generations.fingerprint('a')}")
 
 
 def all_of(status: str, **but: str) -> dict[str, str]:
@@ -127,4 +129,4 @@ def test_all_that_runs_of_another_generation_stops() -> None:
 
 def test_instances_that_left_the_file_stop_with_their_generation() -> None:
     containers = {"a": [state("p9", "running", OLD)], "b": []}
-    assert [s.name for _, s in gen.to_stop(PLANNED, containers)] == [f"p9_{OLD}"]
+    assert [s.name for _, s in generations.to_stop(PLANNED, containers)] == [f"p9_{OLD}"]

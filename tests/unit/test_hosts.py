@@ -13,7 +13,7 @@ from docker import errors as sdk
 
 from pd_deploy import errors
 from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
-from pd_deploy.hosts.containers import (
+from pd_deploy.hosts.container_values import (
     ContainerSpec,
     Mount,
     PullMeter,
@@ -21,7 +21,7 @@ from pd_deploy.hosts.containers import (
     create_kwargs,
     state_of,
 )
-from pd_deploy.hosts.engine_errors import container_error, pull_error
+from pd_deploy.hosts.docker_errors import container_error, pull_error
 from pd_deploy.hosts.facts import (
     Facts,
     parse_disk_free,
@@ -32,7 +32,7 @@ from pd_deploy.hosts.facts import (
 from pd_deploy.hosts.host import Hosts
 from pd_deploy.hosts.login import Login, known_hosts_line
 from pd_deploy.hosts.threads import in_thread
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 from pd_deploy.steps.rollout import Site
 from tests.unit import example
 
@@ -348,7 +348,7 @@ class TestFacts:
         site = Site(example.service({"hosts": {"a": address}}), Hosts())
         site.hosts = {"a": Told(address, links)}  # type: ignore[assignment]
         with pytest.raises(errors.FactsError) as caught:
-            await survey.survey(site, "a")
+            await surveying.survey(site, "a")
         error = caught.value
         assert error.host == f"a ({address})"
         assert f"{error.message}→ {error.hint}".startswith(says)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pd_deploy.engines.omniinfer import npu_smi as npu
+from pd_deploy.engines.omniinfer import npu_smi
 from pd_deploy.errors import FactsError
 from tests.unit.example import ROOT
 
@@ -43,7 +43,7 @@ A2 = (chip(0, "0"), chip(1, "0"), chip(2, "0"))
 
 
 def users(text: str, *devices: int) -> dict[int, str]:
-    return npu.parse_users(text, devices, host="a (10.0.0.1)")
+    return npu_smi.parse_users(text, devices, host="a (10.0.0.1)")
 
 
 def process(npu_id: int, chip_id: int, *, name: str = "python3.1") -> str:

@@ -14,7 +14,7 @@ import pytest
 from pd_deploy.engines.base import Service
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.errors import InvalidInput
-from pd_deploy.hosts.containers import ContainerSpec
+from pd_deploy.hosts.container_values import ContainerSpec
 from tests.unit import example
 
 SERVERS = ("p0", "p1", "p2", "d0")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pd_deploy.planning.plan import Plan
+from pd_deploy.planning.plans import Plan
 from tests.unit import example
 
 

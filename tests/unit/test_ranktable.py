@@ -15,10 +15,10 @@ from pd_deploy.errors import FactsError, InvalidInput
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import Choice, Record
-from pd_deploy.steps import survey
+from pd_deploy.steps import surveying
 from pd_deploy.steps.history import Found
 from pd_deploy.steps.rollout import Rollout, Site, Survey
-from pd_deploy.steps.survey import Addresses, ResolvedImage
+from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from tests.unit import example, topologies
 
 GOLDEN = example.GOLDEN["ranktables"]
@@ -237,7 +237,7 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
     ]
     taken = ResolvedImage(Choice(image or of.image, None, "the run names it"), example.IMAGE)
     found = [Addresses(name, known) for name, known in addresses.items()]
-    return survey.planned(Site(of, hosts), surveys, found, taken, "a test")
+    return surveying.planned(Site(of, hosts), surveys, found, taken, "a test")
 
 
 def test_a_plan_is_made_only_of_devices_with_addresses_of_their_own() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pd_deploy.errors import InvalidInput
 from pd_deploy.registry.headers import Challenge, next_link, parse_challenges
-from pd_deploy.registry.place import Place, place_of
+from pd_deploy.registry.repository import Place, place_of
 from pd_deploy.registry.ways import trust
 from tests.unit import example
 

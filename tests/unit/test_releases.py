@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pd_deploy import engines
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
-from pd_deploy.planning import placement, plan
-from pd_deploy.planning.plan import Made
+from pd_deploy.planning import placement, plans
+from pd_deploy.planning.plans import Made
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History, Outcome, Place, Quarantined, Record, Release, Result
 from pd_deploy.steps.history import Saved
@@ -293,7 +293,7 @@ ENGINE = {"settings": {"all": {"environment": {"X": 1}}}}
 
 
 def made(of: Deployment, past: History) -> Made:
-    return plan.make(
+    return plans.make(
         of,
         placement.build(of),
         engines.get(of.engine),

@@ -10,13 +10,13 @@ import pytest
 
 from cli import facts_file, show
 from pd_deploy import engines
-from pd_deploy.config import yaml_files as documents
+from pd_deploy.config import yaml_files
 from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.engines import vllm
 from pd_deploy.errors import InvalidInput
-from pd_deploy.hosts.containers import create_kwargs
+from pd_deploy.hosts.container_values import create_kwargs
 from pd_deploy.planning import docker_command, placement
-from pd_deploy.planning.plan import Plan
+from pd_deploy.planning.plans import Plan
 from tests.unit import example
 
 DEPLOYMENTS = example.ROOT / "deployments"
@@ -49,7 +49,7 @@ def broken(file: Path, changes: dict[str, Any]) -> set[str]:
     try:
         placement.build(
             parse_deployment(
-                documents.merge(documents.read(file, names_file=("profile",)), changes)
+                yaml_files.merge(yaml_files.read(file, names_file=("profile",)), changes)
             )
         )
     except InvalidInput as error:
@@ -238,7 +238,7 @@ class TestGpu:
         assert "--headless" not in master[0]
         assert value(other[0], "--data-parallel-start-rank") == "4"
         # A rank adds its number in the pod to the port: these two begin at their own zmq ports.
-        placed = placement.build(parse_deployment(documents.merge(documents.read(GPU), changes)))
+        placed = placement.build(parse_deployment(yaml_files.merge(yaml_files.read(GPU), changes)))
         zmq = {i.name: i.kv_ports for i in placed.instances}
         port = "VLLM_NIXL_SIDE_CHANNEL_PORT"
         assert int(master[1][port]) == zmq["d0-0"][0]
@@ -288,7 +288,7 @@ class TestAscend:
 class TestCpu:
     def test_a_rank_has_the_core_that_stands_for_it(self) -> None:
         bound = {"settings": {"all": {"environment": {"VLLM_CPU_OMP_THREADS_BIND": None}}}}
-        changes = documents.merge(bound, {"decode": {"d0": {"devices": "1-2"}}})
+        changes = yaml_files.merge(bound, {"decode": {"d0": {"devices": "1-2"}}})
         made = plan(CPU, changes)
         assert runs(made, "p0")[1]["VLLM_CPU_OMP_THREADS_BIND"] == "0"
         assert runs(made, "d0")[1]["VLLM_CPU_OMP_THREADS_BIND"] == "1|2"

@@ -25,19 +25,16 @@ from pd_deploy.engines.common import (
     text,
     title,
 )
-from pd_deploy.engines.omniinfer import kv as omniinfer_kv
-from pd_deploy.engines.omniinfer import npu_smi as npu
-from pd_deploy.engines.omniinfer import ranktable
-from pd_deploy.engines.omniinfer import rules as omniinfer_rules
+from pd_deploy.engines.omniinfer import kv, npu_smi, ranktable, rules
 from pd_deploy.engines.omniinfer.corrections import corrected
-from pd_deploy.hosts.containers import ContainerSpec, Mount
+from pd_deploy.hosts.container_values import ContainerSpec, Mount
 
 UNUSED_KEYS: tuple[str, ...] = ("vllm",)
-DERIVED_ARGUMENTS = omniinfer_rules.DERIVED_ARGUMENTS
-DERIVED_ENVIRONMENT = omniinfer_rules.DERIVED_ENVIRONMENT
-DERIVED_PROXY_ARGUMENTS = omniinfer_rules.DERIVED_PROXY_ARGUMENTS
-DERIVED_PROXY_ENVIRONMENT = omniinfer_rules.DERIVED_PROXY_ENVIRONMENT
-findings = omniinfer_rules.findings
+DERIVED_ARGUMENTS = rules.DERIVED_ARGUMENTS
+DERIVED_ENVIRONMENT = rules.DERIVED_ENVIRONMENT
+DERIVED_PROXY_ARGUMENTS = rules.DERIVED_PROXY_ARGUMENTS
+DERIVED_PROXY_ENVIRONMENT = rules.DERIVED_PROXY_ENVIRONMENT
+findings = rules.findings
 read_addresses_command = ranktable.read_addresses_command
 parse_addresses = ranktable.parse_addresses
 prefill_request = common.prefill_request
@@ -177,12 +174,12 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
 
 def users_command() -> list[str]:
     """`npu-smi info` lists all devices and their processes (contract section 7.2)."""
-    return npu.COMMAND
+    return npu_smi.COMMAND
 
 
 def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
     """Who uses which device, from the output of `npu-smi info`."""
-    return npu.parse_users(output, devices, host=host)
+    return npu_smi.parse_users(output, devices, host=host)
 
 
 def command(service: Service, name: str) -> list[str]:
@@ -207,7 +204,7 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar
         "kv_role": "kv_producer" if instance.role == "prefill" else "kv_consumer",
         "kv_rank": instance.kv_rank,
         "engine_id": _engine_id(service, instance),
-        "kv_parallel_size": omniinfer_kv.size(service.deployment, service.topology),
+        "kv_parallel_size": kv.size(service.deployment, service.topology),
     }
 
 

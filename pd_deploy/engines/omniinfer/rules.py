@@ -6,7 +6,7 @@ from typing import Any
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import Finding
-from pd_deploy.engines.omniinfer import kv as omniinfer_kv
+from pd_deploy.engines.omniinfer import kv
 from pd_deploy.errors import Problem
 
 MAX_PREFILL_PODS = 32
@@ -51,7 +51,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         yield from _tensor_parallel(pod)
         yield from _arguments(deployment, pod)
     yield from _ratio(deployment, topology)
-    yield from omniinfer_kv.findings(deployment, topology)
+    yield from kv.findings(deployment, topology)
 
 
 def _pods(topology: Topology) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from pd_deploy.errors import (
     TimedOut,
     TransientError,
 )
-from pd_deploy.hosts.containers import (
+from pd_deploy.hosts.container_values import (
     DEPLOYMENT_LABEL,
     ContainerSpec,
     ContainerState,
@@ -35,8 +35,8 @@ from pd_deploy.hosts.containers import (
     image_of,
     state_of,
 )
-from pd_deploy.hosts.engine_errors import container_error, explanation, pull_error
-from pd_deploy.hosts.engine_socket import EngineSocket
+from pd_deploy.hosts.docker_errors import container_error, explanation, pull_error
+from pd_deploy.hosts.docker_socket import EngineSocket
 from pd_deploy.hosts.files import together
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.hosts.tunnel import Tunnel

@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
 from pd_deploy.hosts.host import Host
-from pd_deploy.planning import placement, plan
-from pd_deploy.records import generation, releases
+from pd_deploy.planning import placement, plans
+from pd_deploy.records import generations, releases
 from pd_deploy.records.releases import Choice, History, Release
 from pd_deploy.registry import tags
 from pd_deploy.registry.client import newest, reach
-from pd_deploy.registry.place import place_of
+from pd_deploy.registry.repository import place_of
 from pd_deploy.steps import history
 from pd_deploy.steps.history import Saved
 from pd_deploy.steps.rollout import Downtime, Rollout, Site, Survey, places
@@ -67,15 +67,15 @@ async def survey(site: Site, name: str) -> Survey:
     host, own = site.host(name), site.deployment.name
     info, containers, past, interface, listening = await asyncio.gather(
         host.engine.info(),
-        host.engine.containers({generation.DEPLOYMENT: ""}),
+        host.engine.containers({generations.DEPLOYMENT: ""}),
         history.read(host, site.root),
         host.facts.interface_of(host.address),
         host.facts.listening_ports(),
     )
     if interface is None:
         raise await _not_owned(host, name)
-    ours = [c for c in containers if c.labels[generation.DEPLOYMENT] == own]
-    others = [c for c in containers if c not in ours and c.status in generation.RUNNING]
+    ours = [c for c in containers if c.labels[generations.DEPLOYMENT] == own]
+    others = [c for c in containers if c not in ours and c.status in generations.RUNNING]
     entry = site.deployment.hosts.get(name)
     return Survey(
         host=name,
@@ -111,7 +111,7 @@ def past_of(surveys: Iterable[Survey]) -> History:
     """The deployment's history from what all hosts know, containers included."""
     surveys = list(surveys)
     past = history.merged(survey.past for survey in surveys)
-    labelled = {c.labels.get(generation.GENERATION, "") for s in surveys for c in s.containers}
+    labelled = {c.labels.get(generations.GENERATION, "") for s in surveys for c in s.containers}
     return releases.merge([past.record], past.releases.values(), past.found | labelled)
 
 
@@ -158,7 +158,7 @@ def planned(
     interfaces = {survey.host: survey.interface for survey in surveys}
     known = {one.host: one.of_device for one in addresses}
     site.engine.check_addresses(known)
-    made = plan.make(
+    made = plans.make(
         deployment,
         site.topology,
         site.engine,
@@ -212,7 +212,7 @@ async def states(site: Site) -> str:
     """What runs on every host, in words, for messages; a host out of reach is named as such."""
 
     async def of(name: str) -> str:
-        label = {generation.DEPLOYMENT: site.deployment.name}
+        label = {generations.DEPLOYMENT: site.deployment.name}
         try:
             found = await site.host(name).engine.containers(label)
         except PdDeployError as error:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pd_deploy.hosts.containers import DEPLOYMENT_LABEL, ContainerState
+from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerState
 
 DEPLOYMENT = DEPLOYMENT_LABEL
 GENERATION = "pd-deploy.generation"

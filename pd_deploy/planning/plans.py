@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
-from pd_deploy.hosts.containers import ContainerSpec
-from pd_deploy.records import generation as gen
-from pd_deploy.records.generation import Generation
+from pd_deploy.hosts.container_values import ContainerSpec
+from pd_deploy.records import generations
+from pd_deploy.records.generations import Generation
 from pd_deploy.records.releases import History
 
 Stage = Literal["cleanup", "launch", "ranktable", "proxy", "server"]
@@ -83,14 +83,14 @@ class Plan(_Frozen):
     def roles(self) -> dict[str, str]:
         """The role of each container, by its name."""
         return {
-            spec.name: spec.labels[gen.ROLE]
+            spec.name: spec.labels[generations.ROLE]
             for host in self.hosts.values()
             for spec in host.containers.values()
         }
 
     def generation_of(self, name: str) -> str:
         """The generation in whose directories an instance, or the proxy, lives."""
-        return self.container(name).labels[gen.GENERATION]
+        return self.container(name).labels[generations.GENERATION]
 
     def container(self, name: str) -> ContainerSpec:
         """The container of an instance or of the proxy."""
@@ -125,7 +125,7 @@ def make(
     rendered = _render(engine, service, _ANY, _ANY)
     wanted, servers = _fingerprint(rendered), _fingerprint(_without_proxy(rendered))
     serving = history.serving
-    chosen = gen.desired(history.found, wanted, serving.generation if serving else None)
+    chosen = generations.desired(history.found, wanted, serving.generation if serving else None)
     base = chosen
     if known := history.releases.get(str(chosen)):
         base = Generation.parse(known.servers) or chosen
@@ -135,7 +135,7 @@ def make(
 
 
 def _fingerprint(plan: Plan) -> str:
-    return gen.fingerprint(plan.model_dump_json(exclude={"servers": True, **_LABELS}))
+    return generations.fingerprint(plan.model_dump_json(exclude={"servers": True, **_LABELS}))
 
 
 def _without_proxy(plan: Plan) -> Plan:
@@ -143,7 +143,7 @@ def _without_proxy(plan: Plan) -> Plan:
 
 
 def _servers_of(host: HostPlan) -> HostPlan:
-    containers = {n: s for n, s in host.containers.items() if s.labels[gen.ROLE] != "proxy"}
+    containers = {n: s for n, s in host.containers.items() if s.labels[generations.ROLE] != "proxy"}
     proxies = host.containers.keys() - containers.keys()
     return host.model_copy(
         update={
@@ -224,13 +224,13 @@ def _container(
     instance = next((i for i in topology.instances if i.name == name), None)
     ports = list(instance.ports.values()) if instance else [topology.proxy.port]
     labels = {
-        gen.DEPLOYMENT: service.deployment.name,
-        gen.GENERATION: str(generation),
-        gen.EPOCH: str(generation.epoch),
-        gen.INSTANCE: name,
-        gen.ROLE: instance.role if instance else "proxy",
-        gen.PORTS: ",".join(map(str, ports)),
-        gen.DEVICES: instance.device_list if instance else "",
-        gen.IMAGE: service.deployment.image_reference,
+        generations.DEPLOYMENT: service.deployment.name,
+        generations.GENERATION: str(generation),
+        generations.EPOCH: str(generation.epoch),
+        generations.INSTANCE: name,
+        generations.ROLE: instance.role if instance else "proxy",
+        generations.PORTS: ",".join(map(str, ports)),
+        generations.DEVICES: instance.device_list if instance else "",
+        generations.IMAGE: service.deployment.image_reference,
     }
     return engine.container(service, name).model_copy(update={"labels": labels})

@@ -11,12 +11,11 @@ from blocks.ssh import SshCredentials
 from flows.fan_out import fan_out
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.hosts.containers import RegistryLogin
+from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import History, Place
-from pd_deploy.steps import history
-from pd_deploy.steps import lock as locking
+from pd_deploy.steps import history, locking
 from pd_deploy.steps.rollout import Site, places
 from tasks.lock import lock
 from tasks.survey import connect

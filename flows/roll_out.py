@@ -12,10 +12,8 @@ from flows.fan_out import fan_out
 from flows.run import Run
 from flows.stages import make_so, prove_and_open
 from pd_deploy.errors import RollbackFailed, RolledBack
-from pd_deploy.planning.plan import STAGES, Stage
-from pd_deploy.steps import containers
-from pd_deploy.steps import record as promotion
-from pd_deploy.steps import survey as reading
+from pd_deploy.planning.plans import STAGES, Stage
+from pd_deploy.steps import containers, promotion, surveying
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout, Site, Survey
 from tasks.promote import promote
@@ -88,7 +86,7 @@ async def go_back(failed: Rollout, error: BaseException, generation: str) -> Non
         completion, opened = await prove_and_open(back, reports)
         await promotion.note_opened(back)
     except Exception as fault:
-        states = await reading.states(failed.site)
+        states = await surveying.states(failed.site)
         raise RollbackFailed(
             f"{what}; generation {generation} does not come back either, because {_why(fault)}\n"
             f"Nothing serves. {states}",
@@ -109,8 +107,8 @@ async def go_back(failed: Rollout, error: BaseException, generation: str) -> Non
 
 async def restore(site: Site, generation: str) -> Rollout:
     """The rollout that brings a kept generation back, as the hosts are now."""
-    there, saved = await reading.saved(site, generation)
-    return reading.restored(there, saved, await look(there))
+    there, saved = await surveying.saved(site, generation)
+    return surveying.restored(there, saved, await look(there))
 
 
 async def look(site: Site) -> list[Survey]:
