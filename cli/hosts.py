@@ -5,19 +5,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cli.prefect_api import reached
-from flows.session import open_former, open_site
+from flows.session import open_former, open_session
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records.releases import History
 from pd_deploy.steps import history, surveying
-from pd_deploy.steps.rollout import Site
+from pd_deploy.steps.rollout import Session
 
 
 async def plan(deployment: Deployment, image: str | None) -> Plan:
     """The plan that a deployment would carry out now; changes nothing on the hosts."""
     with reached():
-        async with looked_at(deployment) as (site, _):
-            return (await surveying.look(site, image)).with_actions(STAGES)
+        async with looked_at(deployment) as (session, _):
+            return (await surveying.look(session, image)).with_actions(STAGES)
 
 
 async def past(deployment: Deployment) -> History:
@@ -28,10 +28,10 @@ async def past(deployment: Deployment) -> History:
 
 
 @asynccontextmanager
-async def looked_at(deployment: Deployment) -> AsyncIterator[tuple[Site, History]]:
+async def looked_at(deployment: Deployment) -> AsyncIterator[tuple[Session, History]]:
     """The deployment's hosts, former ones included, and its past."""
-    async with open_site(deployment) as site:
-        reading = [history.read(host, site.root) for host in site.hosts.values()]
+    async with open_session(deployment) as session:
+        reading = [history.read(host, session.root) for host in session.hosts.values()]
         found = history.merged(await asyncio.gather(*reading))
-        await open_former(site, found)
-        yield site, found
+        await open_former(session, found)
+        yield session, found

@@ -12,10 +12,13 @@ from pd_deploy.steps import logs
 async def collect(deployment: Deployment, generation: str | None, to: Path | None) -> Path:
     """Copies the logs of a generation, the youngest without one named; returns where to."""
     with reached():
-        async with looked_at(deployment) as (site, past):
+        async with looked_at(deployment) as (session, past):
             wanted = logs.chosen(past, generation)
             target = to or Path(f"{deployment.name}-{wanted}-logs")
             await asyncio.gather(
-                *(logs.collect(site, name, past, wanted, target / name) for name in site.hosts)
+                *(
+                    logs.collect(session, name, past, wanted, target / name)
+                    for name in session.hosts
+                )
             )
             return target

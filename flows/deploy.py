@@ -7,16 +7,16 @@ from prefect import State, flow
 
 from flows import publish
 from flows.fan_out import fan_out
-from flows.roll_out import OnFailure, carry_out, look
+from flows.roll_out import OnFailure, look, roll_out
 from flows.run import this_run
-from flows.session import at_work, connected, open_former, open_site
+from flows.session import connected, locked_session, open_former, open_session
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.registry import tags
 from pd_deploy.steps import surveying
-from pd_deploy.steps.rollout import Rollout, Site
+from pd_deploy.steps.rollout import Rollout, Session
 from pd_deploy.steps.surveying import NEWEST, with_addresses
 from tasks.image import choose_image, resolve_image
 from tasks.survey import device_addresses
@@ -57,25 +57,25 @@ async def deploy(
         raise InvalidInput([Problem("on_failure", expected)])
     chosen = [stage for stage in STAGES if stages is None or stage in stages]
     if dry_run:
-        async with open_site(given) as site:
-            await open_former(site, await connected(site))
-            rollout = await plan(site, image, str(run))
+        async with open_session(given) as session:
+            await open_former(session, await connected(session))
+            rollout = await plan(session, image, str(run))
             return await publish.dry_run(rollout, chosen)
-    async with at_work(given, str(run), forget=forget or ()) as site:
-        rollout = await plan(site, image, str(run))
+    async with locked_session(given, str(run), forget=forget or ()) as session:
+        rollout = await plan(session, image, str(run))
         publish.found(rollout)
         if image == NEWEST and not rollout.changes:
             return publish.already_on(rollout)
-        return await carry_out(rollout, run, chosen, on_failure)
+        return await roll_out(rollout, run, chosen, on_failure)
 
 
-async def plan(site: Site, image: str | None, run: str) -> Rollout:
+async def plan(session: Session, image: str | None, run: str) -> Rollout:
     """Reads everything a plan needs, on all hosts at once, and makes it; changes nothing."""
-    surveys = await look(site)
-    choice = await choose_image(site, surveys, image, wait_for=surveys)
-    reading = [device_addresses(site, name, wait_for=surveys) for name in with_addresses(site)]
+    states = await look(session)
+    choice = await choose_image(session, states, image, wait_for=states)
+    reading = [device_addresses(session, name, wait_for=states) for name in with_addresses(session)]
     found: list[Any] = await fan_out(
-        site.barrier, [resolve_image(site, choice), fan_out(site.barrier, reading)]
+        session.barrier, [resolve_image(session, choice), fan_out(session.barrier, reading)]
     )
     resolved, addresses = found
-    return surveying.planned(site, surveys, addresses, resolved, run)
+    return surveying.planned(session, states, addresses, resolved, run)

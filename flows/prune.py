@@ -9,7 +9,7 @@ from flows import publish
 from flows.fan_out import fan_out
 from flows.roll_out import look
 from flows.run import this_run
-from flows.session import at_work
+from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
 from pd_deploy.steps import surveying
 from tasks.tidy import prune as prune_host
@@ -25,9 +25,9 @@ async def prune(file: str) -> State[None]:
         file: the deployment file.
     """
     given = load_deployment(Path(file))
-    async with at_work(given, str(this_run())) as site:
-        past = surveying.past_of(await look(site))
-        steps = [prune_host(site, name, past) for name in site.hosts]
-        done = await fan_out(site.barrier, steps)
+    async with locked_session(given, str(this_run())) as session:
+        past = surveying.past_of(await look(session))
+        steps = [prune_host(session, name, past) for name in session.hosts]
+        done = await fan_out(session.barrier, steps)
         await publish.listing(past)
     return Completed(message="; ".join(f"{one.host}: {one.detail}" for one in done))

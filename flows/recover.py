@@ -8,9 +8,9 @@ from prefect.states import Completed
 
 from flows import publish
 from flows.fan_out import fan_out
-from flows.roll_out import carry_out, look, restore
+from flows.roll_out import look, restore, roll_out
 from flows.run import this_run
-from flows.session import at_work
+from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
 from pd_deploy.steps import surveying
 from tasks.tidy import stop
@@ -28,13 +28,15 @@ async def recover(file: str) -> State[None]:
         file: the deployment file; says which deployment, and how its hosts are reached.
     """
     run, given = this_run(), load_deployment(Path(file))
-    async with at_work(given, str(run)) as site:
-        past = surveying.past_of(await look(site))
+    async with locked_session(given, str(run)) as session:
+        past = surveying.past_of(await look(session))
         if past.serving is None:
             get_run_logger().info("no generation was ever promoted; stopping what runs")
-            stopped = await fan_out(site.barrier, [stop(site, name) for name in site.hosts])
+            stopped = await fan_out(
+                session.barrier, [stop(session, name) for name in session.hosts]
+            )
             what = ", ".join(one.detail for one in stopped if one.changed) or "nothing ran"
             return Completed(message=f"No generation to go back to: {what}")
-        rollout = await restore(site, past.serving.generation)
+        rollout = await restore(session, past.serving.generation)
         publish.found(rollout)
-        return await carry_out(rollout, run)
+        return await roll_out(rollout, run)

@@ -10,12 +10,12 @@ from prefect.logging import get_run_logger
 from flows import publish
 from flows.fan_out import fan_out
 from flows.run import Run
-from flows.stages import make_so, prove_and_open
+from flows.stages import prove_and_open, run_stages
 from pd_deploy.errors import RollbackFailed, RolledBack
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.steps import containers, promotion, surveying
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Rollout, Site, Survey
+from pd_deploy.steps.rollout import HostState, Rollout, Session
 from tasks.promote import promote
 from tasks.survey import survey
 from tasks.tidy import clear, prune
@@ -23,7 +23,7 @@ from tasks.tidy import clear, prune
 OnFailure = Literal["rollback", "keep"]
 
 
-async def carry_out(
+async def roll_out(
     rollout: Rollout, run: Run, stages: Sequence[Stage] = STAGES, on_failure: OnFailure = "rollback"
 ) -> State[None]:
     """Makes a generation serve, or puts back what served before.
@@ -34,20 +34,20 @@ async def carry_out(
         PdDeployError: it failed before anything that served was stopped.
     """
     try:
-        reports = await make_so(rollout, list(stages))
+        reports = await run_stages(rollout, list(stages))
         completion = None
         if "server" in stages:
             completion, opened = await prove_and_open(rollout, reports)
             reports += [*opened, await promote(rollout, str(run), wait_for=opened)]
     except BaseException as error:
-        await give_up(rollout, error, run, stages, on_failure)
+        await abort(rollout, error, run, stages, on_failure)
         raise
     if completion:
         reports += await tidy_up(rollout, reports)
     return await publish.success(rollout, reports, completion)
 
 
-async def give_up(
+async def abort(
     rollout: Rollout,
     error: BaseException,
     run: Run,
@@ -56,7 +56,7 @@ async def give_up(
 ) -> None:
     """Stops what the run has started, records why, and goes back where there is a way back."""
     if not isinstance(error, Exception):
-        for host in rollout.site.hosts.values():
+        for host in rollout.session.hosts.values():
             host.reopen_files()
     if on_failure == "keep" and isinstance(error, Exception):
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
@@ -71,22 +71,22 @@ async def give_up(
         get_run_logger().warning("why it failed could not be recorded: %s", fault)
     to_undo = isinstance(error, Exception) and rollout.stopped and set(stages) == set(STAGES)
     if to_undo and before and before.generation != rollout.plan.generation:
-        await go_back(rollout, error, before.generation)
+        await roll_back(rollout, error, before.generation)
     else:
         await publish.failure(rollout, error, stopped)
 
 
-async def go_back(failed: Rollout, error: BaseException, generation: str) -> None:
+async def roll_back(failed: Rollout, error: BaseException, generation: str) -> None:
     """Brings the generation before back; always raises, as the run has failed all the same."""
     what = f"new generation {failed.plan.generation} failed {_at(error)}because {_why(error)}"
     get_run_logger().error("%s; going back to %s", what, generation)
     try:
-        back = await restore(failed.site, generation)
-        reports = await make_so(back, list(STAGES))
+        back = await restore(failed.session, generation)
+        reports = await run_stages(back, list(STAGES))
         completion, opened = await prove_and_open(back, reports)
         await promotion.note_opened(back)
     except Exception as fault:
-        states = await surveying.states(failed.site)
+        states = await surveying.states(failed.session)
         raise RollbackFailed(
             f"{what}; generation {generation} does not come back either, because {_why(fault)}\n"
             f"Nothing serves. {states}",
@@ -97,7 +97,7 @@ async def go_back(failed: Rollout, error: BaseException, generation: str) -> Non
         image = f"; its image {failed.release.image} is in quarantine"
     reports += [*opened, *await tidy_up(back, reports)]
     raised = RolledBack(
-        f"{what}\nThe service is back on generation {generation}, {back.down}{image}",
+        f"{what}\nThe service is back on generation {generation}, {back.downtime}{image}",
         hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
         f"{failed.plan.generation}`",
     )
@@ -105,15 +105,15 @@ async def go_back(failed: Rollout, error: BaseException, generation: str) -> Non
     raise raised from error
 
 
-async def restore(site: Site, generation: str) -> Rollout:
+async def restore(session: Session, generation: str) -> Rollout:
     """The rollout that brings a kept generation back, as the hosts are now."""
-    there, saved = await surveying.saved(site, generation)
+    there, saved = await surveying.saved(session, generation)
     return surveying.restored(there, saved, await look(there))
 
 
-async def look(site: Site) -> list[Survey]:
+async def look(session: Session) -> list[HostState]:
     """What all hosts say now."""
-    return await fan_out(site.barrier, [survey(site, name) for name in site.hosts])
+    return await fan_out(session.barrier, [survey(session, name) for name in session.hosts])
 
 
 async def tidy_up(rollout: Rollout, after: Sequence[Report]) -> list[Report]:
@@ -121,18 +121,18 @@ async def tidy_up(rollout: Rollout, after: Sequence[Report]) -> list[Report]:
 
     What can't be removed is told and tried again by the next run: the service is up.
     """
-    site, past = rollout.site, rollout.history
+    session, past = rollout.session, rollout.history
     serves = past.record.serving == rollout.plan.generation
-    steps = [prune(site, name, past, wait_for=after) for name in rollout.plan.hosts]
-    steps += [clear(site, name, past, wait_for=after) for name in site.former if serves]
+    steps = [prune(session, name, past, wait_for=after) for name in rollout.plan.hosts]
+    steps += [clear(session, name, past, wait_for=after) for name in session.former if serves]
     results = await asyncio.gather(*steps, return_exceptions=True)
     for fault in (one for one in results if isinstance(one, Exception)):
         get_run_logger().warning("left for the next run: %s", fault)
     done = [one for one in results if isinstance(one, Report)]
-    cleared = {site.hosts[one.host].address for one in done if one.step == "clear"}
-    cleared |= site.forgotten
+    cleared = {session.hosts[one.host].address for one in done if one.step == "clear"}
+    cleared |= session.forgotten
     if all(isinstance(one, Report) for one in results):
-        record = past.record.left(cleared).without(past.found - past.kept(site.deployment.keep))
+        record = past.record.left(cleared).without(past.found - past.kept(session.deployment.keep))
         await promotion.write(rollout, record, besides=cleared)
     return done
 

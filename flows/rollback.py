@@ -5,9 +5,9 @@ from pathlib import Path
 from prefect import State, flow
 
 from flows import publish
-from flows.roll_out import carry_out, look, restore
+from flows.roll_out import look, restore, roll_out
 from flows.run import this_run
-from flows.session import at_work
+from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.records.releases import History, Release
@@ -25,13 +25,13 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
         generation: one that `pd-deploy releases` lists; without it, the good one before.
     """
     run, given = this_run(), load_deployment(Path(file))
-    async with at_work(
+    async with locked_session(
         given, str(run), lambda past: target(past, generation).hosts.values()
-    ) as site:
-        chosen = target(surveying.past_of(await look(site)), generation)
-        rollout = await restore(site, chosen.generation)
+    ) as session:
+        chosen = target(surveying.past_of(await look(session)), generation)
+        rollout = await restore(session, chosen.generation)
         publish.found(rollout)
-        return await carry_out(rollout, run)
+        return await roll_out(rollout, run)
 
 
 def target(past: History, generation: str | None) -> Release:

@@ -14,9 +14,9 @@ from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
-from pd_deploy.records.releases import History, Place
+from pd_deploy.records.releases import History, HostAccess
 from pd_deploy.steps import history, locking
-from pd_deploy.steps.rollout import Site, places
+from pd_deploy.steps.rollout import Session, host_accesses
 from tasks.lock import lock
 from tasks.survey import connect
 
@@ -29,7 +29,7 @@ _COMMANDS: dict[type[Block], str] = {
 
 
 @asynccontextmanager
-async def open_site(deployment: Deployment) -> AsyncIterator[Site]:
+async def open_session(deployment: Deployment) -> AsyncIterator[Session]:
     """The deployment's hosts, with the credentials of its blocks; closed at the end.
 
     Nothing is connected before the first step asks.
@@ -40,19 +40,19 @@ async def open_site(deployment: Deployment) -> AsyncIterator[Site]:
     blocks = await _load_blocks(deployment)
     hosts = [
         _host(name, place, blocks.get(place.credentials or ""), deployment)
-        for name, place in places(deployment).items()
+        for name, place in host_accesses(deployment).items()
     ]
     async with Hosts(hosts) as opened:
-        yield Site(deployment, opened, await _registry_login(deployment))
+        yield Session(deployment, opened, await _registry_login(deployment))
 
 
 @asynccontextmanager
-async def at_work(
+async def locked_session(
     deployment: Deployment,
     run: str,
-    also: Callable[[History], Iterable[Place]] = lambda _: (),
+    also: Callable[[History], Iterable[HostAccess]] = lambda _: (),
     forget: Iterable[str] = (),
-) -> AsyncIterator[Site]:
+) -> AsyncIterator[Session]:
     """The deployment's hosts and those it had before, locked for this run.
 
     Args:
@@ -60,41 +60,43 @@ async def at_work(
         also: further hosts that the run needs, from the deployment's past.
         forget: addresses of former hosts that are gone for good.
     """
-    async with open_site(deployment) as site:
-        site.forgotten = frozenset(forget)
-        past = await connected(site)
-        await open_former(site, past, also(past))
-        lease = locking.lease_for(site, run)
-        site.lock_with(lease)
-        async with lease.kept(site.hosts):
-            await lock(site)
-            yield site
+    async with open_session(deployment) as session:
+        session.forgotten = frozenset(forget)
+        past = await connected(session)
+        await open_former(session, past, also(past))
+        lease = locking.lease_for(session, run)
+        session.lock_with(lease)
+        async with lease.kept(session.hosts):
+            await lock(session)
+            yield session
 
 
-async def connected(site: Site) -> History:
+async def connected(session: Session) -> History:
     """Connects to all hosts; what was deployed on them before."""
     return history.merged(
-        await fan_out(site.barrier, [connect(site, name) for name in list(site.hosts)])
+        await fan_out(session.barrier, [connect(session, name) for name in list(session.hosts)])
     )
 
 
-async def open_former(site: Site, past: History, also: Iterable[Place] = ()) -> None:
-    """Adds the hosts that former generations may have left something on; see `at_work`."""
-    known = {host.address for host in site.hosts.values()} | site.forgotten
+async def open_former(session: Session, past: History, also: Iterable[HostAccess] = ()) -> None:
+    """Adds the hosts that former generations may have left something on; see `locked_session`."""
+    known = {host.address for host in session.hosts.values()} | session.forgotten
     for place in (*past.record.hosts.values(), *also):
         if place.address not in known:
             known.add(place.address)
-            name = place.address if place.name in site.hosts else place.name
-            site.hosts.add(await _former(name, place, site.deployment))
+            name = place.address if place.name in session.hosts else place.name
+            session.hosts.add(await _former(name, place, session.deployment))
 
 
-async def _former(name: str, place: Place, deployment: Deployment) -> Host:
+async def _former(name: str, place: HostAccess, deployment: Deployment) -> Host:
     key = f"credentials of the former host {place.address}"
     block = await _load(SshCredentials, place.credentials, key) if place.credentials else None
     return _host(name, place, block, deployment)
 
 
-def _host(name: str, place: Place, block: SshCredentials | None, deployment: Deployment) -> Host:
+def _host(
+    name: str, place: HostAccess, block: SshCredentials | None, deployment: Deployment
+) -> Host:
     return Host(name, place.address, _login(place, block), connect_timeout=deployment.gates.connect)
 
 
@@ -115,7 +117,7 @@ async def _load_blocks(deployment: Deployment) -> dict[str, SshCredentials]:
     return blocks
 
 
-def _login(place: Place, block: SshCredentials | None) -> Login:
+def _login(place: HostAccess, block: SshCredentials | None) -> Login:
     if block:
         return block.login(user=place.user or "root", port=place.port)
     return Login(user=place.user, port=place.port)

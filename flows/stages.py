@@ -20,7 +20,7 @@ from tasks.server import start_server, until_ready
 from tasks.smoke_test import smoke_test
 
 
-async def make_so(rollout: Rollout, stages: list[Stage]) -> list[Report]:
+async def run_stages(rollout: Rollout, stages: list[Stage]) -> list[Report]:
     """Runs the stages. Nothing old stops before every host has passed its checks and has all that
     the new generation needs."""
     reports = await prepare_all(rollout, stages)
@@ -34,15 +34,15 @@ async def make_so(rollout: Rollout, stages: list[Stage]) -> list[Report]:
 
 async def prepare_all(rollout: Rollout, stages: list[Stage]) -> list[Report]:
     """All that can be done while the old generation serves."""
-    site, hosts = rollout.site, list(rollout.plan.hosts)
-    reports = await fan_out(site.barrier, [preflight(rollout, host) for host in hosts])
+    session, hosts = rollout.session, list(rollout.plan.hosts)
+    reports = await fan_out(session.barrier, [preflight(rollout, host) for host in hosts])
     if "cleanup" in stages or "launch" in stages:
         pulls = [pull_image(rollout, host, wait_for=reports) for host in hosts]
-        reports += await fan_out(site.barrier, pulls)
+        reports += await fan_out(session.barrier, pulls)
     if "launch" in stages:
         await promotion.note_hosts(rollout)
     lines = [create(rollout, host, stages, reports) for host in hosts]
-    for line in await fan_out(site.barrier, lines):
+    for line in await fan_out(session.barrier, lines):
         reports += line
     if "launch" in stages and "proxy" in stages and rollout.may_prepare_early():
         reports += await prepare(rollout, reports)
@@ -53,7 +53,7 @@ async def create(
     rollout: Rollout, host: str, stages: list[Stage], after: list[Report]
 ) -> list[Report]:
     """Files and containers on one host; nothing starts."""
-    barrier, planned = rollout.site.barrier, rollout.plan.hosts[host]
+    barrier, planned = rollout.session.barrier, rollout.plan.hosts[host]
     done: list[Report] = []
     if "launch" in stages:
         done.append(await save(rollout, host, wait_for=after))
@@ -73,7 +73,7 @@ async def stop_old(rollout: Rollout, stages: list[Stage], after: list[Report]) -
         proxies, servers = rollout.to_restart()
     else:
         return []
-    barrier = rollout.site.barrier
+    barrier = rollout.session.barrier
     if rollout.stopping():
         await promotion.note_closing(rollout)
     closed = await fan_out(barrier, [clean_up(rollout, name, wait_for=after) for name in proxies])
@@ -83,12 +83,14 @@ async def stop_old(rollout: Rollout, stages: list[Stage], after: list[Report]) -
 
 async def serve_all(rollout: Rollout, after: list[Report]) -> list[Report]:
     """Starts all servers when what they need is free, and waits until all are ready."""
-    site = rollout.site
+    session = rollout.session
     busy = [host for host in rollout.plan.hosts if rollout.to_start(host)]
-    free = await fan_out(site.barrier, [until_free(rollout, host, wait_for=after) for host in busy])
-    steps = [serve(rollout, i.name, free or after) for i in site.topology.instances]
+    free = await fan_out(
+        session.barrier, [until_free(rollout, host, wait_for=after) for host in busy]
+    )
+    steps = [serve(rollout, i.name, free or after) for i in session.topology.instances]
     steps += [prepare(rollout, free or after)]
-    done = [report for line in await fan_out(site.barrier, steps) for report in line]
+    done = [report for line in await fan_out(session.barrier, steps) for report in line]
     return free + done
 
 
@@ -96,20 +98,20 @@ async def prove_and_open(rollout: Rollout, after: list[Report]) -> tuple[Complet
     """Proves the service where only the smoke test can reach it, then lets clients in."""
     begin = time.monotonic()
     completion = await smoke_test(rollout, wait_for=after)
-    rollout.down.proof = time.monotonic() - begin
-    proxy = rollout.site.topology.proxy.name
+    rollout.downtime.proof = time.monotonic() - begin
+    proxy = rollout.session.topology.proxy.name
     return completion, [await open_proxy(rollout, proxy, wait_for=[completion])]
 
 
 async def serve(rollout: Rollout, instance: str, after: list[Report]) -> list[Report]:
     """Starts a server when those it has to follow have started, and waits until it is ready."""
-    site = rollout.site
-    followed = await site.barrier.passed(site.engine.starts_after(site.topology, instance))
+    session = rollout.session
+    followed = await session.barrier.passed(session.engine.starts_after(session.topology, instance))
     started = await start_server(rollout, instance, wait_for=[*after, *followed])
-    site.barrier.open(instance, started)
+    session.barrier.open(instance, started)
     return [started, await until_ready(rollout, instance, wait_for=[started])]
 
 
 async def prepare(rollout: Rollout, after: list[Report]) -> list[Report]:
     """Prepares the proxy: its port stays closed."""
-    return [await prepare_proxy(rollout, rollout.site.topology.proxy.name, wait_for=after)]
+    return [await prepare_proxy(rollout, rollout.session.topology.proxy.name, wait_for=after)]

@@ -9,7 +9,7 @@ from flows import publish
 from flows.fan_out import fan_out
 from flows.roll_out import look
 from flows.run import this_run
-from flows.session import at_work
+from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
 from pd_deploy.steps import surveying
 from tasks.tidy import clear, stop
@@ -23,11 +23,11 @@ async def teardown(file: str) -> State[None]:
         file: the deployment file; says which deployment, and how its hosts are reached.
     """
     given = load_deployment(Path(file))
-    async with at_work(given, str(this_run())) as site:
-        past = surveying.past_of(await look(site))
-        proxy_first = sorted(site.hosts, key=lambda name: name != site.topology.proxy.host)
+    async with locked_session(given, str(this_run())) as session:
+        past = surveying.past_of(await look(session))
+        proxy_first = sorted(session.hosts, key=lambda name: name != session.topology.proxy.host)
         for name in proxy_first[:1]:
-            await stop(site, name)
-        done = await fan_out(site.barrier, [clear(site, name, past) for name in proxy_first])
+            await stop(session, name)
+        done = await fan_out(session.barrier, [clear(session, name, past) for name in proxy_first])
     what = "; ".join(f"{one.host}: {one.detail}" for one in done)
     return Completed(message=f"{given.name} is gone: {what}")

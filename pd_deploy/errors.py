@@ -18,7 +18,7 @@
      │   ├─ NameTaken                 another container has the name
      │   ├─ ContainerMissing          the container does not exist (any more)
      │   ├─ FactsError                what a host says about itself can't be read or can't be right
-     │   ├─ EngineRefused             the Docker engine rejects a request for another reason
+     │   ├─ DockerRefused             the Docker engine rejects a request for another reason
      │   ├─ InUse                     devices or ports are another's
      │   └─ CommandFailed             a command ran and exited with another status than 0
      ├─ LeaseHeld                 another run works on the deployment
@@ -38,7 +38,7 @@
          ├─ ConnectionDropped         the connection was lost while a call was under way
          ├─ TimedOut                  an answer did not come in time
          ├─ SessionRefused            the SSH server allows no further session
-         ├─ EngineDown                the Docker engine does not answer
+         ├─ DockerDown                the Docker engine does not answer
          └─ RegistryUnavailable       the registry can't be reached or is overloaded
 
 Messages never carry a secret: no key, password, token or command input.
@@ -190,7 +190,7 @@ class FactsError(HostError):
     """What a host says about itself can't be read or can't be right."""
 
 
-class EngineRefused(HostError):
+class DockerRefused(HostError):
     """The Docker engine rejects a request; the message is the engine's own."""
 
 
@@ -285,7 +285,7 @@ class SessionRefused(TransientError):
     """The SSH server allows no further session on the connection."""
 
 
-class EngineDown(TransientError):
+class DockerDown(TransientError):
     """The host's Docker engine does not answer."""
 
 

@@ -8,7 +8,7 @@ from pd_deploy.hosts.container_values import PullProgress
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps import containers, surveying
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Rollout, Site, Survey
+from pd_deploy.steps.rollout import HostState, Rollout, Session
 from pd_deploy.steps.surveying import ResolvedImage
 from tasks.step import step
 
@@ -16,17 +16,17 @@ MIB = 1 << 20
 
 
 @step("choose image")
-async def choose_image(site: Site, surveys: list[Survey], asked: str | None) -> Choice:
+async def choose_image(session: Session, states: list[HostState], asked: str | None) -> Choice:
     """Decides which image the run takes."""
-    choice = await surveying.choose(site, surveys, asked)
+    choice = await surveying.choose(session, states, asked)
     get_run_logger().info("%s: %s", choice.image, choice.rule)
     return choice
 
 
 @step("resolve image")
-async def resolve_image(site: Site, choice: Choice) -> ResolvedImage:
+async def resolve_image(session: Session, choice: Choice) -> ResolvedImage:
     """Finds the digest behind a tag, once for all hosts."""
-    return await surveying.resolve_image(site, choice)
+    return await surveying.resolve_image(session, choice)
 
 
 @step("pull image {host}")

@@ -4,11 +4,11 @@ from prefect.logging import get_run_logger
 
 from pd_deploy.steps import locking
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Site
+from pd_deploy.steps.rollout import Session
 from tasks.step import step
 
 
 @step("lock")
-async def lock(site: Site) -> Report:
+async def lock(session: Session) -> Report:
     """Takes the deployment's lease on every host; waits for a run that holds it."""
-    return await locking.lock(site, get_run_logger().info)
+    return await locking.lock(session, get_run_logger().info)

@@ -1,25 +1,25 @@
 """Read what a plan needs to know of a host."""
 
 from pd_deploy.steps import history, surveying
-from pd_deploy.steps.history import Found
-from pd_deploy.steps.rollout import Site, Survey
+from pd_deploy.steps.history import HostRecords
+from pd_deploy.steps.rollout import HostState, Session
 from pd_deploy.steps.surveying import Addresses
 from tasks.step import step
 
 
 @step("connect {host}")
-async def connect(site: Site, host: str) -> Found:
+async def connect(session: Session, host: str) -> HostRecords:
     """Connects to a host and reads what was deployed on it before."""
-    return await history.read(site.host(host), site.root)
+    return await history.read(session.host(host), session.root)
 
 
 @step("survey {host}")
-async def survey(site: Site, host: str) -> Survey:
+async def survey(session: Session, host: str) -> HostState:
     """Reads a host's facts, what runs there, and what was deployed there before."""
-    return await surveying.survey(site, host)
+    return await surveying.survey(session, host)
 
 
 @step("device addresses {host}")
-async def device_addresses(site: Site, host: str) -> Addresses:
+async def device_addresses(session: Session, host: str) -> Addresses:
     """Reads the network address of every device that is used on a host."""
-    return await surveying.device_addresses(site, host)
+    return await surveying.device_addresses(session, host)

@@ -194,7 +194,7 @@ class Engine(Protocol):
             FactsError: several devices have the same one; names them all.
         """
 
-    def unseen(self, nonce: str) -> dict[str, Any]:
+    def cache_busting_fields(self, nonce: str) -> dict[str, Any]:
         """Fields of a request that keep it from being answered out of a prefix cache."""
 
     def container(self, service: Service, name: str) -> ContainerSpec:
@@ -210,10 +210,10 @@ class Engine(Protocol):
     def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:
         """Instances that must be started (not ready) before this one."""
 
-    def users_command(self) -> list[str]:
+    def device_users_command(self) -> list[str]:
         """What to run on a host to see who uses its devices; empty where that can't be told."""
 
-    def users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+    def device_users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
         """Those of the devices that somebody uses, and who, from the output of that command."""
 
     def command(self, service: Service, name: str) -> list[str]:

@@ -166,7 +166,7 @@ def check_addresses(addresses: Mapping[str, Mapping[int, str]]) -> None:
     """Nothing to check."""
 
 
-def unseen(nonce: str) -> dict[str, Any]:
+def cache_busting_fields(nonce: str) -> dict[str, Any]:
     """A salt of its own, which vLLM hashes into the blocks of its prefix cache."""
     return {"cache_salt": nonce}
 
@@ -217,12 +217,12 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
     return ()
 
 
-def users_command() -> list[str]:
+def device_users_command() -> list[str]:
     """None: whether a GPU is free says its driver, differently for each; vLLM looks itself."""
     return []
 
 
-def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
     """Nobody, as far as can be told."""
     return {}
 

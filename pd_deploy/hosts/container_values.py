@@ -103,7 +103,7 @@ class Image:
 
 
 @dataclass(frozen=True)
-class EngineInfo:
+class DockerInfo:
     """The Docker engine of a host."""
 
     version: str

@@ -16,7 +16,7 @@ from docker.utils import parse_repository_tag
 from pd_deploy.errors import (
     ConnectionDropped,
     ContainerMissing,
-    EngineRefused,
+    DockerRefused,
     NotOurs,
     PdDeployError,
     TimedOut,
@@ -26,7 +26,7 @@ from pd_deploy.hosts.container_values import (
     DEPLOYMENT_LABEL,
     ContainerSpec,
     ContainerState,
-    EngineInfo,
+    DockerInfo,
     Image,
     PullMeter,
     PullProgress,
@@ -36,7 +36,7 @@ from pd_deploy.hosts.container_values import (
     state_of,
 )
 from pd_deploy.hosts.docker_errors import container_error, explanation, pull_error
-from pd_deploy.hosts.docker_socket import EngineSocket
+from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.files import together
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.hosts.tunnel import Tunnel
@@ -54,28 +54,28 @@ PROGRESS_EVERY_S = 1.0
 _BROKEN = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 
-class Engine:
+class DockerEngine:
     """The Docker engine of a host, through the host's SSH connection.
 
-    Every method may raise EngineDown, DockerAccessDenied, DockerMissing, ConnectionDropped,
-    TimedOut, EngineRefused and what connecting raises.
+    Every method may raise DockerDown, DockerAccessDenied, DockerMissing, ConnectionDropped,
+    TimedOut, DockerRefused and what connecting raises.
 
     Args:
         socket: opens streams to the engine.
         where: the host's name for messages.
     """
 
-    def __init__(self, socket: EngineSocket, where: str) -> None:
+    def __init__(self, socket: DockerSocket, where: str) -> None:
         self._socket = socket
         self._where = where
         self._shared: tuple[Tunnel, APIClient] | None = None
         self._opening = asyncio.Lock()
         self._calls = asyncio.Semaphore(MAX_CALLS)
 
-    async def info(self) -> EngineInfo:
+    async def info(self) -> DockerInfo:
         """Version, storage driver and place of the engine's data."""
         info, version = await self._read("info", lambda c: (c.info(), c.version()))
-        return EngineInfo(
+        return DockerInfo(
             version=version["Version"],
             api_version=version["ApiVersion"],
             storage_driver=info["Driver"],
@@ -430,7 +430,7 @@ class Engine:
             fault = tunnel.fault
             return type(fault)(fault.message, host=fault.host, hint=fault.hint)
         if isinstance(exc, sdk.DockerException) and not isinstance(exc.__cause__, _BROKEN):
-            return EngineRefused(f"{what}: {exc}", host=self._where)
+            return DockerRefused(f"{what}: {exc}", host=self._where)
         return ConnectionDropped(
             f"{what}: the connection to the Docker engine was lost",
             host=self._where,

@@ -7,8 +7,8 @@ from docker import errors as sdk
 from pd_deploy.errors import (
     ContainerMissing,
     DiskFull,
-    EngineDown,
-    EngineRefused,
+    DockerDown,
+    DockerRefused,
     FileMissing,
     ImageNotFound,
     NameTaken,
@@ -92,7 +92,7 @@ def pull_error(text: str, ref: str, where: str) -> PdDeployError:
         return ImageNotFound(
             f"{ref} is not in its registry ({_short(text)})", host=where, hint="check name and tag"
         )
-    return EngineRefused(f"pulling {ref} failed: {_short(text)}", host=where)
+    return DockerRefused(f"pulling {ref} failed: {_short(text)}", host=where)
 
 
 def explanation(exc: sdk.APIError) -> str:
@@ -113,8 +113,8 @@ def _other(text: str, status: int | None, what: str, where: str) -> PdDeployErro
     if "no space left" in text.lower():
         return DiskFull(f"{what}: no space left", host=where, hint="docker system df shows by what")
     if status == 503:
-        return EngineDown(f"{what}: {_short(text)}", host=where, hint="systemctl status docker")
-    return EngineRefused(f"{what}: the Docker engine says {_short(text)!r}", host=where)
+        return DockerDown(f"{what}: {_short(text)}", host=where, hint="systemctl status docker")
+    return DockerRefused(f"{what}: the Docker engine says {_short(text)!r}", host=where)
 
 
 def _short(text: str) -> str:

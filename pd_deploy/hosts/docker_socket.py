@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from pd_deploy.errors import (
     DockerAccessDenied,
+    DockerDown,
     DockerMissing,
-    EngineDown,
     PdDeployError,
     SessionRefused,
 )
@@ -32,7 +32,7 @@ elif timeout 20 docker -H "unix://$sock" version --format ok >/dev/null 2>&1; th
 else echo down; fi"""
 
 
-class EngineSocket:
+class DockerSocket:
     """Opens streams to the Docker socket of one host.
 
     Args:
@@ -61,7 +61,7 @@ class EngineSocket:
         """A stream to the Docker engine.
 
         Raises:
-            DockerAccessDenied, DockerMissing, EngineDown: the engine can't be had.
+            DockerAccessDenied, DockerMissing, DockerDown: the engine can't be had.
         """
         if not self.stdio:
             with contextlib.suppress(_ForwardingOff):
@@ -146,9 +146,9 @@ class EngineSocket:
             return DockerMissing(
                 f"neither a docker command nor the Docker socket {self._path} exists",
                 host=self._where,
-                hint="install Docker Engine 20.10 or newer",
+                hint="install Docker DockerEngine 20.10 or newer",
             )
-        return EngineDown(
+        return DockerDown(
             f"no Docker engine answers at {self._path}",
             host=self._where,
             hint="look at `systemctl status docker` and start it",

@@ -13,8 +13,8 @@ import asyncssh
 import httpx
 
 from pd_deploy.errors import CommandFailed, ConnectionDropped, HostError, HostUnreachable, TimedOut
-from pd_deploy.hosts.docker_engine import Engine
-from pd_deploy.hosts.docker_socket import EngineSocket
+from pd_deploy.hosts.docker_engine import DockerEngine
+from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.facts import Facts
 from pd_deploy.hosts.files import File, Files, sftp_error
 from pd_deploy.hosts.link import Link
@@ -32,7 +32,7 @@ RELAY = 'exec 3<>"/dev/tcp/$1/$2" || exit; cat <&3 & exec cat >&3'
 
 
 @dataclass(frozen=True)
-class Completed:
+class CommandResult:
     """What a command did; a negative exit status is the signal that ended it."""
 
     exit_status: int
@@ -72,8 +72,8 @@ class Host:
         self._link = self._new_link()
         self._sftp: tuple[asyncssh.SSHClientConnection, asyncssh.SFTPClient] | None = None
         self._sftp_opening = asyncio.Lock()
-        socket = EngineSocket(self._link, self._new_link, docker_socket, self.where, login.who)
-        self.engine = Engine(socket, self.where)
+        socket = DockerSocket(self._link, self._new_link, docker_socket, self.where, login.who)
+        self.docker = DockerEngine(socket, self.where)
         self.facts = Facts(self)
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class Host:
         input: bytes | str | None = None,
         check: bool = True,
         timeout: float = 60.0,
-    ) -> Completed:
+    ) -> CommandResult:
         """Runs a command.
 
         Args:
@@ -207,7 +207,7 @@ class Host:
     async def aclose(self) -> None:
         """Cuts calls under way and closes the connection."""
         try:
-            await self.engine.aclose()
+            await self.docker.aclose()
         finally:
             await self._link.aclose()
 
@@ -272,7 +272,7 @@ class Host:
             self._sftp = connection, await connection.start_sftp_client()
         return self._sftp[1]
 
-    async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> Completed:
+    async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> CommandResult:
         command = _bounded(argv, timeout)
         stdin = asyncssh.PIPE if data else asyncssh.DEVNULL
         async with self._link.session(
@@ -285,9 +285,9 @@ class Host:
                 process.close()
         if process.returncode is None:
             raise self._link.dropped(f"the connection was lost while `{shlex.join(argv)}` ran")
-        return Completed(process.returncode, _text(stdout), _text(stderr))
+        return CommandResult(process.returncode, _text(stdout), _text(stderr))
 
-    def _failed(self, argv: Sequence[str], done: Completed) -> HostError:
+    def _failed(self, argv: Sequence[str], done: CommandResult) -> HostError:
         said = (done.stderr or done.stdout).strip()[-STDERR_TAIL:]
         return CommandFailed(
             f"`{shlex.join(argv)}` exited with {done.exit_status}: {said or 'it printed nothing'}",

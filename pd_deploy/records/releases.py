@@ -26,7 +26,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Place(_Frozen):
+class HostAccess(_Frozen):
     """How a host of a release is reached; `credentials` names a block."""
 
     name: str
@@ -58,7 +58,7 @@ class Release(_Frozen):
     image: str
     exact: str
     file_image: str
-    hosts: dict[str, Place]
+    hosts: dict[str, HostAccess]
     logs: str
     created: datetime
     started_by: str
@@ -100,7 +100,7 @@ class Record(_Frozen):
 
     sequence: int = 0
     serving: str | None = None
-    hosts: dict[str, Place] = {}
+    hosts: dict[str, HostAccess] = {}
     outcomes: dict[str, Outcome] = {}
     quarantine: dict[str, Quarantined] = {}
     closed: datetime | None = None
@@ -116,7 +116,7 @@ class Record(_Frozen):
         good = Outcome(result="good", when=when, by=by)
         return self._changed(serving=generation, outcomes={**self.outcomes, generation: good})
 
-    def on(self, places: Iterable[Place]) -> "Record":
+    def on(self, places: Iterable[HostAccess]) -> "Record":
         """The record once a generation is to be made on hosts."""
         hosts = {**self.hosts, **{place.address: place for place in places}}
         return self if hosts == self.hosts else self._changed(hosts=hosts)

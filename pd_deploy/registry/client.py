@@ -18,8 +18,8 @@ from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host
 from pd_deploy.registry import tags
 from pd_deploy.registry.headers import next_link
-from pd_deploy.registry.repository import Place
-from pd_deploy.registry.session import Answer, Session
+from pd_deploy.registry.repository import Repository
+from pd_deploy.registry.session import RegistrySession, Reply
 from pd_deploy.registry.ways import Connect, straight, through, trust
 
 MAX_PAGES = 1000
@@ -33,7 +33,7 @@ MANIFESTS = (
 
 
 @dataclass(frozen=True)
-class Found:
+class Build:
     """A build: its tag, and the digest (`sha256:…`) that the tag stood for when it was asked."""
 
     tag: str
@@ -54,14 +54,14 @@ class Registry:
 
     def __init__(
         self,
-        place: Place,
+        place: Repository,
         connect: Connect,
         login: RegistryLogin | None = None,
         *,
         where: str | None = None,
     ) -> None:
         self.place = place
-        self._session = Session(place, connect, login, where)
+        self._session = RegistrySession(place, connect, login, where)
 
     async def __aenter__(self) -> Self:
         return self
@@ -127,13 +127,13 @@ class Registry:
     def _url(self, path: str) -> httpx.URL:
         return self.place.url.join(f"{self.place.repository}/{path}")
 
-    def _tags_in(self, answer: Answer) -> list[str]:
+    def _tags_in(self, answer: Reply) -> list[str]:
         found = self._session.document_in(answer, "a list of tags").get("tags") or []
         if not isinstance(found, list):
             raise self._session.misconfigured("expected a list of tags, found something else")
         return [tag for tag in found if isinstance(tag, str)]
 
-    def _next_page(self, url: httpx.URL, answer: Answer) -> httpx.URL | None:
+    def _next_page(self, url: httpx.URL, answer: Reply) -> httpx.URL | None:
         target = next_link(answer.headers)
         if target is None:
             return None
@@ -151,7 +151,7 @@ class Registry:
 
 @contextlib.asynccontextmanager
 async def reach(
-    place: Place, *, login: RegistryLogin | None = None, via: Host | None = None
+    place: Repository, *, login: RegistryLogin | None = None, via: Host | None = None
 ) -> AsyncIterator[Registry]:
     """A registry that answers: straight from this machine or else through a host.
 
@@ -189,7 +189,7 @@ async def reach(
     raise _worst(faults)
 
 
-async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str] = ()) -> Found:
+async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str] = ()) -> Build:
     """The newest build that is not to be skipped.
 
     Args:
@@ -210,7 +210,7 @@ async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str]
         except ImageNotFound:
             continue  # Deleted; some registries go on listing such a tag.
         if digest not in skip:
-            return Found(tag, digest)
+            return Build(tag, digest)
         skipped += 1
     raise ImageNotFound(
         f"expected a build of family {tags.described(policy)} in {registry.place.name}, found none "

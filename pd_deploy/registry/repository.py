@@ -14,7 +14,7 @@ MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
-class Place:
+class Repository:
     """A repository and how its registry is talked to.
 
     Args:
@@ -30,7 +30,7 @@ class Place:
     ca: str | None = None
 
     @classmethod
-    def of(cls, name: str, *, insecure: bool = False, ca: str | None = None) -> "Place":
+    def of(cls, name: str, *, insecure: bool = False, ca: str | None = None) -> "Repository":
         """The place of a repository's full name, HOST[:PORT]/PATH.
 
         It speaks TLS, except where `insecure` is set, and where the registry is one of the loopback
@@ -64,14 +64,14 @@ class Place:
         return _is_loopback(self.url.host)
 
 
-def place_of(deployment: Deployment) -> Place:
+def repository_of(deployment: Deployment) -> Repository:
     """Where a deployment's newer images are looked for.
 
     Raises:
         InvalidInput: the image has no registry in its name.
     """
     of = deployment.registry
-    return Place.of(deployment.update_repository, insecure=of.insecure, ca=of.ca)
+    return Repository.of(deployment.update_repository, insecure=of.insecure, ca=of.ca)
 
 
 def _is_loopback(host: str) -> bool:

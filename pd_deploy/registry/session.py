@@ -21,7 +21,7 @@ from pd_deploy.errors import (
 )
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.registry.headers import Challenge, parse_challenges
-from pd_deploy.registry.repository import MAX_PORT, Place
+from pd_deploy.registry.repository import MAX_PORT, Repository
 from pd_deploy.registry.ways import Connect
 
 CONNECT_TIMEOUT_S = 5.0
@@ -33,7 +33,7 @@ JSON = "application/json"
 _TLS_FAULTS = (ssl.SSLError, ssl.SSLCertVerificationError)
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What a server answered; `body` has the bytes as they came."""
 
     status: int
@@ -47,7 +47,7 @@ class _Authorization:
     until: float = float("inf")  # by the monotonic clock
 
 
-class Session:
+class RegistrySession:
     """Requests about one repository, one at a time.
 
     Credentials go only to the registry or, where it gives out tokens, to there; no redirect is
@@ -61,7 +61,7 @@ class Session:
     """
 
     def __init__(
-        self, place: Place, connect: Connect, login: RegistryLogin | None, where: str | None
+        self, place: Repository, connect: Connect, login: RegistryLogin | None, where: str | None
     ) -> None:
         self.place = place
         self._connect = connect
@@ -76,7 +76,7 @@ class Session:
         self._clients.clear()
         await self._open.aclose()
 
-    async def ask(self, method: str, url: httpx.URL, what: str, accept: str = JSON) -> Answer:
+    async def ask(self, method: str, url: httpx.URL, what: str, accept: str = JSON) -> Reply:
         """A good answer of the registry, which is logged in to if it wants that.
 
         Args:
@@ -101,7 +101,7 @@ class Session:
         given = self._authorization
         return given.header if given and time.monotonic() < given.until else None
 
-    def challenge_in(self, answer: Answer) -> Challenge:
+    def challenge_in(self, answer: Reply) -> Challenge:
         """How the registry wants to be logged in to; a token comes before a password.
 
         Raises:
@@ -158,7 +158,7 @@ class Session:
 
     async def send(
         self, method: str, url: httpx.URL, authorization: str | None = None, accept: str = JSON
-    ) -> Answer:
+    ) -> Reply:
         """Whatever is answered, except a redirect.
 
         Raises:
@@ -187,7 +187,7 @@ class Session:
         if response.is_redirect:
             place = response.headers.get("location", "").partition("?")[0]
             raise self.misconfigured(f"expected an answer, found a redirect to {place}")
-        return Answer(response.status_code, response.headers, body)
+        return Reply(response.status_code, response.headers, body)
 
     async def _client(self, url: httpx.URL) -> httpx.AsyncClient:
         place = url.host, url.port or (443 if url.scheme == "https" else 80)
@@ -204,7 +204,7 @@ class Session:
                 raise self.misconfigured(f"expected at most {MAX_BODY >> 20} MiB, found more")
         return bytes(body)
 
-    def document_in(self, answer: Answer, what: str) -> dict[str, Any]:
+    def document_in(self, answer: Reply, what: str) -> dict[str, Any]:
         """The JSON document that an answer holds.
 
         Raises:

@@ -13,7 +13,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import HostPlan
 from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Rollout, Site
+from pd_deploy.steps.rollout import Rollout, Session
 
 LOG_LINES = 20
 ABORT_TIMEOUT_S = 10
@@ -28,14 +28,14 @@ async def pull(
     Raises:
         NotReady: it took longer than `gates.pull`.
     """
-    host, image = rollout.site.host(name), rollout.plan.image
-    if await host.engine.image(image):
+    host, image = rollout.session.host(name), rollout.plan.image
+    if await host.docker.image(image):
         return Report("pull image", name, name, False, "present")
-    await rollout.site.may_change(host)
-    limit = rollout.site.deployment.gates.pull
+    await rollout.session.may_change(host)
+    limit = rollout.session.deployment.gates.pull
     try:
         async with asyncio.timeout(limit):
-            await host.engine.pull(image, rollout.site.registry_login, on_progress)
+            await host.docker.pull(image, rollout.session.registry_login, on_progress)
     except TimeoutError as error:
         raise NotReady(
             f"expected {image} to be pulled within {limit:g} s",
@@ -54,8 +54,8 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     ]
     if stopping:
         rollout.stopped = True
-        rollout.down.begin()
-    await asyncio.gather(*(_stop(rollout.site, host, state) for host, state in stopping))
+        rollout.downtime.begin()
+    await asyncio.gather(*(_stop(rollout.session, host, state) for host, state in stopping))
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
     return Report("clean up", instance, where, bool(stopping), detail)
@@ -63,8 +63,8 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
 
 async def launch(rollout: Rollout, instance: str) -> Report:
     """Creates an instance's directories, start script and container; starts nothing."""
-    where, host = rollout.site.topology.host_of(instance), rollout.site.host_of(instance)
-    await rollout.site.may_change(host)
+    where, host = rollout.session.topology.host_of(instance), rollout.session.host_of(instance)
+    await rollout.session.may_change(host)
     planned, spec = rollout.plan.hosts[where], rollout.plan.container(instance)
     own = [d for d in planned.directories if d.endswith(f"/{instance}")]
     shared = [d for d in planned.directories if d.endswith("/ranktables")]
@@ -73,7 +73,7 @@ async def launch(rollout: Rollout, instance: str) -> Report:
     if await _find(rollout, instance):
         changes = [f"wrote {path}" for path in (*made, *written)]
         return Report("launch", instance, where, bool(changes), ", ".join(changes) or "present")
-    await host.engine.create(spec)
+    await host.docker.create(spec)
     return Report("launch", instance, where, True, f"created {spec.name}")
 
 
@@ -83,10 +83,10 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
     Raises:
         OutOfOrder: the generation was not launched.
     """
-    host, planned = rollout.site.host(name), rollout.plan.hosts[name]
+    host, planned = rollout.session.host(name), rollout.plan.hosts[name]
     for instance in planned.containers:
         await require(rollout, instance)
-    await rollout.site.may_change(host)
+    await rollout.session.may_change(host)
     written = await _write(host, planned, "ranktable", "/ranktables/")
     detail = f"wrote {len(written)} documents" if written else "up to date"
     return Report("ranktable", name, name, bool(written), detail)
@@ -99,13 +99,15 @@ async def prepare_proxy(rollout: Rollout) -> Report:
         OutOfOrder: the generation was not launched.
         InstanceDied: the preparation failed; the message has the proxy's last lines.
     """
-    site, name = rollout.site, rollout.site.topology.proxy.name
+    session, name = rollout.session, rollout.session.topology.proxy.name
     state = await require(rollout, name)
     if state.status in generations.RUNNING:
-        return Report("prepare proxy", name, site.topology.proxy.host, False, "runs")
+        return Report("prepare proxy", name, session.topology.proxy.host, False, "runs")
     await _start(rollout, name, state)
-    await _log_says(rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy)
-    return Report("prepare proxy", name, site.topology.proxy.host, True, "prepared, port closed")
+    await _log_says(
+        rollout, name, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
+    )
+    return Report("prepare proxy", name, session.topology.proxy.host, True, "prepared, port closed")
 
 
 async def start_server(rollout: Rollout, instance: str) -> Report:
@@ -115,13 +117,15 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
         OutOfOrder: the generation was not launched, or has no ranktables.
         InstanceDied: the launcher ended at once.
     """
-    site, where = rollout.site, rollout.site.topology.host_of(instance)
+    session, where = rollout.session, rollout.session.topology.host_of(instance)
     state = await require(rollout, instance)
     if state.status in generations.RUNNING:
         return Report("start server", instance, where, False, "runs")
     await _require_ranktables(rollout, where)
     await _start(rollout, instance, state)
-    await _log_says(rollout, instance, state, site.engine.STARTED, site.deployment.gates.start)
+    await _log_says(
+        rollout, instance, state, session.engine.STARTED, session.deployment.gates.start
+    )
     return Report("start server", instance, where, True, f"started {state.name}")
 
 
@@ -131,37 +135,37 @@ async def let_smoke_test_in(rollout: Rollout) -> str:
     Returns:
         The address where its port answers on its host.
     """
-    site, name = rollout.site, rollout.site.topology.proxy.name
-    host, state = site.host_of(name), await require(rollout, name)
+    session, name = rollout.session, rollout.session.topology.proxy.name
+    host, state = session.host_of(name), await require(rollout, name)
     if state.status not in generations.RUNNING:
         await prepare_proxy(rollout)
         state = await require(rollout, name)
     elif await _clients_can_connect(rollout):
-        return site.topology.proxy.address
-    if site.engine.PROVING not in await host.engine.logs(state.id, since=state.finished_at):
+        return session.topology.proxy.address
+    if session.engine.PROVING not in await host.docker.logs(state.id, since=state.finished_at):
         await _log_says(
-            rollout, name, state, site.engine.PREPARED, site.deployment.gates.prepare_proxy
+            rollout, name, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
         )
         await _one_step_on(rollout, state)
-        await _log_says(rollout, name, state, site.engine.OPEN, site.deployment.gates.start)
+        await _log_says(rollout, name, state, session.engine.OPEN, session.deployment.gates.start)
         # Scripts that older versions of pd-deploy have saved open to clients at once.
-        if site.engine.PROVING not in await host.engine.logs(state.id, since=state.finished_at):
-            return site.topology.proxy.address
+        if session.engine.PROVING not in await host.docker.logs(state.id, since=state.finished_at):
+            return session.topology.proxy.address
     return PROVING_ADDRESS
 
 
 async def open_proxy(rollout: Rollout) -> Report:
     """Opens the proxy's port to clients; to be called when the smoke test has passed."""
-    site, name = rollout.site, rollout.site.topology.proxy.name
-    where, state = site.topology.proxy.host, await require(rollout, name)
-    port = site.topology.proxy.port
+    session, name = rollout.session, rollout.session.topology.proxy.name
+    where, state = session.topology.proxy.host, await require(rollout, name)
+    port = session.topology.proxy.port
     if await _clients_can_connect(rollout):
         if not rollout.stopped:
-            rollout.down.never()
+            rollout.downtime.never()
         return Report("open proxy", name, where, False, f"port {port} is open")
     await _one_step_on(rollout, state)
-    await _log_says(rollout, name, state, site.engine.OPENED, site.deployment.gates.start)
-    rollout.down.end()
+    await _log_says(rollout, name, state, session.engine.OPENED, session.deployment.gates.start)
+    rollout.downtime.end()
     return Report("open proxy", name, where, True, f"opened port {port}")
 
 
@@ -183,8 +187,8 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
 
 async def died(rollout: Rollout, instance: str) -> InstanceDied:
     """The error for an instance that ended: exit code and the last lines of its logs."""
-    host, state = rollout.site.host_of(instance), await require(rollout, instance)
-    code = await host.engine.wait(state.id)
+    host, state = rollout.session.host_of(instance), await require(rollout, instance)
+    code = await host.docker.wait(state.id)
     return InstanceDied(
         f"ended with exit code {code}\n{await last_lines(rollout, instance)}",
         host=host.where,
@@ -196,9 +200,9 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
 
 async def last_lines(rollout: Rollout, instance: str) -> str:
     """The end of an instance's output and log files since its last start, for messages."""
-    host, state = rollout.site.host_of(instance), await require(rollout, instance)
+    host, state = rollout.session.host_of(instance), await require(rollout, instance)
     output, files = await asyncio.gather(
-        host.engine.logs(state.id, tail=LOG_LINES, since=state.started_at),
+        host.docker.logs(state.id, tail=LOG_LINES, since=state.started_at),
         host.facts.tail([rollout.log_directory(instance)], lines=LOG_LINES),
     )
     shown = ["its last lines:", *(f"  | {line}" for line in output.splitlines())]
@@ -209,10 +213,10 @@ async def last_lines(rollout: Rollout, instance: str) -> str:
 
 async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | None:
     """The error for an instance, or the proxy, that has ended or ends within some seconds."""
-    names = rollout.site.topology.names
+    names = rollout.session.topology.names
     states = await asyncio.gather(*(require(rollout, name) for name in names))
     ends = {
-        asyncio.ensure_future(rollout.site.host_of(name).engine.wait(state.id)): name
+        asyncio.ensure_future(rollout.session.host_of(name).docker.wait(state.id)): name
         for name, state in zip(names, states, strict=True)
         if within or state.status in generations.ENDED
     }
@@ -236,7 +240,7 @@ async def require(rollout: Rollout, instance: str) -> ContainerState:
     if state is None:
         raise OutOfOrder(
             f"expected the container {rollout.plan.container(instance).name}, found none",
-            host=rollout.site.host_of(instance).where,
+            host=rollout.session.host_of(instance).where,
             instance=instance,
             hint="run the stage `launch` first",
         )
@@ -244,27 +248,31 @@ async def require(rollout: Rollout, instance: str) -> ContainerState:
 
 
 async def _stop_instance(rollout: Rollout, instance: str) -> None:
-    state, host = await require(rollout, instance), rollout.site.topology.host_of(instance)
+    state, host = await require(rollout, instance), rollout.session.topology.host_of(instance)
     if state.status in generations.RUNNING:
-        await _stop(rollout.site, host, state, ABORT_TIMEOUT_S)
+        await _stop(rollout.session, host, state, ABORT_TIMEOUT_S)
 
 
-async def _stop(site: Site, host: str, state: ContainerState, timeout: int | None = None) -> None:
-    seconds = site.deployment.container.stop_timeout if timeout is None else timeout
-    await site.may_change(site.host(host))
-    await site.host(host).engine.stop(state.id, deployment=site.deployment.name, timeout=seconds)
+async def _stop(
+    session: Session, host: str, state: ContainerState, timeout: int | None = None
+) -> None:
+    seconds = session.deployment.container.stop_timeout if timeout is None else timeout
+    await session.may_change(session.host(host))
+    await session.host(host).docker.stop(
+        state.id, deployment=session.deployment.name, timeout=seconds
+    )
 
 
 async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
     spec = rollout.plan.container(instance)
     try:
-        return await rollout.site.host_of(instance).engine.inspect(spec.name)
+        return await rollout.session.host_of(instance).docker.inspect(spec.name)
     except ContainerMissing:
         return None
 
 
 async def _require_ranktables(rollout: Rollout, name: str) -> None:
-    host, files = rollout.site.host(name), rollout.plan.hosts[name].files_of("ranktable")
+    host, files = rollout.session.host(name), rollout.plan.hosts[name].files_of("ranktable")
     found = await asyncio.gather(*(host.read_file(file.path) for file in files))
     wrong = [f.path for f, seen in zip(files, found, strict=True) if seen != f.content.encode()]
     if wrong:
@@ -285,23 +293,23 @@ async def _write(host: Host, planned: HostPlan, stage: str, below: str) -> list[
 
 
 async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:
-    host = rollout.site.host_of(instance)
-    await rollout.site.may_change(host)
+    host = rollout.session.host_of(instance)
+    await rollout.session.may_change(host)
     rollout.started.add(instance)
-    await host.engine.start(state.id)
+    await host.docker.start(state.id)
 
 
 async def _one_step_on(rollout: Rollout, state: ContainerState) -> None:
     """Takes the proxy from prepared to open to the smoke test, and from there to open."""
-    site, host = rollout.site, rollout.site.host_of(rollout.site.topology.proxy.name)
-    await site.may_change(host)
-    await host.engine.kill(state.id, site.engine.OPEN_SIGNAL, deployment=site.deployment.name)
+    session, host = rollout.session, rollout.session.host_of(rollout.session.topology.proxy.name)
+    await session.may_change(host)
+    await host.docker.kill(state.id, session.engine.OPEN_SIGNAL, deployment=session.deployment.name)
 
 
 async def _clients_can_connect(rollout: Rollout) -> bool:
     """Whether something answers where clients ask; its log may have left the start behind."""
-    proxy = rollout.site.topology.proxy
-    async with rollout.site.host(proxy.host).http(proxy.address, proxy.port) as client:
+    proxy = rollout.session.topology.proxy
+    async with rollout.session.host(proxy.host).http(proxy.address, proxy.port) as client:
         try:
             await client.get(f"http://{proxy.address}:{proxy.port}/health", timeout=CONNECT_S)
         except httpx.TransportError:
@@ -313,8 +321,8 @@ async def _log_says(
     rollout: Rollout, instance: str, state: ContainerState, text: str, timeout: float
 ) -> None:
     """Waits for a text in the container's log since its last start."""
-    host = rollout.site.host_of(instance)
-    said = await host.engine.wait_log(state.id, text, timeout, since=state.finished_at)
+    host = rollout.session.host_of(instance)
+    said = await host.docker.wait_log(state.id, text, timeout, since=state.finished_at)
     if said == "ended":
         raise await died(rollout, instance)
     if said == "timeout":

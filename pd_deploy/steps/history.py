@@ -28,7 +28,7 @@ for d in */; do [ ! -d "$d" ] || printf '%s\0\0' "$d"; done"""
 
 
 @dataclass(frozen=True)
-class Found:
+class HostRecords:
     """What one host knows of a deployment's past."""
 
     record: Record
@@ -50,7 +50,7 @@ class Saved(BaseModel):
         return deployment.model_dump(mode="json", exclude_unset=True)
 
 
-def merged(found: Iterable[Found]) -> History:
+def merged(found: Iterable[HostRecords]) -> History:
     """The history from what each host knows."""
     found = list(found)
     return releases.merge(
@@ -60,7 +60,7 @@ def merged(found: Iterable[Found]) -> History:
     )
 
 
-async def read(host: Host, root: str) -> Found:
+async def read(host: Host, root: str) -> HostRecords:
     """What a host knows of the deployment whose directory is `root`.
 
     Raises:
@@ -77,7 +77,7 @@ async def read(host: Host, root: str) -> Found:
         elif name.endswith(f"/{RELEASE}"):
             releases.append(_parse(Release, text, path, host))
     names = frozenset(name.rstrip("/") for name in contents if name.endswith("/"))
-    return Found(record, tuple(releases), names)
+    return HostRecords(record, tuple(releases), names)
 
 
 async def write_release(host: Host, root: str, release: Release, saved: Saved) -> list[str]:

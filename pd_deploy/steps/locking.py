@@ -5,39 +5,41 @@ from collections.abc import Callable
 from pd_deploy.errors import TransientError
 from pd_deploy.hosts.lease import Lease, Owner, this_process
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Site
+from pd_deploy.steps.rollout import Session
 
 
-def lease_for(site: Site, run: str) -> Lease:
-    """A lease, not yet taken, for a run on a site."""
-    owner = Owner(deployment=site.deployment.name, run=run, **this_process())
-    return Lease(site.root, owner, site.deployment.gates.lease_lasts)
+def lease_for(session: Session, run: str) -> Lease:
+    """A lease, not yet taken, for a run on a session."""
+    owner = Owner(deployment=session.deployment.name, run=run, **this_process())
+    return Lease(session.root, owner, session.deployment.gates.lease_lasts)
 
 
-async def lock(site: Site, waiting: Callable[[str], None]) -> Report:
-    """Takes the leases of all hosts of a site.
+async def lock(session: Session, waiting: Callable[[str], None]) -> Report:
+    """Takes the leases of all hosts of a session.
 
     Raises:
         LeaseHeld: another run works on the deployment.
     """
-    assert site.lease is not None
-    hosts = [(host, _claim(site, site.lease.owner, name)) for name, host in site.hosts.items()]
+    assert session.lease is not None
+    hosts = [
+        (host, _claim(session, session.lease.owner, name)) for name, host in session.hosts.items()
+    ]
     try:
-        await site.lease.take(hosts, site.deployment.gates.lease, waiting)
+        await session.lease.take(hosts, session.deployment.gates.lease, waiting)
     except TransientError as error:
-        for name in site.former:
-            if error.host == site.host(name).where:
+        for name in session.former:
+            if error.host == session.host(name).where:
                 error.hint = (
                     "it has left the file, but the deployment may still run there; if it is gone "
-                    f"for good: `pd-deploy deploy FILE --forget {site.host(name).address}`"
+                    f"for good: `pd-deploy deploy FILE --forget {session.host(name).address}`"
                 )
         raise
-    return Report("lock", site.deployment.name, "", False, f"on {', '.join(site.hosts)}")
+    return Report("lock", session.deployment.name, "", False, f"on {', '.join(session.hosts)}")
 
 
-def _claim(site: Site, owner: Owner, host: str) -> Owner:
+def _claim(session: Session, owner: Owner, host: str) -> Owner:
     """What the run is going to use on a host."""
-    topology = site.topology
+    topology = session.topology
     instances = [i for i in topology.instances if i.host == host]
     ports = [port for i in instances for port in i.ports.values()]
     ports += [topology.proxy.port] if topology.proxy.host == host else []

@@ -7,7 +7,7 @@ from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History
-from pd_deploy.steps.rollout import Site
+from pd_deploy.steps.rollout import Session
 
 
 def chosen(past: History, generation: str | None) -> str:
@@ -26,19 +26,21 @@ def chosen(past: History, generation: str | None) -> str:
     )
 
 
-async def collect(site: Site, name: str, past: History, generation: str, to: Path) -> list[Path]:
+async def collect(
+    session: Session, name: str, past: History, generation: str, to: Path
+) -> list[Path]:
     """Copies a host's logs of a generation below a directory here; returns the files.
 
     `docker.log` of each instance is what its container printed. A generation that runs the
     servers of another has their logs there.
     """
-    host = site.host(name)
+    host = session.host(name)
     wanted = {generation}
     if release := past.releases.get(generation):
         wanted.add(release.servers)
-    containers = await host.engine.containers({generations.DEPLOYMENT: site.deployment.name})
+    containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     ours = [c for c in containers if c.labels.get(generations.GENERATION) in wanted]
-    printed = await asyncio.gather(*(host.engine.logs(c.id, tail="all") for c in ours))
+    printed = await asyncio.gather(*(host.docker.logs(c.id, tail="all") for c in ours))
     written = []
     for container, text in zip(ours, printed, strict=True):
         written.append(to / container.labels[generations.INSTANCE] / "docker.log")

@@ -21,7 +21,7 @@ async def preflight(rollout: Rollout, name: str) -> Report:
         FileMissing, DiskFull, InUse, PortTaken: the only fault found.
         HostError: several faults.
     """
-    host = rollout.site.host(name)
+    host = rollout.session.host(name)
     checks = await asyncio.gather(
         _paths(rollout, host, name),
         _disk(rollout, host, name),
@@ -34,8 +34,8 @@ async def preflight(rollout: Rollout, name: str) -> Report:
         raise faults[0]
     if faults:
         raise HostError("; ".join(fault.message for fault in faults), host=host.where)
-    survey = rollout.surveys[name]
-    detail = f"{survey.architecture}, Docker {survey.engine_version}, {survey.interface}"
+    survey = rollout.states[name]
+    detail = f"{survey.architecture}, Docker {survey.docker_version}, {survey.interface}"
     return Report("preflight", name, name, False, detail)
 
 
@@ -45,9 +45,9 @@ async def until_free(rollout: Rollout, name: str) -> Report:
     Raises:
         InUse: they are not within `gates.free`; says who holds them.
     """
-    site, host = rollout.site, rollout.site.host(name)
+    session, host = rollout.session, rollout.session.host(name)
     try:
-        async with asyncio.timeout(site.deployment.gates.free) as limit:
+        async with asyncio.timeout(session.deployment.gates.free) as limit:
             # An asyncio.Event can't be set from another machine
             while busy := await _busy(rollout, host, name):  # noqa: ASYNC110
                 await asyncio.sleep(POLL_S)
@@ -55,7 +55,7 @@ async def until_free(rollout: Rollout, name: str) -> Report:
         if not limit.expired():
             raise
         raise InUse(
-            f"expected devices and ports to be free within {site.deployment.gates.free:g} s "
+            f"expected devices and ports to be free within {session.deployment.gates.free:g} s "
             f"after the old generation stopped, found {', '.join(busy)}",
             host=host.where,
             hint="end what holds them, or raise gates.free",
@@ -79,11 +79,11 @@ async def _busy(rollout: Rollout, host: Host, name: str) -> list[str]:
 
 
 async def _users(rollout: Rollout, host: Host, devices: set[int]) -> dict[int, str]:
-    engine = rollout.site.engine
-    command = engine.users_command()
+    engine = rollout.session.engine
+    command = engine.device_users_command()
     if not command or not devices:
         return {}
-    return dict(engine.users(await host.output(command), sorted(devices), host.where))
+    return dict(engine.device_users(await host.output(command), sorted(devices), host.where))
 
 
 async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
@@ -109,12 +109,12 @@ async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
 
 
 async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    deployment, survey = rollout.site.deployment, rollout.surveys[name]
+    deployment, survey = rollout.session.deployment, rollout.states[name]
     if name not in rollout.plan.hosts:
         return []
     wanted = [("logs", deployment.paths.logs, deployment.disk.logs)]
-    if await host.engine.image(rollout.plan.image) is None:
-        wanted.append(("the image", survey.engine_root, deployment.disk.image))
+    if await host.docker.image(rollout.plan.image) is None:
+        wanted.append(("the image", survey.docker_root, deployment.disk.image))
     free = await asyncio.gather(*(host.facts.disk_free(path) for _, path, _ in wanted))
     return [
         DiskFull(
@@ -163,16 +163,16 @@ def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], 
         for instance, spec in (planned.containers.items() if planned else ())
         for number in generations.numbers(spec.labels[label])
     }
-    running = [c for c in rollout.surveys[name].containers if c.status in generations.RUNNING]
+    running = [c for c in rollout.states[name].containers if c.status in generations.RUNNING]
     return wanted, {n for c in running for n in generations.numbers(c.labels.get(label, ""))}
 
 
 def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[HostError]:
     """Devices and ports that another deployment's containers have, or its run is about to use."""
-    claims = [(_holder(state), _uses(state)) for state in rollout.surveys[name].others]
-    lease = rollout.site.lease
+    claims = [(_holder(state), _uses(state)) for state in rollout.states[name].others]
+    lease = rollout.session.lease
     for other in lease.others.get(host.address, []) if lease else []:
-        if other.age < rollout.site.deployment.gates.lease_lasts:
+        if other.age < rollout.session.deployment.gates.lease_lasts:
             claims.append((f"{other.owner.run}, which is at work", _claimed(other.owner)))
     for label in (generations.DEVICES, generations.PORTS):
         wanted, _ = _labelled(rollout, name, label)

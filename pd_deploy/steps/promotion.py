@@ -16,9 +16,9 @@ _OF_THE_SERVICE = (InstanceDied, NotReady, SmokeTestFailed)
 
 async def save(rollout: Rollout, name: str) -> Report:
     """Writes a generation's account of itself on a host, before anything of it is made."""
-    site, host = rollout.site, rollout.site.host(name)
-    await site.may_change(host)
-    written = await history.write_release(host, site.root, rollout.release, rollout.saved)
+    session, host = rollout.session, rollout.session.host(name)
+    await session.may_change(host)
+    written = await history.write_release(host, session.root, rollout.release, rollout.saved)
     detail = f"wrote {len(written)} files" if written else "known"
     return Report("save", name, name, bool(written), detail)
 
@@ -39,13 +39,13 @@ async def promote(rollout: Rollout, by: str) -> Report:
 
     Its image gets a local name on every host, which keeps it from a `docker image prune`.
     """
-    site, generation = rollout.site, rollout.plan.generation
+    session, generation = rollout.session, rollout.plan.generation
     await asyncio.gather(*(_keep_image(rollout, name) for name in rollout.plan.hosts))
     before = rollout.history.record
     record = before.promoted(generation, datetime.now(UTC), by)
     record = record.released(digest_of(rollout.plan.image)).opened()
     await write(rollout, record)
-    where = site.topology.proxy.host
+    where = session.topology.proxy.host
     changed = record is not before
     return Report("promote", generation, where, changed, "serves" if changed else "serves already")
 
@@ -108,18 +108,18 @@ async def write(rollout: Rollout, record: Record, besides: Collection[str] = ())
     """
     if record is rollout.history.record:
         return
-    site = rollout.site
-    first = site.host(site.topology.proxy.host)
-    await site.may_change(first)
-    others = [h for h in site.hosts.values() if h is not first and h.address not in besides]
-    await history.write_record(first, others, site.root, record)
+    session = rollout.session
+    first = session.host(session.topology.proxy.host)
+    await session.may_change(first)
+    others = [h for h in session.hosts.values() if h is not first and h.address not in besides]
+    await history.write_record(first, others, session.root, record)
     rollout.remember(record)
 
 
 async def _keep_image(rollout: Rollout, name: str) -> None:
-    host = rollout.site.host(name)
-    tag = local_tag(rollout.site.deployment.name, rollout.plan.generation)
-    image = await host.engine.image(rollout.plan.image)
+    host = rollout.session.host(name)
+    tag = local_tag(rollout.session.deployment.name, rollout.plan.generation)
+    image = await host.docker.image(rollout.plan.image)
     if image and tag not in image.tags:
-        await rollout.site.may_change(host)
-        await host.engine.tag(rollout.plan.image, tag)
+        await rollout.session.may_change(host)
+        await host.docker.tag(rollout.plan.image, tag)

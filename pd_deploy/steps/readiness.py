@@ -26,15 +26,15 @@ async def until_ready(rollout: Rollout, instance: str) -> Report:
         NotReady: the time is over.
         Abandoned: another step failed.
     """
-    site = rollout.site
-    await site.barrier.unless_failed(_answers_or_ends(rollout, instance))
-    return Report("ready", instance, site.topology.host_of(instance), False, "healthy")
+    session = rollout.session
+    await session.barrier.unless_failed(_answers_or_ends(rollout, instance))
+    return Report("ready", instance, session.topology.host_of(instance), False, "healthy")
 
 
 async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
-    host, state = rollout.site.host_of(instance), await containers.require(rollout, instance)
-    limit = rollout.site.deployment.gates.ready
-    ended = asyncio.ensure_future(host.engine.wait(state.id, patience=PATIENCE_S))
+    host, state = rollout.session.host_of(instance), await containers.require(rollout, instance)
+    limit = rollout.session.deployment.gates.ready
+    ended = asyncio.ensure_future(host.docker.wait(state.id, patience=PATIENCE_S))
     healthy = asyncio.ensure_future(_healthy(rollout, instance))
     try:
         done, _ = await asyncio.wait(
@@ -60,10 +60,10 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
 async def _healthy(rollout: Rollout, instance: str) -> None:
     """Returns once all API servers of an instance answer 200 on /health. One without any is
     ready when its pod's master is."""
-    pod = rollout.site.topology.pod_of(instance)
+    pod = rollout.session.topology.pod_of(instance)
     place = next(member for member in pod.members if member.name == instance)
     answering = place if place.api_ports else pod.master
-    host = rollout.site.host_of(answering.name)
+    host = rollout.session.host_of(answering.name)
     waits = [
         asyncio.ensure_future(_server_healthy(host, answering.address, port))
         for port in answering.api_ports

@@ -13,13 +13,13 @@ from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.lease import Lease
 from pd_deploy.planning import actions, placement, plans
 from pd_deploy.records import generations
-from pd_deploy.records.releases import History, Place, Record, Release
+from pd_deploy.records.releases import History, HostAccess, Record, Release
 from pd_deploy.steps.barrier import Barrier
-from pd_deploy.steps.history import Found, Saved
+from pd_deploy.steps.history import HostRecords, Saved
 
 
 @dataclass(frozen=True)
-class Survey:
+class HostState:
     """What a host says of itself and of this deployment on it. Read-only facts.
 
     `others` are the running containers of other deployments.
@@ -28,15 +28,15 @@ class Survey:
     host: str
     interface: str
     architecture: str
-    engine_version: str
-    engine_root: str
+    docker_version: str
+    docker_root: str
     containers: tuple[ContainerState, ...]
     others: tuple[ContainerState, ...]
     listening: frozenset[int]
-    past: Found
+    past: HostRecords
 
 
-class Site:
+class Session:
     """A deployment and its connected hosts, shared by all steps of a run.
 
     `hosts` may have more than the deployment: those that a former generation ran on. `forgotten`
@@ -93,15 +93,15 @@ class Site:
         assert self.lease is not None, "nothing is changed without a lease"
         await self.lease.check(host)
 
-    def turned_to(self, deployment: Deployment) -> "Site":
+    def turned_to(self, deployment: Deployment) -> "Session":
         """The same hosts for another state of the deployment, each under its name there."""
         by_address = {host.address: host for host in self.hosts.values()}
         named = {name: by_address.pop(entry.address) for name, entry in deployment.hosts.items()}
         for host in by_address.values():
             named[host.name if host.name not in named else host.where] = host
-        site = Site(deployment, Hosts.of(named), self.registry_login, self.lease)
-        site.forgotten = self.forgotten
-        return site
+        session = Session(deployment, Hosts.of(named), self.registry_login, self.lease)
+        session.forgotten = self.forgotten
+        return session
 
 
 @dataclass
@@ -142,7 +142,7 @@ class Downtime:
 
 @dataclass
 class Rollout:
-    """A site with the plan for it, and what its hosts said.
+    """A session with the plan for it, and what its hosts said.
 
     Attributes:
         release: what the generation says of itself.
@@ -150,19 +150,19 @@ class Rollout:
         stopped: whether this run has stopped anything that ran: from then on a failure is undone.
     """
 
-    site: Site
-    surveys: Mapping[str, Survey]
+    session: Session
+    states: Mapping[str, HostState]
     history: History
     plan: plans.Plan
     release: Release
     rule: str = ""
     started: set[str] = field(default_factory=set)
     stopped: bool = False
-    down: Downtime = field(default_factory=Downtime)
+    downtime: Downtime = field(default_factory=Downtime)
 
     def log_directory(self, name: str) -> str:
         """Where an instance writes its log files, on its host."""
-        layout = Layout.of(self.site.deployment, self.plan.generation_of(name))
+        layout = Layout.of(self.session.deployment, self.plan.generation_of(name))
         return layout.log_directory(name)
 
     @property
@@ -177,12 +177,12 @@ class Rollout:
     @property
     def saved(self) -> Saved:
         """What brings the generation back."""
-        return Saved(deployment=self.site.deployment, plan=self.plan)
+        return Saved(deployment=self.session.deployment, plan=self.plan)
 
     @property
     def containers(self) -> dict[str, tuple[ContainerState, ...]]:
         """The deployment's containers by host."""
-        return {name: survey.containers for name, survey in self.surveys.items()}
+        return {name: survey.containers for name, survey in self.states.items()}
 
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""
@@ -190,7 +190,7 @@ class Rollout:
 
     def to_start(self, host: str) -> list[ContainerSpec]:
         """Containers on a host that do not run, or have to stop first."""
-        states = self.surveys[host].containers if host in self.surveys else ()
+        states = self.states[host].containers if host in self.states else ()
         stopping = {state.name for _, state in self.stopping()}
         running = {s.name for s in states if s.status in generations.RUNNING} - stopping
         planned = self.plan.hosts.get(host)
@@ -199,13 +199,13 @@ class Rollout:
 
     def may_prepare_early(self) -> bool:
         """Whether the proxy can be prepared while the old one still serves."""
-        name = self.plan.container(self.site.topology.proxy.name).name
+        name = self.plan.container(self.session.topology.proxy.name).name
         return name not in {state.name for _, state in self.stopping()}
 
     def to_clean_up(self) -> tuple[list[str], list[str]]:
         """Proxies and servers, by instance name, that cleanup looks at: all that are in the file
         or on the hosts."""
-        topology = self.site.topology
+        topology = self.session.topology
         proxies = dict.fromkeys([topology.proxy.name])
         servers = dict.fromkeys(i.name for i in topology.instances)
         for containers in self.containers.values():
@@ -227,7 +227,7 @@ class Rollout:
                 hint="run the stage `cleanup` first",
             )
         names = {state.labels[generations.INSTANCE] for _, state in self.stopping()}
-        proxy = self.site.topology.proxy.name
+        proxy = self.session.topology.proxy.name
         return sorted(names & {proxy}), sorted(names - {proxy})
 
     def with_actions(self, stages: Sequence[str]) -> plans.Plan:
@@ -235,17 +235,17 @@ class Rollout:
         return actions.with_actions(
             self.plan,
             self.containers,
-            {name: survey.past.generations for name, survey in self.surveys.items()},
-            {name: survey.listening for name, survey in self.surveys.items()},
+            {name: survey.past.generations for name, survey in self.states.items()},
+            {name: survey.listening for name, survey in self.states.items()},
             stages,
         )
 
 
-def places(deployment: Deployment) -> dict[str, Place]:
+def host_accesses(deployment: Deployment) -> dict[str, HostAccess]:
     """How the hosts of a deployment are reached."""
     logins = {name: entry.ssh or deployment.ssh for name, entry in deployment.hosts.items()}
     return {
-        name: Place(
+        name: HostAccess(
             name=name,
             address=entry.address,
             user=logins[name].user,

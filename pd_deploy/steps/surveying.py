@@ -16,10 +16,10 @@ from pd_deploy.records import generations, releases
 from pd_deploy.records.releases import Choice, History, Release
 from pd_deploy.registry import tags
 from pd_deploy.registry.client import newest, reach
-from pd_deploy.registry.repository import place_of
+from pd_deploy.registry.repository import repository_of
 from pd_deploy.steps import history
 from pd_deploy.steps.history import Saved
-from pd_deploy.steps.rollout import Downtime, Rollout, Site, Survey, places
+from pd_deploy.steps.rollout import Downtime, HostState, Rollout, Session, host_accesses
 
 NEWEST = "newest"
 """In place of an image: the newest one that the file's update policy finds."""
@@ -41,34 +41,34 @@ class ResolvedImage:
     exact: str
 
 
-async def look(site: Site, asked: str | None = None, by: str = "a look") -> Rollout:
+async def look(session: Session, asked: str | None = None, by: str = "a look") -> Rollout:
     """Reads everything a plan needs, on all hosts at once.
 
     Args:
         asked: the image that a run names.
         by: the run.
     """
-    surveys = await asyncio.gather(*(survey(site, name) for name in site.hosts))
-    choice = await choose(site, surveys, asked)
+    states = await asyncio.gather(*(survey(session, name) for name in session.hosts))
+    choice = await choose(session, states, asked)
     image, addresses = await asyncio.gather(
-        resolve_image(site, choice),
-        asyncio.gather(*(device_addresses(site, name) for name in with_addresses(site))),
+        resolve_image(session, choice),
+        asyncio.gather(*(device_addresses(session, name) for name in with_addresses(session))),
     )
-    return planned(site, surveys, addresses, image, by)
+    return planned(session, states, addresses, image, by)
 
 
-async def survey(site: Site, name: str) -> Survey:
+async def survey(session: Session, name: str) -> HostState:
     """Connects to a host and reads what a plan needs to know of it.
 
     Raises:
         FactsError: the host does not own the address that the file gives.
         HostError, TransientError: as the hosts layer raises them.
     """
-    host, own = site.host(name), site.deployment.name
+    host, own = session.host(name), session.deployment.name
     info, containers, past, interface, listening = await asyncio.gather(
-        host.engine.info(),
-        host.engine.containers({generations.DEPLOYMENT: ""}),
-        history.read(host, site.root),
+        host.docker.info(),
+        host.docker.containers({generations.DEPLOYMENT: ""}),
+        history.read(host, session.root),
         host.facts.interface_of(host.address),
         host.facts.listening_ports(),
     )
@@ -76,13 +76,13 @@ async def survey(site: Site, name: str) -> Survey:
         raise await _not_owned(host, name)
     ours = [c for c in containers if c.labels[generations.DEPLOYMENT] == own]
     others = [c for c in containers if c not in ours and c.status in generations.RUNNING]
-    entry = site.deployment.hosts.get(name)
-    return Survey(
+    entry = session.deployment.hosts.get(name)
+    return HostState(
         host=name,
         interface=(entry and entry.interface) or interface,
         architecture=info.architecture,
-        engine_version=info.version,
-        engine_root=info.root_dir,
+        docker_version=info.version,
+        docker_root=info.root_dir,
         containers=tuple(ours),
         others=tuple(others),
         listening=frozenset(listening),
@@ -107,15 +107,15 @@ async def _not_owned(host: Host, name: str) -> FactsError:
     )
 
 
-def past_of(surveys: Iterable[Survey]) -> History:
+def past_of(states: Iterable[HostState]) -> History:
     """The deployment's history from what all hosts know, containers included."""
-    surveys = list(surveys)
-    past = history.merged(survey.past for survey in surveys)
-    labelled = {c.labels.get(generations.GENERATION, "") for s in surveys for c in s.containers}
+    states = list(states)
+    past = history.merged(survey.past for survey in states)
+    labelled = {c.labels.get(generations.GENERATION, "") for s in states for c in s.containers}
     return releases.merge([past.record], past.releases.values(), past.found | labelled)
 
 
-async def choose(site: Site, surveys: Iterable[Survey], asked: str | None) -> Choice:
+async def choose(session: Session, states: Iterable[HostState], asked: str | None) -> Choice:
     """The image that a run takes; see `releases.choose`.
 
     `newest` is looked up in the registry by the file's update policy, from here or, where the
@@ -124,20 +124,20 @@ async def choose(site: Site, surveys: Iterable[Survey], asked: str | None) -> Ch
     Raises:
         ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
     """
-    past, deployment = past_of(surveys), site.deployment
+    past, deployment = past_of(states), session.deployment
     if asked != NEWEST:
         return releases.choose(deployment.image, asked, past.serving)
-    policy, place = tags.policy_of(deployment), place_of(deployment)
-    via = site.host(site.topology.proxy.host)
-    async with reach(place, login=site.registry_login, via=via) as reached:
+    policy, place = tags.policy_of(deployment), repository_of(deployment)
+    via = session.host(session.topology.proxy.host)
+    async with reach(place, login=session.registry_login, via=via) as reached:
         found = await newest(reached, policy, skip=past.record.quarantine)
     rule = f"the newest build of family {tags.described(policy)} that is not in quarantine"
     return Choice(f"{deployment.update_repository}:{found.tag}", found.digest, rule)
 
 
 def planned(
-    site: Site,
-    surveys: Sequence[Survey],
+    session: Session,
+    states: Sequence[HostState],
     addresses: Sequence[Addresses],
     image: ResolvedImage,
     by: str,
@@ -151,17 +151,17 @@ def planned(
         FactsError: several devices have the same address.
         InvalidInput: the file breaks a rule with this image.
     """
-    file_image, past = site.deployment.image, past_of(surveys)
-    deployment = site.deployment.model_copy(update={"image": image.choice.image})
+    file_image, past = session.deployment.image, past_of(states)
+    deployment = session.deployment.model_copy(update={"image": image.choice.image})
     placement.build(deployment)  # its rules depend on the image
-    site = site.turned_to(deployment)
-    interfaces = {survey.host: survey.interface for survey in surveys}
+    session = session.turned_to(deployment)
+    interfaces = {survey.host: survey.interface for survey in states}
     known = {one.host: one.of_device for one in addresses}
-    site.engine.check_addresses(known)
+    session.engine.check_addresses(known)
     made = plans.make(
         deployment,
-        site.topology,
-        site.engine,
+        session.topology,
+        session.engine,
         facts={name: HostFacts(interfaces[name], known.get(name, {})) for name in deployment.hosts},
         image=image.exact,
         history=past,
@@ -173,85 +173,85 @@ def planned(
         image=image.choice.image,
         exact=image.exact,
         file_image=file_image,
-        hosts=places(deployment),
+        hosts=host_accesses(deployment),
         logs=Layout.of(deployment, made.plan.generation).log_root,
         created=datetime.now(UTC),
         started_by=by,
     )
-    by_host = {survey.host: survey for survey in surveys}
+    by_host = {survey.host: survey for survey in states}
     past = past.with_release(release)
-    down = Downtime(past.record.closed)
-    return Rollout(site, by_host, past, made.plan, release, image.choice.rule, down=down)
+    downtime = Downtime(past.record.closed)
+    return Rollout(session, by_host, past, made.plan, release, image.choice.rule, downtime=downtime)
 
 
-async def saved(site: Site, name: str) -> tuple[Site, Saved]:
-    """A kept generation, and the site as it was for it; survey that one for `restored`.
+async def saved(session: Session, name: str) -> tuple[Session, Saved]:
+    """A kept generation, and the session as it was for it; survey that one for `restored`.
 
     Raises:
         NoSuchGeneration: it is not kept.
     """
-    loaded = await history.load(site.hosts, site.root, name)
-    return site.turned_to(loaded.deployment), loaded
+    loaded = await history.load(session.hosts, session.root, name)
+    return session.turned_to(loaded.deployment), loaded
 
 
-def restored(site: Site, saved: Saved, surveys: Sequence[Survey]) -> Rollout:
+def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rollout:
     """The rollout that brings a saved generation back as it was."""
-    past = past_of(surveys)
+    past = past_of(states)
     return Rollout(
-        site,
-        {survey.host: survey for survey in surveys},
+        session,
+        {survey.host: survey for survey in states},
         past,
         saved.plan,
         past.releases[saved.plan.generation],
         "as it was saved",
-        down=Downtime(past.record.closed),
+        downtime=Downtime(past.record.closed),
     )
 
 
-async def states(site: Site) -> str:
+async def states(session: Session) -> str:
     """What runs on every host, in words, for messages; a host out of reach is named as such."""
 
     async def of(name: str) -> str:
-        label = {generations.DEPLOYMENT: site.deployment.name}
+        label = {generations.DEPLOYMENT: session.deployment.name}
         try:
-            found = await site.host(name).engine.containers(label)
+            found = await session.host(name).docker.containers(label)
         except PdDeployError as error:
-            return f"host {site.host(name).where}: {error.message}"
+            return f"host {session.host(name).where}: {error.message}"
         shown = ", ".join(f"{c.name} {c.status}" for c in found) or "no containers"
-        return f"host {site.host(name).where}: {shown}"
+        return f"host {session.host(name).where}: {shown}"
 
-    return "; ".join(await asyncio.gather(*(of(name) for name in site.hosts)))
+    return "; ".join(await asyncio.gather(*(of(name) for name in session.hosts)))
 
 
-def with_addresses(site: Site) -> list[str]:
+def with_addresses(session: Session) -> list[str]:
     """The hosts whose devices have network addresses that the engine needs to know."""
-    return [name for name in site.deployment.hosts if _reads_addresses(site, name)]
+    return [name for name in session.deployment.hosts if _reads_addresses(session, name)]
 
 
-async def device_addresses(site: Site, name: str) -> Addresses:
+async def device_addresses(session: Session, name: str) -> Addresses:
     """Reads the address of every device that the service uses on a host.
 
     Raises:
         FactsError: devices without an address; names all of them.
     """
-    host, devices = site.host(name), _devices(site, name)
-    command = site.engine.read_addresses_command(devices)
+    host, devices = session.host(name), _devices(session, name)
+    command = session.engine.read_addresses_command(devices)
     if not devices or not command:
         return Addresses(name, {})
     done = await host.run(command)
-    return Addresses(name, site.engine.parse_addresses(done.stdout, devices, host=host.where))
+    return Addresses(name, session.engine.parse_addresses(done.stdout, devices, host=host.where))
 
 
-def _devices(site: Site, name: str) -> list[int]:
-    return [d for instance in site.topology.on_host(name) for d in instance.devices]
+def _devices(session: Session, name: str) -> list[int]:
+    return [d for instance in session.topology.on_host(name) for d in instance.devices]
 
 
-def _reads_addresses(site: Site, name: str) -> bool:
-    devices = _devices(site, name)
-    return bool(devices and site.engine.read_addresses_command(devices))
+def _reads_addresses(session: Session, name: str) -> bool:
+    devices = _devices(session, name)
+    return bool(devices and session.engine.read_addresses_command(devices))
 
 
-async def resolve_image(site: Site, choice: Choice) -> ResolvedImage:
+async def resolve_image(session: Session, choice: Choice) -> ResolvedImage:
     """The digest behind a tag, so that every host runs the same bytes.
 
     Asked through the proxy's host, because the controller may not reach the registry. With
@@ -260,26 +260,26 @@ async def resolve_image(site: Site, choice: Choice) -> ResolvedImage:
     Raises:
         ImageNotFound: no such image, or with `pull: never` not on every host.
     """
-    deployment = site.deployment.model_copy(update={"image": choice.image})
+    deployment = session.deployment.model_copy(update={"image": choice.image})
     reference = deployment.image_reference
     if deployment.pull == "never":
-        return ResolvedImage(choice, await _present_everywhere(site, reference))
+        return ResolvedImage(choice, await _present_everywhere(session, reference))
     if "@sha256:" in reference:
         return ResolvedImage(choice, reference)
     digest = choice.digest
     if digest is None:
-        host = site.host(site.topology.proxy.host)
-        digest = await host.engine.resolve(reference, site.registry_login)
+        host = session.host(session.topology.proxy.host)
+        digest = await host.docker.resolve(reference, session.registry_login)
     return ResolvedImage(choice, f"{reference.rpartition(':')[0]}@{digest}")
 
 
-async def _present_everywhere(site: Site, reference: str) -> str:
+async def _present_everywhere(session: Session, reference: str) -> str:
     found = await asyncio.gather(
-        *(site.host(name).engine.image(reference) for name in site.deployment.hosts)
+        *(session.host(name).docker.image(reference) for name in session.deployment.hosts)
     )
     ids = {
         name: image.id if image else None
-        for name, image in zip(site.deployment.hosts, found, strict=True)
+        for name, image in zip(session.deployment.hosts, found, strict=True)
     }
     if len(set(ids.values())) == 1 and (only := next(iter(ids.values()))):
         return only

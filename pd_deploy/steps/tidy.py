@@ -12,98 +12,100 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, local_tag
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Site
+from pd_deploy.steps.rollout import Session
 
 # Left by a run that was killed while it wrote.
 DRAFTS = r"""[ ! -d "$1" ] || find "$1" -xdev -type f -name '.*.tmp' -print -delete"""
 
 
-async def prune(site: Site, name: str, past: History, kept: Collection[str]) -> Report:
+async def prune(session: Session, name: str, past: History, kept: Collection[str]) -> Report:
     """Removes the generations that are not kept from a host: containers, files, logs, and the
     images that no kept one needs."""
-    host = site.host(name)
+    host = session.host(name)
     gone = sorted(past.found - set(kept))
-    containers = await host.engine.containers({generations.DEPLOYMENT: site.deployment.name})
+    containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     removed = [c for c in containers if c.labels.get(generations.GENERATION) in gone]
-    await _remove_containers(site, host, removed)
+    await _remove_containers(session, host, removed)
     for one in gone:
-        await _remove_generation(site, host, past, one)
+        await _remove_generation(session, host, past, one)
     needed = {past.releases[one].exact for one in kept if one in past.releases}
     exact = {past.releases[one].exact for one in gone if one in past.releases} - needed
-    await _remove_images(site, host, gone, exact)
-    drafts = await host.output(["sh", "-c", DRAFTS, "sh", site.root])
+    await _remove_images(session, host, gone, exact)
+    drafts = await host.output(["sh", "-c", DRAFTS, "sh", session.root])
     detail = f"removed {', '.join(gone)}" if gone else "nothing to remove"
     return Report("prune", name, name, bool(gone or drafts), detail)
 
 
-async def clear(site: Site, name: str, past: History) -> Report:
+async def clear(session: Session, name: str, past: History) -> Report:
     """Removes everything of the deployment from a host."""
-    host, own = site.host(name), site.deployment.name
-    containers = await host.engine.containers({generations.DEPLOYMENT: own})
-    await _remove_containers(site, host, containers)
-    await site.may_change(host)
+    host, own = session.host(name), session.deployment.name
+    containers = await host.docker.containers({generations.DEPLOYMENT: own})
+    await _remove_containers(session, host, containers)
+    await session.may_change(host)
     exact = {release.exact for release in past.releases.values()}
-    await _remove_images(site, host, sorted(past.found), exact)
+    await _remove_images(session, host, sorted(past.found), exact)
     logs = {release.logs.rpartition("/")[0] for release in past.releases.values()}
-    for path in sorted({*logs, Layout.log_root_of(site.deployment)}):
+    for path in sorted({*logs, Layout.log_root_of(session.deployment)}):
         await host.remove_tree(path, below=path.rpartition("/")[0])
     # Last, as the lease lies in it.
-    if site.lease:
-        site.lease.forget(host)
-    there = await host.remove_tree(site.root, below=site.deployment.paths.state)
-    detail = f"removed {len(containers)} containers and {site.root}"
+    if session.lease:
+        session.lease.forget(host)
+    there = await host.remove_tree(session.root, below=session.deployment.paths.state)
+    detail = f"removed {len(containers)} containers and {session.root}"
     changed = bool(containers) or there
     return Report("clear", name, name, changed, detail if changed else "nothing to remove")
 
 
-async def stop(site: Site, name: str) -> Report:
+async def stop(session: Session, name: str) -> Report:
     """Stops all containers of the deployment on a host, the proxy first, and keeps them."""
-    host = site.host(name)
-    containers = await host.engine.containers({generations.DEPLOYMENT: site.deployment.name})
+    host = session.host(name)
+    containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     running = [c for c in containers if c.status in generations.RUNNING]
-    await _stop(site, host, running)
+    await _stop(session, host, running)
     detail = f"stopped {', '.join(c.name for c in running)}" if running else "nothing runs"
     return Report("stop", name, name, bool(running), detail)
 
 
-async def _remove_containers(site: Site, host: Host, states: Iterable[ContainerState]) -> None:
+async def _remove_containers(
+    session: Session, host: Host, states: Iterable[ContainerState]
+) -> None:
     states = list(states)
-    await _stop(site, host, [s for s in states if s.status in generations.RUNNING])
+    await _stop(session, host, [s for s in states if s.status in generations.RUNNING])
     if states:
-        await site.may_change(host)
-    own = site.deployment.name
-    await asyncio.gather(*(host.engine.remove(s.id, deployment=own) for s in states))
+        await session.may_change(host)
+    own = session.deployment.name
+    await asyncio.gather(*(host.docker.remove(s.id, deployment=own) for s in states))
 
 
-async def _stop(site: Site, host: Host, running: Iterable[ContainerState]) -> None:
+async def _stop(session: Session, host: Host, running: Iterable[ContainerState]) -> None:
     by_role: dict[bool, list[ContainerState]] = {True: [], False: []}
     for state in running:
         by_role[state.labels.get(generations.ROLE) == "proxy"].append(state)
-    own, seconds = site.deployment.name, site.deployment.container.stop_timeout
+    own, seconds = session.deployment.name, session.deployment.container.stop_timeout
     for group in (by_role[True], by_role[False]):
         if group:
-            await site.may_change(host)
+            await session.may_change(host)
         await asyncio.gather(
-            *(host.engine.stop(s.id, deployment=own, timeout=seconds) for s in group)
+            *(host.docker.stop(s.id, deployment=own, timeout=seconds) for s in group)
         )
 
 
-async def _remove_generation(site: Site, host: Host, past: History, name: str) -> None:
-    await site.may_change(host)
+async def _remove_generation(session: Session, host: Host, past: History, name: str) -> None:
+    await session.may_change(host)
     if release := past.releases.get(name):
         await host.remove_tree(release.logs, below=release.logs.rpartition("/")[0])
-    await host.remove_tree(f"{site.root}/{name}", below=site.root)
+    await host.remove_tree(f"{session.root}/{name}", below=session.root)
 
 
 async def _remove_images(
-    site: Site, host: Host, generations: Iterable[str], exact: Iterable[str]
+    session: Session, host: Host, generations: Iterable[str], exact: Iterable[str]
 ) -> None:
     """Takes our names from images; one that no other deployment keeps goes with its digest."""
-    own = site.deployment.name
+    own = session.deployment.name
     for name in generations:
-        if await host.engine.image(local_tag(own, name)):
-            await host.engine.remove_image(local_tag(own, name))
+        if await host.docker.image(local_tag(own, name)):
+            await host.docker.remove_image(local_tag(own, name))
     for reference in exact:
-        image = await host.engine.image(reference)
+        image = await host.docker.image(reference)
         if image and image.digest and not any(t.startswith("pd-deploy/") for t in image.tags):
-            await host.engine.remove_image(reference)
+            await host.docker.remove_image(reference)

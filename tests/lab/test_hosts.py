@@ -100,8 +100,8 @@ def host(connect: Callable[..., Host], login: Login) -> Host:
 
 @pytest.fixture
 async def image(host: Host, lab: Lab) -> str:
-    if await host.engine.image(lab.image) is None:
-        await host.engine.pull(lab.image)
+    if await host.docker.image(lab.image) is None:
+        await host.docker.pull(lab.image)
     return lab.image
 
 
@@ -117,11 +117,11 @@ async def container(host: Host, image: str) -> AsyncIterator[Callable[..., Await
             labels={DEPLOYMENT_LABEL: OURS},
             stop_timeout=1,
         )
-        return await host.engine.create(spec.model_copy(update=more))
+        return await host.docker.create(spec.model_copy(update=more))
 
     yield make
-    for state in await host.engine.containers({DEPLOYMENT_LABEL: OURS}):
-        await host.engine.remove(state.id, deployment=OURS, force=True)
+    for state in await host.docker.containers({DEPLOYMENT_LABEL: OURS}):
+        await host.docker.remove(state.id, deployment=OURS, force=True)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ class TestCommands:
         before = connections(box)
         calls = [host.run(["sh", "-c", "sleep 0.1; echo $SSH_CONNECTION"]) for _ in range(20)]
         done, *_ = await asyncio.gather(
-            asyncio.gather(*calls), host.engine.info(), host.read_file("/etc/hostname")
+            asyncio.gather(*calls), host.docker.info(), host.read_file("/etc/hostname")
         )
         assert len({one.stdout for one in done}) == 1
         assert host.connects == 1
@@ -285,7 +285,7 @@ class TestLoginFaults:
         host = connect(replace(login, jump=Jump(jump)))
         done = await host.run(["sh", "-c", "echo $SSH_CONNECTION"])
         assert done.stdout.startswith(f"{jump} ")
-        assert (await host.engine.info()).version
+        assert (await host.docker.info()).version
 
     async def test_unreachable(self, connect: Callable[..., Host], login: Login, lab: Lab) -> None:
         nobody = str(lab.subnet[99])
@@ -299,7 +299,7 @@ class TestLoginFaults:
         host = connect(login, address=str(lab.subnet[99]), timeout=1)
         began = time.monotonic()
         calls = [host.run(["true"]) for _ in range(20)]
-        answers = await asyncio.gather(*calls, host.engine.info(), return_exceptions=True)
+        answers = await asyncio.gather(*calls, host.docker.info(), return_exceptions=True)
         assert {type(answer) for answer in answers} == {errors.HostUnreachable}
         assert time.monotonic() - began < 1.9
 
@@ -328,10 +328,10 @@ class TestLostConnections:
         assert host.connects == 2
 
     async def test_engine_calls_come_back_too(self, host: Host, box: LabHost) -> None:
-        await host.engine.info()
+        await host.docker.info()
         box.stop_sshd()
         box.start_sshd()
-        assert (await host.engine.info()).version
+        assert (await host.docker.info()).version
         assert host.connects == 2
 
     async def test_a_running_command_is_not_run_again(self, host: Host, box: LabHost) -> None:
@@ -376,7 +376,7 @@ class TestLostConnections:
 
         async def work() -> None:
             async with Hosts([Host("a", box.address, login)]) as hosts:
-                await hosts["a"].engine.info()
+                await hosts["a"].docker.info()
                 await hosts["a"].run(nap)
 
         task = asyncio.ensure_future(work())
@@ -502,7 +502,7 @@ class TestFacts:
 
 class TestEngine:
     async def test_info(self, host: Host) -> None:
-        info = await host.engine.info()
+        info = await host.docker.info()
         assert int(info.version.split(".")[0]) >= 20
         assert info.storage_driver
 
@@ -510,10 +510,10 @@ class TestEngine:
         seen: list[PullProgress] = []
         digest = lab.push_variant(f"t{uuid4().hex[:8]}", {"/etc/marker": uuid4().hex})
         ref = f"{lab.image.rpartition(':')[0]}@{digest}"
-        image = await host.engine.pull(ref, on_progress=seen.append)
+        image = await host.docker.pull(ref, on_progress=seen.append)
         assert image.digest == ref
         assert seen
-        found = await host.engine.image(ref)
+        found = await host.docker.image(ref)
         assert found is not None
         assert (found.id, found.digest) == (image.id, ref)
 
@@ -521,13 +521,13 @@ class TestEngine:
         tag = f"t{uuid4().hex[:8]}"
         digest = lab.push_variant(tag, {"/etc/marker": tag})
         ref = f"{lab.image.rpartition(':')[0]}:{tag}"
-        assert await host.engine.resolve(ref) == digest
-        assert await host.engine.image(ref) is None
+        assert await host.docker.resolve(ref) == digest
+        assert await host.docker.image(ref) is None
 
     async def test_a_tag_keeps_the_image(self, host: Host, image: str) -> None:
-        await host.engine.tag(image, "pd-deploy/kept:x")
+        await host.docker.tag(image, "pd-deploy/kept:x")
         kept, original = await asyncio.gather(
-            host.engine.image("pd-deploy/kept:x"), host.engine.image(image)
+            host.docker.image("pd-deploy/kept:x"), host.docker.image(image)
         )
         assert kept is not None
         assert original is not None
@@ -560,17 +560,17 @@ class TestEngine:
         self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container("sh", "-c", "sleep 0.5; exit 7")
-        waiting = asyncio.ensure_future(host.engine.wait(id))
-        await host.engine.start(id)
+        waiting = asyncio.ensure_future(host.docker.wait(id))
+        await host.docker.start(id)
         assert await waiting == 7
-        assert await host.engine.wait(id) == 7
+        assert await host.docker.wait(id) == 7
 
     async def test_wait_survives_a_reconnect(
         self, host: Host, box: LabHost, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container("sh", "-c", "while ! [ -e /tmp/go ]; do sleep 0.1; done; exit 7")
-        await host.engine.start(id)
-        waiting = asyncio.ensure_future(host.engine.wait(id))
+        await host.docker.start(id)
+        waiting = asyncio.ensure_future(host.docker.wait(id))
         await eventually(lambda: threads("wait for") == 1)
         await asyncio.to_thread(box.stop_sshd)
         await eventually(lambda: threads("wait for") == 0)
@@ -582,22 +582,22 @@ class TestEngine:
         self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container()
-        await host.engine.start(id)
-        waiting = asyncio.ensure_future(host.engine.wait(id))
+        await host.docker.start(id)
+        waiting = asyncio.ensure_future(host.docker.wait(id))
         await eventually(lambda: threads("wait for") == 1)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         await eventually(lambda: threads("wait for") == 0)
-        assert (await host.engine.inspect(id)).running
+        assert (await host.docker.inspect(id)).running
 
     async def test_wait_log_ends_with_the_container_or_in_time(
         self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         short, long = await container("echo", "x"), await container()
-        await asyncio.gather(host.engine.start(short), host.engine.start(long))
-        assert await host.engine.wait_log(short, "never", 30) == "ended"
-        assert await host.engine.wait_log(long, "never", 0.5) == "timeout"
+        await asyncio.gather(host.docker.start(short), host.docker.start(long))
+        assert await host.docker.wait_log(short, "never", 30) == "ended"
+        assert await host.docker.wait_log(long, "never", 0.5) == "timeout"
 
     async def test_output_of_an_earlier_run_can_be_left_out(
         self, host: Host, container: Callable[..., Awaitable[str]]
@@ -619,11 +619,11 @@ class TestEngine:
         self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container()
-        await host.engine.start(id)
-        waits = [asyncio.ensure_future(host.engine.wait(id)) for _ in range(20)]
+        await host.docker.start(id)
+        waits = [asyncio.ensure_future(host.docker.wait(id)) for _ in range(20)]
         await eventually(lambda: threads("wait for") == 20)
         assert (await host.run(["echo", "still here"])).stdout == "still here\n"
-        await host.engine.kill(id, deployment=OURS)
+        await host.docker.kill(id, deployment=OURS)
         assert await asyncio.gather(*waits) == [137] * 20
         assert host.connects == 1
 
@@ -633,43 +633,43 @@ class TestEngine:
         box.run(["docker", "run", "-d", "--name", "theirs", "--network=host", image, "sleep", "9"])
         try:
             for call in (
-                host.engine.stop("theirs", deployment=OURS),
-                host.engine.kill("theirs", deployment=OURS),
-                host.engine.remove("theirs", deployment=OURS, force=True),
+                host.docker.stop("theirs", deployment=OURS),
+                host.docker.kill("theirs", deployment=OURS),
+                host.docker.remove("theirs", deployment=OURS, force=True),
             ):
                 with pytest.raises(errors.NotOurs, match="theirs"):
                     await call
-            assert (await host.engine.inspect("theirs")).running
+            assert (await host.docker.inspect("theirs")).running
         finally:
             box.run(["docker", "rm", "-f", "theirs"])
 
 
 class TestEngineFaults:
     async def test_user_with_docker_group(self, connect: Callable[..., Host], login: Login) -> None:
-        assert (await connect(replace(login, user="deployer")).engine.info()).version
+        assert (await connect(replace(login, user="deployer")).docker.info()).version
 
     async def test_user_without_docker_group(
         self, connect: Callable[..., Host], login: Login
     ) -> None:
         host = connect(replace(login, user="nodocker"))
         with pytest.raises(errors.DockerAccessDenied, match="usermod -aG docker nodocker"):
-            await host.engine.info()
+            await host.docker.info()
 
     async def test_engine_down_and_up_again(self, host: Host, box: LabHost) -> None:
-        await host.engine.info()
+        await host.docker.info()
         await asyncio.to_thread(box.stop_engine)
         try:
-            with pytest.raises(errors.EngineDown):
-                await host.engine.info()
+            with pytest.raises(errors.DockerDown):
+                await host.docker.info()
         finally:
             await asyncio.to_thread(box.start_engine)
-        assert (await host.engine.info()).version
+        assert (await host.docker.info()).version
         assert host.connects == 1
 
     async def test_wrong_socket(self, box: LabHost, login: Login) -> None:
         async with Hosts([Host("a", box.address, login, docker_socket="/run/no.sock")]) as hosts:
-            with pytest.raises(errors.EngineDown, match=r"/run/no\.sock"):
-                await hosts["a"].engine.info()
+            with pytest.raises(errors.DockerDown, match=r"/run/no\.sock"):
+                await hosts["a"].docker.info()
 
     async def test_forwarding_refused(
         self,
@@ -679,12 +679,12 @@ class TestEngineFaults:
         container: Callable[..., Awaitable[str]],
     ) -> None:
         host = connect(replace(login, port=no_forwarding))
-        assert (await host.engine.info()).version
+        assert (await host.docker.info()).version
         id = await container()
-        await host.engine.start(id)
-        waits = [asyncio.ensure_future(host.engine.wait(id)) for _ in range(12)]
+        await host.docker.start(id)
+        waits = [asyncio.ensure_future(host.docker.wait(id)) for _ in range(12)]
         await eventually(lambda: threads("wait for") == 12)
-        await host.engine.kill(id, deployment=OURS)
+        await host.docker.kill(id, deployment=OURS)
         assert await asyncio.gather(*waits) == [137] * 12
 
     @pytest.mark.parametrize("forwarded", [True, False])
@@ -717,48 +717,48 @@ class TestEngineFaults:
         self, connect: Callable[..., Host], login: Login, no_forwarding: int, box: LabHost
     ) -> None:
         host = connect(replace(login, port=no_forwarding))
-        await host.engine.info()
+        await host.docker.info()
         await asyncio.to_thread(box.stop_engine)
         try:
-            with pytest.raises(errors.EngineDown):
-                await host.engine.info()
+            with pytest.raises(errors.DockerDown):
+                await host.docker.info()
         finally:
             await asyncio.to_thread(box.start_engine)
-        assert (await host.engine.info()).version
+        assert (await host.docker.info()).version
 
     async def test_forwarding_refused_and_no_docker_group(
         self, connect: Callable[..., Host], login: Login, no_forwarding: int
     ) -> None:
         host = connect(replace(login, user="nodocker", port=no_forwarding))
         with pytest.raises(errors.DockerAccessDenied):
-            await host.engine.info()
+            await host.docker.info()
 
     async def test_absent_image(self, host: Host, lab: Lab) -> None:
         absent = f"{lab.image.rpartition(':')[0]}:no-such-tag"
-        assert await host.engine.image(absent) is None
+        assert await host.docker.image(absent) is None
         with pytest.raises(errors.ImageNotFound, match="no-such-tag"):
-            await host.engine.pull(absent)
+            await host.docker.pull(absent)
         with pytest.raises(errors.ImageNotFound, match="no-such-tag"):
-            await host.engine.resolve(absent)
+            await host.docker.resolve(absent)
         with pytest.raises(errors.ImageNotFound, match="pull the image first"):
-            await host.engine.create(ContainerSpec(name="x", image=absent))
+            await host.docker.create(ContainerSpec(name="x", image=absent))
 
     async def test_registry_down(self, host: Host) -> None:
         with pytest.raises(errors.RegistryUnavailable):
-            await host.engine.pull("127.0.0.1:5998/some/image:1")
+            await host.docker.pull("127.0.0.1:5998/some/image:1")
         with pytest.raises(errors.RegistryUnavailable):
-            await host.engine.resolve("127.0.0.1:5998/some/image:1")
+            await host.docker.resolve("127.0.0.1:5998/some/image:1")
 
     async def test_registry_wants_credentials(self, host: Host, strict_registry: str) -> None:
         with pytest.raises(errors.RegistryDenied):
-            await host.engine.pull(strict_registry)
+            await host.docker.pull(strict_registry)
         with pytest.raises(errors.RegistryDenied):
-            await host.engine.resolve(strict_registry)
+            await host.docker.resolve(strict_registry)
         with pytest.raises(errors.RegistryDenied) as caught:
-            await host.engine.pull(strict_registry, RegistryLogin("me", "wr0ng-one"))
+            await host.docker.pull(strict_registry, RegistryLogin("me", "wr0ng-one"))
         assert "wr0ng-one" not in str(caught.value)
         with pytest.raises(errors.ImageNotFound):
-            await host.engine.pull(strict_registry, RegistryLogin("me", "open-sesame"))
+            await host.docker.pull(strict_registry, RegistryLogin("me", "open-sesame"))
 
     async def test_missing_mount_source(
         self, host: Host, container: Callable[..., Awaitable[str]]
@@ -774,7 +774,7 @@ class TestEngineFaults:
     ) -> None:
         id = await container("true", devices=("/dev/davinci99",))
         with pytest.raises(errors.FileMissing) as caught:
-            await host.engine.start(id)
+            await host.docker.start(id)
         assert caught.value.path == "/dev/davinci99"
 
     async def test_name_taken(self, host: Host, container: Callable[..., Awaitable[str]]) -> None:
@@ -786,8 +786,8 @@ class TestEngineFaults:
         self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
         id = await container("no-such-command", init=False)
-        with pytest.raises(errors.EngineRefused, match="no-such-command"):
-            await host.engine.start(id)
+        with pytest.raises(errors.DockerRefused, match="no-such-command"):
+            await host.docker.start(id)
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:

@@ -26,8 +26,8 @@ from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.login import Login
 from pd_deploy.registry import client, session
-from pd_deploy.registry.client import Found, Registry, newest, reach
-from pd_deploy.registry.repository import Place
+from pd_deploy.registry.client import Build, Registry, newest, reach
+from pd_deploy.registry.repository import Repository
 from pd_deploy.registry.ways import straight, trust
 from tests.lab.registries import (
     LOGIN,
@@ -100,7 +100,7 @@ async def ask() -> AsyncIterator[Callable[..., Registry]]:
     def make(
         address: str, repository: str, login: RegistryLogin | None = None, **more: Any
     ) -> Registry:
-        place = Place.of(f"{address}/{repository}", **more)
+        place = Repository.of(f"{address}/{repository}", **more)
         opened.append(Registry(place, straight(trust(place.ca)), login))
         return opened[-1]
 
@@ -414,7 +414,7 @@ class TestTls:
     async def test_that_nobody_vouches_for_is_not_trusted(
         self, with_tls: str, repository: str
     ) -> None:
-        place = Place(with_tls, repository)
+        place = Repository(with_tls, repository)
         async with Registry(place, straight(trust())) as asked:
             with pytest.raises(RegistryMisconfigured, match=r"not trusted.*`registry: {ca: …}`"):
                 await asked.ping()
@@ -533,7 +533,7 @@ class TestNewest:
             for tag in ("20250722_9", "20250722_26", "latest", "20250723_rc", "202601010000")
         }
         found = await newest(ask(anyone, repository), DAILY)
-        assert found == Found("20250722_26", pushed["20250722_26"])
+        assert found == Build("20250722_26", pushed["20250722_26"])
 
     async def test_leaves_out_what_is_in_quarantine_under_whichever_tag(
         self, anyone: str, repository: str, ask: Ask
@@ -543,10 +543,10 @@ class TestNewest:
         push(anyone, repository, "20250722_3", "bad")
         asked = ask(anyone, repository)
         found = await newest(asked, DAILY, skip={bad})
-        assert found == Found("20250722_1", good)
+        assert found == Build("20250722_1", good)
         repaired = push(anyone, repository, "20250722_3", "repaired")
         found = await newest(asked, DAILY, skip={bad})
-        assert found == Found("20250722_3", repaired)
+        assert found == Build("20250722_3", repaired)
 
     async def test_that_is_none_says_what_was_seen(
         self, anyone: str, repository: str, ask: Ask
@@ -570,7 +570,7 @@ class TestNewest:
 
         with serving(with_ghost) as front:
             found = await newest(ask(front.address, repository), DAILY)
-        assert found == Found("20250722_1", digest)
+        assert found == Build("20250722_1", digest)
 
 
 class TestThroughAHost:
@@ -607,7 +607,7 @@ class TestThroughAHost:
         self, lab: Lab, host: Host
     ) -> None:
         name, digest = lab.image.rpartition(":")[0], lab.images[lab.image]
-        async with reach(Place.of(name, insecure=True), via=host) as asked:
+        async with reach(Repository.of(name, insecure=True), via=host) as asked:
             assert await asked.digest(lab.image.rpartition(":")[2]) == digest
         assert host.connects == 0
 
@@ -616,10 +616,10 @@ class TestThroughAHost:
     ) -> None:
         start()
         digest = push(f"{box.address}:{HOST_PORT}", "a", "20250722_1")
-        place = Place.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
+        place = Repository.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
         async with reach(place, via=host) as asked:
             found = await newest(asked, DAILY)
-        assert found == Found("20250722_1", digest)
+        assert found == Build("20250722_1", digest)
         assert host.connects == 1
 
     async def test_a_loopback_address_is_the_hosts_own(
@@ -627,9 +627,9 @@ class TestThroughAHost:
     ) -> None:
         start()
         digest = push(f"{box.address}:{HOST_PORT}", "b", "1")
-        async with reach(Place.of(f"127.0.0.1:{HOST_PORT}/b"), via=host) as asked:
+        async with reach(Repository.of(f"127.0.0.1:{HOST_PORT}/b"), via=host) as asked:
             assert await asked.digest("1") == digest
-        absent = Place.of(f"{anyone}/b")
+        absent = Repository.of(f"{anyone}/b")
         with pytest.raises(RegistryUnavailable, match="does not answer"):
             async with reach(absent, via=host):
                 pass
@@ -639,17 +639,17 @@ class TestThroughAHost:
     ) -> None:
         start(tls=copied(box, authority.server(box.box.name)))
         name = f"{box.box.name}:{HOST_PORT}/none"
-        async with reach(Place.of(name, ca=authority.pem), via=host) as asked:
+        async with reach(Repository.of(name, ca=authority.pem), via=host) as asked:
             with pytest.raises(ImageNotFound):
                 await asked.tags()
         with pytest.raises(RegistryMisconfigured, match=f"{box.box.name} is not trusted"):
-            async with reach(Place.of(name), via=host):
+            async with reach(Repository.of(name), via=host):
                 pass
 
     async def test_a_registry_that_is_down_is_told_with_both_ways(
         self, host: Host, box: LabHost
     ) -> None:
-        place = Place.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
+        place = Repository.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
         with pytest.raises(RegistryUnavailable) as caught:
             async with reach(place, via=host):
                 pass
@@ -662,7 +662,7 @@ class TestThroughAHost:
         name, digest = lab.image.rpartition(":")[0], lab.images[lab.image]
         with serving(lambda _: Reply(403)) as proxy:
             monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
-            async with reach(Place.of(name, insecure=True), via=host) as asked:
+            async with reach(Repository.of(name, insecure=True), via=host) as asked:
                 assert await asked.digest(lab.image.rpartition(":")[2]) == digest
             assert [urlsplit(request.path).netloc for request in proxy.requests] == [lab.registry]
         assert host.connects == 1
@@ -670,7 +670,7 @@ class TestThroughAHost:
     async def test_what_is_wrong_straight_from_here_is_told_if_the_host_knows_no_more(
         self, lab: Lab, host: Host, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        place = Place.of(f"{lab.machine_address}:{HOST_PORT}/a", insecure=True)
+        place = Repository.of(f"{lab.machine_address}:{HOST_PORT}/a", insecure=True)
         with serving(lambda _: Reply(404)) as proxy:
             monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
             with pytest.raises(RegistryMisconfigured, match="a server without /v2/"):
@@ -682,7 +682,7 @@ class TestThroughAHost:
     ) -> None:
         login = Login("root", password="wrong", known_hosts=lab.known_hosts.read_text())
         host = Host("a", box.address, login)
-        place = Place.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
+        place = Repository.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
         with pytest.raises(AuthenticationFailed):
             async with reach(place, via=host):
                 pass
@@ -693,7 +693,7 @@ class TestThroughAHost:
     ) -> None:
         name = lab.image.rpartition(":")[0]
         with pytest.raises(RegistryUnavailable, match="by the test"):
-            async with reach(Place.of(name, insecure=True), via=host):
+            async with reach(Repository.of(name, insecure=True), via=host):
                 raise RegistryUnavailable("by the test")
         assert host.connects == 0
 

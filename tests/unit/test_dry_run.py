@@ -15,7 +15,7 @@ from pd_deploy.records import generations
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import surveying
 from pd_deploy.steps.history import Found
-from pd_deploy.steps.rollout import Rollout, Site, Survey
+from pd_deploy.steps.rollout import HostState, Rollout, Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from tests.unit import example
 
@@ -43,21 +43,21 @@ def rollout(
 ) -> Rollout:
     """A rollout whose hosts hold containers in these states, and these generations."""
     of = example.service({"name": name})
-    site = Site(of, Hosts(Host(n, e.address, Login()) for n, e in of.hosts.items()))
+    session = Session(of, Hosts(Host(n, e.address, Login()) for n, e in of.hosts.items()))
     known = known or []
     wanted = example.plan({"name": name}, generations=known).generation
-    surveys = {
-        host: Survey(
+    states = {
+        host: HostState(
             host=host,
             interface=example.INTERFACE,
             architecture="aarch64",
-            engine_version="27.0",
-            engine_root="/var/lib/docker",
+            docker_version="27.0",
+            docker_root="/var/lib/docker",
             others=(),
             containers=tuple(
                 state(n, known[0] if known and known[0] != wanted else wanted, status)
                 for n, status in states.items()
-                if (site.topology.host_of(n) if n in site.topology.names else "b") == host
+                if (session.topology.host_of(n) if n in session.topology.names else "b") == host
             ),
             past=Found(Record(), (), frozenset(known)),
             listening=frozenset(listening),
@@ -66,7 +66,7 @@ def rollout(
     }
     addresses = [Addresses(host, found) for host, found in example.addresses(of).items()]
     image = ResolvedImage(Choice(of.image, None, "the file's own"), example.IMAGE)
-    return surveying.planned(site, list(surveys.values()), addresses, image, "a test")
+    return surveying.planned(session, list(states.values()), addresses, image, "a test")
 
 
 def verbs(of: Rollout, stages: Sequence[str] = STAGES) -> list[tuple[str, str, str]]:

@@ -33,7 +33,7 @@ from pd_deploy.hosts.host import Hosts
 from pd_deploy.hosts.login import Login, known_hosts_line
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.steps import surveying
-from pd_deploy.steps.rollout import Site
+from pd_deploy.steps.rollout import Session
 from tests.unit import example
 
 WHERE = "a (10.0.0.1)"
@@ -238,7 +238,7 @@ class TestEngineErrors:
             ("x509: certificate signed by unknown authority", "RegistryMisconfigured"),
             ("http: server gave HTTP response to HTTPS client", "RegistryMisconfigured"),
             ("write /var/lib/docker/x: no space left on device", "DiskFull"),
-            ("invalid reference format", "EngineRefused"),
+            ("invalid reference format", "DockerRefused"),
         ],
     )
     def test_pull(self, text: str, kind: str) -> None:
@@ -266,7 +266,7 @@ class TestEngineErrors:
             ("No such image: x:1", "ImageNotFound"),
             ("No such container: c", "ContainerMissing"),
             ("removal of container 1234 is already in progress", "ContainerMissing"),
-            ("unable to apply caps: operation not permitted", "EngineRefused"),
+            ("unable to apply caps: operation not permitted", "DockerRefused"),
         ],
     )
     def test_container(self, text: str, kind: str) -> None:
@@ -345,10 +345,10 @@ class TestFacts:
     )
     async def test_a_survey_says_where_the_address_is(self, address: str, says: str) -> None:
         links = self.links(("lo", ["LOOPBACK"], "10.0.0.7"), ("eth0", ["UP"], "10.0.0.3"))
-        site = Site(example.service({"hosts": {"a": address}}), Hosts())
-        site.hosts = {"a": Told(address, links)}  # type: ignore[assignment]
+        session = Session(example.service({"hosts": {"a": address}}), Hosts())
+        session.hosts = {"a": Told(address, links)}  # type: ignore[assignment]
         with pytest.raises(errors.FactsError) as caught:
-            await surveying.survey(site, "a")
+            await surveying.survey(session, "a")
         error = caught.value
         assert error.host == f"a ({address})"
         assert f"{error.message}→ {error.hint}".startswith(says)

@@ -17,7 +17,7 @@ from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import surveying
 from pd_deploy.steps.history import Found
-from pd_deploy.steps.rollout import Rollout, Site, Survey
+from pd_deploy.steps.rollout import HostState, Rollout, Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from tests.unit import example, topologies
 
@@ -221,13 +221,13 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
     """The plan of the example from what its hosts would say, for the image that a run takes."""
     of = example.service()
     hosts = Hosts.of({n: Host(n, h.address, Login()) for n, h in of.hosts.items()})
-    surveys = [
-        Survey(
+    states = [
+        HostState(
             host=name,
             interface=example.INTERFACE,
             architecture="aarch64",
-            engine_version="24",
-            engine_root="/var/lib/docker",
+            docker_version="24",
+            docker_root="/var/lib/docker",
             containers=(),
             others=(),
             listening=frozenset(),
@@ -237,7 +237,7 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
     ]
     taken = ResolvedImage(Choice(image or of.image, None, "the run names it"), example.IMAGE)
     found = [Addresses(name, known) for name, known in addresses.items()]
-    return surveying.planned(Site(of, hosts), surveys, found, taken, "a test")
+    return surveying.planned(Session(of, hosts), states, found, taken, "a test")
 
 
 def test_a_plan_is_made_only_of_devices_with_addresses_of_their_own() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pd_deploy.errors import InvalidInput
 from pd_deploy.registry.headers import Challenge, next_link, parse_challenges
-from pd_deploy.registry.repository import Place, place_of
+from pd_deploy.registry.repository import Repository, repository_of
 from pd_deploy.registry.ways import trust
 from tests.unit import example
 
@@ -99,22 +99,22 @@ class TestPlace:
         ],
     )
     def test_is_asked_with_tls_unless_it_is_this_machine(self, name: str, url: str) -> None:
-        assert str(Place.of(name).url) == url
-        assert Place.of(name, ca="/etc/ca.pem").url.scheme == "https"
-        assert Place.of(name, insecure=True).url.scheme == "http"
-        assert Place.of(name).name == name
+        assert str(Repository.of(name).url) == url
+        assert Repository.of(name, ca="/etc/ca.pem").url.scheme == "https"
+        assert Repository.of(name, insecure=True).url.scheme == "http"
+        assert Repository.of(name).name == name
 
     @pytest.mark.parametrize(
         "name", ["a/b", "b", "http://r.example/a", "r.example/", "r.example/A", "r.example/a/../b"]
     )
     def test_needs_a_registry_and_a_repository(self, name: str) -> None:
         with pytest.raises(InvalidInput, match="expected a registry and a repository"):
-            Place.of(name)
+            Repository.of(name)
 
     @pytest.mark.parametrize("port", ["99999", "0x1", ""])
     def test_needs_a_port_that_is_one(self, port: str) -> None:
         with pytest.raises(InvalidInput, match="expected a registry and a repository"):
-            Place.of(f"r.example:{port}/a")
+            Repository.of(f"r.example:{port}/a")
 
     def test_of_a_deployment_is_where_its_file_says(self) -> None:
         of = example.service(
@@ -124,7 +124,7 @@ class TestPlace:
                 "update": {"family": "daily", "repository": "c/d"},
             }
         )
-        assert place_of(of) == Place("10.0.0.9:5000", "c/d", plain=True)
+        assert repository_of(of) == Repository("10.0.0.9:5000", "c/d", plain=True)
 
 
 class TestTrust:

@@ -15,14 +15,22 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement, plans
 from pd_deploy.planning.plans import Made
 from pd_deploy.records import releases
-from pd_deploy.records.releases import History, Outcome, Place, Quarantined, Record, Release, Result
+from pd_deploy.records.releases import (
+    History,
+    HostAccess,
+    Outcome,
+    Quarantined,
+    Record,
+    Release,
+    Result,
+)
 from pd_deploy.steps.history import Saved
 from tests.unit import example
 
 ONE, TWO, THREE = "1-0123abcd", "2-89abcdef", "3-ffffffff"
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DIGEST = "sha256:" + "0" * 64
-A, B = Place(name="a", address="10.0.0.1"), Place(name="b", address="10.0.0.2")
+A, B = HostAccess(name="a", address="10.0.0.1"), HostAccess(name="b", address="10.0.0.2")
 BAD = Quarantined(image="omni:2", when=NOW, reason="it dies")
 SERVERS = ("p0", "p1", "p2", "d0")
 

@@ -14,7 +14,7 @@ from pd_deploy import engines
 from pd_deploy.errors import SmokeTestFailed
 from pd_deploy.planning import placement
 from pd_deploy.steps.verify.servers import Servers, not_counted, reached
-from pd_deploy.steps.verify.smoke import Found, handed_over, way_through
+from pd_deploy.steps.verify.smoke import Evidence, handed_over, way_through
 from tests.unit import example
 
 COUNTED = "vllm:prompt_tokens_by_source_total"
@@ -48,8 +48,8 @@ class Elsewhere(httpx.AsyncHTTPTransport):
         return await super().handle_async_request(request)
 
 
-class Site:
-    """What the smoke test uses of a site."""
+class Session:
+    """What the smoke test uses of a session."""
 
     def __init__(self, instances: StandinSet, smoke: dict[str, Any]) -> None:
         changes = TWO_PREFILLS if instances.prefills == 2 else {}
@@ -78,12 +78,12 @@ def instances(running: StandinSet) -> Iterator[StandinSet]:
         instance.set_faults()
 
 
-async def proven(instances: StandinSet, **smoke: Any) -> tuple[Found, str]:
+async def proven(instances: StandinSet, **smoke: Any) -> tuple[Evidence, str]:
     """What asking all of them directly finds, and what is not counted."""
-    site: Any = Site(instances, smoke)
-    async with reached(site) as servers:
-        found = await handed_over(site, servers)
-        return found, not_counted(site.engine.COUNTERS, servers, await servers.counts())
+    session: Any = Session(instances, smoke)
+    async with reached(session) as servers:
+        found = await handed_over(session, servers)
+        return found, not_counted(session.engine.COUNTERS, servers, await servers.counts())
 
 
 async def test_each_prefill_is_proven_whatever_a_balancer_would_choose(
@@ -173,8 +173,8 @@ async def test_others_requests_make_it_not_provable(instances: StandinSet) -> No
 
 async def test_the_way_through_the_proxy_is_seen_by_all_counters(instances: StandinSet) -> None:
     """Which prefill and decode the proxy chose, and whether others asked too."""
-    site: Any = Site(instances, {})
-    async with reached(site) as servers:
+    session: Any = Session(instances, {})
+    async with reached(session) as servers:
         way = await through(servers, instances["p1"], instances["d0"])
         assert (way.prefill, way.decode, way.alone) == ("p1 (a)", "d0 (b)", True)
         assert "from p1 (a) to d0 (b) through the proxy" in str(way)

@@ -110,7 +110,7 @@ def longest_prompt(deployment: Deployment, topology: Topology) -> int:
     return min(longest_sequence(deployment), *budgets)
 
 
-def unseen(nonce: str) -> dict[str, Any]:
+def cache_busting_fields(nonce: str) -> dict[str, Any]:
     """Nothing: prefix caching is off in its profiles."""
     return {}
 
@@ -172,12 +172,12 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
     return tuple(i.name for pod in topology.prefill for i in pod.members if i.uses_ray)
 
 
-def users_command() -> list[str]:
+def device_users_command() -> list[str]:
     """`npu-smi info` lists all devices and their processes (contract section 7.2)."""
     return npu_smi.COMMAND
 
 
-def users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
     """Who uses which device, from the output of `npu-smi info`."""
     return npu_smi.parse_users(output, devices, host=host)
 

@@ -113,14 +113,16 @@ async def ask_alone(engine: Engine, decode: Server, body: Mapping[str, Any]) -> 
         NoAnswer: it can't, or does not want to.
     """
     async with decode.turn:
-        return await decode.ask({**body, **engine.unseen(str(uuid.uuid4()))}, str(uuid.uuid4()))
+        return await decode.ask(
+            {**body, **engine.cache_busting_fields(str(uuid.uuid4()))}, str(uuid.uuid4())
+        )
 
 
 async def _exchange(
     engine: Engine, prefill: Server, decode: Server, body: Mapping[str, Any]
 ) -> Exchange:
     request_id = str(uuid.uuid4())
-    body = {**body, **engine.unseen(request_id)}
+    body = {**body, **engine.cache_busting_fields(request_id)}
     prompt = str(body["prompt"])
     async with prefill.turn:
         try:

@@ -12,7 +12,7 @@ import httpx
 from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Counters
 from pd_deploy.errors import SmokeTestFailed
-from pd_deploy.steps.rollout import Site
+from pd_deploy.steps.rollout import Session
 from pd_deploy.steps.verify import metrics
 from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
 from pd_deploy.steps.verify.requests import COMPLETIONS
@@ -152,7 +152,7 @@ class Servers:
 
 
 @asynccontextmanager
-async def reached(site: Site) -> AsyncIterator[Servers]:
+async def reached(session: Session) -> AsyncIterator[Servers]:
     """The service's API servers, each through its own host."""
     async with AsyncExitStack() as stack:
         servers = [
@@ -160,13 +160,13 @@ async def reached(site: Site) -> AsyncIterator[Servers]:
                 instance=instance,
                 port=port,
                 client=await stack.enter_async_context(
-                    site.host_of(instance.name).http(instance.address, port)
+                    session.host_of(instance.name).http(instance.address, port)
                 ),
-                counters=site.engine.COUNTERS,
-                timeout=site.deployment.gates.smoke,
-                where=site.host_of(instance.name).where,
+                counters=session.engine.COUNTERS,
+                timeout=session.deployment.gates.smoke,
+                where=session.host_of(instance.name).where,
             )
-            for instance in site.topology.instances
+            for instance in session.topology.instances
             for port in instance.api_ports
         ]
         prefill = tuple(one for one in servers if one.instance.role == "prefill")

@@ -17,7 +17,7 @@ import httpx
 from pd_deploy.config.models import SmokeCheck
 from pd_deploy.errors import SmokeTestFailed
 from pd_deploy.steps import containers
-from pd_deploy.steps.rollout import Rollout, Site
+from pd_deploy.steps.rollout import Rollout, Session
 from pd_deploy.steps.verify import requests, verdict
 from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
 from pd_deploy.steps.verify.handover import Exchange, Handover, ask_alone, hand_over, pairs
@@ -67,7 +67,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Found:
+class Evidence:
     """What a part of the smoke test found."""
 
     ways: tuple[Handover, ...] = ()
@@ -102,42 +102,42 @@ async def answers_clients(rollout: Rollout) -> None:
     Raises:
         SmokeTestFailed: none came.
     """
-    site = rollout.site
-    proxy = site.topology.proxy
-    _, body = requests.completion(site.deployment, proxy)
-    async with site.host(proxy.host).http(proxy.address, proxy.port) as client:
-        entrance = Entrance(site, client, proxy.address, is_open=True)
+    session = rollout.session
+    proxy = session.topology.proxy
+    _, body = requests.completion(session.deployment, proxy)
+    async with session.host(proxy.host).http(proxy.address, proxy.port) as client:
+        entrance = Entrance(session, client, proxy.address, is_open=True)
         await entrance.completion({**body, "max_tokens": HANDOVER_TOKENS})
 
 
 async def _prove(rollout: Rollout) -> Completion:
-    site = rollout.site
-    proxy = site.topology.proxy
+    session = rollout.session
+    proxy = session.topology.proxy
     address = await containers.let_smoke_test_in(rollout)
     async with (
-        reached(site) as servers,
-        site.host(proxy.host).http(address, proxy.port) as client,
+        reached(session) as servers,
+        session.host(proxy.host).http(address, proxy.port) as client,
     ):
-        entrance = Entrance(site, client, address, is_open=address == proxy.address)
-        direct = await handed_over(site, servers)
+        entrance = Entrance(session, client, address, is_open=address == proxy.address)
+        direct = await handed_over(session, servers)
         answer, through = await entrance.handed_over(servers)
-        unseen = not_counted(site.engine.COUNTERS, servers, await servers.counts())
+        unseen = not_counted(session.engine.COUNTERS, servers, await servers.counts())
         unseen = unseen or direct.unseen or through.unseen
         remarks = (*direct.remarks, *through.remarks, *await entrance.checked())
     proof = Proof("proven", (*direct.ways, *through.ways))
     if unseen:
         proof = replace(proof, verdict="not provable", reason=unseen)
-    url, body = requests.completion(site.deployment, proxy)
+    url, body = requests.completion(session.deployment, proxy)
     return Completion(url, str(body["prompt"]), answer.text, answer.seconds, proof, remarks)
 
 
-async def handed_over(site: Site, servers: Servers) -> Found:
+async def handed_over(session: Session, servers: Servers) -> Evidence:
     """Every prefill and every decode, asked directly; all at once, each for one thing at a time.
 
     Raises:
         SmokeTestFailed: a hand-over that does not work, or answers that other KV is behind.
     """
-    deployment, engine = site.deployment, site.engine
+    deployment, engine = session.deployment, session.engine
     known = [check for check in deployment.smoke.checks if check.prompt and check.expect]
     compared = [deployment.smoke.prompt, *(() if known else requests.COMPARED)]
     several = len(servers.prefill) > 1
@@ -158,18 +158,18 @@ async def handed_over(site: Site, servers: Servers) -> Found:
         if not one.offered
     ]
     offered = [one for one in exchanges if one.offered]
-    await _as_expected(site, known, offered)
+    await _as_expected(session, known, offered)
     if not known:
-        remarks += await _as_decode_alone(site, servers, offered)
-    remarks += await _alike(site, [one for one in offered if one.prompt == compared[0]])
-    return Found(_ways(offered), tuple(dict.fromkeys(remarks)), _unseen(offered))
+        remarks += await _as_decode_alone(session, servers, offered)
+    remarks += await _alike(session, [one for one in offered if one.prompt == compared[0]])
+    return Evidence(_ways(offered), tuple(dict.fromkeys(remarks)), _unseen(offered))
 
 
 @dataclass(frozen=True)
 class Entrance:
     """Where the proxy is asked: at its public address, or at one that only the smoke test knows."""
 
-    site: Site
+    session: Session
     client: httpx.AsyncClient
     address: str
     is_open: bool
@@ -188,24 +188,26 @@ class Entrance:
             raise self._failed(requests.COMPLETIONS, "a completion", f"the text {answer.text!r}")
         return answer
 
-    async def handed_over(self, servers: Servers) -> tuple[Answer, Found]:
+    async def handed_over(self, servers: Servers) -> tuple[Answer, Evidence]:
         """The completion that proves the service, and the way of its KV.
 
         Raises:
             SmokeTestFailed: none came, or the proxy does not pass KV on.
         """
-        _, body = requests.completion(self.site.deployment, self.site.topology.proxy)
+        _, body = requests.completion(self.session.deployment, self.session.topology.proxy)
         for _ in range(TRIES):
             before = await servers.counts()
-            answer = await self.completion({**body, **self.site.engine.unseen(str(uuid.uuid4()))})
+            answer = await self.completion(
+                {**body, **self.session.engine.cache_busting_fields(str(uuid.uuid4()))}
+            )
             since = await _counted_since(servers, before)
             way = way_through(servers, answer.prompt_tokens, since)
             if way is None or way.alone:
                 break
         if way is None:
-            return answer, Found(unseen="the answer does not say how long the prompt is")
-        if not_counted(self.site.engine.COUNTERS, servers, since):
-            return answer, Found()
+            return answer, Evidence(unseen="the answer does not say how long the prompt is")
+        if not_counted(self.session.engine.COUNTERS, servers, since):
+            return answer, Evidence()
         if not way.complete:
             raise self._failed(
                 requests.COMPLETIONS,
@@ -214,7 +216,7 @@ class Entrance:
                 f"that it computed it itself: {way}",
                 "see whether the proxy passes kv_transfer_params on, and decode's log",
             )
-        return answer, Found((way,), (), _unseen_way(way))
+        return answer, Evidence((way,), (), _unseen_way(way))
 
     async def checked(self) -> list[str]:
         """All of `smoke.checks`, at once; what of them could not be judged.
@@ -222,8 +224,8 @@ class Entrance:
         Raises:
             SmokeTestFailed: all answers that are not as expected.
         """
-        deployment = self.site.deployment
-        longest = self.site.engine.longest_prompt(deployment, self.site.topology)
+        deployment = self.session.deployment
+        longest = self.session.engine.longest_prompt(deployment, self.session.topology)
         work, remarks = [], []
         for check in deployment.smoke.checks:
             if check.prompt_tokens and self.is_open:
@@ -233,7 +235,7 @@ class Entrance:
         return remarks + [remark for remark in await _together(work) if remark]
 
     async def _check(self, check: SmokeCheck, longest: int) -> str:
-        question = requests.of_check(self.site.deployment, check, longest, str(uuid.uuid4()))
+        question = requests.of_check(self.session.deployment, check, longest, str(uuid.uuid4()))
         try:
             answer = await self._ask(question.path, question.body)
         except NoAnswer as error:
@@ -255,16 +257,16 @@ class Entrance:
         return ""
 
     async def _ask(self, path: str, body: Mapping[str, Any]) -> Answer:
-        url = f"http://{self.address}:{self.site.topology.proxy.port}{path}"
-        return await ask(self.client, url, body, timeout=self.site.deployment.gates.smoke)
+        url = f"http://{self.address}:{self.session.topology.proxy.port}{path}"
+        return await ask(self.client, url, body, timeout=self.session.deployment.gates.smoke)
 
     def _failed(
         self, path: str, expected: str, found: str, hint: str | None = None
     ) -> SmokeTestFailed:
-        proxy, logs = self.site.topology.proxy, self.site.deployment.paths.logs
+        proxy, logs = self.session.topology.proxy, self.session.deployment.paths.logs
         return SmokeTestFailed(
             f"expected {expected} from http://{proxy.address}:{proxy.port}{path}, found {found}",
-            host=self.site.host(proxy.host).where,
+            host=self.session.host(proxy.host).where,
             instance=proxy.name,
             hint=hint or f"the instances' logs are in {logs} on their hosts",
         )
@@ -309,7 +311,7 @@ async def _counted_since(servers: Servers, before: Sequence[Counts]) -> list[Cou
 
 
 async def _as_expected(
-    site: Site, checks: Sequence[SmokeCheck], exchanges: Sequence[Exchange]
+    session: Session, checks: Sequence[SmokeCheck], exchanges: Sequence[Exchange]
 ) -> None:
     """Sees that each answer by a prefill's KV is the one that its check knows to be right."""
     wrong = [
@@ -321,12 +323,12 @@ async def _as_expected(
     if not wrong:
         return
     check, first = wrong[0]
-    body = requests.prompt(site.deployment, first.prompt, check.max_tokens)
+    body = requests.prompt(session.deployment, first.prompt, check.max_tokens)
     expected = f"expected an answer to {first.prompt!r} that matches {check.expect!r}"
     by = ", ".join(dict.fromkeys(f"{one.prefill.name} → {one.decode.name}" for _, one in wrong))
     found = f"found {first.answer.text!r} with the KV handed over by {by}"
     try:
-        alone = (await ask_alone(site.engine, first.decode, body)).text
+        alone = (await ask_alone(session.engine, first.decode, body)).text
     except NoAnswer as error:
         raise first.decode.failed(
             f"{expected}, {found}; what decode answers without it can't be told ({error})"
@@ -345,15 +347,15 @@ async def _as_expected(
 
 
 async def _as_decode_alone(
-    site: Site, servers: Servers, exchanges: Sequence[Exchange]
+    session: Session, servers: Servers, exchanges: Sequence[Exchange]
 ) -> list[str]:
     """Compares with what decode answers by itself, where no check knows the right answer."""
     decode = servers.decode[0]
     alone: dict[str, str] = {}
     for prompt in dict.fromkeys(one.prompt for one in exchanges):
-        body = requests.prompt(site.deployment, prompt, HANDOVER_TOKENS)
+        body = requests.prompt(session.deployment, prompt, HANDOVER_TOKENS)
         try:
-            texts = {(await ask_alone(site.engine, decode, body)).text for _ in range(2)}
+            texts = {(await ask_alone(session.engine, decode, body)).text for _ in range(2)}
         except NoAnswer as error:
             return [
                 "what the answers say was not judged: `smoke.checks` expects nothing, and "
@@ -376,16 +378,16 @@ async def _as_decode_alone(
     return []
 
 
-async def _alike(site: Site, exchanges: Sequence[Exchange]) -> list[str]:
+async def _alike(session: Session, exchanges: Sequence[Exchange]) -> list[str]:
     """Compares the prefills by the answers to one prompt."""
     answers = _texts(exchanges)
     prompt = exchanges[0].prompt if exchanges else ""
     found = verdict.difference(prompt, answers)
     if found and not found.by_itself:
-        body = requests.prompt(site.deployment, prompt, HANDOVER_TOKENS)
+        body = requests.prompt(session.deployment, prompt, HANDOVER_TOKENS)
         firsts = {one.prefill.name: one for one in exchanges}
         again = await _together(
-            hand_over(site.engine, one.prefill, one.decode, body)
+            hand_over(session.engine, one.prefill, one.decode, body)
             for one in firsts.values()
             for _ in range(CONTROLS)
         )
