@@ -21,15 +21,24 @@ def main() -> None:
     check_base_port(args.base_api_port)
     Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     servers: list[subprocess.Popen] = []
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(stop(servers)))
+    # Raised in place, so that nothing is stopped while a lock of subprocess is held.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        start_all(args, servers)
+        wait_for_first(servers)
+    except KeyboardInterrupt:
+        log("interrupted, stopping all")
+    stop(servers)  # and end with 0, whatever a server died of, as the original does
+
+
+def start_all(args: argparse.Namespace, servers: list[subprocess.Popen]) -> None:
+    """Start the servers one by one, each on the next free port."""
     taken: set[int] = set()
     for rank in range(args.num_servers):
         port = find_available_port(args.base_api_port + rank, args.max_port_attempts, taken)
         taken.add(port)
         servers.append(start_server(args, rank, port))
         log(f"server {rank}: pid {servers[-1].pid}, port {port}")
-    wait_for_first(servers)
-    stop(servers)  # and end with 0, whatever a server died of, as the original does
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -157,7 +166,7 @@ def wait_for_first(servers: list[subprocess.Popen]) -> None:
 
 def stop(servers: list[subprocess.Popen]) -> None:
     """Terminate what still runs, kill what does not end in time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would wait for locks of this frame
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
     for server in servers:
         if server.poll() is None:
             server.terminate()
