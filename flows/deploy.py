@@ -7,7 +7,7 @@ from prefect import State, flow
 
 from flows import publish
 from flows.fan_out import fan_out
-from flows.roll_out import OnFailure, look, roll_out
+from flows.roll_out import OnFailure, roll_out, survey_hosts
 from flows.run import this_run
 from flows.session import connected, locked_session, open_former, open_session
 from pd_deploy.config.load import load_deployment
@@ -71,7 +71,7 @@ async def deploy(
 
 async def plan(session: Session, image: str | None, run: str) -> Rollout:
     """Reads everything a plan needs, on all hosts at once, and makes it; changes nothing."""
-    states = await look(session)
+    states = await survey_hosts(session)
     choice = await choose_image(session, states, image, wait_for=states)
     reading = [device_addresses(session, name, wait_for=states) for name in with_addresses(session)]
     found: list[Any] = await fan_out(

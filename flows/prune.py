@@ -7,7 +7,7 @@ from prefect.states import Completed
 
 from flows import publish
 from flows.fan_out import fan_out
-from flows.roll_out import look
+from flows.roll_out import survey_hosts
 from flows.run import this_run
 from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
@@ -26,7 +26,7 @@ async def prune(file: str) -> State[None]:
     """
     given = load_deployment(Path(file))
     async with locked_session(given, str(this_run())) as session:
-        past = surveying.past_of(await look(session))
+        past = surveying.past_of(await survey_hosts(session))
         steps = [prune_host(session, name, past) for name in session.hosts]
         done = await fan_out(session.barrier, steps)
         await publish.listing(past)

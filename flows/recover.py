@@ -8,7 +8,7 @@ from prefect.states import Completed
 
 from flows import publish
 from flows.fan_out import fan_out
-from flows.roll_out import look, restore, roll_out
+from flows.roll_out import restore, roll_out, survey_hosts
 from flows.run import this_run
 from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
@@ -29,7 +29,7 @@ async def recover(file: str) -> State[None]:
     """
     run, given = this_run(), load_deployment(Path(file))
     async with locked_session(given, str(run)) as session:
-        past = surveying.past_of(await look(session))
+        past = surveying.past_of(await survey_hosts(session))
         if past.serving is None:
             get_run_logger().info("no generation was ever promoted; stopping what runs")
             stopped = await fan_out(

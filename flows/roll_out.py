@@ -108,10 +108,10 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str) -> N
 async def restore(session: Session, generation: str) -> Rollout:
     """The rollout that brings a kept generation back, as the hosts are now."""
     there, saved = await surveying.saved(session, generation)
-    return surveying.restored(there, saved, await look(there))
+    return surveying.restored(there, saved, await survey_hosts(there))
 
 
-async def look(session: Session) -> list[HostState]:
+async def survey_hosts(session: Session) -> list[HostState]:
     """What all hosts say now."""
     return await fan_out(session.barrier, [survey(session, name) for name in session.hosts])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import State, flow
 
 from flows import publish
-from flows.roll_out import look, restore, roll_out
+from flows.roll_out import restore, roll_out, survey_hosts
 from flows.run import this_run
 from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
@@ -28,7 +28,7 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
     async with locked_session(
         given, str(run), lambda past: target(past, generation).hosts.values()
     ) as session:
-        chosen = target(surveying.past_of(await look(session)), generation)
+        chosen = target(surveying.past_of(await survey_hosts(session)), generation)
         rollout = await restore(session, chosen.generation)
         publish.found(rollout)
         return await roll_out(rollout, run)

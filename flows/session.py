@@ -66,7 +66,7 @@ async def locked_session(
         await open_former(session, past, also(past))
         lease = locking.lease_for(session, run)
         session.lock_with(lease)
-        async with lease.kept(session.hosts):
+        async with lease.held(session.hosts):
             await lock(session)
             yield session
 

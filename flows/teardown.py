@@ -7,7 +7,7 @@ from prefect.states import Completed
 
 from flows import publish
 from flows.fan_out import fan_out
-from flows.roll_out import look
+from flows.roll_out import survey_hosts
 from flows.run import this_run
 from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
@@ -24,7 +24,7 @@ async def teardown(file: str) -> State[None]:
     """
     given = load_deployment(Path(file))
     async with locked_session(given, str(this_run())) as session:
-        past = surveying.past_of(await look(session))
+        past = surveying.past_of(await survey_hosts(session))
         proxy_first = sorted(session.hosts, key=lambda name: name != session.topology.proxy.host)
         for name in proxy_first[:1]:
             await stop(session, name)

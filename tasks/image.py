@@ -16,9 +16,11 @@ MIB = 1 << 20
 
 
 @step("choose image")
-async def choose_image(session: Session, states: list[HostState], asked: str | None) -> Choice:
+async def choose_image(
+    session: Session, states: list[HostState], requested_image: str | None
+) -> Choice:
     """Decides which image the run takes."""
-    choice = await surveying.choose(session, states, asked)
+    choice = await surveying.choose(session, states, requested_image)
     get_run_logger().info("%s: %s", choice.image, choice.rule)
     return choice
 

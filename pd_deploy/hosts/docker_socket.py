@@ -146,7 +146,7 @@ class DockerSocket:
             return DockerMissing(
                 f"neither a docker command nor the Docker socket {self._path} exists",
                 host=self._where,
-                hint="install Docker DockerEngine 20.10 or newer",
+                hint="install Docker Engine 20.10 or newer",
             )
         return DockerDown(
             f"no Docker engine answers at {self._path}",

@@ -157,7 +157,7 @@ class Lease:
         self.numbers.pop(host.address, None)
 
     @contextlib.asynccontextmanager
-    async def kept(self, hosts: Mapping[str, Host]) -> AsyncIterator[None]:
+    async def held(self, hosts: Mapping[str, Host]) -> AsyncIterator[None]:
         """Renews the leases while the body runs, and gives them back at its end."""
         renewing = asyncio.ensure_future(self._renew(hosts))
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from pd_deploy.records.generations import Generation, latest
 
@@ -44,7 +44,7 @@ class Release(_Frozen):
         servers: the generation whose servers it runs; another one when only the proxy changed.
         servers_fingerprint: stands for all of its servers.
         image: the image as somebody wrote it, with a tag.
-        exact: the image by digest, or by id with `pull: never`.
+        pinned_image: the image by digest, or by id with `pull: never`.
         file_image: what the deployment file said at that time.
         hosts: all its hosts by their names then.
         logs: where its log files are on them.
@@ -56,7 +56,7 @@ class Release(_Frozen):
     servers: str
     servers_fingerprint: str
     image: str
-    exact: str
+    pinned_image: str = Field(validation_alias=AliasChoices("pinned_image", "exact"))
     file_image: str
     hosts: dict[str, HostAccess]
     logs: str
@@ -66,7 +66,7 @@ class Release(_Frozen):
     @property
     def digest(self) -> str:
         """`sha256:…` of its image."""
-        return digest_of(self.exact)
+        return digest_of(self.pinned_image)
 
 
 class Outcome(_Frozen):
@@ -218,14 +218,14 @@ class Choice:
     rule: str
 
 
-def choose(file_image: str, asked: str | None, serving: Release | None) -> Choice:
+def choose(file_image: str, requested_image: str | None, serving: Release | None) -> Choice:
     """Which image a run without further orders takes.
 
     One that the run names wins. Else the promoted image stays, so that a manual run never undoes
     a nightly one, unless the file's own `image` has changed since.
     """
-    if asked is not None:
-        return Choice(asked, None, "the run names it")
+    if requested_image is not None:
+        return Choice(requested_image, None, "the run names it")
     if serving is None:
         return Choice(file_image, None, "the file's own")
     if serving.file_image != file_image:
@@ -245,9 +245,9 @@ def merge(records: Iterable[Record], releases: Iterable[Release], found: Iterabl
     return History(newest, known, names | frozenset(known))
 
 
-def digest_of(exact: str) -> str:
+def digest_of(pinned_image: str) -> str:
     """The digest in `repository@sha256:…`, or the id itself."""
-    return exact.rpartition("@")[2]
+    return pinned_image.rpartition("@")[2]
 
 
 def local_tag(deployment: str, generation: str) -> str:

@@ -38,18 +38,18 @@ class ResolvedImage:
     """The image that will run, why that one, and its digest or id."""
 
     choice: Choice
-    exact: str
+    pinned_image: str
 
 
-async def look(session: Session, asked: str | None = None, by: str = "a look") -> Rollout:
+async def look(session: Session, requested_image: str | None = None, by: str = "a look") -> Rollout:
     """Reads everything a plan needs, on all hosts at once.
 
     Args:
-        asked: the image that a run names.
+        requested_image: the image that a run names.
         by: the run.
     """
     states = await asyncio.gather(*(survey(session, name) for name in session.hosts))
-    choice = await choose(session, states, asked)
+    choice = await choose(session, states, requested_image)
     image, addresses = await asyncio.gather(
         resolve_image(session, choice),
         asyncio.gather(*(device_addresses(session, name) for name in with_addresses(session))),
@@ -115,7 +115,9 @@ def past_of(states: Iterable[HostState]) -> History:
     return releases.merge([past.record], past.releases.values(), past.found | labelled)
 
 
-async def choose(session: Session, states: Iterable[HostState], asked: str | None) -> Choice:
+async def choose(
+    session: Session, states: Iterable[HostState], requested_image: str | None
+) -> Choice:
     """The image that a run takes; see `releases.choose`.
 
     `newest` is looked up in the registry by the file's update policy, from here or, where the
@@ -125,8 +127,8 @@ async def choose(session: Session, states: Iterable[HostState], asked: str | Non
         ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
     """
     past, deployment = past_of(states), session.deployment
-    if asked != NEWEST:
-        return releases.choose(deployment.image, asked, past.serving)
+    if requested_image != NEWEST:
+        return releases.choose(deployment.image, requested_image, past.serving)
     policy, place = tags.policy_of(deployment), repository_of(deployment)
     via = session.host(session.topology.proxy.host)
     async with reach(place, login=session.registry_login, via=via) as reached:
@@ -163,7 +165,7 @@ def planned(
         session.topology,
         session.engine,
         facts={name: HostFacts(interfaces[name], known.get(name, {})) for name in deployment.hosts},
-        image=image.exact,
+        image=image.pinned_image,
         history=past,
     )
     release = past.releases.get(made.plan.generation) or Release(
@@ -171,7 +173,7 @@ def planned(
         servers=made.plan.servers,
         servers_fingerprint=made.servers_fingerprint,
         image=image.choice.image,
-        exact=image.exact,
+        pinned_image=image.pinned_image,
         file_image=file_image,
         hosts=host_accesses(deployment),
         logs=Layout.of(deployment, made.plan.generation).log_root,

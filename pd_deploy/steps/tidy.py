@@ -28,9 +28,9 @@ async def prune(session: Session, name: str, past: History, kept: Collection[str
     await _remove_containers(session, host, removed)
     for one in gone:
         await _remove_generation(session, host, past, one)
-    needed = {past.releases[one].exact for one in kept if one in past.releases}
-    exact = {past.releases[one].exact for one in gone if one in past.releases} - needed
-    await _remove_images(session, host, gone, exact)
+    needed = {past.releases[one].pinned_image for one in kept if one in past.releases}
+    images = {past.releases[one].pinned_image for one in gone if one in past.releases} - needed
+    await _remove_images(session, host, gone, images)
     drafts = await host.output(["sh", "-c", DRAFTS, "sh", session.root])
     detail = f"removed {', '.join(gone)}" if gone else "nothing to remove"
     return Report("prune", name, name, bool(gone or drafts), detail)
@@ -42,8 +42,8 @@ async def clear(session: Session, name: str, past: History) -> Report:
     containers = await host.docker.containers({generations.DEPLOYMENT: own})
     await _remove_containers(session, host, containers)
     await session.may_change(host)
-    exact = {release.exact for release in past.releases.values()}
-    await _remove_images(session, host, sorted(past.found), exact)
+    images = {release.pinned_image for release in past.releases.values()}
+    await _remove_images(session, host, sorted(past.found), images)
     logs = {release.logs.rpartition("/")[0] for release in past.releases.values()}
     for path in sorted({*logs, Layout.log_root_of(session.deployment)}):
         await host.remove_tree(path, below=path.rpartition("/")[0])
@@ -98,14 +98,14 @@ async def _remove_generation(session: Session, host: Host, past: History, name: 
 
 
 async def _remove_images(
-    session: Session, host: Host, generations: Iterable[str], exact: Iterable[str]
+    session: Session, host: Host, generations: Iterable[str], images: Iterable[str]
 ) -> None:
     """Takes our names from images; one that no other deployment keeps goes with its digest."""
     own = session.deployment.name
     for name in generations:
         if await host.docker.image(local_tag(own, name)):
             await host.docker.remove_image(local_tag(own, name))
-    for reference in exact:
+    for reference in images:
         image = await host.docker.image(reference)
         if image and image.digest and not any(t.startswith("pd-deploy/") for t in image.tags):
             await host.docker.remove_image(reference)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.deploy import deploy
-from pd_deploy.hosts.docker_engine import Engine
+from pd_deploy.hosts.docker_engine import DockerEngine
 from pd_deploy.hosts.host import Host
 
 CHANGES = {
-    Engine: ("create", "start", "stop", "kill", "remove", "tag", "pull", "remove_image"),
+    DockerEngine: ("create", "start", "stop", "kill", "remove", "tag", "pull", "remove_image"),
     Host: ("write_files", "make_dirs", "remove_tree"),
 }
 

@@ -500,7 +500,7 @@ class TestFacts:
         assert taken[22].startswith("sshd (pid ")
 
 
-class TestEngine:
+class TestDocker:
     async def test_info(self, host: Host) -> None:
         info = await host.docker.info()
         assert int(info.version.split(".")[0]) >= 20
@@ -536,25 +536,25 @@ class TestEngine:
     async def test_life_of_a_container(
         self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
-        engine = host.engine
+        docker = host.docker
         id = await container("sh", "-c", "echo out; echo err >&2; sleep 600")
-        assert (await engine.inspect(id)).status == "created"
-        await engine.start(id)
-        await engine.start(id)
-        assert (await engine.inspect(id)).running
-        assert await engine.wait_log(id, "err", 30) == "seen"
-        assert set((await engine.logs(id)).split()) == {"out", "err"}
-        assert [state.id for state in await engine.containers({DEPLOYMENT_LABEL: OURS})] == [id]
-        await engine.stop(id, deployment=OURS, timeout=5)
-        state = await engine.inspect(id)
+        assert (await docker.inspect(id)).status == "created"
+        await docker.start(id)
+        await docker.start(id)
+        assert (await docker.inspect(id)).running
+        assert await docker.wait_log(id, "err", 30) == "seen"
+        assert set((await docker.logs(id)).split()) == {"out", "err"}
+        assert [state.id for state in await docker.containers({DEPLOYMENT_LABEL: OURS})] == [id]
+        await docker.stop(id, deployment=OURS, timeout=5)
+        state = await docker.inspect(id)
         assert state.status == "exited"
         assert state.finished_at is not None
         assert state.started_at is not None
         assert state.finished_at > state.started_at
-        assert await engine.remove(id, deployment=OURS)
-        assert not await engine.remove(id, deployment=OURS)
+        assert await docker.remove(id, deployment=OURS)
+        assert not await docker.remove(id, deployment=OURS)
         with pytest.raises(errors.ContainerMissing):
-            await engine.start(id)
+            await docker.start(id)
 
     async def test_wait_gives_the_exit_code(
         self, host: Host, container: Callable[..., Awaitable[str]]
@@ -602,18 +602,18 @@ class TestEngine:
     async def test_output_of_an_earlier_run_can_be_left_out(
         self, host: Host, container: Callable[..., Awaitable[str]]
     ) -> None:
-        engine = host.engine
+        docker = host.docker
         script = "echo run; if [ -e /tmp/ran ]; then echo again; fi; touch /tmp/ran; sleep 600"
         id = await container("sh", "-c", script)
-        await engine.start(id)
-        assert await engine.wait_log(id, "run", 30) == "seen"
-        await engine.stop(id, deployment=OURS, timeout=1)
-        await engine.start(id)
-        since = (await engine.inspect(id)).finished_at
+        await docker.start(id)
+        assert await docker.wait_log(id, "run", 30) == "seen"
+        await docker.stop(id, deployment=OURS, timeout=1)
+        await docker.start(id)
+        since = (await docker.inspect(id)).finished_at
         assert since is not None
-        assert await engine.wait_log(id, "again", 30, since=since) == "seen"
-        assert (await engine.logs(id, "all", since=since)).split() == ["run", "again"]
-        assert (await engine.logs(id, "all")).split() == ["run", "run", "again"]
+        assert await docker.wait_log(id, "again", 30, since=since) == "seen"
+        assert (await docker.logs(id, "all", since=since)).split() == ["run", "again"]
+        assert (await docker.logs(id, "all")).split() == ["run", "run", "again"]
 
     async def test_more_waits_than_sessions(
         self, host: Host, container: Callable[..., Awaitable[str]]

@@ -14,7 +14,7 @@ from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import surveying
-from pd_deploy.steps.history import Found
+from pd_deploy.steps.history import HostRecords
 from pd_deploy.steps.rollout import HostState, Rollout, Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from tests.unit import example
@@ -59,7 +59,7 @@ def rollout(
                 for n, status in states.items()
                 if (session.topology.host_of(n) if n in session.topology.names else "b") == host
             ),
-            past=Found(Record(), (), frozenset(known)),
+            past=HostRecords(Record(), (), frozenset(known)),
             listening=frozenset(listening),
         )
         for host in of.hosts

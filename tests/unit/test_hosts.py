@@ -289,7 +289,7 @@ class Told:
     def __init__(self, address: str, links: str) -> None:
         self.address, self.where, self.links = address, f"a ({address})", links
         self.facts = Facts(self)
-        self.engine = SimpleNamespace(info=self.nothing, containers=self.nothing)
+        self.docker = SimpleNamespace(info=self.nothing, containers=self.nothing)
 
     async def output(self, argv: Sequence[str]) -> str:
         return self.links if argv[0] == "ip" else ""

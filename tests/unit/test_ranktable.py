@@ -16,7 +16,7 @@ from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import surveying
-from pd_deploy.steps.history import Found
+from pd_deploy.steps.history import HostRecords
 from pd_deploy.steps.rollout import HostState, Rollout, Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from tests.unit import example, topologies
@@ -231,7 +231,7 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
             containers=(),
             others=(),
             listening=frozenset(),
-            past=Found(Record(), (), frozenset()),
+            past=HostRecords(Record(), (), frozenset()),
         )
         for name in of.hosts
     ]

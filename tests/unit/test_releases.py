@@ -41,7 +41,7 @@ def release(generation: str, **but: Any) -> Release:
         "servers": generation,
         "servers_fingerprint": "0123abcd",
         "image": "omni:1",
-        "exact": example.IMAGE,
+        "pinned_image": example.IMAGE,
         "file_image": "omni:1",
         "hosts": {"a": A, "b": B},
         "logs": f"/data/log_path/x/{generation}",
