@@ -10,7 +10,7 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records.releases import History
 from pd_deploy.steps import history, surveying
-from pd_deploy.steps.rollout import Session
+from pd_deploy.steps.session import Session
 
 
 async def plan(deployment: Deployment, image: str | None) -> Plan:

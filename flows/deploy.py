@@ -16,7 +16,8 @@ from pd_deploy.planning import placement
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.registry import tags
 from pd_deploy.steps import surveying
-from pd_deploy.steps.rollout import Rollout, Session
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import NEWEST, with_addresses
 from tasks.image import choose_image, resolve_image
 from tasks.survey import device_addresses

@@ -73,8 +73,8 @@ async def success(
     changed = sum(report.changed for report in reports)
     what = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
     message = f"Generation {rollout.plan.generation}: {what}"
-    if rollout.downtime.since and completion:
-        message += f", {rollout.downtime}"
+    if rollout.attempt.downtime.since and completion:
+        message += f", {rollout.attempt.downtime}"
     await _publish(rollout, f"**{message}**", reports, completion)
     if completion:
         message += f"; serves at {completion.url}"
@@ -140,8 +140,8 @@ def _report(
 ) -> str:
     lines = [f"# {rollout.plan.deployment}", "", headline, ""]
     lines += [f"Image `{rollout.release.image}`, `{rollout.plan.image}` ({rollout.rule})", ""]
-    if rollout.downtime.since:
-        lines += [f"The service was {rollout.downtime}.", ""]
+    if rollout.attempt.downtime.since:
+        lines += [f"The service was {rollout.attempt.downtime}.", ""]
     if completion:
         lines += [
             f"Completion through `{completion.url}` in {completion.seconds:.2f} s:",

@@ -15,7 +15,8 @@ from pd_deploy.errors import RollbackFailed, RolledBack
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.steps import containers, promotion, surveying
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import HostState, Rollout, Session
+from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.session import Session
 from tasks.promote import promote
 from tasks.survey import survey
 from tasks.tidy import clear, prune
@@ -69,7 +70,9 @@ async def abort(
         await promotion.note_failure(rollout, error, str(run))
     except Exception as fault:
         get_run_logger().warning("why it failed could not be recorded: %s", fault)
-    to_undo = isinstance(error, Exception) and rollout.stopped and set(stages) == set(STAGES)
+    to_undo = (
+        isinstance(error, Exception) and rollout.attempt.stopped and set(stages) == set(STAGES)
+    )
     if to_undo and before and before.generation != rollout.plan.generation:
         await roll_back(rollout, error, before.generation)
     else:
@@ -97,7 +100,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str) -> N
         image = f"; its image {failed.release.image} is in quarantine"
     reports += [*opened, *await tidy_up(back, reports)]
     raised = RolledBack(
-        f"{what}\nThe service is back on generation {generation}, {back.downtime}{image}",
+        f"{what}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}",
         hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
         f"{failed.plan.generation}`",
     )
@@ -121,7 +124,7 @@ async def tidy_up(rollout: Rollout, after: Sequence[Report]) -> list[Report]:
 
     What can't be removed is told and tried again by the next run: the service is up.
     """
-    session, past = rollout.session, rollout.history
+    session, past = rollout.locked, rollout.history
     serves = past.record.serving == rollout.plan.generation
     steps = [prune(session, name, past, wait_for=after) for name in rollout.plan.hosts]
     steps += [clear(session, name, past, wait_for=after) for name in session.former if serves]

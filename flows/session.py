@@ -16,7 +16,7 @@ from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import History, HostAccess
 from pd_deploy.steps import history, locking
-from pd_deploy.steps.rollout import Session, host_accesses
+from pd_deploy.steps.session import LockedSession, Session, host_accesses
 from tasks.lock import lock
 from tasks.survey import connect
 
@@ -29,7 +29,9 @@ _COMMANDS: dict[type[Block], str] = {
 
 
 @asynccontextmanager
-async def open_session(deployment: Deployment) -> AsyncIterator[Session]:
+async def open_session(
+    deployment: Deployment, forget: Iterable[str] = ()
+) -> AsyncIterator[Session]:
     """The deployment's hosts, with the credentials of its blocks; closed at the end.
 
     Nothing is connected before the first step asks.
@@ -43,7 +45,7 @@ async def open_session(deployment: Deployment) -> AsyncIterator[Session]:
         for name, place in host_accesses(deployment).items()
     ]
     async with Hosts(hosts) as opened:
-        yield Session(deployment, opened, await _registry_login(deployment))
+        yield Session(deployment, opened, await _registry_login(deployment), forget)
 
 
 @asynccontextmanager
@@ -52,7 +54,7 @@ async def locked_session(
     run: str,
     also: Callable[[History], Iterable[HostAccess]] = lambda _: (),
     forget: Iterable[str] = (),
-) -> AsyncIterator[Session]:
+) -> AsyncIterator[LockedSession]:
     """The deployment's hosts and those it had before, locked for this run.
 
     Args:
@@ -60,15 +62,14 @@ async def locked_session(
         also: further hosts that the run needs, from the deployment's past.
         forget: addresses of former hosts that are gone for good.
     """
-    async with open_session(deployment) as session:
-        session.forgotten = frozenset(forget)
+    async with open_session(deployment, forget) as session:
         past = await connected(session)
         await open_former(session, past, also(past))
         lease = locking.lease_for(session, run)
-        session.lock_with(lease)
-        async with lease.held(session.hosts):
-            await lock(session)
-            yield session
+        locked = LockedSession.of(session, lease)
+        async with lease.held(locked.hosts):
+            await lock(locked)
+            yield locked
 
 
 async def connected(session: Session) -> History:

@@ -98,7 +98,7 @@ async def prove_and_open(rollout: Rollout, after: list[Report]) -> tuple[Complet
     """Proves the service where only the smoke test can reach it, then lets clients in."""
     begin = time.monotonic()
     completion = await smoke_test(rollout, wait_for=after)
-    rollout.downtime.proof = time.monotonic() - begin
+    rollout.attempt.downtime.proof = time.monotonic() - begin
     proxy = rollout.session.topology.proxy.name
     return completion, [await open_proxy(rollout, proxy, wait_for=[completion])]
 

@@ -8,7 +8,8 @@ from pd_deploy.hosts.container_values import PullProgress
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps import containers, surveying
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import HostState, Rollout, Session
+from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import ResolvedImage
 from tasks.step import step
 

@@ -4,11 +4,11 @@ from prefect.logging import get_run_logger
 
 from pd_deploy.steps import locking
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Session
+from pd_deploy.steps.session import LockedSession
 from tasks.step import step
 
 
 @step("lock")
-async def lock(session: Session) -> Report:
+async def lock(session: LockedSession) -> Report:
     """Takes the deployment's lease on every host; waits for a run that holds it."""
     return await locking.lock(session, get_run_logger().info)

@@ -2,7 +2,8 @@
 
 from pd_deploy.steps import history, surveying
 from pd_deploy.steps.history import HostRecords
-from pd_deploy.steps.rollout import HostState, Session
+from pd_deploy.steps.rollout import HostState
+from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses
 from tasks.step import step
 

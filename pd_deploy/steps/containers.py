@@ -13,7 +13,8 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import HostPlan
 from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Rollout, Session
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import LockedSession
 
 LOG_LINES = 20
 ABORT_TIMEOUT_S = 10
@@ -31,7 +32,7 @@ async def pull(
     host, image = rollout.session.host(name), rollout.plan.image
     if await host.docker.image(image):
         return Report("pull image", name, name, False, "present")
-    await rollout.session.may_change(host)
+    await rollout.locked.may_change(host)
     limit = rollout.session.deployment.gates.pull
     try:
         async with asyncio.timeout(limit):
@@ -53,9 +54,9 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
         if state.labels[generations.INSTANCE] == instance
     ]
     if stopping:
-        rollout.stopped = True
-        rollout.downtime.begin()
-    await asyncio.gather(*(_stop(rollout.session, host, state) for host, state in stopping))
+        rollout.attempt.stopped = True
+        rollout.attempt.downtime.begin()
+    await asyncio.gather(*(_stop(rollout.locked, host, state) for host, state in stopping))
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
     return Report("clean up", instance, where, bool(stopping), detail)
@@ -64,7 +65,7 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
 async def launch(rollout: Rollout, instance: str) -> Report:
     """Creates an instance's directories, start script and container; starts nothing."""
     where, host = rollout.session.topology.host_of(instance), rollout.session.host_of(instance)
-    await rollout.session.may_change(host)
+    await rollout.locked.may_change(host)
     planned, spec = rollout.plan.hosts[where], rollout.plan.container(instance)
     own = [d for d in planned.directories if d.endswith(f"/{instance}")]
     shared = [d for d in planned.directories if d.endswith("/ranktables")]
@@ -86,7 +87,7 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
     host, planned = rollout.session.host(name), rollout.plan.hosts[name]
     for instance in planned.containers:
         await require(rollout, instance)
-    await rollout.session.may_change(host)
+    await rollout.locked.may_change(host)
     written = await _write(host, planned, "ranktable", "/ranktables/")
     detail = f"wrote {len(written)} documents" if written else "up to date"
     return Report("ranktable", name, name, bool(written), detail)
@@ -160,12 +161,12 @@ async def open_proxy(rollout: Rollout) -> Report:
     where, state = session.topology.proxy.host, await require(rollout, name)
     port = session.topology.proxy.port
     if await _clients_can_connect(rollout):
-        if not rollout.stopped:
-            rollout.downtime.never()
+        if not rollout.attempt.stopped:
+            rollout.attempt.downtime.never()
         return Report("open proxy", name, where, False, f"port {port} is open")
     await _one_step_on(rollout, state)
     await _log_says(rollout, name, state, session.engine.OPENED, session.deployment.gates.start)
-    rollout.downtime.end()
+    rollout.attempt.downtime.end()
     return Report("open proxy", name, where, True, f"opened port {port}")
 
 
@@ -175,7 +176,7 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
     Returns:
         By instance, None if it is stopped, or why it could not be.
     """
-    names = sorted(rollout.started)
+    names = sorted(rollout.attempt.started)
     outcomes = await asyncio.gather(
         *(_stop_instance(rollout, name) for name in names), return_exceptions=True
     )
@@ -250,11 +251,11 @@ async def require(rollout: Rollout, instance: str) -> ContainerState:
 async def _stop_instance(rollout: Rollout, instance: str) -> None:
     state, host = await require(rollout, instance), rollout.session.topology.host_of(instance)
     if state.status in generations.RUNNING:
-        await _stop(rollout.session, host, state, ABORT_TIMEOUT_S)
+        await _stop(rollout.locked, host, state, ABORT_TIMEOUT_S)
 
 
 async def _stop(
-    session: Session, host: str, state: ContainerState, timeout: int | None = None
+    session: LockedSession, host: str, state: ContainerState, timeout: int | None = None
 ) -> None:
     seconds = session.deployment.container.stop_timeout if timeout is None else timeout
     await session.may_change(session.host(host))
@@ -294,14 +295,14 @@ async def _write(host: Host, planned: HostPlan, stage: str, below: str) -> list[
 
 async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:
     host = rollout.session.host_of(instance)
-    await rollout.session.may_change(host)
-    rollout.started.add(instance)
+    await rollout.locked.may_change(host)
+    rollout.attempt.started.add(instance)
     await host.docker.start(state.id)
 
 
 async def _one_step_on(rollout: Rollout, state: ContainerState) -> None:
     """Takes the proxy from prepared to open to the smoke test, and from there to open."""
-    session, host = rollout.session, rollout.session.host_of(rollout.session.topology.proxy.name)
+    session, host = rollout.locked, rollout.session.host_of(rollout.session.topology.proxy.name)
     await session.may_change(host)
     await host.docker.kill(state.id, session.engine.OPEN_SIGNAL, deployment=session.deployment.name)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pd_deploy.errors import TransientError
 from pd_deploy.hosts.lease import Lease, Owner, this_process
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Session
+from pd_deploy.steps.session import LockedSession, Session
 
 
 def lease_for(session: Session, run: str) -> Lease:
@@ -14,13 +14,12 @@ def lease_for(session: Session, run: str) -> Lease:
     return Lease(session.root, owner, session.deployment.gates.lease_lasts)
 
 
-async def lock(session: Session, waiting: Callable[[str], None]) -> Report:
+async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report:
     """Takes the leases of all hosts of a session.
 
     Raises:
         LeaseHeld: another run works on the deployment.
     """
-    assert session.lease is not None
     hosts = [
         (host, _claim(session, session.lease.owner, name)) for name, host in session.hosts.items()
     ]

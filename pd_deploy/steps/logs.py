@@ -7,7 +7,7 @@ from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History
-from pd_deploy.steps.rollout import Session
+from pd_deploy.steps.session import Session
 
 
 def chosen(past: History, generation: str | None) -> str:

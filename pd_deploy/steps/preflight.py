@@ -170,8 +170,7 @@ def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], 
 def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[HostError]:
     """Devices and ports that another deployment's containers have, or its run is about to use."""
     claims = [(_holder(state), _uses(state)) for state in rollout.states[name].others]
-    lease = rollout.session.lease
-    for other in lease.others.get(host.address, []) if lease else []:
+    for other in rollout.locked.lease.others.get(host.address, []):
         if other.age < rollout.session.deployment.gates.lease_lasts:
             claims.append((f"{other.owner.run}, which is at work", _claimed(other.owner)))
     for label in (generations.DEVICES, generations.PORTS):

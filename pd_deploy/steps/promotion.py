@@ -16,7 +16,7 @@ _OF_THE_SERVICE = (InstanceDied, NotReady, SmokeTestFailed)
 
 async def save(rollout: Rollout, name: str) -> Report:
     """Writes a generation's account of itself on a host, before anything of it is made."""
-    session, host = rollout.session, rollout.session.host(name)
+    session, host = rollout.locked, rollout.session.host(name)
     await session.may_change(host)
     written = await history.write_release(host, session.root, rollout.release, rollout.saved)
     detail = f"wrote {len(written)} files" if written else "known"
@@ -108,12 +108,12 @@ async def write(rollout: Rollout, record: Record, besides: Collection[str] = ())
     """
     if record is rollout.history.record:
         return
-    session = rollout.session
+    session = rollout.locked
     first = session.host(session.topology.proxy.host)
     await session.may_change(first)
     others = [h for h in session.hosts.values() if h is not first and h.address not in besides]
     await history.write_record(first, others, session.root, record)
-    rollout.remember(record)
+    rollout.attempt.record = record
 
 
 async def _keep_image(rollout: Rollout, name: str) -> None:
@@ -121,5 +121,5 @@ async def _keep_image(rollout: Rollout, name: str) -> None:
     tag = local_tag(rollout.session.deployment.name, rollout.plan.generation)
     image = await host.docker.image(rollout.plan.image)
     if image and tag not in image.tags:
-        await rollout.session.may_change(host)
+        await rollout.locked.may_change(host)
         await host.docker.tag(rollout.plan.image, tag)

@@ -18,8 +18,10 @@ from pd_deploy.registry import tags
 from pd_deploy.registry.client import newest, reach
 from pd_deploy.registry.repository import repository_of
 from pd_deploy.steps import history
+from pd_deploy.steps.attempt import Attempt
 from pd_deploy.steps.history import Saved
-from pd_deploy.steps.rollout import Downtime, HostState, Rollout, Session, host_accesses
+from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.session import Session, host_accesses
 
 NEWEST = "newest"
 """In place of an image: the newest one that the file's update policy finds."""
@@ -156,7 +158,7 @@ def planned(
     file_image, past = session.deployment.image, past_of(states)
     deployment = session.deployment.model_copy(update={"image": image.choice.image})
     placement.build(deployment)  # its rules depend on the image
-    session = session.turned_to(deployment)
+    session = session.for_deployment(deployment)
     interfaces = {survey.host: survey.interface for survey in states}
     known = {one.host: one.of_device for one in addresses}
     session.engine.check_addresses(known)
@@ -182,8 +184,9 @@ def planned(
     )
     by_host = {survey.host: survey for survey in states}
     past = past.with_release(release)
-    downtime = Downtime(past.record.closed)
-    return Rollout(session, by_host, past, made.plan, release, image.choice.rule, downtime=downtime)
+    return Rollout(
+        session, by_host, past, made.plan, release, image.choice.rule, Attempt.begin(past.record)
+    )
 
 
 async def saved(session: Session, name: str) -> tuple[Session, Saved]:
@@ -193,7 +196,7 @@ async def saved(session: Session, name: str) -> tuple[Session, Saved]:
         NoSuchGeneration: it is not kept.
     """
     loaded = await history.load(session.hosts, session.root, name)
-    return session.turned_to(loaded.deployment), loaded
+    return session.for_deployment(loaded.deployment), loaded
 
 
 def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rollout:
@@ -206,7 +209,7 @@ def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rol
         saved.plan,
         past.releases[saved.plan.generation],
         "as it was saved",
-        downtime=Downtime(past.record.closed),
+        Attempt.begin(past.record),
     )
 
 

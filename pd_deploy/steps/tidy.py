@@ -12,13 +12,13 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, local_tag
 from pd_deploy.steps.report import Report
-from pd_deploy.steps.rollout import Session
+from pd_deploy.steps.session import LockedSession
 
 # Left by a run that was killed while it wrote.
 DRAFTS = r"""[ ! -d "$1" ] || find "$1" -xdev -type f -name '.*.tmp' -print -delete"""
 
 
-async def prune(session: Session, name: str, past: History, kept: Collection[str]) -> Report:
+async def prune(session: LockedSession, name: str, past: History, kept: Collection[str]) -> Report:
     """Removes the generations that are not kept from a host: containers, files, logs, and the
     images that no kept one needs."""
     host = session.host(name)
@@ -36,7 +36,7 @@ async def prune(session: Session, name: str, past: History, kept: Collection[str
     return Report("prune", name, name, bool(gone or drafts), detail)
 
 
-async def clear(session: Session, name: str, past: History) -> Report:
+async def clear(session: LockedSession, name: str, past: History) -> Report:
     """Removes everything of the deployment from a host."""
     host, own = session.host(name), session.deployment.name
     containers = await host.docker.containers({generations.DEPLOYMENT: own})
@@ -48,15 +48,14 @@ async def clear(session: Session, name: str, past: History) -> Report:
     for path in sorted({*logs, Layout.log_root_of(session.deployment)}):
         await host.remove_tree(path, below=path.rpartition("/")[0])
     # Last, as the lease lies in it.
-    if session.lease:
-        session.lease.forget(host)
+    session.lease.forget(host)
     there = await host.remove_tree(session.root, below=session.deployment.paths.state)
     detail = f"removed {len(containers)} containers and {session.root}"
     changed = bool(containers) or there
     return Report("clear", name, name, changed, detail if changed else "nothing to remove")
 
 
-async def stop(session: Session, name: str) -> Report:
+async def stop(session: LockedSession, name: str) -> Report:
     """Stops all containers of the deployment on a host, the proxy first, and keeps them."""
     host = session.host(name)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
@@ -67,7 +66,7 @@ async def stop(session: Session, name: str) -> Report:
 
 
 async def _remove_containers(
-    session: Session, host: Host, states: Iterable[ContainerState]
+    session: LockedSession, host: Host, states: Iterable[ContainerState]
 ) -> None:
     states = list(states)
     await _stop(session, host, [s for s in states if s.status in generations.RUNNING])
@@ -77,7 +76,7 @@ async def _remove_containers(
     await asyncio.gather(*(host.docker.remove(s.id, deployment=own) for s in states))
 
 
-async def _stop(session: Session, host: Host, running: Iterable[ContainerState]) -> None:
+async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerState]) -> None:
     by_role: dict[bool, list[ContainerState]] = {True: [], False: []}
     for state in running:
         by_role[state.labels.get(generations.ROLE) == "proxy"].append(state)
@@ -90,7 +89,7 @@ async def _stop(session: Session, host: Host, running: Iterable[ContainerState])
         )
 
 
-async def _remove_generation(session: Session, host: Host, past: History, name: str) -> None:
+async def _remove_generation(session: LockedSession, host: Host, past: History, name: str) -> None:
     await session.may_change(host)
     if release := past.releases.get(name):
         await host.remove_tree(release.logs, below=release.logs.rpartition("/")[0])
@@ -98,7 +97,7 @@ async def _remove_generation(session: Session, host: Host, past: History, name: 
 
 
 async def _remove_images(
-    session: Session, host: Host, generations: Iterable[str], images: Iterable[str]
+    session: LockedSession, host: Host, generations: Iterable[str], images: Iterable[str]
 ) -> None:
     """Takes our names from images; one that no other deployment keeps goes with its digest."""
     own = session.deployment.name

@@ -15,7 +15,8 @@ from pd_deploy.records import generations
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import surveying
 from pd_deploy.steps.history import HostRecords
-from pd_deploy.steps.rollout import HostState, Rollout, Session
+from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from tests.unit import example
 

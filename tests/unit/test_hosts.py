@@ -33,7 +33,7 @@ from pd_deploy.hosts.host import Hosts
 from pd_deploy.hosts.login import Login, known_hosts_line
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.steps import surveying
-from pd_deploy.steps.rollout import Session
+from pd_deploy.steps.session import Session
 from tests.unit import example
 
 WHERE = "a (10.0.0.1)"

@@ -12,7 +12,7 @@ import httpx
 from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Counters
 from pd_deploy.errors import SmokeTestFailed
-from pd_deploy.steps.rollout import Session
+from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import metrics
 from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
 from pd_deploy.steps.verify.requests import COMPLETIONS

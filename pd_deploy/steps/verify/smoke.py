@@ -17,7 +17,8 @@ import httpx
 from pd_deploy.config.models import SmokeCheck
 from pd_deploy.errors import SmokeTestFailed
 from pd_deploy.steps import containers
-from pd_deploy.steps.rollout import Rollout, Session
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import requests, verdict
 from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
 from pd_deploy.steps.verify.handover import Exchange, Handover, ask_alone, hand_over, pairs

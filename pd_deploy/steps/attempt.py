@@ -1,0 +1,64 @@
+"""What one run has done with a generation so far; all else about a rollout is fixed."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from pd_deploy.records.releases import Record
+
+
+@dataclass
+class Downtime:
+    """From when clients could not connect until they could again, by the controller's clock.
+
+    `since` may lie before this run: an earlier one may have left the service down.
+
+    Attributes:
+        proof: seconds of it that went into the smoke test.
+    """
+
+    since: datetime | None = None
+    until: datetime | None = None
+    proof: float = 0.0
+
+    def begin(self) -> None:
+        """The proxy is about to close; what was down already stays so."""
+        self.since = self.since or datetime.now(UTC)
+
+    def end(self) -> None:
+        """Clients can connect."""
+        self.until = datetime.now(UTC)
+
+    def never(self) -> None:
+        """Nothing was down after all."""
+        self.since = None
+
+    @property
+    def seconds(self) -> float:
+        """How long; up to now if it still lasts."""
+        return ((self.until or datetime.now(UTC)) - self.since).total_seconds() if self.since else 0
+
+    def __str__(self) -> str:
+        proof = f", {self.proof:.1f} s of it for the smoke test" if self.proof else ""
+        return f"down for {self.seconds:.1f} s{proof}"
+
+
+@dataclass
+class Attempt:
+    """What has been started, stopped and recorded.
+
+    Attributes:
+        record: the deployment's record as it was read, or as this run has last written it.
+        downtime: since when clients can't connect, and until when.
+        started: instances that this run has started.
+        stopped: whether this run has stopped anything that ran: from then on a failure is undone.
+    """
+
+    record: Record
+    downtime: Downtime
+    started: set[str] = field(default_factory=set)
+    stopped: bool = False
+
+    @classmethod
+    def begin(cls, record: Record) -> "Attempt":
+        """An attempt that has done nothing yet; the service may be down from an earlier one."""
+        return cls(record, Downtime(record.closed))

@@ -1,0 +1,126 @@
+"""The connected hosts of a deployment, and the right to change them."""
+
+from collections.abc import Iterable
+from typing import Self
+
+from pd_deploy import engines
+from pd_deploy.config.models import Deployment
+from pd_deploy.engines.base import Layout
+from pd_deploy.hosts.container_values import RegistryLogin
+from pd_deploy.hosts.host import Host, Hosts
+from pd_deploy.hosts.lease import Lease
+from pd_deploy.planning import placement
+from pd_deploy.records.releases import HostAccess
+from pd_deploy.steps.barrier import Barrier
+
+
+class Session:
+    """A deployment and its connected hosts, shared by all steps of a run; nothing is changed in it.
+
+    Args:
+        deployment: what the file says, or said.
+        hosts: the deployment's, and those that a former generation ran on.
+        registry_login: credentials for pulling.
+        forgotten: addresses of former hosts that are gone for good.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        hosts: Hosts,
+        registry_login: RegistryLogin | None = None,
+        forgotten: Iterable[str] = (),
+    ) -> None:
+        self.deployment = deployment
+        self.topology = placement.derive(deployment)
+        self.engine = engines.get(deployment.engine)
+        self.hosts = hosts
+        self.registry_login = registry_login
+        self.forgotten = frozenset(forgotten)
+        self.barrier = Barrier()
+
+    @property
+    def root(self) -> str:
+        """The deployment's own directory on its hosts."""
+        return Layout.root_of(self.deployment)
+
+    @property
+    def former(self) -> list[str]:
+        """Hosts that the deployment no longer has, by name."""
+        return [name for name in self.hosts if name not in self.deployment.hosts]
+
+    def host(self, name: str) -> Host:
+        """A host by its name in the file."""
+        return self.hosts[name]
+
+    def host_of(self, instance: str) -> Host:
+        """The host that an instance, or the proxy, runs on."""
+        return self.hosts[self.topology.host_of(instance)]
+
+    def for_deployment(self, deployment: Deployment) -> Self:
+        """The same hosts for another state of the deployment, each under its name there."""
+        by_address = {host.address: host for host in self.hosts.values()}
+        named = {name: by_address.pop(entry.address) for name, entry in deployment.hosts.items()}
+        for host in by_address.values():
+            named[host.name if host.name not in named else host.where] = host
+        return self._like(deployment, Hosts.of(named))
+
+    def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
+        return type(self)(deployment, hosts, self.registry_login, self.forgotten)
+
+
+class LockedSession(Session):
+    """A session that may change its hosts, for as long as its lease holds.
+
+    All waits end when the lease is lost.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        hosts: Hosts,
+        registry_login: RegistryLogin | None = None,
+        forgotten: Iterable[str] = (),
+        *,
+        lease: Lease,
+    ) -> None:
+        super().__init__(deployment, hosts, registry_login, forgotten)
+        self.lease = lease
+        lease.watchers.append(self.barrier.fail)
+
+    @classmethod
+    def of(cls, session: Session, lease: Lease) -> "LockedSession":
+        """A session with a lease on its hosts."""
+        return cls(
+            session.deployment,
+            session.hosts,
+            session.registry_login,
+            session.forgotten,
+            lease=lease,
+        )
+
+    async def may_change(self, host: Host) -> None:
+        """To be called before each change on a host: looks whether the run still may.
+
+        Raises:
+            LeaseLost: another run has taken over.
+        """
+        await self.lease.check(host)
+
+    def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
+        return type(self)(deployment, hosts, self.registry_login, self.forgotten, lease=self.lease)
+
+
+def host_accesses(deployment: Deployment) -> dict[str, HostAccess]:
+    """How the hosts of a deployment are reached."""
+    logins = {name: entry.ssh or deployment.ssh for name, entry in deployment.hosts.items()}
+    return {
+        name: HostAccess(
+            name=name,
+            address=entry.address,
+            user=logins[name].user,
+            port=logins[name].port,
+            credentials=logins[name].credentials,
+        )
+        for name, entry in deployment.hosts.items()
+    }
