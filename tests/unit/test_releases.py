@@ -414,3 +414,10 @@ def test_a_saved_generation_comes_back_as_it_was(path: Path) -> None:
     again = Saved.model_validate_json(text)
     assert again.plan == before.plan
     assert made(again.deployment, example.past()) == before
+
+
+def test_a_release_that_an_older_version_wrote_can_be_read() -> None:
+    """It called the pinned image `exact`; what is written today has the new name."""
+    written = release(ONE).model_dump(mode="json")
+    older = {**written, "exact": written.pop("pinned_image")}
+    assert Release.model_validate(older) == release(ONE)
