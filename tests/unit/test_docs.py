@@ -171,3 +171,44 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def _anchor(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+NAMED = re.compile(r"`([\w./-]+\.py)(?:::(\w+))?`(?: \(([^()]*)\))?")
+IN_A_PICTURE = re.compile(r"([\w/]+/\w+\.py) (\w+(?:, \w+(?![\w/.]))*)")
+OTHER_FILES = re.compile(r"`((?:pd_deploy|lab|deployments|tests|docs)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_function_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    for file, test, names in NAMED.findall(text):
+        found = _files(file)
+        assert found, file
+        for name in filter(None, [test, *re.findall(r"`(\w+)`", names)]):
+            assert any(_defines(one, name) for one in found), f"{file} has no {name}"
+    for file, names in IN_A_PICTURE.findall(text):
+        for name in names.split(", "):
+            assert _defines(ROOT / file, name), f"{file} has no {name}"
+    assert [file for file in OTHER_FILES.findall(text) if not (ROOT / file).exists()] == []
+
+
+def _files(name: str) -> list[Path]:
+    """The files of a page's name for them: from the root, or by their last part alone."""
+    if "/" in name:
+        return [ROOT / name] if (ROOT / name).is_file() else []
+    rooms = ("pd_deploy", "lab", "tests", "tasks", "flows", "cli", "bench", "demo", "blocks")
+    return [file for room in rooms for file in (ROOT / room).rglob(name)]
+
+
+def _defines(file: Path, name: str) -> bool:
+    text = file.read_text()
+    return bool(
+        re.search(rf"^\s*(?:async def|def|class) {name}\b|^{name}\b.*=", text, re.MULTILINE)
+    )
+
+
+def test_rules_that_the_contract_names_are_rules() -> None:
+    lists = re.findall(r"\brules? ((?:`[a-z-]+`(?:, )?)+)", CONTRACT.read_text())
+    names = {name for one in lists for name in re.findall(r"`([a-z-]+)`", one)}
+    assert names
+    assert names <= RULES.keys()
