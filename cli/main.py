@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 from uuid import UUID
@@ -73,6 +74,24 @@ class OnFailure(StrEnum):
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file (YAML).")]
 Image = Annotated[str | None, typer.Option(help="Run this image instead of the file's own.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pd-deploy {metadata.version('pd-deploy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """What stands before the name of a command."""
 
 
 @app.command()

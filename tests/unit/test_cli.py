@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def test_the_installed_command_checks_a_file() -> None:
     )
     assert "The file is right." in done.stdout
     assert done.stderr == ""
+
+
+def test_version_is_the_installed_one(call: Any) -> None:
+    done = call("--version")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"pd-deploy {metadata.version('pd-deploy')}\n"
 
 
 def test_check_shows_every_instance_and_its_ports(call: Any) -> None:

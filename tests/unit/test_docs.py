@@ -1,6 +1,8 @@
 """The documentation says what is so."""
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,114 @@ def test_the_list_of_corrections_names_each_once() -> None:
 def test_the_list_of_corrections_is_the_one_in_code() -> None:
     page = (ROOT / "docs/corrections.md").read_text()
     assert page == corrections.as_markdown()
+
+
+CONTRACT = ROOT / "docs/omni-infer-contract.md"
+NUMBER = r"\d+(?:\.\d+)?"
+NUMBERS = rf"{NUMBER}(?:(?:, | to | and |, and ){NUMBER})*"
+CITATIONS = (
+    re.compile(rf"contract,?\s+(?:#\s+)?(?:sections?\s+)?({NUMBERS})", re.IGNORECASE),
+    re.compile(rf"\bsections?\s+({NUMBERS})", re.IGNORECASE),
+    re.compile(r"\((\d\.\d(?:(?: to | and |, )\d\.\d)*)\)"),
+    re.compile(r"configuration of (\d\.\d)"),
+)
+
+
+def cited(file: Path) -> Iterator[str]:
+    """The numbers of the contract's sections that a file names."""
+    text = file.read_text()
+    for pattern in CITATIONS:
+        for numbers in pattern.findall(text):
+            yield from re.findall(NUMBER, numbers)
+    if file.suffix == ".json":
+        rules = json.loads(text)
+        fields = (one.get("section") for part in rules.values() for one in _entries(part))
+        yield from (number for number in fields if number not in (None, "-"))
+
+
+def _entries(part: object) -> list[dict[str, Any]]:
+    values = part.values() if isinstance(part, dict) else ()
+    return [value for value in values if isinstance(value, dict)]
+
+
+def citing() -> dict[str, set[str]]:
+    """The files of the project that cite the contract, with the sections they cite."""
+    files = [
+        file
+        for room in ("pd_deploy", "lab/standin", "tasks", "flows", "cli")
+        for file in (ROOT / room).rglob("*")
+        if file.suffix in (".py", ".sh", ".json", ".yaml", ".lua") and file.is_file()
+    ]
+    numbers = {str(file.relative_to(ROOT)): set(cited(file)) for file in files}
+    return {file: found for file, found in numbers.items() if found}
+
+
+def test_every_section_of_the_contract_that_is_cited_is_there() -> None:
+    headings = set(re.findall(rf"^#+ ({NUMBER}) ", CONTRACT.read_text(), re.MULTILINE))
+    found = citing()
+    assert {f: sorted(n - headings) for f, n in found.items() if n - headings} == {}
+    # What is looked for is found: in docstrings, in messages, and in the stand-in's rules.
+    assert {"3.2", "3.4"} <= found["pd_deploy/engines/omniinfer/ranktable.py"]
+    assert {"2.2", "4.5", "5.1"} <= found["pd_deploy/engines/omniinfer/engine.py"]
+    standin = "lab/standin/image/usr/local/Ascend/latest/standin"
+    assert {"1.7", "4.8"} <= found[f"{standin}/rules.json"]
+    assert {"4.1", "4.6"} <= found[f"{standin}/main.py"]
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", text):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in {_anchor(heading) for heading in headings}, f"{target}#{anchor}"
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+NAMED = re.compile(r"`([\w./-]+\.py)(?:::(\w+))?`(?: \(([^()]*)\))?")
+IN_A_PICTURE = re.compile(r"([\w/]+/\w+\.py) (\w+(?:, \w+(?![\w/.]))*)")
+OTHER_FILES = re.compile(r"`((?:pd_deploy|lab|deployments|tests|docs)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_function_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    for file, test, names in NAMED.findall(text):
+        found = _files(file)
+        assert found, file
+        for name in filter(None, [test, *re.findall(r"`(\w+)`", names)]):
+            assert any(_defines(one, name) for one in found), f"{file} has no {name}"
+    for file, names in IN_A_PICTURE.findall(text):
+        for name in names.split(", "):
+            assert _defines(ROOT / file, name), f"{file} has no {name}"
+    assert [file for file in OTHER_FILES.findall(text) if not (ROOT / file).exists()] == []
+
+
+def _files(name: str) -> list[Path]:
+    """The files of a page's name for them: from the root, or by their last part alone."""
+    if "/" in name:
+        return [ROOT / name] if (ROOT / name).is_file() else []
+    rooms = ("pd_deploy", "lab", "tests", "tasks", "flows", "cli", "bench", "demo", "blocks")
+    return [file for room in rooms for file in (ROOT / room).rglob(name)]
+
+
+def _defines(file: Path, name: str) -> bool:
+    text = file.read_text()
+    return bool(
+        re.search(rf"^\s*(?:async def|def|class) {name}\b|^{name}\b.*=", text, re.MULTILINE)
+    )
+
+
+def test_rules_that_the_contract_names_are_rules() -> None:
+    lists = re.findall(r"\brules? ((?:`[a-z-]+`(?:, )?)+)", CONTRACT.read_text())
+    names = {name for one in lists for name in re.findall(r"`([a-z-]+)`", one)}
+    assert names
+    assert names <= RULES.keys()

@@ -284,7 +284,7 @@ def as_markdown() -> str:
         "# Corrections",
         "",
         "What pd-deploy does otherwise than upstream's playbook. Made from "
-        "`pd_deploy/engines/corrections.py`.",
+        "`pd_deploy/engines/omniinfer/corrections.py`.",
         "⚠ marks what the engine sees and what has not been tried on hardware.",
     ]
     for where, title in titles.items():
