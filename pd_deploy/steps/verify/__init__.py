@@ -1,7 +1,7 @@
 """Proving that a service serves: what it is asked, what its answers and counters say of it.
 
 Here belongs whatever judges a running service by what it answers. Waiting until a server is ready
-does not (see `pd_deploy.probes`), nor does anything that changes a host.
+does not (see `pd_deploy.steps.readiness`), nor does anything that changes a host.
 
     requests   what is asked (pure)
     answers    asking, and reading what comes back
