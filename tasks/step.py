@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
@@ -24,15 +24,17 @@ R = TypeVar("R")
 RETRY_DELAYS_S = (1, 3, 8)
 
 
-def step(run_name: str) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., Awaitable[R]]]:
+def step(
+    run_name: str,
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Task[P, Coroutine[Any, Any, R]]]:
     """Makes a task of a function: named after its subject, retried on transient faults, with its
-    report timed and logged.
+    report timed and logged. A call is checked against the function's own parameters.
 
     Args:
         run_name: name of the run, with the function's parameters in braces.
     """
 
-    def decorate(function: Callable[P, Awaitable[R]]) -> Callable[..., Awaitable[R]]:
+    def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Task[P, Coroutine[Any, Any, R]]:
         @functools.wraps(function)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             begin = time.monotonic()

@@ -17,7 +17,6 @@ from pd_deploy.errors import ImageNotFound, PdDeployError, RegistryUnavailable
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host
 from pd_deploy.registry import tags
-from pd_deploy.registry.headers import next_link
 from pd_deploy.registry.repository import Repository
 from pd_deploy.registry.session import RegistrySession, Reply
 from pd_deploy.registry.ways import Connect, straight, through, trust
@@ -134,11 +133,10 @@ class Registry:
         return [tag for tag in found if isinstance(tag, str)]
 
     def _next_page(self, url: httpx.URL, answer: Reply) -> httpx.URL | None:
-        target = next_link(answer.headers)
-        if target is None:
+        if answer.next_page is None:
             return None
         try:
-            following = url.join(target)
+            following = url.join(answer.next_page)
         except httpx.InvalidURL:
             following = httpx.URL()
         if following.host != url.host:

@@ -1,16 +1,12 @@
-"""What registries say in headers: how to log in, and where the next page is. Pure."""
+"""What registries say in headers: how to log in. Pure."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import httpx
-
 _CHALLENGE_PART = re.compile(
     r"""([\w!#$%&'*+.^`|~-]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?""", re.ASCII
 )
-_LINK = re.compile(r"<([^<>]*)>([^<]*)")
-_NEXT = re.compile(r';\s*rel\s*=\s*(?:"(?:[^"]*\s)?next(?:\s[^"]*)?"|next(?![\w-]))', re.IGNORECASE)
 
 
 class Challenge(NamedTuple):
@@ -33,12 +29,3 @@ def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
                 last = challenges[-1]
                 challenges[-1] = last._replace(parameters={**last.parameters, name.lower(): value})
     return challenges
-
-
-def next_link(headers: httpx.Headers) -> str | None:
-    """Where the Link header says the next page is, absolute or relative; None on the last page."""
-    for link in headers.get_list("link"):
-        for target, parameters in _LINK.findall(link):
-            if _NEXT.search(parameters):
-                return str(target)
-    return None

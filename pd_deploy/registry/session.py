@@ -34,11 +34,13 @@ _TLS_FAULTS = (ssl.SSLError, ssl.SSLCertVerificationError)
 
 
 class Reply(NamedTuple):
-    """What a server answered; `body` has the bytes as they came."""
+    """What a server answered; `body` has the bytes as they came, `next_page` is the address,
+    absolute or relative, that its Link header gives."""
 
     status: int
     headers: httpx.Headers
     body: bytes
+    next_page: str | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ class RegistrySession:
         if response.is_redirect:
             place = response.headers.get("location", "").partition("?")[0]
             raise self.misconfigured(f"expected an answer, found a redirect to {place}")
-        return Reply(response.status_code, response.headers, body)
+        next_page = response.links.get("next", {}).get("url")
+        return Reply(response.status_code, response.headers, body, next_page)
 
     async def _client(self, url: httpx.URL) -> httpx.AsyncClient:
         place = url.host, url.port or (443 if url.scheme == "https" else 80)

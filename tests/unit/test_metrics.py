@@ -1,6 +1,8 @@
 """Counters are found in what servers show on /metrics."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pd_deploy.engines import vllm
 from pd_deploy.engines.base import Counter
@@ -29,8 +31,39 @@ def test_samples_with_the_labels_of_a_counter_are_added_up() -> None:
     assert metrics.total([page], Counter("up")) == 1
 
 
+ODD = """\
+# TYPE one counter
+one 1
+# TYPE
+# TYPE two of_another_kind
+two{le="+Inf"} 2e0
+# HELP 3 no name
+three{a="b" 3
+four{a="b",a="c"} 4
+five{a="b",} 5
+six{a="b"} 6 # {trace_id="x"} 0.5
+seven NaN
+eight{a="b", ="c"} 8
+# EOF
+"""
+ODD += f"nine {'9' * 400}\nten 1 {'9' * 400}\n"
+
+
+def test_what_is_no_sample_costs_no_other_and_types_change_no_name() -> None:
+    page = metrics.parse(ODD)
+    assert set(page) >= {"one", "two", "five", "seven"}
+    assert page["two"] == [({"le": "+Inf"}, 2)]
+    assert not {"three", "four", "eight", "nine", "ten", "one_total"} & set(page)
+
+
+@given(st.lists(st.text() | st.text('ab_{}="\\\\, #1.e\t'), max_size=5))
+def test_no_page_is_an_accident(lines: list[str]) -> None:
+    metrics.parse("\n".join([*lines, "last 1"]))
+
+
 def test_a_label_may_hold_quotes_and_commas() -> None:
     labels, value = metrics.parse(PAGE)["vllm:prompt_tokens_by_source_total"][0]
+    assert labels["model_name"] == 'a "b", c'
     assert labels["source"] == "local_compute"
     assert value == 3
 

