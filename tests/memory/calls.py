@@ -1,0 +1,56 @@
+"""What runs do to their hosts, one moment after the other, and the faults that come in there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+
+class Killed(BaseException):
+    """The run's process is gone: nothing it asks for is done any more."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Just before a call takes effect on a host, or just after it; numbers count from 1."""
+
+    number: int
+    host: str
+    what: str
+    changes: bool
+    after: bool
+
+    def __str__(self) -> str:
+        return f"{self.number}: {'after' if self.after else 'before'} {self.what} on {self.host}"
+
+
+class Calls:
+    """The calls of one run.
+
+    Attributes:
+        moments: those that have passed.
+        watch: told of each; what it raises, the call raises.
+        dead: whether the run was killed.
+    """
+
+    def __init__(self) -> None:
+        self.moments: list[Moment] = []
+        self.watch: Callable[[Moment], None] = lambda _: None
+        self.dead = False
+
+    @asynccontextmanager
+    async def passing(self, host: str, what: str, *, changes: bool) -> AsyncIterator[None]:
+        """Around what a call does: the moments before and after it."""
+        self._pass(host, what, changes, after=False)
+        # Others come in between, as on a real connection.
+        await asyncio.sleep(0)
+        if self.dead:
+            raise Killed
+        yield
+        self._pass(host, what, changes, after=True)
+
+    def _pass(self, host: str, what: str, changes: bool, *, after: bool) -> None:
+        if self.dead:
+            raise Killed
+        self.moments.append(Moment(len(self.moments) + 1, host, what, changes, after))
+        self.watch(self.moments[-1])

@@ -1,0 +1,212 @@
+"""The Docker engine of a machine in memory: its API as the SDK's client has it."""
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import requests
+from docker import errors as sdk
+
+from tests.memory import programs
+from tests.memory.machine import Build, Container, Machine
+
+NEVER = "0001-01-01T00:00:00Z"
+
+
+class NotYet(Exception):
+    """The answer is not there yet: to be asked again."""
+
+
+class MemoryClient:
+    """What `docker.APIClient` offers, as far as pd-deploy uses it; errors in the engine's words."""
+
+    api_version = "1.47"
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._stopping: dict[str, float] = {}
+
+    def info(self) -> dict[str, str]:
+        return {"Driver": "overlay2", "DockerRootDir": "/var/lib/docker", "Architecture": "aarch64"}
+
+    def version(self) -> dict[str, str]:
+        return {"Version": "27.5.1", "ApiVersion": self.api_version}
+
+    def inspect_image(self, ref: str) -> dict[str, Any]:
+        image = self._machine.find_image(ref)
+        if image is None:
+            raise _refused(404, f"No such image: {ref}")
+        return {
+            "Id": image.id,
+            "RepoDigests": sorted(image.digests),
+            "RepoTags": sorted(image.tags),
+            "Architecture": "arm64",
+        }
+
+    def inspect_distribution(self, ref: str, auth_config: Mapping[str, str]) -> dict[str, Any]:
+        return {"Descriptor": {"digest": self._build(ref).digest}}
+
+    def pull(self, ref: str, **_: object) -> Iterator[dict[str, Any]]:
+        build = self._build(ref)
+        self._machine.pull(ref, build)
+        yield {"status": f"Digest: {build.digest}"}
+
+    def tag(self, ref: str, repository: str, tag: str) -> bool:
+        image = self._machine.find_image(ref)
+        if image is None:
+            raise _refused(404, f"No such image: {ref}")
+        for other in self._machine.images.values():
+            other.tags.discard(f"{repository}:{tag}")
+        image.tags.add(f"{repository}:{tag}")
+        return True
+
+    def remove_image(self, name: str, noprune: bool) -> None:
+        image = self._machine.find_image(name)
+        if image is None:
+            raise _refused(404, f"No such image: {name}")
+        last = len(image.tags | image.digests) <= 1
+        if last and any(c.image is image for c in self._machine.containers.values()):
+            raise _refused(409, f"conflict: unable to remove repository reference {name}")
+        image.tags.discard(name)
+        image.digests.discard(name)
+        # The engine drops the digests with the last tag only when the name was a tag of its own
+        # repository; pd-deploy removes both by name.
+        if not image.tags and not image.digests:
+            del self._machine.images[image.id]
+
+    def containers(self, all: bool, filters: Mapping[str, list[str]]) -> list[dict[str, str]]:  # noqa: A002
+        self._machine.cluster.settle()
+        wanted = [label.partition("=") for label in filters["label"]]
+        return [
+            {"Id": one.id}
+            for one in self._machine.containers.values()
+            if all or one.running
+            if _has(one.labels, wanted)
+        ]
+
+    def inspect_container(self, name: str) -> dict[str, Any]:
+        one = self._find(name)
+        return {
+            "Id": one.id,
+            "Name": f"/{one.name}",
+            "Image": one.image.id,
+            "Config": one.config,
+            "State": {
+                "Status": one.status,
+                "ExitCode": one.exit_code,
+                "StartedAt": one.started_at.isoformat() if one.started_at else NEVER,
+                "FinishedAt": one.finished_at.isoformat() if one.finished_at else NEVER,
+            },
+        }
+
+    def create_container_from_config(self, config: dict[str, Any], name: str) -> dict[str, str]:
+        machine = self._machine
+        image = machine.find_image(config["Image"])
+        if image is None:
+            raise _refused(404, f"No such image: {config['Image']}")
+        for mount in config["HostConfig"].get("Mounts", []):
+            if machine.disk.get(mount["Source"]) is None:
+                why = f"bind source path does not exist: {mount['Source']}"
+                raise _refused(400, f'invalid mount config for type "bind": {why}')
+        for other in machine.containers.values():
+            if other.name == name:
+                why = f'The container name "/{name}" is already in use by container "{other.id}"'
+                raise _refused(409, f"Conflict. {why}")
+        machine.cluster.made += 1
+        container_id = f"{machine.cluster.made:064x}"
+        machine.containers[container_id] = Container(container_id, name, config, image)
+        return {"Id": container_id}
+
+    def start(self, name: str) -> None:
+        one = self._find(name)
+        for device in one.config["HostConfig"].get("Devices", []):
+            path = device["PathOnHost"]
+            if self._machine.disk.get(path) is None:
+                why = f'error gathering device information while adding custom device "{path}"'
+                raise _refused(500, f"{why}: no such file or directory")
+        if not one.running:
+            programs.start(self._machine, one)
+
+    def stop(self, name: str, timeout: int) -> None:
+        one, now = self._find(name), self._machine.clock.seconds()
+        if not one.running or one.program is None:
+            return
+        if one.run_id not in self._stopping:
+            self._stopping[one.run_id] = now + timeout
+            one.program.signal(one.config.get("StopSignal", "SIGTERM"))
+            one.program.settle()
+        if one.running and now >= self._stopping[one.run_id]:
+            self._machine.end(one, 137)
+        if one.running:
+            raise NotYet
+
+    def kill(self, name: str, signal: str) -> None:
+        one = self._find(name)
+        if not one.running or one.program is None:
+            raise _refused(409, f"cannot kill container: {name}: container {one.id} is not running")
+        if signal == "SIGKILL":
+            self._machine.end(one, 137)
+        else:
+            one.program.signal(signal)
+
+    def remove_container(self, name: str, v: bool, force: bool) -> None:
+        one = self._find(name)
+        if one.running and not force:
+            why = f"container is running: stop the container before removing or force remove: {v}"
+            raise _refused(409, f"cannot remove container {one.name!r}: {why}")
+        del self._machine.containers[one.id]
+
+    def wait(self, name: str) -> dict[str, int]:
+        one = self._find(name)
+        if one.running:
+            raise NotYet
+        return {"StatusCode": one.exit_code}
+
+    def logs(
+        self,
+        name: str,
+        *,
+        since: float | None,
+        tail: int | str = "all",
+        stream: bool = False,
+        follow: bool = False,
+    ) -> Any:
+        one = self._find(name)
+        lines = [line for when, line in one.log if since is None or when.timestamp() >= since]
+        kept = lines if tail == "all" else lines[-int(tail) :]
+        return self._followed(one, kept) if stream else "".join(kept).encode()
+
+    def _followed(self, one: Container, lines: list[str]) -> Iterator[bytes]:
+        for line in lines:
+            yield line.encode()
+        if one.running:
+            raise NotYet
+
+    def _find(self, name: str) -> Container:
+        self._machine.cluster.settle()
+        for one in self._machine.containers.values():
+            if name in (one.id, one.name):
+                return one
+        raise _refused(404, f"No such container: {name}")
+
+    def _build(self, ref: str) -> Build:
+        cluster = self._machine.cluster
+        if cluster.registry_down:
+            raise _refused(500, f"dial tcp: {ref}: connect: connection refused")
+        if ref not in cluster.registry:
+            raise _refused(404, f"manifest for {ref} not found: manifest unknown")
+        return cluster.registry[ref]
+
+
+def _has(labels: Mapping[str, str], wanted: list[tuple[str, str, str]]) -> bool:
+    return all(
+        key in labels and fnmatch.fnmatchcase(labels[key], value if equals else "*")
+        for key, equals, value in wanted
+    )
+
+
+def _refused(status: int, explanation: str) -> sdk.APIError:
+    response = requests.Response()
+    response.status_code = status
+    kind = sdk.NotFound if status == 404 else sdk.APIError
+    return kind(explanation, response=response, explanation=explanation)

@@ -1,0 +1,198 @@
+"""The commands that pd-deploy runs on hosts, answered from a machine's state.
+
+A command that is not in the table is an error: so nothing passes for done that was not.
+"""
+
+import json
+import posixpath
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pd_deploy.engines.omniinfer import npu_smi, ranktable
+from pd_deploy.hosts import facts, lease
+from pd_deploy.hosts.host import CommandResult
+from pd_deploy.steps import history, tidy
+from tests.memory.disk import Entry
+from tests.memory.machine import Machine
+
+DEVICES = 16
+INTERFACE = "enp23s0f3"
+Answer = Callable[[Machine, Sequence[str], str], str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command by how it begins; `answer` is given the arguments that follow, and the input."""
+
+    name: str
+    begins: tuple[str, ...]
+    answer: Answer
+    changes: bool = False
+
+
+def run(command: Command, machine: Machine, argv: Sequence[str], data: bytes) -> CommandResult:
+    """What a command prints."""
+    machine.cluster.settle()
+    return CommandResult(
+        0, command.answer(machine, argv[len(command.begins) :], data.decode()), ""
+    )
+
+
+def recognised(argv: Sequence[str]) -> Command:
+    """The command of the table.
+
+    Raises:
+        NotImplementedError: it is not in the table.
+    """
+    for command in TABLE:
+        if tuple(argv[: len(command.begins)]) == command.begins:
+            return command
+    raise NotImplementedError(f"hosts in memory know no command {list(argv)}")
+
+
+def _records(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    (root,) = arguments
+    disk, parts = machine.disk, list[str]()
+    names = disk.names(root)
+    directories = [n for n in names if disk.entries[f"{root}/{n}"].is_directory]
+    for name in ["record.json", *(f"{d}/release.json" for d in directories)]:
+        if disk.get(f"{root}/{name}"):
+            parts += [name, disk.read(f"{root}/{name}")]
+    for name in directories:
+        parts += [f"{name}/", ""]
+    return "".join(f"{part}\0" for part in parts)
+
+
+def _drafts(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    found = [p for p, _ in machine.disk.files(arguments[0]) if is_draft(p)]
+    for path in found:
+        machine.disk.remove(path)
+    return "".join(f"{path}\n" for path in found)
+
+
+def is_draft(path: str) -> bool:
+    """Whether a file was being written."""
+    name = posixpath.basename(path)
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _missing(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    return "".join(f"{path}\0" for path in arguments if machine.disk.get(path) is None)
+
+
+def _free(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    head = "Filesystem 1024-blocks Used Available Capacity Mounted on"
+    return f"{head}\n/dev/sda1 {1 << 40} 0 {machine.disk.free // 1024} 1% /\n"
+
+
+def _tail(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    lines, _size, *paths = arguments
+    shown = [
+        f"{file}\0{''.join(content.decode().splitlines(True)[-int(lines) :])}\0"
+        for path in paths
+        for file, content in machine.disk.files(path)
+    ]
+    return "".join(shown)
+
+
+def _find(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    return "".join(f"{path}\0" for path, _ in machine.disk.files(arguments[0]))
+
+
+def _addresses(machine: Machine, *_: object) -> str:
+    links = [("lo", "127.0.0.1"), (INTERFACE, machine.address)]
+    return json.dumps([{"ifname": n, "addr_info": [{"local": a}]} for n, a in links])
+
+
+def _listeners(machine: Machine, *_: object) -> str:
+    return "".join(
+        f'LISTEN 0 128 {address}:{port} 0.0.0.0:* users:(("{name}",pid=17,fd=3))\n'
+        for address, port, name in machine.listeners()
+    )
+
+
+def _npus(machine: Machine, *_: object) -> str:
+    rows = []
+    for device in range(DEVICES):
+        npu, chip = divmod(device, 2)
+        rows.append(f"| {npu} Ascend910 | OK | 185.1 36 0 / 0 |")
+        rows.append(f"| {chip} {device} | 0000:{0x9D + device:02X}:00.0 | 0 0 / 0 3395 / 65536 |")
+    for device, user in machine.device_users().items():
+        rows.append(f"| {device // 2} {device % 2} | 4711 | {user} | 54815 |")
+    return "\n".join(rows)
+
+
+def _device_addresses(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    octet = machine.address.rpartition(".")[2]
+    return "".join(
+        f"device {device}\nipaddr:192.168.{octet}.{100 + int(device)}\nnetmask:255.255.255.0\n"
+        for device in arguments
+    )
+
+
+def _lease(machine: Machine, arguments: Sequence[str], content: str) -> str:
+    """What `lease.SCRIPT` does."""
+    root, verb, token, lasts, gone = arguments
+    path, disk, now = f"{root}/lease", machine.disk, machine.clock.seconds()
+    if verb == "take":
+        disk.add_directory(root)
+    elif disk.get(root) is None:
+        return "" if verb == "release" else "lost\n"
+    entry = disk.get(path) or Entry(b"", 0o600, now)
+    number, holder, owner = [*entry.content.decode().split("\n"), "", "", ""][:3]
+    age = int(now - entry.changed)
+
+    def put(new_holder: str, number: str, owner: str) -> None:
+        disk.put(path, f"{number}\n{new_holder}\n{owner}".encode(), 0o600, now)
+
+    if verb == "take":
+        if holder and holder not in (token, gone) and age < int(lasts):
+            return f"held {age}\n{number}\n{holder}\n{owner}\n"
+        put(token, str(int(number or 0) + 1), content)
+        return f"taken {int(number or 0) + 1}\n{_others(machine, root)}"
+    if verb == "renew":
+        if holder != token:
+            return f"lost\n{number}\n{holder}\n{owner}\n"
+        entry.changed = now
+        return "kept\n"
+    if holder == token:
+        put("", number, "")
+    return ""
+
+
+def _others(machine: Machine, root: str) -> str:
+    """Leases of other deployments that are held."""
+    parent, disk, found = posixpath.dirname(root), machine.disk, ""
+    for name in disk.names(parent):
+        entry = disk.get(f"{parent}/{name}/lease")
+        if entry is None or f"{parent}/{name}" == root:
+            continue
+        _, holder, owner, *_ = [*(entry.content or b"").decode().split("\n"), "", "", ""]
+        if holder:
+            found += f"{int(machine.clock.seconds() - entry.changed)} {owner}\n"
+    return found
+
+
+def _script(name: str, script: str, answer: Answer, word: str = "sh", **more: bool) -> Command:
+    return Command(name, ("sh", "-c", script, word), answer, **more)
+
+
+TABLE = (
+    _script("records", history.READ, _records),
+    _script("drafts", tidy.DRAFTS, _drafts, changes=True),
+    _script("missing paths", facts.MISSING, _missing),
+    _script("disk", facts.FREE, _free),
+    _script("tail", facts.TAIL, _tail),
+    _script("lease", lease.SCRIPT, _lease, changes=True),
+    _script(
+        "device addresses",
+        ranktable.read_addresses_command([])[2],
+        _device_addresses,
+        "hccn_tool",
+    ),
+    Command("addresses", tuple(facts.ADDRESSES), _addresses),
+    Command("listeners", ("ss", "-Hltnp"), _listeners),
+    Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
+    Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
+    Command("find", ("find",), _find),
+)

@@ -1,0 +1,123 @@
+"""A host whose connection leads to a machine in memory."""
+
+import asyncio
+import shlex
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import httpx
+from docker import errors as sdk
+
+from pd_deploy.errors import PdDeployError
+from pd_deploy.hosts.docker_engine import DockerEngine
+from pd_deploy.hosts.files import Files
+from pd_deploy.hosts.host import CommandResult, Host
+from pd_deploy.hosts.login import Login
+from pd_deploy.hosts.tunnel import Tunnel
+from tests.memory import commands
+from tests.memory.calls import Calls
+from tests.memory.client import MemoryClient, NotYet
+from tests.memory.machine import Machine
+from tests.memory.sftp import MemorySftp
+
+T = TypeVar("T")
+
+LOOK_EVERY_S = 0.05
+CHANGES = ("create", "start", "stop", "kill", "remove", "tag", "pull")
+
+
+class MemoryHost(Host):
+    """A `Host` without SSH. What it shares with the real one: all but the transport."""
+
+    def __init__(self, name: str, machine: Machine, calls: Calls | None = None) -> None:
+        super().__init__(name, machine.address, Login("root"))
+        self.machine = machine
+        self.calls = calls or Calls()
+        self.docker = MemoryEngine(self)
+
+    @asynccontextmanager
+    async def http(  # type: ignore[override]
+        self, address: str, port: int, *, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        """A client that reaches what listens at an address of the machine."""
+        transport = _Transport(self, address, port)
+        async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
+            yield client
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+    @asynccontextmanager
+    async def _files(self) -> AsyncIterator[Files]:
+        yield Files(MemorySftp(self.machine, self.calls), self.where)  # type: ignore[arg-type]
+
+    async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> CommandResult:
+        command = commands.recognised(argv)
+        what = command.name
+        if what == "lease":
+            what = f"lease {argv[5]}"
+        async with self.calls.passing(self.machine.name, what, changes=command.changes):
+            return commands.run(command, self.machine, argv, data or b"")
+
+
+class MemoryEngine(DockerEngine):
+    """A `DockerEngine` whose client is in memory; calls that last are asked again and again."""
+
+    def __init__(self, host: MemoryHost) -> None:
+        super().__init__(None, host.where)  # type: ignore[arg-type]
+        self._host = host
+        self._api: Any = MemoryClient(host.machine)
+        self._no_tunnel = Tunnel(None)  # type: ignore[arg-type]
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+    async def _do(self, what: str, call: Callable[[Any], T]) -> T:
+        return await self._long(what, call)
+
+    async def _long(
+        self,
+        what: str,
+        call: Callable[[Any], T],
+        refused: Callable[[sdk.APIError], PdDeployError] | None = None,
+    ) -> T:
+        changes = what.startswith(CHANGES)
+        async with self._host.calls.passing(self._host.machine.name, what, changes=changes):
+            while True:
+                with self._errors(what, self._no_tunnel, refused):
+                    try:
+                        return call(self._api)
+                    except NotYet:
+                        pass
+                await asyncio.sleep(LOOK_EVERY_S)
+
+
+class _Transport(httpx.AsyncBaseTransport):
+    """Hands requests to the program that listens."""
+
+    def __init__(self, host: MemoryHost, address: str, port: int) -> None:
+        self._host = host
+        self._address = address
+        self._port = port
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """The program's answer."""
+        machine, path = self._host.machine, request.url.path
+        what = shlex.join([request.method, f"{self._address}:{self._port}{path}"])
+        try:
+            async with self._host.calls.passing(machine.name, what, changes=False):
+                program = machine.cluster.listener(machine, self._address, self._port)
+                if program is None:
+                    raise httpx.ConnectError("connection refused")
+                return program.answer(path, _json(await request.aread()))
+        except PdDeployError as error:
+            # What a tunnel that broke looks like to HTTP.
+            raise httpx.ReadError(str(error)) from error
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    import json
+
+    return dict(json.loads(content)) if content else {}

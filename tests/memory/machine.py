@@ -1,0 +1,206 @@
+"""Machines with their images and containers; the cluster that they make, and its registry."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from tests.memory.clock import Clock
+from tests.memory.disk import Disk
+
+if TYPE_CHECKING:
+    from tests.memory.programs import Program
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How an instance's engine misbehaves.
+
+    Attributes:
+        dies: exit code with which it ends while it loads.
+        hangs: never gets ready.
+        garbage: answers something that is no completion.
+        refuses_kv: prefill hands no KV over.
+        ignores_kv: decode computes the prompt itself.
+        wrong_kv: decode reads other KV than prefill made, without any error.
+        dies_at_request: exit code with which it ends when it is asked.
+    """
+
+    dies: int | None = None
+    hangs: bool = False
+    garbage: bool = False
+    refuses_kv: bool = False
+    ignores_kv: bool = False
+    wrong_kv: bool = False
+    dies_at_request: int | None = None
+
+
+@dataclass(frozen=True)
+class Build:
+    """An image in the registry: its digest, and what is wrong with it, by instance or `*`."""
+
+    digest: str
+    faults: Mapping[str, Faults] = field(default_factory=dict)
+
+
+@dataclass
+class LocalImage:
+    """An image on a machine, with its names by tag and by digest."""
+
+    id: str
+    build: Build
+    tags: set[str] = field(default_factory=set)
+    digests: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Container:
+    """A container: what it was made of and what became of it. `config` is the API's own body."""
+
+    id: str
+    name: str
+    config: dict[str, Any]
+    image: LocalImage
+    status: str = "created"
+    exit_code: int = 0
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    runs: int = 0
+    log: list[tuple[datetime, str]] = field(default_factory=list)
+    program: "Program | None" = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Its labels."""
+        return dict(self.config.get("Labels", {}))
+
+    @property
+    def running(self) -> bool:
+        """Whether its program runs."""
+        return self.status == "running"
+
+    @property
+    def run_id(self) -> str:
+        """The present run of it: another one after each start."""
+        return f"{self.id}/{self.runs}"
+
+
+class Machine:
+    """One machine of a cluster.
+
+    Attributes:
+        held_devices, held_ports: what processes outside of any container have, by name.
+    """
+
+    def __init__(self, name: str, address: str, cluster: "Cluster") -> None:
+        self.name = name
+        self.address = address
+        self.cluster = cluster
+        self.disk = Disk()
+        self.images: dict[str, LocalImage] = {}
+        self.containers: dict[str, Container] = {}
+        self.held_devices: dict[int, str] = {}
+        self.held_ports: dict[int, str] = {}
+
+    @property
+    def clock(self) -> Clock:
+        """The cluster's clock."""
+        return self.cluster.clock
+
+    def running(self) -> Iterator[Container]:
+        """The containers that run."""
+        return (one for one in self.containers.values() if one.running)
+
+    def find_image(self, ref: str) -> LocalImage | None:
+        """The image with a tag, a digest or an id."""
+        for image in self.images.values():
+            if ref in image.tags or ref in image.digests or ref == image.id:
+                return image
+        return None
+
+    def pull(self, ref: str, build: Build) -> None:
+        """Brings an image from the registry."""
+        repository = ref.partition("@")[0]
+        if "@" not in ref:
+            repository = ref.rpartition(":")[0]
+        image_id = f"sha256:{hashlib.sha256(build.digest.encode()).hexdigest()}"
+        image = self.images.setdefault(image_id, LocalImage(image_id, build))
+        image.digests.add(f"{repository}@{build.digest}")
+        if "@" not in ref:
+            image.tags.add(ref)
+
+    def say(self, container: Container, line: str) -> None:
+        """A line in a container's log."""
+        container.log.append((self.clock.date(), f"{line}\n"))
+
+    def end(self, container: Container, exit_code: int) -> None:
+        """A container's program ends."""
+        container.status = "exited"
+        container.exit_code = exit_code
+        container.finished_at = self.clock.date()
+        container.program = None
+
+    def reboot(self) -> None:
+        """Power goes and comes: nothing runs."""
+        for container in list(self.running()):
+            self.end(container, 137)
+
+    def device_users(self) -> dict[int, str]:
+        """By device, who uses it."""
+        users = dict(self.held_devices)
+        for one in self.running():
+            if one.program:
+                users |= dict.fromkeys(one.program.devices, "python3.1")
+        return users
+
+    def listeners(self) -> list[tuple[str, int, str]]:
+        """Addresses and ports that are listened on, and by whom."""
+        found = [("0.0.0.0", port, name) for port, name in self.held_ports.items()]
+        for one in self.running():
+            if one.program:
+                found += [(address, port, "python3") for address, port in one.program.bound()]
+        return found
+
+
+class Cluster:
+    """Machines that reach each other, and a registry.
+
+    Attributes:
+        registry: by reference, `repository:tag` or `repository@digest`.
+        faults: by instance, over those of its image.
+        registry_down: whether the registry does not answer.
+    """
+
+    def __init__(self, clock: Clock, addresses: Mapping[str, str]) -> None:
+        self.clock = clock
+        self.registry: dict[str, Build] = {}
+        self.registry_down = False
+        self.faults: dict[str, Faults] = {}
+        self.made = 0
+        self.machines = {a: Machine(name, a, self) for name, a in addresses.items()}
+
+    def push(self, ref: str, build: Build) -> None:
+        """Puts an image into the registry."""
+        self.registry[ref] = build
+        self.registry[f"{ref.rpartition(':')[0]}@{build.digest}"] = build
+
+    def running(self) -> Iterator[tuple[Machine, Container]]:
+        """All containers that run."""
+        for machine in self.machines.values():
+            for container in machine.running():
+                yield machine, container
+
+    def settle(self) -> None:
+        """Lets all that should have happened by now happen."""
+        for _, container in list(self.running()):
+            if container.program:
+                container.program.settle()
+
+    def listener(self, machine: Machine, address: str, port: int) -> "Program | None":
+        """The program that takes requests at an address and port of a machine."""
+        self.settle()
+        for one in machine.running():
+            if one.program and {(address, port), ("0.0.0.0", port)} & one.program.serving():
+                return one.program
+        return None

@@ -1,0 +1,381 @@
+"""What runs in a container: an engine's server, the proxy, or a few words of shell.
+
+A server follows the stand-in in what matters to a deployment: it holds its devices and ports, links
+with all of its peers while loading and only then, and hands KV over by the engine's protocol.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import httpx
+
+from pd_deploy.engines.omniinfer import engine as omniinfer
+from pd_deploy.engines.base import PROVING_ADDRESS
+from pd_deploy.records import generations
+from tests.memory.machine import Container, Faults, Machine
+
+LOAD_S = 0.3
+STOP_S = 0.1
+PREPARE_S = 0.1
+ANYWHERE = "0.0.0.0"
+TOKENS = ("sun", "moon", "tree", "river", "stone", "bird", "cloud", "fire")
+KV_BYTES = 1024
+"""Per token."""
+
+
+class Program(Protocol):
+    """The main process of a container that runs."""
+
+    devices: frozenset[int]
+
+    def settle(self) -> None:
+        """Does what is due by now."""
+
+    def signal(self, name: str) -> None:
+        """Takes a signal; SIGKILL never comes here."""
+
+    def bound(self) -> set[tuple[str, int]]:
+        """Addresses and ports that it holds."""
+
+    def serving(self) -> set[tuple[str, int]]:
+        """Those of them that take requests."""
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        """Answers a request."""
+
+
+def start(machine: Machine, container: Container) -> None:
+    """Starts a container's program."""
+    role = container.labels.get(generations.ROLE)
+    container.status = "running"
+    container.runs += 1
+    container.started_at = machine.clock.date()
+    if role is None:
+        container.program = Shell(machine, container)
+    elif role == "proxy":
+        container.program = Proxy(machine, container)
+    else:
+        container.program = Server(machine, container)
+    container.program.settle()
+
+
+class _Process:
+    """What all programs have in common: an end that comes at some time."""
+
+    def __init__(self, machine: Machine, container: Container) -> None:
+        self.machine = machine
+        self.container = container
+        self.devices: frozenset[int] = frozenset()
+        self._ends: tuple[float, int] | None = None
+        self.began = self.now()
+
+    def now(self) -> float:
+        """Seconds by the machine's clock."""
+        return self.machine.clock.seconds()
+
+    def settle(self) -> None:
+        if self._ends and self.now() >= self._ends[0]:
+            self.machine.end(self.container, self._ends[1])
+
+    def signal(self, name: str) -> None:
+        self.ends_in(STOP_S, 0)
+
+    def ends_in(self, seconds: float, code: int) -> None:
+        if self._ends is None:
+            self._ends = self.now() + seconds, code
+
+    def bound(self) -> set[tuple[str, int]]:
+        return set()
+
+    def serving(self) -> set[tuple[str, int]]:
+        return set()
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        return httpx.Response(404)
+
+    def say(self, line: str) -> None:
+        self.machine.say(self.container, line)
+
+    def refuse(self, line: str, code: int = 1) -> None:
+        """Says why, and ends."""
+        self.say(line)
+        self.ends_in(0, code)
+
+    def script(self) -> str:
+        """The start script, as the container sees it."""
+        path = str(self.container.config["Cmd"][0])
+        found = self.machine.disk.read(path)
+        if not found:
+            self.refuse(f"bash: {path}: No such file or directory", 127)
+        return found
+
+
+class Shell(_Process):
+    """`sleep N`, or `sh -c` with some of `echo`, `sleep` and `exit`, one after the other."""
+
+    def __init__(self, machine: Machine, container: Container) -> None:
+        super().__init__(machine, container)
+        self._due: list[tuple[float, list[str]]] = []
+        command = list(container.config.get("Cmd", []))
+        script = command[2] if command[:2] == ["sh", "-c"] else shlex.join(command)
+        at = self.began
+        for part in script.split(";"):
+            words = shlex.split(part)
+            if words[0] == "sleep":
+                at += float(words[1])
+            elif words[0] in ("echo", "exit"):
+                self._due.append((at, words))
+            else:
+                raise NotImplementedError(f"the shell in memory knows no {words[0]}")
+        self._due.append((at, ["exit", "0"]))
+
+    def settle(self) -> None:
+        super().settle()
+        while self.container.running and self._due and self.now() >= self._due[0][0]:
+            _, words = self._due.pop(0)
+            if words[0] == "echo":
+                self.say(" ".join(words[1:]))
+            else:
+                self.machine.end(self.container, int(words[1]))
+
+    def signal(self, name: str) -> None:
+        """A plain process ends of a signal."""
+        self.ends_in(0, 128 + {"SIGTERM": 15, "SIGINT": 2, "SIGUSR1": 10}[name])
+
+
+class Server(_Process):
+    """A prefill or a decode."""
+
+    def __init__(self, machine: Machine, container: Container) -> None:
+        super().__init__(machine, container)
+        labels = container.labels
+        self.instance, self.role = labels[generations.INSTANCE], labels[generations.ROLE]
+        given = container.image.build.faults
+        self.faults = machine.cluster.faults.get(
+            self.instance, given.get(self.instance, given.get("*", Faults()))
+        )
+        self.links: frozenset[str] = frozenset()
+        self.kv: dict[str, str] = {}
+        self.served = self.kv_tokens = 0
+        self.api_port, self.peers, self.ranktable = 0, (0, 0), ""
+        if script := self.script():
+            environment = dict(re.findall(r"^export (\w+)=(\S*)$", script, re.MULTILINE))
+            self._load(environment)
+
+    def settle(self) -> None:
+        super().settle()
+        if not self.container.running or self.links or self._ends:
+            return
+        if self.faults.dies is not None:
+            if self.now() >= self.began + LOAD_S / 2:
+                self.refuse("RuntimeError: out of memory", self.faults.dies)
+                super().settle()
+        elif self.is_loaded:
+            self._link()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it could link."""
+        late = self.now() < self.began + LOAD_S
+        return self.container.running and not (late or self._ends or self.faults.hangs)
+
+    def signal(self, name: str) -> None:
+        super().signal(name)
+
+    def bound(self) -> set[tuple[str, int]]:
+        return {(self.machine.address, port) for port in self._ports}
+
+    def serving(self) -> set[tuple[str, int]]:
+        return {(self.machine.address, self.api_port)} if self.links and not self._ends else set()
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        if path == "/health":
+            return httpx.Response(200)
+        if path == "/metrics":
+            return httpx.Response(200, text=self._metrics())
+        if self.faults.dies_at_request is not None:
+            self.refuse("RuntimeError: illegal memory access", self.faults.dies_at_request)
+            raise httpx.ReadError("the connection was reset")
+        if self.faults.garbage:
+            return httpx.Response(200, text="garbage")
+        return self._completion(path, body)
+
+    def _load(self, environment: Mapping[str, str]) -> None:
+        """What is looked at before loading begins."""
+        self.say(f"{omniinfer.STARTED} {self.role} {self.instance}")
+        self.api_port = int(environment["API_PORT"])
+        self.peers = int(environment["PREFILL_POD_NUM"]), int(environment["DECODE_POD_NUM"])
+        self.ranktable = self.machine.disk.read(environment["GLOBAL_RANK_TABLE_FILE_PATH"])
+        wanted = generations.numbers(self.container.labels[generations.DEVICES])
+        taken = wanted & self.machine.device_users().keys()
+        ports = self._ports & {port for _, port, _ in self.machine.listeners()}
+        if not self.ranktable:
+            self.refuse("the global ranktable is missing")
+        elif taken or ports:
+            self.refuse(f"devices {sorted(taken)} or ports {sorted(ports)} are in use")
+        else:
+            self.devices = frozenset(wanted)
+
+    @property
+    def _ports(self) -> set[int]:
+        if not self.api_port:
+            return set()
+        return generations.numbers(self.container.labels[generations.PORTS])
+
+    def _link(self) -> None:
+        """Links with all peers at once; one that was linked before takes no second link."""
+        peers = [
+            container.program
+            for _, container in self.machine.cluster.running()
+            if isinstance(container.program, Server)
+            and container.program.ranktable == self.ranktable
+            and container.image.build == self.container.image.build
+        ]
+        count = tuple(sum(p.role == role for p in peers) for role in ("prefill", "decode"))
+        if count == self.peers and all(p.is_loaded and not p.links for p in peers):
+            links = frozenset(p.container.run_id for p in peers)
+            for peer in peers:
+                peer.links = links
+
+    def _metrics(self) -> str:
+        lines = [f'vllm:request_success_total{{finished_reason="length"}} {self.served}']
+        if self.role == "decode":
+            source = 'vllm:prompt_tokens_by_source_total{source="external_kv_transfer"}'
+            lines.append(f"{source} {self.kv_tokens}")
+            lines.append(f"standin:kv_transfer_bytes_total {self.kv_tokens * KV_BYTES}")
+        return "\n".join(lines)
+
+    def _completion(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        prompt, heads = _prompt_of(body), ""
+        if offered := body.get("kv_transfer_params"):
+            found = self._pull(offered)
+            if found != prompt:
+                return httpx.Response(500, text="the KV is not there")
+            if not self.faults.ignores_kv:
+                self.kv_tokens += _length(body)
+            heads = "other" if self.faults.wrong_kv else ""
+        self.served += 1
+        answer = _answer(path, body, _text(prompt, body["max_tokens"], heads))
+        if self.role == "prefill" and body["max_tokens"] == 1 and not self.faults.refuses_kv:
+            key = f"{self.served}"
+            self.kv[key] = prompt
+            answer["kv_transfer_params"] = {
+                "remote_host_ip": self.machine.address, "port": self.api_port, "key": key,
+            }  # fmt: skip
+        return _response(path, body, answer)
+
+    def _pull(self, offered: Mapping[str, Any]) -> str | None:
+        """The prompt whose KV a prefill holds, if there is a link to it."""
+        cluster = self.machine.cluster
+        machine = cluster.machines[offered["remote_host_ip"]]
+        holder = cluster.listener(machine, machine.address, offered["port"])
+        if not isinstance(holder, Server) or holder.container.run_id not in self.links:
+            return None
+        return holder.kv.pop(offered["key"], None)
+
+
+class Proxy(_Process):
+    """The proxy: prepared, then one step on with each signal."""
+
+    def __init__(self, machine: Machine, container: Container) -> None:
+        super().__init__(machine, container)
+        self.faults = container.image.build.faults.get("c0", Faults())
+        self.port = int(container.labels[generations.PORTS])
+        self._prepared, self._signals, self._steps = False, 0, 0
+        script = self.script()
+        self.prefill, self.decode = (
+            found[1].split(",") if (found := re.search(rf"--{role}-servers-list (\S+)", script))
+            else [] for role in ("prefill", "decode")
+        )  # fmt: skip
+
+    def settle(self) -> None:
+        super().settle()
+        if not self.container.running or self._ends or self.now() < self.began + PREPARE_S:
+            return
+        if self.faults.dies is not None:
+            self.refuse("nginx: [emerg] unknown directive", self.faults.dies)
+            return
+        if not self._prepared:
+            self._prepared = True
+            self.say(omniinfer.PREPARED)
+        while self._steps < self._signals:
+            self._steps += 1
+            self.say({1: omniinfer.PROVING}.get(self._steps, omniinfer.OPENED))
+
+    def signal(self, name: str) -> None:
+        if name == omniinfer.OPEN_SIGNAL:
+            self._signals = min(self._signals + 1, 2)
+            self.settle()
+        else:
+            super().signal(name)
+
+    def bound(self) -> set[tuple[str, int]]:
+        return self.serving()
+
+    def serving(self) -> set[tuple[str, int]]:
+        if self._ends or not self._steps:
+            return set()
+        return {(PROVING_ADDRESS if self._steps == 1 else ANYWHERE, self.port)}
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        if not path.startswith("/v1/"):
+            return httpx.Response(200)
+        made = self._ask(self.prefill, path, {**body, "max_tokens": 1, "stream": False})
+        if made.status_code != 200:
+            return made
+        try:
+            offered = made.json().get("kv_transfer_params")
+        except ValueError:
+            return made
+        return self._ask(self.decode, path, {**body, "kv_transfer_params": offered})
+
+    def _ask(self, servers: list[str], path: str, body: Mapping[str, Any]) -> httpx.Response:
+        for server in servers:
+            address, _, port = server.partition(":")
+            cluster = self.machine.cluster
+            program = cluster.listener(cluster.machines[address], address, int(port))
+            if program:
+                return program.answer(path, body)
+        return httpx.Response(502, text="no server answers")
+
+
+def _prompt_of(body: Mapping[str, Any]) -> str:
+    if "messages" in body:
+        return str(body["messages"][-1]["content"])
+    return str(body["prompt"])
+
+
+def _length(body: Mapping[str, Any]) -> int:
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) else len(_prompt_of(body).split())
+
+
+def _text(prompt: str, count: int, heads: str) -> str:
+    """Continues numbers of equal distance if the KV is the prompt's own; else some words."""
+    numbers = [int(found) for found in re.findall(r"\d+", prompt)]
+    if prompt.endswith(",") and len(numbers) > 2 and not heads:
+        step = numbers[-1] - numbers[-2]
+        return ",".join(f" {numbers[-1] + step * (i + 1)}" for i in range(max(count // 2, 1)))
+    digest = hashlib.sha256(f"{heads}{prompt}".encode()).digest()
+    return "".join(f" {TOKENS[digest[i % 32] % len(TOKENS)]}" for i in range(count))
+
+
+def _answer(path: str, body: Mapping[str, Any], text: str) -> dict[str, Any]:
+    said: dict[str, Any] = {"text": text}
+    if path.endswith("/chat/completions"):
+        said = {"message": {"role": "assistant", "content": text}}
+    choice = {"index": 0, "finish_reason": "length", **said}
+    return {"choices": [choice], "usage": {"prompt_tokens": _length(body)}}
+
+
+def _response(path: str, body: Mapping[str, Any], answer: dict[str, Any]) -> httpx.Response:
+    if not body.get("stream"):
+        return httpx.Response(200, json=answer)
+    choice = dict(answer["choices"][0])
+    if "message" in choice:
+        choice["delta"] = choice.pop("message")
+    return httpx.Response(200, text=f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n")

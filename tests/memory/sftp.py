@@ -1,0 +1,124 @@
+"""The SFTP server of a machine in memory, as `pd_deploy.hosts.files.Files` asks it."""
+
+import posixpath
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncssh
+
+from tests.memory.calls import Calls
+from tests.memory.disk import Entry
+from tests.memory.machine import Machine
+
+
+class MemorySftp:
+    """An SFTP session. Errors are those that OpenSSH's server answers."""
+
+    def __init__(self, machine: Machine, calls: Calls) -> None:
+        self._machine = machine
+        self._disk = machine.disk
+        self._calls = calls
+
+    @asynccontextmanager
+    async def open(
+        self, path: str, mode: str, attrs: asyncssh.SFTPAttrs | None = None
+    ) -> AsyncIterator["_OpenFile"]:
+        """A file that is there (`rb`) or must not be (`xb`)."""
+        changes = mode == "xb"
+        what = f"{'draft' if changes else 'read'} {path}"
+        async with self._calls.passing(self._machine.name, what, changes=changes):
+            if changes:
+                self._create(path, (attrs and attrs.permissions) or 0o644)
+            found = self._need(path)
+            if found.is_directory:
+                raise asyncssh.SFTPFailure("is a directory")
+        yield _OpenFile(found, self._machine)
+
+    async def listdir(self, path: str) -> list[str]:
+        """Names in a directory."""
+        async with self._calls.passing(self._machine.name, f"list {path}", changes=False):
+            self._need(path)
+            return [".", "..", *self._disk.names(path)]
+
+    async def stat(self, path: str) -> asyncssh.SFTPAttrs:
+        """Kind, mode and size."""
+        found = self._need(path)
+        kind = stat.S_IFDIR if found.is_directory else stat.S_IFREG
+        return asyncssh.SFTPAttrs(permissions=kind | found.mode, size=len(found.content or b""))
+
+    lstat = stat
+
+    async def realpath(self, path: str) -> str:
+        """The path itself: there are no links."""
+        self._need(path)
+        return posixpath.normpath(path)
+
+    async def isdir(self, path: str) -> bool:
+        """Whether there is such a directory."""
+        found = self._disk.get(path)
+        return found is not None and found.is_directory
+
+    async def mkdir(self, path: str) -> None:
+        """Makes a directory in one that is there."""
+        async with self._calls.passing(self._machine.name, f"mkdir {path}", changes=True):
+            self._need(posixpath.dirname(path))
+            if self._disk.get(path):
+                raise asyncssh.SFTPFailure("file exists")
+            self._disk.entries[path] = Entry(None, 0o755)
+
+    async def chmod(self, path: str, mode: int) -> None:
+        """Sets a mode."""
+        self._need(path).mode = mode
+
+    async def posix_rename(self, old: str, new: str) -> None:
+        """Replaces what is at `new`."""
+        async with self._calls.passing(self._machine.name, f"write {new}", changes=True):
+            entry = self._need(old)
+            del self._disk.entries[old]
+            self._disk.entries[new] = entry
+
+    async def unlink(self, path: str) -> None:
+        """Removes a file."""
+        async with self._calls.passing(self._machine.name, f"unlink {path}", changes=True):
+            self._need(path)
+            self._disk.remove(path)
+
+    async def rmtree(self, path: str) -> None:
+        """Removes a directory with all in it."""
+        async with self._calls.passing(self._machine.name, f"rmtree {path}", changes=True):
+            self._need(path)
+            self._disk.remove(path)
+
+    def _create(self, path: str, mode: int) -> None:
+        self._need(posixpath.dirname(path))
+        if self._disk.free <= 0:
+            raise asyncssh.SFTPFailure("No space left on device")
+        if self._disk.get(path):
+            raise asyncssh.SFTPFailure("file exists")
+        self._disk.entries[path] = Entry(b"", mode, self._machine.clock.seconds())
+
+    def _need(self, path: str) -> Entry:
+        found = self._disk.get(path)
+        if found is None:
+            raise asyncssh.SFTPNoSuchFile("No such file")
+        return found
+
+
+class _OpenFile:
+    def __init__(self, entry: Entry, machine: Machine) -> None:
+        self._entry = entry
+        self._machine = machine
+
+    async def read(self) -> bytes:
+        return self._entry.content or b""
+
+    async def write(self, content: bytes) -> None:
+        self._entry.content = content
+        self._entry.changed = self._machine.clock.seconds()
+
+    async def chmod(self, mode: int) -> None:
+        self._entry.mode = mode
+
+    async def fsync(self) -> None:
+        pass

@@ -1,0 +1,348 @@
+"""The documented 3P1D on two hosts in memory, and runs of the flows there.
+
+A run is the flow's own function with the real tasks and their retries. What Prefect adds around it
+is left out: its server, states and logs. Time is virtual, so waits and retries cost nothing.
+"""
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+from uuid import uuid4
+
+import yaml
+from prefect import Task
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+from prefect.logging import disable_run_logger
+
+import flows.publish
+import flows.session
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.yaml_files import merge
+from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
+from pd_deploy.records import generations
+from pd_deploy.records.releases import Record
+from tests.memory.calls import Calls, Moment
+from tests.memory.clock import Clock, VirtualLoop
+from tests.memory.commands import is_draft
+from tests.memory.host import MemoryHost
+from tests.memory.machine import Build, Cluster, Container, Faults, Machine
+from tests.unit import example
+
+NAME = "qwq-3p1d"
+ROOT = f"/var/lib/pd-deploy/{NAME}"
+ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2"}
+INSTANCES = {"p0", "p1", "p2", "d0", "c0"}
+REPOSITORY = "swr.cn-east-4.myhuaweicloud.com/omni-ci/daily_omniinfer"
+FIRST = f"{REPOSITORY}:20250722_26"
+PROXY_PORT = 7000
+CHANGES: dict[str, Any] = {
+    "extends": str(example.FILE),
+    "ssh": {"credentials": None},
+    "gates": {"lease_lasts": 2, "ready": 20},
+    "container": {"stop_timeout": 5},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the message of its last state, or what it raised; `killed` and `cancelled`
+    runs have neither."""
+
+    message: str = ""
+    error: BaseException | None = None
+    killed: bool = False
+    moments: tuple[Moment, ...] = ()
+
+    @property
+    def completed(self) -> bool:
+        """Whether it went well."""
+        return self.error is None and not self.killed
+
+
+class World:
+    """Two machines, a registry, a deployment file, and runs on them.
+
+    Args:
+        directory: for the deployment file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / f"{NAME}.yaml"
+        self.document = CHANGES
+        self.change()
+        self.cluster = Cluster(Clock(), ADDRESSES)
+        for machine in self.cluster.machines.values():
+            _furnish(machine)
+        self.push("20250722_26")
+
+    def change(self, **changes: Any) -> None:
+        """Lays changes on the deployment file."""
+        self.document = merge(self.document, changes)
+        self.path.write_text(yaml.safe_dump(self.document))
+
+    def push(self, tag: str, faults: Mapping[str, Faults] | None = None) -> str:
+        """Pushes an image whose engines misbehave so; its name for a run."""
+        ref = f"{REPOSITORY}:{tag}"
+        digest = f"sha256:{len(self.cluster.registry) + 1:064x}"
+        self.cluster.push(ref, Build(digest, dict(faults or {})))
+        return ref
+
+    def twin(self) -> "World":
+        """A copy that goes its own way; the two share the deployment file."""
+        twin = copy.copy(self)
+        builds = [(id(build), build) for build in self.cluster.registry.values()]
+        configs = [
+            (id(c.config), c.config)
+            for machine in self.cluster.machines.values()
+            for c in machine.containers.values()
+        ]
+        twin.cluster = copy.deepcopy(self.cluster, dict([*builds, *configs]))
+        return twin
+
+    # Runs
+
+    def run(
+        self,
+        flow: Any,
+        *,
+        watch: Callable[[Moment], None] | None = None,
+        kill_at: int = 0,
+        cancel_at: int = 0,
+        **parameters: Any,
+    ) -> Outcome:
+        """A run of a flow.
+
+        Args:
+            watch: told of each moment; what it raises, the call there raises.
+            kill_at, cancel_at: number of the moment at which its process is killed, or at which it
+                is cancelled as Prefect does it.
+        """
+        loop, calls = VirtualLoop(self.cluster.clock), Calls()
+        try:
+            with _without_prefect(self, calls):
+                outcome = loop.run_until_complete(
+                    _carried_out(
+                        _flow_run(flow, {"file": str(self.path), **parameters}),
+                        calls,
+                        watch or (lambda _: None),
+                        kill_at,
+                        cancel_at,
+                    )
+                )
+                _let_go(loop)
+                return outcome
+        finally:
+            loop.close()
+
+    def both(self, *runs: tuple[Any, dict[str, Any]]) -> list[Outcome]:
+        """Runs at the same time."""
+        loop, calls = VirtualLoop(self.cluster.clock), Calls()
+
+        async def all_of_them() -> list[Outcome]:
+            work = [
+                _carried_out(
+                    _flow_run(flow, {"file": str(self.path), **parameters}),
+                    calls, lambda _: None, 0, 0,
+                )
+                for flow, parameters in runs
+            ]  # fmt: skip
+            return list(await asyncio.gather(*work))
+
+        try:
+            with _without_prefect(self, calls):
+                return loop.run_until_complete(all_of_them())
+        finally:
+            loop.close()
+
+    def pass_by(self, seconds: float) -> None:
+        """Lets time pass on the hosts."""
+        self.cluster.clock.pass_by(seconds)
+        self.cluster.settle()
+
+    # What can be seen on the hosts
+
+    @property
+    def machines(self) -> dict[str, Machine]:
+        """By name."""
+        return {machine.name: machine for machine in self.cluster.machines.values()}
+
+    def containers(self) -> list[Container]:
+        """All of the deployment, on both hosts."""
+        self.cluster.settle()
+        return [
+            one
+            for machine in self.cluster.machines.values()
+            for one in machine.containers.values()
+            if one.labels.get(DEPLOYMENT_LABEL) == NAME
+        ]
+
+    def running(self) -> dict[str, Container]:
+        """Those that run, by instance."""
+        running = [one for one in self.containers() if one.running]
+        found = {one.labels[generations.INSTANCE]: one for one in running}
+        assert len(found) == len(running), "two containers of one instance run"
+        return found
+
+    def runs(self) -> dict[str, str]:
+        """By instance, which run of which container: changes when somebody touches it."""
+        return {name: one.run_id for name, one in self.running().items()}
+
+    def serving(self) -> str:
+        """The generation of the containers that run."""
+        found = {one.labels[generations.GENERATION] for one in self.running().values()}
+        assert len(found) == 1, f"several generations run: {found}"
+        return found.pop()
+
+    def record(self, host: str = "a") -> Record:
+        """What became of the releases, as a host has it."""
+        text = self.machines[host].disk.read(f"{ROOT}/record.json")
+        return Record.model_validate_json(text) if text else Record()
+
+    def state(self) -> object:
+        """All that a run may change, but for leases."""
+        return (
+            self.runs(),
+            sorted((c.id, c.status) for c in self.containers()),
+            [
+                {p: e.content for p, e in m.disk.entries.items() if "lease" not in p}
+                for m in self.cluster.machines.values()
+            ],
+            [
+                sorted((i.id, *sorted(i.tags | i.digests)) for i in m.images.values())
+                for m in self.cluster.machines.values()
+            ],
+        )
+
+    def completes(self) -> bool:
+        """Whether a client gets a completion at the public port."""
+        machine = self.machines["a"]
+        proxy = self.cluster.listener(machine, machine.address, PROXY_PORT)
+        if proxy is None:
+            return False
+        body = {"model": "qwen", "prompt": "2, 4, 6,", "max_tokens": 4}
+        answer = proxy.answer("/v1/completions", body)
+        return answer.status_code == 200 and answer.json()["choices"][0]["text"] == " 8, 10"
+
+    def assert_coherent(self) -> str:
+        """One whole generation serves, the record says so, and nothing is left that is not of a
+        kept one; its name."""
+        assert set(self.running()) == INSTANCES
+        serving = self.serving()
+        assert self.completes()
+        assert self.record().serving == serving
+        assert self.record().closed is None
+        assert self.record("b") == self.record()
+        for machine in self.cluster.machines.values():
+            disk = machine.disk
+            assert disk.read(f"{ROOT}/lease").split("\n")[1] == "", "the lease is still held"
+            assert not [path for path, _ in disk.files("/") if is_draft(path)]
+            kept = {n for n in disk.names(ROOT) if disk.entries[f"{ROOT}/{n}"].is_directory}
+            found = {c.labels[generations.GENERATION] for c in machine.containers.values()}
+            assert found <= kept
+            assert len(kept) <= 2
+        return serving
+
+
+async def _flow_run(flow: Any, parameters: dict[str, Any]) -> Any:
+    """The flow's function, where Prefect says which run it is."""
+    flow_run = FlowRun(flow_id=uuid4(), name=f"run of {flow.name}")
+    context = FlowRunContext.model_construct(flow=flow, flow_run=flow_run, parameters=parameters)
+    with context:
+        return await flow.fn(**parameters)
+
+
+async def _carried_out(
+    run: Any, calls: Calls, watch: Callable[[Moment], None], kill_at: int, cancel_at: int
+) -> Outcome:
+    work = asyncio.ensure_future(run)
+    killed = asyncio.get_running_loop().create_future()
+
+    def passes(moment: Moment) -> None:
+        watch(moment)
+        if moment.number == cancel_at:
+            work.cancel()
+        if moment.number == kill_at:
+            calls.dead = True
+            killed.set_result(None)
+
+    calls.watch = passes
+    await asyncio.wait({work, killed}, return_when=asyncio.FIRST_COMPLETED)
+    moments = tuple(calls.moments)
+    if killed.done():
+        work.cancel()
+        await asyncio.wait({work})
+        return Outcome(killed=True, moments=moments)
+    killed.cancel()
+    if work.cancelled():
+        return Outcome(error=asyncio.CancelledError(), moments=moments)
+    if error := work.exception():
+        return Outcome(error=error, moments=moments)
+    return Outcome(str(work.result().message), moments=moments)
+
+
+def _let_go(loop: asyncio.AbstractEventLoop) -> None:
+    """Ends what a run has left behind."""
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left))
+
+
+@contextmanager
+def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
+    """Tasks run in place, artifacts go nowhere, hosts are in memory, time is the hosts'."""
+
+    def host(name: str, address: str, *_: object, **__: object) -> MemoryHost:
+        return MemoryHost(name, world.cluster.machines[address], calls)
+
+    async def nowhere(**_: object) -> None: ...
+
+    with ExitStack() as stack:
+        for target, attribute, replacement in (
+            (Task, "__call__", _run_in_place),
+            (flows.session, "Host", host),
+            (flows.publish, "acreate_markdown_artifact", nowhere),
+            (flows.publish, "acreate_table_artifact", nowhere),
+            (time, "monotonic", world.cluster.clock.seconds),
+        ):
+            stack.enter_context(mock.patch.object(target, attribute, replacement))
+        stack.enter_context(disable_run_logger())
+        yield
+
+
+async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs: Any) -> Any:
+    """What Prefect does of a task here: its function, again while its own condition says so."""
+    for delay in (*task.retry_delay_seconds, None):
+        try:
+            return await task.fn(*args, **kwargs)
+        except Exception as error:
+            state = SimpleNamespace(data=error)
+            if delay is None or not task.retry_condition_fn(task, None, state):
+                raise
+        await asyncio.sleep(delay)
+    raise AssertionError
+
+
+def _furnish(machine: Machine) -> None:
+    """What an NPU host has: the driver, the model, the devices."""
+    for host in example.plan().hosts.values():
+        for spec in host.containers.values():
+            for mount in spec.mounts:
+                if NAME not in mount.source:
+                    machine.disk.add_directory(mount.source)
+            for device in spec.devices:
+                machine.disk.add_directory(device.partition(":")[0])
+    for number in range(16):
+        machine.disk.add_directory(f"/dev/davinci{number}")
+
+
+__all__ = ["Deployment", "Faults", "Outcome", "World"]
