@@ -45,6 +45,8 @@ async def promote(rollout: Rollout, by: str) -> Report:
     record = before.promoted(generation, datetime.now(UTC), by)
     record = record.released(digest_of(rollout.plan.image)).opened()
     await write(rollout, record)
+    if record is before:
+        await _copy_where_older(rollout)
     where = session.topology.proxy.host
     changed = record is not before
     return Report("promote", generation, where, changed, "serves" if changed else "serves already")
@@ -114,6 +116,19 @@ async def write(rollout: Rollout, record: Record, besides: Collection[str] = ())
     others = [h for h in session.hosts.values() if h is not first and h.address not in besides]
     await history.write_record(first, others, session.root, record)
     rollout.attempt.record = record
+
+
+async def _copy_where_older(rollout: Rollout) -> None:
+    """Writes the record to hosts that a run which was killed in between has left without it."""
+    session, record = rollout.locked, rollout.attempt.record
+    older = [
+        session.hosts[name]
+        for name, state in rollout.states.items()
+        if name in session.hosts and state.past.record.sequence < record.sequence
+    ]
+    if older:
+        await session.may_change(older[0])
+        await history.write_record(older[0], older[1:], session.root, record)
 
 
 async def _keep_image(rollout: Rollout, name: str) -> None:

@@ -118,7 +118,7 @@ async def test_owner_that_is_provably_dead_is_taken_over_at_once(hosts: dict[str
 async def renewed(one: Lease, hosts: dict[str, Host]) -> AsyncIterator[list[str]]:
     lost: list[str] = []
     one.watchers.append(lost.append)
-    async with one.kept(hosts):
+    async with one.held(hosts):
         yield lost
 
 

@@ -1,7 +1,8 @@
 """Hosts in memory: what pd-deploy sees of a machine, its Docker engine and a service on it.
 
-`MemoryHost` is a `Host` whose SSH connection leads to a `Machine` in this process. Everything above
-the connection is the real thing: `Files`, `Facts` and `DockerEngine`, with their errors and retries.
+`MemoryHost` is a `Host` whose SSH connection leads to a `Machine` in this process. Everything
+above the connection is the real thing: `Files`, `Facts` and `DockerEngine`, with their errors and
+retries.
 
     clock      time that only passes when all wait, and the event loop that goes with it
     calls      what a run does to its hosts, one moment after the other; where faults come in

@@ -74,7 +74,7 @@ class MemoryClient:
         if not image.tags and not image.digests:
             del self._machine.images[image.id]
 
-    def containers(self, all: bool, filters: Mapping[str, list[str]]) -> list[dict[str, str]]:  # noqa: A002
+    def containers(self, all: bool, filters: Mapping[str, list[str]]) -> list[dict[str, str]]:
         self._machine.cluster.settle()
         wanted = [label.partition("=") for label in filters["label"]]
         return [

@@ -33,9 +33,7 @@ class Command:
 def run(command: Command, machine: Machine, argv: Sequence[str], data: bytes) -> CommandResult:
     """What a command prints."""
     machine.cluster.settle()
-    return CommandResult(
-        0, command.answer(machine, argv[len(command.begins) :], data.decode()), ""
-    )
+    return CommandResult(0, command.answer(machine, argv[len(command.begins) :], data.decode()), "")
 
 
 def recognised(argv: Sequence[str]) -> Command:

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import httpx
 
-from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.engines.base import PROVING_ADDRESS
+from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.records import generations
 from tests.memory.machine import Container, Faults, Machine
 

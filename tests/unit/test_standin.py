@@ -399,6 +399,7 @@ def test_sigint_stops_launcher_and_server(pair: StandinSet) -> None:
     pair["p0"].process.send_signal(signal.SIGINT)
     assert pair["p0"].exit_code() == 0
     pair["p0"].start()
+    pair["p0"].wait_for(lambda: "server 0" in pair["p0"].launcher_log(), "a server of its own")
     pair["p0"].wait_for(lambda: "Registering" in pair["p0"].log(), "devices free again")
 
 

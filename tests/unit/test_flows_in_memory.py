@@ -1,0 +1,80 @@
+"""The flows on hosts in memory: deploy, upgrade, the way back, and recovery from any moment."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.deploy import deploy
+from flows.recover import recover
+from flows.rollback import rollback
+from tests.memory.calls import Moment
+from tests.memory.machine import Faults
+from tests.memory.world import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_deploy_serves_and_running_it_again_touches_nothing(world: World) -> None:
+    assert world.run(deploy).completed
+    before = world.state()
+    again = world.run(deploy)
+    assert "nothing to do, nothing changed" in again.message
+    assert world.state() == before
+    world.assert_coherent()
+
+
+def test_an_upgrade_and_a_rollback_move_the_whole_set(world: World) -> None:
+    assert world.run(deploy).completed
+    first = world.serving()
+    assert world.run(deploy, image=world.push("20250723_1")).completed
+    assert world.serving() != first
+    assert world.run(rollback).completed
+    assert world.serving() == first
+    world.assert_coherent()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"p1": Faults(dies=0)},
+        {"d0": Faults(hangs=True)},
+        {"d0": Faults(garbage=True)},
+        {"p2": Faults(refuses_kv=True)},
+        {"d0": Faults(ignores_kv=True)},
+        {"d0": Faults(wrong_kv=True)},
+        {"p0": Faults(dies_at_request=1)},
+    ],
+    ids=lambda faults: ", ".join(f"{name} {fault}" for name, fault in faults.items()),
+)
+def test_a_bad_image_gives_way_to_the_one_before_and_is_quarantined(
+    world: World, faults: dict[str, Faults]
+) -> None:
+    assert world.run(deploy).completed
+    first = world.serving()
+    outcome = world.run(deploy, image=world.push("20250724_1", faults))
+    assert "The service is back on generation" in str(outcome.error)
+    assert world.serving() == first
+    assert [one.image for one in world.record().quarantine.values()]
+    world.assert_coherent()
+
+
+@pytest.mark.parametrize(("how", "every"), [("kill_at", 1), ("cancel_at", 3)])
+def test_an_upgrade_that_ends_at_any_moment_is_put_right_by_recovery(
+    world: World, how: str, every: int
+) -> None:
+    """Before and after each change: every moment for a kill, every third for a cancellation."""
+    assert world.run(deploy).completed
+    image, moments = world.push("20250725_1"), list[Moment]()
+    assert world.twin().run(deploy, image=image, watch=moments.append).completed
+    changes = [moment for moment in moments if moment.changes]
+    assert len(changes) > 100
+    for moment in changes[::every]:
+        twin = world.twin()
+        twin.run(deploy, image=image, **{how: moment.number})
+        twin.pass_by(5)
+        outcome = twin.run(recover)
+        assert outcome.completed, f"{moment}: {outcome.error}"
+        twin.assert_coherent()
