@@ -80,7 +80,6 @@ class ContainerState:
     started_at: datetime | None
     finished_at: datetime | None
     image: str
-    image_id: str
     oom_killed: bool = False
     error: str = ""
 
@@ -96,9 +95,6 @@ class Image:
 
     id: str
     digest: str | None
-    architecture: str = ""
-    created: str = ""
-    size: int = 0
     tags: tuple[str, ...] = ()
 
 
@@ -107,8 +103,6 @@ class DockerInfo:
     """The Docker engine of a host."""
 
     version: str
-    api_version: str
-    storage_driver: str
     root_dir: str
     architecture: str
 
@@ -185,7 +179,6 @@ def state_of(inspected: Mapping[str, Any]) -> ContainerState:
         started_at=_time(state.get("StartedAt")),
         finished_at=_time(state.get("FinishedAt")),
         image=config["Image"],
-        image_id=inspected["Image"],
         oom_killed=bool(state.get("OOMKilled")),
         error=state.get("Error") or "",
     )
@@ -198,9 +191,6 @@ def image_of(inspected: Mapping[str, Any], repository: str) -> Image:
     return Image(
         id=inspected["Id"],
         digest=own[0] if own else None,
-        architecture=inspected.get("Architecture", ""),
-        created=inspected.get("Created", ""),
-        size=inspected.get("Size", 0),
         tags=tuple(inspected.get("RepoTags") or ()),
     )
 

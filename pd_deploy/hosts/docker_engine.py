@@ -73,12 +73,10 @@ class DockerEngine:
         self._calls = asyncio.Semaphore(MAX_CALLS)
 
     async def info(self) -> DockerInfo:
-        """Version, storage driver and place of the engine's data."""
+        """Version, architecture, and place of the engine's data."""
         info, version = await self._read("info", lambda c: (c.info(), c.version()))
         return DockerInfo(
             version=version["Version"],
-            api_version=version["ApiVersion"],
-            storage_driver=info["Driver"],
             root_dir=info["DockerRootDir"],
             architecture=info["Architecture"],
         )
@@ -127,13 +125,7 @@ class DockerEngine:
         if meter.digest is None:
             return image
         repository = parse_repository_tag(ref.split("@", maxsplit=1)[0])[0]
-        return Image(
-            image.id,
-            f"{repository}@{meter.digest}",
-            image.architecture,
-            image.created,
-            image.size,
-        )
+        return Image(image.id, f"{repository}@{meter.digest}")
 
     async def resolve(self, ref: str, auth: RegistryLogin | None = None) -> str:
         """The digest (`sha256:…`) that the registry has for `ref` now; nothing is pulled.

@@ -80,10 +80,6 @@ class Facts:
         output = await self._host.output(["sh", "-c", FREE, "sh", posixpath.normpath(path)])
         return parse_disk_free(output, self._host.where)
 
-    async def architecture(self) -> str:
-        """The machine's architecture as the kernel names it, e.g. `aarch64`."""
-        return (await self._host.output(["uname", "-m"])).strip()
-
     async def tail(
         self, paths: Sequence[str], lines: int = 20, max_bytes: int = 16384
     ) -> dict[str, str]:

@@ -70,15 +70,6 @@ class Files:
             await self._make_dir(posixpath.normpath(path), mode, created)
         return sorted(created)
 
-    async def names(self, path: str) -> list[str]:
-        """The names in a directory, sorted; empty if there is no such directory."""
-        with self._errors(path):
-            try:
-                names = await self._sftp.listdir(path)
-            except asyncssh.SFTPNoSuchFile:
-                return []
-        return sorted(str(name) for name in names if name not in (".", ".."))
-
     async def remove_tree(self, path: str, below: str) -> bool:
         """Removes what `path` names, if it lies strictly below `below`."""
         path = self._inside(path, below)

@@ -156,11 +156,6 @@ class Host:
         async with self._files() as remote:
             return await remote.make_dirs(paths, mode)
 
-    async def list_dir(self, path: str) -> list[str]:
-        """The names in a directory, sorted; empty if it does not exist."""
-        async with self._files() as remote:
-            return await remote.names(path)
-
     async def find_files(self, path: str) -> list[str]:
         """Paths of all files below a directory, sorted; follows no links."""
         done = await self.run(["find", path, "-xdev", "-type", "f", "-print0"], check=False)

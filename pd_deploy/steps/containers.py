@@ -187,11 +187,13 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
 
 
 async def died(rollout: Rollout, instance: str) -> InstanceDied:
-    """The error for an instance that ended: exit code and the last lines of its logs."""
+    """The error for an instance that ended: exit code, why if the engine knows it, and the last
+    lines of its logs."""
     host, state = rollout.session.host_of(instance), await require(rollout, instance)
     code = await host.docker.wait(state.id)
+    state = await host.docker.inspect(state.id)
     return InstanceDied(
-        f"ended with exit code {code}\n{await last_lines(rollout, instance)}",
+        f"ended with exit code {code}{_cause(state, code)}\n{await last_lines(rollout, instance)}",
         host=host.where,
         instance=instance,
         hint=f"the whole log is on the host: `docker logs {state.name}` and "
@@ -246,6 +248,14 @@ async def require(rollout: Rollout, instance: str) -> ContainerState:
             hint="run the stage `launch` first",
         )
     return state
+
+
+def _cause(state: ContainerState, code: int) -> str:
+    # Containers have no limit of their own, so it was the host's memory. The engine does not say
+    # which process it was: a launcher may well survive its server, and end with code 0.
+    if state.oom_killed:
+        return ": a process of it was killed because the host ran out of memory"
+    return ", though it has to run on: a process of it may have failed" if code == 0 else ""
 
 
 async def _stop_instance(rollout: Rollout, instance: str) -> None:

@@ -32,7 +32,7 @@ def state(name: str, host_generation: str, status: str) -> ContainerState:
     }
     full = f"omni-infer-{role}_{name}_{host_generation}"
     began = datetime(2025, 1, 1, tzinfo=UTC)
-    return ContainerState(full, full, labels, status, None, began, None, "image", "sha256:0")
+    return ContainerState(full, full, labels, status, None, began, None, "image")
 
 
 def rollout(

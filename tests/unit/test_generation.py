@@ -20,7 +20,7 @@ def state(name: str, status: str, generation: Generation = OURS) -> ContainerSta
         generations.ROLE: ROLES[name[0]],
     }
     full = f"{name}_{generation}"
-    return ContainerState(full, full, labels, status, None, None, None, "image", "sha256:0")
+    return ContainerState(full, full, labels, status, None, None, None, "image")
 
 
 def stopping(ours: dict[str, str], old: dict[str, str] | None = None) -> set[str]:
