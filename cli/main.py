@@ -21,7 +21,7 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import Plan
-from pd_deploy.steps.surveying import NEWEST
+from pd_deploy.registry.tags import NEWEST
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 

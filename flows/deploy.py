@@ -15,10 +15,11 @@ from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.registry import tags
+from pd_deploy.registry.tags import NEWEST
 from pd_deploy.steps import surveying
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
-from pd_deploy.steps.surveying import NEWEST, with_addresses
+from pd_deploy.steps.surveying import with_addresses
 from tasks.image import choose_image, resolve_image
 from tasks.survey import device_addresses
 
@@ -50,9 +51,8 @@ async def deploy(
     run, given = this_run(), load_deployment(Path(file))
     if image == NEWEST:
         tags.policy_of(given)
-        placement.build(given)
-    else:
-        placement.build(load_deployment(Path(file), image=image))
+    named = image not in (None, NEWEST)
+    placement.build(load_deployment(Path(file), image=image) if named else given)
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from pd_deploy.config.models import Deployment, UpdatePolicy
 from pd_deploy.errors import InvalidInput, Problem
 
+NEWEST = "newest"
+"""In place of an image: the newest one that the file's update policy finds."""
 Key = tuple[Any, ...]
 _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 # Years are left out of the stamps of releases; in this one, 29 February exists.

@@ -23,9 +23,6 @@ from pd_deploy.steps.history import Saved
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session, host_accesses
 
-NEWEST = "newest"
-"""In place of an image: the newest one that the file's update policy finds."""
-
 
 @dataclass(frozen=True)
 class Addresses:
@@ -129,7 +126,7 @@ async def choose(
         ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
     """
     past, deployment = past_of(states), session.deployment
-    if requested_image != NEWEST:
+    if requested_image != tags.NEWEST:
         return releases.choose(deployment.image, requested_image, past.serving)
     policy, place = tags.policy_of(deployment), repository_of(deployment)
     via = session.host(session.topology.proxy.host)

@@ -56,6 +56,31 @@ def facts(tmp_path: Path) -> Path:
     return path
 
 
+IMPORTED = """
+import sys
+from cli.main import app
+sys.argv = ["pd-deploy", *sys.argv[1:]]
+try:
+    app()
+finally:
+    print(*sorted({"prefect", "docker", "asyncssh"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--help"], ["check", example.FILE]])
+def test_what_touches_no_host_imports_no_way_to_one(arguments: list[object]) -> None:
+    """Prefect, SSH and Docker take most of the time and CPU that such a command would need."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *map(str, arguments)],
+        cwd=example.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout
+    assert done.stderr.split() == []
+
+
 def test_the_installed_command_checks_a_file() -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("pd-deploy"), "check", example.FILE],

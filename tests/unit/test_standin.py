@@ -37,13 +37,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandinSet]:
         yield instances
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[StandinSet]:
-    """A 1P1D set that is not started."""
-    with standin_set(tmp_path, prefills=1) as instances:
-        yield instances
-
-
 def text_of(answer: Answer) -> str:
     assert answer.status == 200, answer.text
     return str(answer.body["choices"][0]["text"])

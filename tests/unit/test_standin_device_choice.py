@@ -12,13 +12,6 @@ CHOICE = "refused [device-choice, contract 1.6]"
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[StandinSet]:
-    """A 1P1D set that is not started: p0 has devices 0-7, d0 has 8-15 of the same host."""
-    with standin_set(tmp_path, prefills=1) as instances:
-        yield instances
-
-
-@pytest.fixture
 def spanning(tmp_path: Path) -> Iterator[StandinSet]:
     """1P and a decode over two hosts: 2 servers of tp 4 on devices 0-7 of each; not started.
 

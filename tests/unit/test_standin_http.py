@@ -40,13 +40,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandinSet]:
         yield instances
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[StandinSet]:
-    """A 1P1D set that is not started."""
-    with standin_set(tmp_path, prefills=1) as instances:
-        yield instances
-
-
 def connect(instance: Instance) -> socket.socket:
     return socket.create_connection((instance.host, instance.api_port), timeout=10)
 

@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,6 @@ import pytest
 from lab.standin.processes import StandinSet, standin_set
 
 Change = Callable[[StandinSet], object]
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[StandinSet]:
-    """A 1P1D set that is not started."""
-    with standin_set(tmp_path, prefills=1) as instances:
-        yield instances
 
 
 def env(name: str, **values: str) -> Change:

@@ -21,7 +21,14 @@ from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import requests, verdict
 from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
-from pd_deploy.steps.verify.handover import Exchange, Handover, ask_alone, hand_over, pairs
+from pd_deploy.steps.verify.handover import (
+    TRIES,
+    Exchange,
+    Handover,
+    ask_alone,
+    hand_over,
+    pairs,
+)
 from pd_deploy.steps.verify.requests import HANDOVER_TOKENS
 from pd_deploy.steps.verify.servers import Counts, Servers, counted, not_counted, reached
 
@@ -29,7 +36,7 @@ DEATH_NOTICED_S = 2.0
 CONTROLS = 3
 """How often each prefill is asked again where two prefills differ, to see whether it also differs
 from itself."""
-TRIES = 3
+UNSAID = "the answer does not say how long the prompt is"
 
 T = TypeVar("T")
 
@@ -122,9 +129,8 @@ async def _prove(rollout: Rollout) -> Completion:
         entrance = Entrance(session, client, address, is_open=address == proxy.address)
         direct = await handed_over(session, servers)
         answer, through = await entrance.handed_over(servers)
-        unseen = not_counted(session.engine.COUNTERS, servers, await servers.counts())
-        unseen = unseen or direct.unseen or through.unseen
-        remarks = (*direct.remarks, *through.remarks, *await entrance.checked())
+        unseen = through.unseen or direct.unseen
+        remarks = (*direct.remarks, *await entrance.checked())
     proof = Proof("proven", (*direct.ways, *through.ways))
     if unseen:
         proof = replace(proof, verdict="not provable", reason=unseen)
@@ -205,10 +211,10 @@ class Entrance:
             way = way_through(servers, answer.prompt_tokens, since)
             if way is None or way.alone:
                 break
+        if unseen := not_counted(self.session.engine.COUNTERS, servers, since):
+            return answer, Evidence(unseen=unseen)
         if way is None:
-            return answer, Evidence(unseen="the answer does not say how long the prompt is")
-        if not_counted(self.session.engine.COUNTERS, servers, since):
-            return answer, Evidence()
+            return answer, Evidence(unseen=UNSAID)
         if not way.complete:
             raise self._failed(
                 requests.COMPLETIONS,
@@ -217,7 +223,7 @@ class Entrance:
                 f"that it computed it itself: {way}",
                 "see whether the proxy passes kv_transfer_params on, and decode's log",
             )
-        return answer, Evidence((way,), (), _unseen_way(way))
+        return answer, Evidence((way,), unseen=_unseen_way(way))
 
     async def checked(self) -> list[str]:
         """All of `smoke.checks`, at once; what of them could not be judged.
@@ -425,7 +431,7 @@ def _ways(exchanges: Iterable[Exchange]) -> tuple[Handover, ...]:
 
 def _unseen(exchanges: Sequence[Exchange]) -> str:
     if any(one.way is None and one.answer.prompt_tokens is None for one in exchanges):
-        return "the answer does not say how long the prompt is"
+        return UNSAID
     return next(filter(None, (_unseen_way(one.way) for one in exchanges if one.way)), "")
 
 
