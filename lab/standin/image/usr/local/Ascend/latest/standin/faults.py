@@ -7,7 +7,7 @@ from typing import Any
 from standin.rules import Refusal, host_path
 
 DEFAULTS: dict[str, Any] = {
-    "load_seconds": 1.0,  # time to load the weights
+    "load_seconds": 0.5,  # time to load the weights
     "crash_after": None,  # seconds after the start until it dies with a traceback
     "exit_code": 1,  # of such a death
     "hang": False,  # loads, but never links
