@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from bench.service import Upgrade, on_lab
 from bench.timeline import Measured
-from lab import LabError
+from pd_deploy.lab import LabError
 
 EXPECTED_S = 8.0
 EXPECTED_REST_S = 3.0

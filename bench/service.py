@@ -21,9 +21,9 @@ import yaml
 from bench.client import Client
 from bench.timeline import Measured, Span, measure
 from demo.processes import Processes
-from lab import Lab
-from lab.lifecycle import take_down
 from pd_deploy.config.load import load_deployment
+from pd_deploy.lab import Lab
+from pd_deploy.lab.lifecycle import take_down
 from pd_deploy.planning import placement
 
 ROOT = Path(__file__).resolve().parent.parent

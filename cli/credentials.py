@@ -2,15 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from pydantic import SecretStr
 
 from pd_deploy.errors import InvalidInput, Problem
-
-if TYPE_CHECKING:
-    from prefect.blocks.core import Block
 
 app = typer.Typer(
     help="Save the credentials that a deployment file names, as Prefect blocks.",
@@ -47,7 +44,9 @@ def ssh(
     Example: pd-deploy credentials ssh pd-ssh --private-key ~/.ssh/id_ed25519
     --known-hosts ~/.ssh/known_hosts
     """
-    from blocks.ssh import SshCredentials  # noqa: PLC0415  Prefect takes seconds to import
+    # Prefect takes seconds to import.
+    from pd_deploy.blocks.ssh import SshCredentials  # noqa: PLC0415
+    from pd_deploy.cli.prefect_api import save  # noqa: PLC0415
 
     block = SshCredentials(
         private_key=_secret(_content("--private-key", private_key)),
@@ -61,7 +60,7 @@ def ssh(
     )
     # A key that cannot be read is better found now than in a run at night.
     block.login(user="root", port=22).options(str(private_key))
-    _save(block, name)
+    save(block, name)
 
 
 @app.command()
@@ -73,17 +72,10 @@ def registry(
 
     Example: pd-deploy credentials registry pd-registry --username robot
     """
-    from blocks.registry import RegistryCredentials  # noqa: PLC0415  as above
+    from pd_deploy.blocks.registry import RegistryCredentials  # noqa: PLC0415  as above
+    from pd_deploy.cli.prefect_api import save  # noqa: PLC0415
 
-    _save(RegistryCredentials(username=username, password=SecretStr(_ask("Password"))), name)
-
-
-def _save(block: "Block", name: str) -> None:
-    from cli.prefect_api import reached  # noqa: PLC0415  Prefect takes seconds to import
-
-    with reached():
-        block.save(name, overwrite=True)
-    typer.echo(f"saved {block.get_block_type_slug()}/{name}")
+    save(RegistryCredentials(username=username, password=SecretStr(_ask("Password"))), name)
 
 
 def _ask(what: str) -> str:

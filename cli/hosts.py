@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cli.prefect_api import reached
-from flows.session import open_former, open_session
+from pd_deploy.cli.prefect_api import reached
 from pd_deploy.config.models import Deployment
+from pd_deploy.flows.session import open_former, open_session
 from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records.releases import History
 from pd_deploy.steps import history, surveying

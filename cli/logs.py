@@ -3,8 +3,8 @@
 import asyncio
 from pathlib import Path
 
-from cli.hosts import looked_at
-from cli.prefect_api import reached
+from pd_deploy.cli.hosts import looked_at
+from pd_deploy.cli.prefect_api import reached
 from pd_deploy.config.models import Deployment
 from pd_deploy.steps import logs
 

@@ -14,11 +14,11 @@ from uuid import UUID
 
 import typer
 
-from cli import credentials, facts_file, shell, show
-from lab import cli as lab_cli
+from pd_deploy.cli import credentials, facts_file, shell, show
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
+from pd_deploy.lab import cli as lab_cli
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import Plan
 from pd_deploy.registry.tags import NEWEST
@@ -186,8 +186,8 @@ def deploy(
     _load(file)
     if image not in (None, NEWEST):
         _load(file, image)
-    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from flows.deploy import deploy as flow  # noqa: PLC0415  as above
+    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.flows.deploy import deploy as flow  # noqa: PLC0415  as above
 
     stages = [one.value for one in stage] if stage else None
     raise typer.Exit(
@@ -219,8 +219,8 @@ def rollback(
     Example: pd-deploy rollback deployments/qwq-3p1d.yaml
     """
     _load(file)
-    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from flows.rollback import rollback as flow  # noqa: PLC0415  as above
+    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.flows.rollback import rollback as flow  # noqa: PLC0415  as above
 
     raise typer.Exit(run.here(flow, file=str(file), generation=generation))
 
@@ -232,8 +232,8 @@ def recover(file: File) -> None:
     Example: pd-deploy recover deployments/qwq-3p1d.yaml
     """
     _load(file)
-    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from flows.recover import recover as flow  # noqa: PLC0415  as above
+    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.flows.recover import recover as flow  # noqa: PLC0415  as above
 
     raise typer.Exit(run.here(flow, file=str(file)))
 
@@ -248,7 +248,7 @@ def releases(
     Example: pd-deploy releases deployments/qwq-3p1d.yaml
     """
     service = _load(file)
-    from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
     past = asyncio.run(hosts.past(service))
     typer.echo(past.record.model_dump_json(indent=2) if as_json else show.release_table(past))
@@ -271,7 +271,7 @@ def logs(
     Example: pd-deploy logs deployments/qwq-3p1d.yaml --to ./logs
     """
     service = _load(file)
-    from cli import logs as collecting  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import logs as collecting  # noqa: PLC0415  Prefect takes seconds to import
 
     typer.echo(f"copied to {asyncio.run(collecting.collect(service, generation, to))}")
 
@@ -285,8 +285,8 @@ def prune(file: File) -> None:
     Example: pd-deploy prune deployments/qwq-3p1d.yaml
     """
     _load(file)
-    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from flows.prune import prune as flow  # noqa: PLC0415  as above
+    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.flows.prune import prune as flow  # noqa: PLC0415  as above
 
     raise typer.Exit(run.here(flow, file=str(file)))
 
@@ -303,8 +303,8 @@ def teardown(
     service = _load(file)
     if not yes:
         typer.confirm(f"Remove {service.name} from {', '.join(service.hosts)}?", abort=True)
-    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from flows.teardown import teardown as flow  # noqa: PLC0415  as above
+    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.flows.teardown import teardown as flow  # noqa: PLC0415  as above
 
     raise typer.Exit(run.here(flow, file=str(file)))
 
@@ -317,7 +317,7 @@ def follow(
 
     Exit code 0 when it completed, 1 when it did not.
     """
-    from cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
 
     raise typer.Exit(run.follow(flow_run))
 
@@ -351,6 +351,6 @@ def _fail(error: PdDeployError | str, code: int) -> NoReturn:
 
 def _plan_on_hosts(service: Deployment, image: str | None) -> Plan:
     placement.build(service)
-    from cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
     return asyncio.run(hosts.plan(service, image))

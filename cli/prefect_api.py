@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import typer
+from prefect.blocks.core import Block
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
@@ -35,3 +37,10 @@ def reached() -> Iterator[None]:
             f"expected a Prefect server at {get_current_settings().api.url}, found none",
             hint="run `prefect server start`, or unset PREFECT_API_URL for a temporary one",
         ) from error
+
+
+def save(block: Block, name: str) -> None:
+    """Saves a block under a name, and says so."""
+    with reached():
+        block.save(name, overwrite=True)
+    typer.echo(f"saved {block.get_block_type_slug()}/{name}")

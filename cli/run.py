@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 
-from cli.prefect_api import ServerLost, reached
+from pd_deploy.cli.prefect_api import ServerLost, reached
 from pd_deploy.errors import PdDeployError
 
 POLL_INTERVAL_S = 0.5

@@ -5,13 +5,13 @@ from typing import Any
 
 from prefect import State, flow
 
-from flows import publish
-from flows.fan_out import fan_out
-from flows.roll_out import OnFailure, roll_out, survey_hosts
-from flows.run import this_run
-from flows.session import connected, locked_session, open_former, open_session
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.flows import publish
+from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.roll_out import OnFailure, roll_out, survey_hosts
+from pd_deploy.flows.run import this_run
+from pd_deploy.flows.session import connected, locked_session, open_former, open_session
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.registry import tags
@@ -20,8 +20,8 @@ from pd_deploy.steps import surveying
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import with_addresses
-from tasks.image import choose_image, resolve_image
-from tasks.survey import device_addresses
+from pd_deploy.tasks.image import choose_image, resolve_image
+from pd_deploy.tasks.survey import device_addresses
 
 
 @flow(name="pd-deploy", flow_run_name=publish.run_name, persist_result=False)

@@ -6,14 +6,14 @@ from prefect import State, flow
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from flows import publish
-from flows.fan_out import fan_out
-from flows.roll_out import restore, roll_out, survey_hosts
-from flows.run import this_run
-from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
+from pd_deploy.flows import publish
+from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.roll_out import restore, roll_out, survey_hosts
+from pd_deploy.flows.run import this_run
+from pd_deploy.flows.session import locked_session
 from pd_deploy.steps import surveying
-from tasks.tidy import stop
+from pd_deploy.tasks.tidy import stop
 
 
 @flow(name="pd-recover", flow_run_name=publish.run_name, persist_result=False)

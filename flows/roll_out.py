@@ -7,19 +7,19 @@ from typing import Literal
 from prefect import State
 from prefect.logging import get_run_logger
 
-from flows import publish
-from flows.fan_out import fan_out
-from flows.run import Run
-from flows.stages import prove_and_open, run_stages
 from pd_deploy.errors import RollbackFailed, RolledBack
+from pd_deploy.flows import publish
+from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.run import Run
+from pd_deploy.flows.stages import prove_and_open, run_stages
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.steps import containers, promotion, surveying
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session
-from tasks.promote import promote
-from tasks.survey import survey
-from tasks.tidy import clear, prune
+from pd_deploy.tasks.promote import promote
+from pd_deploy.tasks.survey import survey
+from pd_deploy.tasks.tidy import clear, prune
 
 OnFailure = Literal["rollback", "keep"]
 

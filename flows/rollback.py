@@ -4,12 +4,12 @@ from pathlib import Path
 
 from prefect import State, flow
 
-from flows import publish
-from flows.roll_out import restore, roll_out, survey_hosts
-from flows.run import this_run
-from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import NoSuchGeneration
+from pd_deploy.flows import publish
+from pd_deploy.flows.roll_out import restore, roll_out, survey_hosts
+from pd_deploy.flows.run import this_run
+from pd_deploy.flows.session import locked_session
 from pd_deploy.records.releases import History, Release
 from pd_deploy.steps import surveying
 

@@ -6,19 +6,19 @@ from typing import TypeVar
 
 from prefect.blocks.core import Block
 
-from blocks.registry import RegistryCredentials
-from blocks.ssh import SshCredentials
-from flows.fan_out import fan_out
+from pd_deploy.blocks.registry import RegistryCredentials
+from pd_deploy.blocks.ssh import SshCredentials
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import History, HostAccess
 from pd_deploy.steps import history, locking
 from pd_deploy.steps.session import LockedSession, Session, host_accesses
-from tasks.lock import lock
-from tasks.survey import connect
+from pd_deploy.tasks.lock import lock
+from pd_deploy.tasks.survey import connect
 
 B = TypeVar("B", bound=Block)
 

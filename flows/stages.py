@@ -3,21 +3,21 @@ cut-over, and what follows it."""
 
 import time
 
-from flows.fan_out import fan_out
+from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.planning.plans import Stage
 from pd_deploy.steps import promotion
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
-from tasks.clean_up import clean_up
-from tasks.image import pull_image
-from tasks.launch import launch
-from tasks.preflight import preflight, until_free
-from tasks.promote import save
-from tasks.proxy import open_proxy, prepare_proxy
-from tasks.ranktable import write_ranktables
-from tasks.server import start_server, until_ready
-from tasks.smoke_test import smoke_test
+from pd_deploy.tasks.clean_up import clean_up
+from pd_deploy.tasks.image import pull_image
+from pd_deploy.tasks.launch import launch
+from pd_deploy.tasks.preflight import preflight, until_free
+from pd_deploy.tasks.promote import save
+from pd_deploy.tasks.proxy import open_proxy, prepare_proxy
+from pd_deploy.tasks.ranktable import write_ranktables
+from pd_deploy.tasks.server import start_server, until_ready
+from pd_deploy.tasks.smoke_test import smoke_test
 
 
 async def run_stages(rollout: Rollout, stages: list[Stage]) -> list[Report]:

@@ -5,14 +5,14 @@ from pathlib import Path
 from prefect import State, flow
 from prefect.states import Completed
 
-from flows import publish
-from flows.fan_out import fan_out
-from flows.roll_out import survey_hosts
-from flows.run import this_run
-from flows.session import locked_session
 from pd_deploy.config.load import load_deployment
+from pd_deploy.flows import publish
+from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.roll_out import survey_hosts
+from pd_deploy.flows.run import this_run
+from pd_deploy.flows.session import locked_session
 from pd_deploy.steps import surveying
-from tasks.tidy import clear, stop
+from pd_deploy.tasks.tidy import clear, stop
 
 
 @flow(name="pd-teardown", flow_run_name=publish.run_name, persist_result=False)

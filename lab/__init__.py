@@ -5,8 +5,8 @@ is one set of Linux namespaces with a root file system of its own; nothing of it
 machine's own SSH server, Docker engine, firewall or files outside the lab's two directories.
 """
 
-from lab.errors import LabError
-from lab.host import LabHost
-from lab.lifecycle import Lab
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.host import LabHost
+from pd_deploy.lab.lifecycle import Lab
 
 __all__ = ["Lab", "LabError", "LabHost"]

@@ -10,8 +10,8 @@ from typing import IO
 
 from pydantic import BaseModel, ConfigDict
 
-from lab.errors import LabError
-from lab.system import SEARCH_PATH, clean_environment, start_time, wait_until
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.system import SEARCH_PATH, clean_environment, start_time, wait_until
 
 BOOT_SCRIPT = Path(__file__).with_name("boot.sh")
 UNSHARE = (

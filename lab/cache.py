@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from lab.errors import LabError
-from lab.images import Layer
-from lab.system import clean_environment, remove_tree
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.images import Layer
+from pd_deploy.lab.system import clean_environment, remove_tree
 
 CACHE = Path("/var/cache/pd-deploy-lab")
 SUITE = "bookworm"

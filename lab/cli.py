@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from lab import cache
-from lab import vllm as engine
-from lab.box import INSIDE_ENVIRONMENT
-from lab.errors import LabError
-from lab.host import LabHost
-from lab.lifecycle import DEFAULT_NAME, DEFAULT_SUBNET, Lab, purge_cache, take_down
+from pd_deploy.lab import cache
+from pd_deploy.lab import vllm as engine
+from pd_deploy.lab.box import INSIDE_ENVIRONMENT
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.host import LabHost
+from pd_deploy.lab.lifecycle import DEFAULT_NAME, DEFAULT_SUBNET, Lab, purge_cache, take_down
 
 app = typer.Typer(
     no_args_is_help=True,

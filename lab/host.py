@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from lab import network
-from lab.box import Box
-from lab.errors import LabError
-from lab.system import wait_until
+from pd_deploy.lab import network
+from pd_deploy.lab.box import Box
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.system import wait_until
 
 ENGINE_SOCKET = "/run/docker.sock"
 ENGINE_LOG = "/var/log/dockerd.log"

@@ -13,11 +13,11 @@ from pathlib import Path
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lab import cache, images, network, seed, vllm
-from lab.box import Box, kill_recorded
-from lab.errors import LabError
-from lab.host import LabHost
-from lab.system import install_missing_packages, remove_tree, require_root, wait_until
+from pd_deploy.lab import cache, images, network, seed, vllm
+from pd_deploy.lab.box import Box, kill_recorded
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.host import LabHost
+from pd_deploy.lab.system import install_missing_packages, remove_tree, require_root, wait_until
 
 STATE = Path("/var/lib/pd-deploy-lab")
 STANDIN = Path(__file__).with_name("standin")

@@ -8,9 +8,9 @@ import contextlib
 import json
 from ipaddress import IPv4Network, ip_network
 
-from lab.box import Box
-from lab.errors import LabError
-from lab.system import run
+from pd_deploy.lab.box import Box
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.system import run
 
 
 def parse_subnet(text: str) -> IPv4Network:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lab.errors import LabError
+from pd_deploy.lab.errors import LabError
 
 # command -> Debian package that holds it
 COMMANDS = {

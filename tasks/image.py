@@ -11,7 +11,7 @@ from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import ResolvedImage
-from tasks.step import step
+from pd_deploy.tasks.step import step
 
 MIB = 1 << 20
 

@@ -5,7 +5,7 @@ from prefect.logging import get_run_logger
 from pd_deploy.steps import locking
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession
-from tasks.step import step
+from pd_deploy.tasks.step import step
 
 
 @step("lock")

@@ -3,7 +3,7 @@
 from pd_deploy.steps import promotion
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
-from tasks.step import step
+from pd_deploy.tasks.step import step
 
 
 @step("save {host}")

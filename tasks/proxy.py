@@ -4,7 +4,7 @@ from pd_deploy.steps import containers
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify import smoke
-from tasks.step import step
+from pd_deploy.tasks.step import step
 
 
 @step("prepare proxy {instance}")

@@ -5,7 +5,7 @@ from prefect.logging import get_run_logger
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify import smoke
 from pd_deploy.steps.verify.smoke import Completion
-from tasks.step import step
+from pd_deploy.tasks.step import step
 
 
 @step("smoke test")

@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 
 from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.steps.report import Report
-from tasks import story
+from pd_deploy.tasks import story
 
 story.tell()
 

@@ -5,7 +5,7 @@ from pd_deploy.steps.history import HostRecords
 from pd_deploy.steps.rollout import HostState
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses
-from tasks.step import step
+from pd_deploy.tasks.step import step
 
 
 @step("connect {host}")

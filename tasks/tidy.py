@@ -4,7 +4,7 @@ from pd_deploy.records.releases import History
 from pd_deploy.steps import tidy
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession
-from tasks.step import step
+from pd_deploy.tasks.step import step
 
 
 @step("prune {host}")

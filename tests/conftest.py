@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab import Lab
-from lab.lifecycle import take_down
+from pd_deploy.lab import Lab
+from pd_deploy.lab.lifecycle import take_down
 from tests import prefect_settings
 
 # Others for those who run the tests twice at a time.

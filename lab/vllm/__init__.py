@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lab import cache
-from lab.errors import LabError
-from lab.system import install_missing_packages, remove_tree, require_root
+from pd_deploy.lab import cache
+from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.system import install_missing_packages, remove_tree, require_root
 
 HOME = Path("/var/cache/pd-deploy-vllm")
 ENGINE, ROUTER, MODEL = HOME / "engine", HOME / "router", HOME / "model"

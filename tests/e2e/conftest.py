@@ -20,7 +20,7 @@ import yaml
 
 from bench.client import completes
 from demo.processes import Processes
-from lab import Lab, LabHost
+from pd_deploy.lab import Lab, LabHost
 from tests import prefect_settings
 
 ALL = bool(os.environ.get("PD_TEST_ALL"))

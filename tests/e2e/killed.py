@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from flows.deploy import deploy
+from pd_deploy.flows.deploy import deploy
 from pd_deploy.hosts.docker_engine import DockerEngine
 from pd_deploy.hosts.host import Host
 

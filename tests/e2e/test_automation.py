@@ -16,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 
-from flows.deploy import deploy
+from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import BIN, INSTANCES, ROOT, Service, long, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}

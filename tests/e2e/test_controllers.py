@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from blocks.ssh import SshCredentials
-from flows.deploy import deploy
+from pd_deploy.blocks.ssh import SshCredentials
+from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import INSTANCES, ROOT, Service
 
 HOME = "/home/deployer"

@@ -7,8 +7,8 @@ from datetime import datetime
 import pytest
 from prefect.client.schemas.objects import State
 
-from blocks.ssh import SshCredentials
-from flows.deploy import deploy
+from pd_deploy.blocks.ssh import SshCredentials
+from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import Service, until
 
 TRACEBACK = "Traceback (most recent call last)"

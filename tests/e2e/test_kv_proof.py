@@ -3,8 +3,8 @@
 import re
 
 from bench.client import Client
-from flows.deploy import deploy
-from lab.lifecycle import STANDIN
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.lab.lifecycle import STANDIN
 from tests.e2e.conftest import Service
 
 METRICS = "usr/local/Ascend/latest/standin/metrics.py"

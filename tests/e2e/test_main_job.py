@@ -10,7 +10,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-from flows.deploy import deploy
+from pd_deploy.flows.deploy import deploy
 from pd_deploy.planning.plans import STAGES
 from tests.e2e.conftest import INSTANCES, Service
 

@@ -13,7 +13,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from flows.deploy import deploy
+from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import INSTANCES, Service
 
 

@@ -5,8 +5,8 @@ import http.client
 import socket
 from contextlib import closing
 
-from flows.deploy import deploy
-from lab import LabHost
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.lab import LabHost
 from tests.e2e.conftest import Service, until
 
 PORTS = {"p0": ("a", 9000), "p1": ("a", 9001), "d0": ("b", 9100)}

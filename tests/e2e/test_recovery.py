@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from prefect.client.schemas.objects import State
 
-from flows.deploy import deploy
-from flows.recover import recover
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.recover import recover
 from tests.e2e.conftest import ALL, INSTANCES, ROOT, Service, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flows.deploy import deploy
+from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import INSTANCES, Service
 from tests.e2e.test_main_job import described
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.deploy import deploy
+from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import INSTANCES, Service
 
 OVER_TWO_HOSTS: dict[str, Any] = {

@@ -11,9 +11,9 @@ import httpx
 import pytest
 import yaml
 
-from flows.deploy import deploy
-from flows.teardown import teardown
-from lab import Lab, vllm
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.teardown import teardown
+from pd_deploy.lab import Lab, vllm
 from tests.e2e.conftest import ROOT, Service
 
 PORT = 7001

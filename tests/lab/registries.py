@@ -26,9 +26,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 
-from lab import images
-from lab.system import wait_until
 from pd_deploy.hosts.container_values import RegistryLogin
+from pd_deploy.lab import images
+from pd_deploy.lab.system import wait_until
 
 LOGIN = RegistryLogin("robot", "open-sesame")
 SERVICE = "test-service"

@@ -12,7 +12,6 @@ import asyncssh
 import httpx
 import pytest
 
-from lab import Lab, LabHost
 from pd_deploy import errors
 from pd_deploy.hosts.container_values import (
     DEPLOYMENT_LABEL,
@@ -24,6 +23,7 @@ from pd_deploy.hosts.container_values import (
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Jump, Login
+from pd_deploy.lab import Lab, LabHost
 
 OURS = "hosts-test"
 NO_FORWARDING_PORT = 2222

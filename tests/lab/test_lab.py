@@ -13,10 +13,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from lab import Lab, LabError, LabHost, cache
-from lab.cli import app
-from lab.lifecycle import CGROUPS, STATE, take_down
-from lab.system import wait_until
+from pd_deploy.lab import Lab, LabError, LabHost, cache
+from pd_deploy.lab.cli import app
+from pd_deploy.lab.lifecycle import CGROUPS, STATE, take_down
+from pd_deploy.lab.system import wait_until
 
 OTHER = "pdtest-2"
 OTHER_SUBNET = "10.78.128.0/24"
@@ -385,7 +385,14 @@ def test_status_tells_what_is_up(lab: Lab) -> None:
 
 
 def test_exec_runs_in_the_host_and_returns_its_exit_code(lab: Lab) -> None:
-    command = [sys.executable, "-c", "from lab.cli import app; app()", "exec", "--name", lab.name]
+    command = [
+        sys.executable,
+        "-c",
+        "from pd_deploy.lab.cli import app; app()",
+        "exec",
+        "--name",
+        lab.name,
+    ]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [*command, "a", "--", "sh", "-c", "hostname; exit 3"],

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from lab import Lab, LabHost
 from pd_deploy.errors import HostError, LeaseHeld, LeaseLost
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Lease, Owner, this_process
 from pd_deploy.hosts.login import Login
+from pd_deploy.lab import Lab, LabHost
 
 ROOT = "/var/lib/pd-deploy/leased"
 ELSEWHERE: dict[str, Any] = {"machine": "elsewhere boot pid", "pid": 1, "started": "1"}

@@ -11,9 +11,6 @@ from uuid import uuid4
 
 import pytest
 
-from lab import Lab, LabHost, images
-from lab.lifecycle import prepare
-from lab.system import wait_until
 from pd_deploy.config.models import UpdatePolicy
 from pd_deploy.errors import (
     AuthenticationFailed,
@@ -25,6 +22,9 @@ from pd_deploy.errors import (
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.login import Login
+from pd_deploy.lab import Lab, LabHost, images
+from pd_deploy.lab.lifecycle import prepare
+from pd_deploy.lab.system import wait_until
 from pd_deploy.registry import client, session
 from pd_deploy.registry.client import Build, Registry, newest, reach
 from pd_deploy.registry.repository import Repository

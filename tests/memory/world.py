@@ -22,10 +22,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.logging import disable_run_logger
 
-import flows.publish
-import flows.session
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
+from pd_deploy.flows import publish, session
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
@@ -309,9 +308,9 @@ def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
     with ExitStack() as stack:
         for target, attribute, replacement in (
             (Task, "__call__", _run_in_place),
-            (flows.session, "Host", host),
-            (flows.publish, "acreate_markdown_artifact", nowhere),
-            (flows.publish, "acreate_table_artifact", nowhere),
+            (session, "Host", host),
+            (publish, "acreate_markdown_artifact", nowhere),
+            (publish, "acreate_table_artifact", nowhere),
             (time, "monotonic", world.cluster.clock.seconds),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))

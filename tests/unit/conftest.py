@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.standin.processes import StandinSet, standin_set
+from pd_deploy.lab.standin.processes import StandinSet, standin_set
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import assert_type
 
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
-from tasks.launch import launch
+from pd_deploy.tasks.launch import launch
 
 
 async def right(rollout: Rollout) -> None:

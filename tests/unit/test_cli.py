@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cli import main as cli
+from pd_deploy.cli import main as cli
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement
@@ -58,7 +58,7 @@ def facts(tmp_path: Path) -> Path:
 
 IMPORTED = """
 import sys
-from cli.main import app
+from pd_deploy.cli.main import app
 sys.argv = ["pd-deploy", *sys.argv[1:]]
 try:
     app()

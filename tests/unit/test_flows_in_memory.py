@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.deploy import deploy
-from flows.recover import recover
-from flows.rollback import rollback
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.recover import recover
+from pd_deploy.flows.rollback import rollback
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults
 from tests.memory.world import World

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from lab.standin.processes import LAUNCHER
 from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Service
 from pd_deploy.engines.omniinfer import corrections
 from pd_deploy.engines.omniinfer import engine as omniinfer
+from pd_deploy.lab.standin.processes import LAUNCHER
 from pd_deploy.steps.verify import requests
 from tests.unit import example
 

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from lab.standin.processes import Instance, StandinSet, hand_over, standin_set
 from pd_deploy import engines
 from pd_deploy.errors import SmokeTestFailed
+from pd_deploy.lab.standin.processes import Instance, StandinSet, hand_over, standin_set
 from pd_deploy.planning import placement
 from pd_deploy.steps.verify.servers import Servers, not_counted, reached
 from pd_deploy.steps.verify.smoke import Evidence, handed_over, way_through

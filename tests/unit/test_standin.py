@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lab.standin.processes import (
+from pd_deploy.lab.standin.processes import (
     LAUNCHER,
     PYTHON,
     STANDIN,

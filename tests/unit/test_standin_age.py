@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lab.standin.processes import STANDIN, Instance, StandinSet, hand_over, standin_set
+from pd_deploy.lab.standin.processes import STANDIN, Instance, StandinSet, hand_over, standin_set
 
 PROMPT = {"model": "qwen", "max_tokens": 20, "prompt": "how are you?"}
 NUMBERS = PROMPT | {"prompt": "5, 7, 9, 11,", "max_tokens": 5}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.standin.processes import Instance, StandinSet, hand_over, standin_set
+from pd_deploy.lab.standin.processes import Instance, StandinSet, hand_over, standin_set
 
 PROMPT = {"model": "qwen", "max_tokens": 20, "prompt": "how are you?"}
 CHOICE = "refused [device-choice, contract 1.6]"

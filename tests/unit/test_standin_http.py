@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lab.standin.processes import LAUNCHER, PYTHON, Instance, StandinSet, standin_set
+from pd_deploy.lab.standin.processes import LAUNCHER, PYTHON, Instance, StandinSet, standin_set
 
 BODY = {"model": "qwen", "max_tokens": 4, "prompt": "how are you?"}
 KEEP_ALIVE = 1.0  # seconds

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lab.standin.processes import STANDIN, Answer, Instance, StandinSet, standin_set
+from pd_deploy.lab.standin.processes import STANDIN, Answer, Instance, StandinSet, standin_set
 
 SCRIPTS = STANDIN / "image/workspace/omniinfer"
 SCRIPT = SCRIPTS / "tools/scripts/global_proxy.sh"

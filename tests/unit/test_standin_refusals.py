@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lab.standin.processes import StandinSet, standin_set
+from pd_deploy.lab.standin.processes import StandinSet, standin_set
 
 Change = Callable[[StandinSet], object]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cli import facts_file, show
 from pd_deploy import engines
+from pd_deploy.cli import facts_file, show
 from pd_deploy.config import yaml_files
 from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.engines import vllm

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import pytest
 
-from flows.fan_out import fan_out
 from pd_deploy.errors import Abandoned, InstanceDied, PortTaken, SeveralFaults
+from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.steps.barrier import Barrier
 
 T = TypeVar("T")
