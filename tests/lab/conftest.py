@@ -1,4 +1,4 @@
-"""What several of the unit tests start from."""
+"""What several of these tests start from."""
 
 from collections.abc import Iterator
 from pathlib import Path
