@@ -63,7 +63,7 @@ def make_plan(deployment: Deployment, path: Path) -> plans.Plan:
         placed,
         engine,
         facts={n: HostFacts(f.interface, f.device_addresses) for n, f in facts.hosts.items()},
-        image=facts.image or deployment.image_reference,
+        pinned_image=facts.image or deployment.image_reference,
         history=releases.merge((), (), facts.generations),
     )
     return actions.with_actions(made.plan, {}, {}, {}, STAGES)

@@ -26,13 +26,13 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
         f"({planned.address})",
         "set -eu",
         "",
-        shlex.join(["docker", "pull", made.image]),
+        shlex.join(["docker", "pull", made.pinned_image]),
         shlex.join(["mkdir", "-p", *planned.directories]),
     ]
     for file in planned.files:
         lines += ["", *_write(file)]
-    for spec in planned.containers.values():
-        lines += ["", _wrapped(docker_command.create(spec))]
+    for instance in planned.instances.values():
+        lines += ["", _wrapped(docker_command.create(instance.container))]
     lines += ["", shlex.join(["docker", "start", *_names(planned)])]
     if host == placed.proxy.host:
         lines += ["", *_open(deployment, placed, made)]
@@ -40,7 +40,7 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
 
 
 def _names(planned: HostPlan) -> list[str]:
-    return [spec.name for spec in planned.containers.values()]
+    return [instance.container.name for instance in planned.instances.values()]
 
 
 def _write(file: PlannedFile) -> list[str]:
@@ -62,7 +62,7 @@ def _wrapped(argv: list[str]) -> str:
 
 def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
     servers = " ".join(server for pod in placed.pods for server in pod.servers)
-    proxy = made.container(placed.proxy.name).name
+    proxy = made.instance(placed.proxy.name).container.name
     signal = engines.get(deployment.engine).OPEN_SIGNAL
     url, body = requests.completion(deployment, placed.proxy)
     header = "content-type: application/json"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
-from pd_deploy.planning.plans import HostPlan, Plan
+from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History
 
@@ -77,7 +77,7 @@ def release_table(past: History) -> str:
 
 def plan(made: Plan) -> str:
     """A plan, host by host."""
-    lines = [f"{made.deployment}: generation {made.generation}", f"image {made.image}"]
+    lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
     for name, host in made.hosts.items():
         lines += ["", f"== host {name} ({host.address})", *_host(host)]
     return "\n".join(lines)
@@ -87,18 +87,25 @@ def _host(host: HostPlan) -> list[str]:
     lines = [f"would {action.verb} {action.subject}" for action in host.actions]
     lines = lines or ["nothing to do"]
     lines += ["", *(f"directory {path}" for path in host.directories)]
-    for name, spec in host.containers.items():
-        lines += ["", f"-- container {spec.name} ({name})"]
-        settings = spec.model_dump(exclude={"name"}, exclude_defaults=True)
+    for name, instance in host.instances.items():
+        lines += ["", f"-- container {instance.container.name} ({name})"]
+        settings = instance.container.model_dump(exclude={"name"}, exclude_defaults=True)
         for key, value in settings.items():
             lines += _setting(key, value)
-    for command in host.commands:
-        lines += ["", f"-- {command.instance} runs", "   " + " ".join(map(_word, command.argv))]
+    for name, instance in host.instances.items():
+        command = instance.command
+        lines += ["", f"-- {name} runs", "   " + " ".join(map(_word, command.argv))]
         lines += [f"   {key}={value}" for key, value in command.environment.items()]
-    for file in host.files:
-        lines += ["", f"-- file {file.path} (mode {file.mode}, stage {file.stage})"]
-        lines += [f"   | {line}" for line in file.content.splitlines()]
+    for instance in host.instances.values():
+        lines += _file(instance.start_script, "launch")
+    for file in host.ranktables.files if host.ranktables else ():
+        lines += _file(file, "ranktable")
     return lines
+
+
+def _file(file: PlannedFile, stage: str) -> list[str]:
+    lines = ["", f"-- file {file.path} (mode {file.mode}, stage {stage})"]
+    return lines + [f"   | {line}" for line in file.content.splitlines()]
 
 
 def _setting(key: str, value: object) -> list[str]:

@@ -34,7 +34,7 @@ def found(rollout: Rollout) -> None:
         "%s: generation %s of %s (%s) on %s; serving is %s",
         plan.deployment,
         plan.generation,
-        plan.image,
+        plan.pinned_image,
         rollout.rule,
         ", ".join(f"{name} ({host.address})" for name, host in plan.hosts.items()),
         serving or "none",
@@ -139,7 +139,10 @@ def _report(
     rollout: Rollout, headline: str, reports: Sequence[Report], completion: Completion | None
 ) -> str:
     lines = [f"# {rollout.plan.deployment}", "", headline, ""]
-    lines += [f"Image `{rollout.release.image}`, `{rollout.plan.image}` ({rollout.rule})", ""]
+    lines += [
+        f"Image `{rollout.release.image}`, `{rollout.plan.pinned_image}` ({rollout.rule})",
+        "",
+    ]
     if rollout.attempt.downtime.since:
         lines += [f"The service was {rollout.attempt.downtime}.", ""]
     if completion:
@@ -175,7 +178,7 @@ def _instances(rollout: Rollout) -> list[dict[str, str]]:
             "host": i.host,
             "address": i.server,
             "devices": i.device_list,
-            "container": rollout.plan.container(i.name).name,
+            "container": rollout.plan.instance(i.name).container.name,
         }
         for i in topology.instances
     ]
@@ -188,7 +191,7 @@ def _instances(rollout: Rollout) -> list[dict[str, str]]:
             "host": proxy.host,
             "address": f"{proxy.address}:{proxy.port}",
             "devices": "",
-            "container": rollout.plan.container(proxy.name).name,
+            "container": rollout.plan.instance(proxy.name).container.name,
         },
     ]
 

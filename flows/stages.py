@@ -58,9 +58,9 @@ async def create(
     if "launch" in stages:
         done.append(await save(rollout, host, wait_for=after))
         done += await fan_out(
-            barrier, [launch(rollout, name, wait_for=done) for name in planned.containers]
+            barrier, [launch(rollout, name, wait_for=done) for name in planned.instances]
         )
-    if "ranktable" in stages and planned.files_of("ranktable"):
+    if "ranktable" in stages and planned.ranktables:
         done.append(await write_ranktables(rollout, host, wait_for=done or after))
     return done
 

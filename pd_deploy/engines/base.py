@@ -56,9 +56,13 @@ class Layout:
         """The ranktable documents."""
         return f"{self.directory}/ranktables"
 
+    def instance_directory(self, name: str) -> str:
+        """What pd-deploy writes for one instance."""
+        return f"{self.directory}/{name}"
+
     def start_script(self, name: str) -> str:
         """The main process of an instance."""
-        return f"{self.directory}/{name}/start.sh"
+        return f"{self.instance_directory(name)}/start.sh"
 
     @property
     def log_root(self) -> str:
@@ -72,13 +76,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Service:
-    """All that an engine is given: the service, where it lies, and what the hosts said."""
+    """All that an engine is given: the service, where it lies, and what the hosts said.
+
+    `pinned_image` is the image by digest, or by id with `pull: never`.
+    """
 
     deployment: Deployment
     topology: Topology
     layout: Layout
     facts: Mapping[str, HostFacts]
-    image: str
+    pinned_image: str
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def container(service: Service, name: str) -> ContainerSpec:
     further = instance.settings.container_devices if instance else ()
     return ContainerSpec(
         name=f"{prefix}_{name}_{service.layout.generation}",
-        image=service.image,
+        image=service.pinned_image,
         entrypoint=("bash",),
         command=(service.layout.start_script(name),),
         mounts=mounts(service, name),

@@ -14,34 +14,35 @@ def with_actions(
     listening: Mapping[str, Collection[int]],
     stages: Sequence[str],
 ) -> Plan:
-    """The plan with the changes that the stages would make, host by host.
+    """Add the changes that the stages would make to a plan, host by host.
 
     Args:
         containers: per host, the deployment's containers that exist.
         known: per host, names of the generations whose files are there.
         listening: per host, the TCP ports that somebody listens on.
     """
-    stopping = generations.to_stop(plan.roles, containers) if _cleans(stages) else []
+    to_stop = generations.to_stop(plan.roles, containers) if _cleans(stages) else []
     hosts = {}
     for name, host in plan.hosts.items():
-        stops = [state.name for where, state in stopping if where == name]
-        running = {s.name for s in containers.get(name, ()) if s.status in generations.RUNNING}
-        existing = {state.name for state in containers.get(name, ())}
-        actions = [Action(verb="stop", subject=container) for container in stops]
+        stopping = [state.name for host_name, state in to_stop if host_name == name]
+        states = list(containers.get(name, ()))
+        running = {s.name for s in states if s.status in generations.RUNNING} - set(stopping)
+        actions = [Action(verb="stop", subject=container) for container in stopping]
         if "launch" in stages:
-            actions += _launch(host, existing)
-        if "ranktable" in stages and plan.servers not in known.get(name, ()):
-            actions += [Action(verb="write", subject=f.path) for f in host.files_of("ranktable")]
-        actions += _start(host, running - set(stops), stages)
+            actions += _launch(host, {state.name for state in states})
+        if "ranktable" in stages and host.ranktables and plan.servers not in known.get(name, ()):
+            actions += [Action(verb="write", subject=file.path) for file in host.ranktables.files]
+        actions += _start(host, running, stages)
         if "server" in stages:
-            actions += _open(host, running - set(stops), listening.get(name, ()))
+            actions += _open(host, running, listening.get(name, ()))
         hosts[name] = host.model_copy(update={"actions": actions})
     return plan.model_copy(update={"hosts": hosts})
 
 
 def as_markdown(plan: Plan) -> str:
-    """The changes as a page, host by host."""
-    lines = [f"# {plan.deployment}: generation {plan.generation}", "", f"Image `{plan.image}`", ""]
+    """Write the changes as a page, host by host."""
+    lines = [f"# {plan.deployment}: generation {plan.generation}", ""]
+    lines += [f"Image `{plan.pinned_image}`", ""]
     for name, host in plan.hosts.items():
         listed = [f"- {action.verb} `{action.subject}`" for action in host.actions]
         lines += [f"## {name} ({host.address})", "", *(listed or ["Nothing to do."]), ""]
@@ -53,24 +54,21 @@ def _cleans(stages: Sequence[str]) -> bool:
 
 
 def _launch(host: HostPlan, existing: set[str]) -> Iterator[Action]:
-    for spec in host.containers.values():
-        if spec.name not in existing:
-            for file in host.files_of("launch"):
-                if file.path in spec.command:
-                    yield Action(verb="write", subject=file.path)
-            yield Action(verb="create", subject=spec.name)
+    for instance in host.instances.values():
+        if instance.container.name not in existing:
+            yield Action(verb="write", subject=instance.start_script.path)
+            yield Action(verb="create", subject=instance.container.name)
 
 
 def _start(host: HostPlan, running: set[str], stages: Sequence[str]) -> Iterator[Action]:
-    for spec in host.containers.values():
-        stage = "proxy" if spec.labels[generations.ROLE] == "proxy" else "server"
-        if stage in stages and spec.name not in running:
-            yield Action(verb="start", subject=spec.name)
+    for instance in host.instances.values():
+        if instance.stage in stages and instance.container.name not in running:
+            yield Action(verb="start", subject=instance.container.name)
 
 
 def _open(host: HostPlan, running: set[str], listening: Collection[int]) -> Iterator[Action]:
-    for spec in host.containers.values():
-        if spec.labels[generations.ROLE] == "proxy":
-            port = spec.labels[generations.PORTS]
-            if spec.name not in running or int(port) not in listening:
+    for instance in host.instances.values():
+        if instance.role == "proxy":
+            (port,) = instance.ports
+            if instance.container.name not in running or port not in listening:
                 yield Action(verb="open", subject=f"port {port}")

@@ -1,15 +1,17 @@
-"""The plan: per host, exactly which containers, files and commands make a generation. Pure."""
+"""The plan: per host and instance, the directories, files, container and command that make a
+generation. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
 from pd_deploy.hosts.container_values import ContainerSpec
+from pd_deploy.planning.flat_plans import FlatCommand, FlatFile, FlatHost, FlatPlan
 from pd_deploy.records import generations
 from pd_deploy.records.generations import Generation
 from pd_deploy.records.releases import History
@@ -28,18 +30,16 @@ class _Frozen(BaseModel):
 
 
 class PlannedFile(_Frozen):
-    """A file on a host, and the stage that writes it."""
+    """A file on a host."""
 
     path: str
     mode: str
     content: str
-    stage: str
 
 
-class PlannedCommand(_Frozen):
-    """What runs in a container: the arguments, and the environment exported before."""
+class Command(_Frozen):
+    """What a start script runs in the end, and the environment that it exports before."""
 
-    instance: str
     argv: list[str]
     environment: dict[str, str]
 
@@ -51,50 +51,121 @@ class Action(_Frozen):
     subject: str
 
 
+class InstancePlan(_Frozen):
+    """All of one instance, or of the proxy, on its host.
+
+    Attributes:
+        directory: where its start script lies.
+        log_directory: where it writes its log files.
+    """
+
+    directory: str
+    log_directory: str
+    start_script: PlannedFile
+    container: ContainerSpec
+    command: Command
+
+    @property
+    def directories(self) -> list[str]:
+        """The directories that are its alone."""
+        return [self.directory, self.log_directory]
+
+    @property
+    def role(self) -> str:
+        """`prefill`, `decode` or `proxy`."""
+        return self.container.labels[generations.ROLE]
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that starts it."""
+        return "proxy" if self.role == "proxy" else "server"
+
+    @property
+    def ports(self) -> set[int]:
+        """The ports that it listens on."""
+        return generations.numbers(self.container.labels[generations.PORTS])
+
+    @property
+    def devices(self) -> set[int]:
+        """The devices of its host that it uses."""
+        return generations.numbers(self.container.labels[generations.DEVICES])
+
+    @property
+    def generation(self) -> str:
+        """The generation in whose directories it lives."""
+        return self.container.labels[generations.GENERATION]
+
+
+class RanktablesPlan(_Frozen):
+    """The ranktables that the instances of a host share."""
+
+    directory: str
+    files: list[PlannedFile]
+
+
 class HostPlan(_Frozen):
-    """All of one host. `actions` are the changes against what is there, if that is known."""
+    """All of one host.
+
+    Attributes:
+        actions: the changes against what is there, if that is known.
+        ranktables: None where the engine needs none.
+        instances: those on this host by name, the proxy last.
+    """
 
     address: str
     actions: list[Action] = []
-    directories: list[str]
-    containers: dict[str, ContainerSpec]
-    files: list[PlannedFile]
-    commands: list[PlannedCommand]
+    ranktables: RanktablesPlan | None = None
+    instances: dict[str, InstancePlan]
 
-    def files_of(self, stage: str) -> list[PlannedFile]:
-        """The files that a stage writes."""
-        return [file for file in self.files if file.stage == stage]
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat(cls, document: Any) -> Any:
+        """Read the form that plans were saved in before instances had plans of their own."""
+        if isinstance(document, dict) and "containers" in document:
+            return FlatHost.model_validate(document).by_instance()
+        return document
+
+    @property
+    def directories(self) -> list[str]:
+        """All directories, the shared one first."""
+        shared = [self.ranktables.directory] if self.ranktables else []
+        return [*shared, *(d for plan in self.instances.values() for d in plan.directories)]
+
+    @property
+    def files(self) -> list[PlannedFile]:
+        """All files, in the order in which they are written."""
+        scripts = [plan.start_script for plan in self.instances.values()]
+        return [*scripts, *(self.ranktables.files if self.ranktables else ())]
 
 
 class Plan(_Frozen):
-    """All of one generation: hosts → containers, files, commands.
+    """All of one generation, host by host.
 
-    `servers` names the generation whose servers it runs, as they are: its own, or an older one
-    when only the proxy differs.
+    Attributes:
+        servers: the generation whose servers it runs, as they are: its own, or an older one when
+            only the proxy differs.
+        pinned_image: the image by digest, or by id with `pull: never`.
     """
 
     deployment: str
     generation: str
     servers: str
-    image: str
+    # Plans that older versions have saved call it `image`.
+    pinned_image: str = Field(validation_alias=AliasChoices("pinned_image", "image"))
     hosts: dict[str, HostPlan]
 
     @property
     def roles(self) -> dict[str, str]:
         """The role of each container, by its name."""
         return {
-            spec.name: spec.labels[generations.ROLE]
+            plan.container.name: plan.role
             for host in self.hosts.values()
-            for spec in host.containers.values()
+            for plan in host.instances.values()
         }
 
-    def generation_of(self, name: str) -> str:
-        """The generation in whose directories an instance, or the proxy, lives."""
-        return self.container(name).labels[generations.GENERATION]
-
-    def container(self, name: str) -> ContainerSpec:
-        """The container of an instance or of the proxy."""
-        return next(h.containers[name] for h in self.hosts.values() if name in h.containers)
+    def instance(self, name: str) -> InstancePlan:
+        """The plan of an instance or of the proxy."""
+        return next(h.instances[name] for h in self.hosts.values() if name in h.instances)
 
 
 @dataclass(frozen=True)
@@ -111,105 +182,115 @@ def make(
     engine: Engine,
     *,
     facts: Mapping[str, HostFacts],
-    image: str,
+    pinned_image: str,
     history: History,
 ) -> Made:
-    """The plan of a deployment.
+    """Make the plan of a deployment.
 
     Args:
         facts: per host, what was read from it.
-        image: the image by digest or id.
+        pinned_image: the image by digest or id.
         history: what was deployed before; decides the epoch, and whether the servers stay.
     """
-    service = Service(deployment, topology, Layout.of(deployment, str(_ANY)), facts, image)
+    layout = Layout.of(deployment, str(_ANY))
+    service = Service(deployment, topology, layout, facts, pinned_image)
     rendered = _render(engine, service, _ANY, _ANY)
-    wanted, servers = _fingerprint(rendered), _fingerprint(_without_proxy(rendered))
+    fingerprint = _fingerprint(rendered)
+    servers_fingerprint = _fingerprint(rendered, with_proxy=False)
     serving = history.serving
-    chosen = generations.desired(history.found, wanted, serving.generation if serving else None)
-    base = chosen
-    if known := history.releases.get(str(chosen)):
-        base = Generation.parse(known.servers) or chosen
-    elif serving and serving.servers_fingerprint == servers:
-        base = Generation.parse(serving.servers) or chosen
-    return Made(_render(engine, service, chosen, base), servers)
+    generation = generations.desired(
+        history.found, fingerprint, serving.generation if serving else None
+    )
+    servers = generation
+    if release := history.releases.get(str(generation)):
+        servers = Generation.parse(release.servers) or generation
+    elif serving and serving.servers_fingerprint == servers_fingerprint:
+        servers = Generation.parse(serving.servers) or generation
+    return Made(_render(engine, service, generation, servers), servers_fingerprint)
 
 
-def _fingerprint(plan: Plan) -> str:
-    return generations.fingerprint(plan.model_dump_json(exclude={"servers": True, **_LABELS}))
+def _fingerprint(plan: Plan, *, with_proxy: bool = True) -> str:
+    flat = FlatPlan(
+        deployment=plan.deployment,
+        generation=plan.generation,
+        image=plan.pinned_image,
+        hosts={name: _flat(host, with_proxy) for name, host in plan.hosts.items()},
+    )
+    return generations.fingerprint(flat.model_dump_json(exclude=_LABELS))
 
 
-def _without_proxy(plan: Plan) -> Plan:
-    return plan.model_copy(update={"hosts": {n: _servers_of(h) for n, h in plan.hosts.items()}})
-
-
-def _servers_of(host: HostPlan) -> HostPlan:
-    containers = {n: s for n, s in host.containers.items() if s.labels[generations.ROLE] != "proxy"}
-    proxies = host.containers.keys() - containers.keys()
-    return host.model_copy(
-        update={
-            "containers": containers,
-            "directories": [d for d in host.directories if d.rpartition("/")[2] not in proxies],
-            "files": [f for f in host.files if f.path.split("/")[-2] not in proxies],
-            "commands": [c for c in host.commands if c.instance not in proxies],
-        }
+def _flat(host: HostPlan, with_proxy: bool) -> FlatHost:
+    instances = {
+        name: plan for name, plan in host.instances.items() if with_proxy or plan.role != "proxy"
+    }
+    rest = host.model_copy(update={"instances": instances})
+    scripts = [(plan.start_script, "launch") for plan in instances.values()]
+    ranktables = [
+        (file, "ranktable") for file in (host.ranktables.files if host.ranktables else ())
+    ]
+    return FlatHost(
+        address=host.address,
+        directories=rest.directories,
+        containers={name: plan.container for name, plan in instances.items()},
+        files=[FlatFile(**file.model_dump(), stage=stage) for file, stage in scripts + ranktables],
+        commands=[
+            FlatCommand(instance=name, **plan.command.model_dump())
+            for name, plan in instances.items()
+        ],
     )
 
 
 def _render(engine: Engine, service: Service, generation: Generation, servers: Generation) -> Plan:
-    """The plan of a generation that runs the servers of a generation."""
+    """Render a generation that runs the servers of a generation: its own or an older one."""
     return Plan(
         deployment=service.deployment.name,
         generation=str(generation),
         servers=str(servers),
-        image=service.image,
+        pinned_image=service.pinned_image,
         hosts={
-            host: _host(engine, service, host, {"proxy": generation, "server": servers})
+            host: _host(engine, service, host, generation, servers)
             for host in service.deployment.hosts
         },
     )
 
 
 def _host(
-    engine: Engine, service: Service, host: str, generations: Mapping[str, Generation]
+    engine: Engine, service: Service, host: str, generation: Generation, servers: Generation
 ) -> HostPlan:
-    names = [n for n in service.topology.names if service.topology.host_of(n) == host]
     proxy = service.topology.proxy.name
-    generation = {n: generations["proxy" if n == proxy else "server"] for n in names}
-    service_of = {n: _laid_out(service, generation[n]) for n in names}
-    servers = _laid_out(service, generations["server"])
-    ranktables = engine.ranktables(servers, host)
-    directories = [servers.layout.ranktables] if ranktables else []
-    for name, its in service_of.items():
-        directories += [f"{its.layout.directory}/{name}", its.layout.log_directory(name)]
-    scripts = [
-        PlannedFile(
-            path=its.layout.start_script(name),
-            mode="0700",
-            content=engine.start_script(its, name),
-            stage="launch",
-        )
-        for name, its in service_of.items()
-    ]
+    names = [name for name in service.topology.names if service.topology.host_of(name) == host]
     return HostPlan(
         address=service.deployment.hosts[host].address,
-        directories=directories,
-        containers={
-            name: _container(engine, its, generation[name], name)
-            for name, its in service_of.items()
+        ranktables=_ranktables(engine, _laid_out(service, servers), host),
+        instances={
+            name: _instance(engine, service, generation if name == proxy else servers, name)
+            for name in names
         },
-        files=scripts
-        + [
-            PlannedFile(path=path, mode="0644", content=content.decode(), stage="ranktable")
-            for path, content in ranktables.items()
-        ],
-        commands=[
-            PlannedCommand(
-                instance=name,
-                argv=engine.command(its, name),
-                environment=engine.environment(its, name),
-            )
-            for name, its in service_of.items()
-        ],
+    )
+
+
+def _ranktables(engine: Engine, service: Service, host: str) -> RanktablesPlan | None:
+    contents = engine.ranktables(service, host)
+    files = [
+        PlannedFile(path=path, mode="0644", content=content.decode())
+        for path, content in contents.items()
+    ]
+    return RanktablesPlan(directory=service.layout.ranktables, files=files) if files else None
+
+
+def _instance(engine: Engine, service: Service, generation: Generation, name: str) -> InstancePlan:
+    service = _laid_out(service, generation)
+    layout = service.layout
+    return InstancePlan(
+        directory=layout.instance_directory(name),
+        log_directory=layout.log_directory(name),
+        start_script=PlannedFile(
+            path=layout.start_script(name), mode="0700", content=engine.start_script(service, name)
+        ),
+        container=_container(engine, service, generation, name),
+        command=Command(
+            argv=engine.command(service, name), environment=engine.environment(service, name)
+        ),
     )
 
 

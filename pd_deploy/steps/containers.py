@@ -1,7 +1,7 @@
 """Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import httpx
 
@@ -10,7 +10,7 @@ from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrde
 from pd_deploy.hosts.container_values import ContainerState, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
-from pd_deploy.planning.plans import HostPlan
+from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
@@ -29,7 +29,7 @@ async def pull(
     Raises:
         NotReady: it took longer than `gates.pull`.
     """
-    host, image = rollout.session.host(name), rollout.plan.image
+    host, image = rollout.session.host(name), rollout.plan.pinned_image
     if await host.docker.image(image):
         return Report("pull image", name, name, False, "present")
     await rollout.locked.may_change(host)
@@ -66,16 +66,15 @@ async def launch(rollout: Rollout, instance: str) -> Report:
     """Creates an instance's directories, start script and container; starts nothing."""
     where, host = rollout.session.topology.host_of(instance), rollout.session.host_of(instance)
     await rollout.locked.may_change(host)
-    planned, spec = rollout.plan.hosts[where], rollout.plan.container(instance)
-    own = [d for d in planned.directories if d.endswith(f"/{instance}")]
-    shared = [d for d in planned.directories if d.endswith("/ranktables")]
-    made = await host.make_dirs(own + shared)
-    written = await _write(host, planned, "launch", spec.command[0])
+    plan, ranktables = rollout.plan.instance(instance), rollout.plan.hosts[where].ranktables
+    shared = [ranktables.directory] if ranktables else []
+    made = await host.make_dirs(plan.directories + shared)
+    written = await _write(host, [plan.start_script])
     if await _find(rollout, instance):
         changes = [f"wrote {path}" for path in (*made, *written)]
         return Report("launch", instance, where, bool(changes), ", ".join(changes) or "present")
-    await host.docker.create(spec)
-    return Report("launch", instance, where, True, f"created {spec.name}")
+    await host.docker.create(plan.container)
+    return Report("launch", instance, where, True, f"created {plan.container.name}")
 
 
 async def write_ranktables(rollout: Rollout, name: str) -> Report:
@@ -84,11 +83,11 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
     Raises:
         OutOfOrder: the generation was not launched.
     """
-    host, planned = rollout.session.host(name), rollout.plan.hosts[name]
-    for instance in planned.containers:
+    host, plan = rollout.session.host(name), rollout.plan.hosts[name]
+    for instance in plan.instances:
         await require(rollout, instance)
     await rollout.locked.may_change(host)
-    written = await _write(host, planned, "ranktable", "/ranktables/")
+    written = await _write(host, plan.ranktables.files if plan.ranktables else [])
     detail = f"wrote {len(written)} documents" if written else "up to date"
     return Report("ranktable", name, name, bool(written), detail)
 
@@ -197,7 +196,7 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
         host=host.where,
         instance=instance,
         hint=f"the whole log is on the host: `docker logs {state.name}` and "
-        f"{rollout.log_directory(instance)}",
+        f"{rollout.plan.instance(instance).log_directory}",
     )
 
 
@@ -206,7 +205,7 @@ async def last_lines(rollout: Rollout, instance: str) -> str:
     host, state = rollout.session.host_of(instance), await require(rollout, instance)
     output, files = await asyncio.gather(
         host.docker.logs(state.id, tail=LOG_LINES, since=state.started_at),
-        host.facts.tail([rollout.log_directory(instance)], lines=LOG_LINES),
+        host.facts.tail([rollout.plan.instance(instance).log_directory], lines=LOG_LINES),
     )
     shown = ["its last lines:", *(f"  | {line}" for line in output.splitlines())]
     for path, text in files.items():
@@ -242,7 +241,7 @@ async def require(rollout: Rollout, instance: str) -> ContainerState:
     state = await _find(rollout, instance)
     if state is None:
         raise OutOfOrder(
-            f"expected the container {rollout.plan.container(instance).name}, found none",
+            f"expected the container {rollout.plan.instance(instance).container.name}, found none",
             host=rollout.session.host_of(instance).where,
             instance=instance,
             hint="run the stage `launch` first",
@@ -275,17 +274,22 @@ async def _stop(
 
 
 async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
-    spec = rollout.plan.container(instance)
+    container = rollout.plan.instance(instance).container
     try:
-        return await rollout.session.host_of(instance).docker.inspect(spec.name)
+        return await rollout.session.host_of(instance).docker.inspect(container.name)
     except ContainerMissing:
         return None
 
 
 async def _require_ranktables(rollout: Rollout, name: str) -> None:
-    host, files = rollout.session.host(name), rollout.plan.hosts[name].files_of("ranktable")
-    found = await asyncio.gather(*(host.read_file(file.path) for file in files))
-    wrong = [f.path for f, seen in zip(files, found, strict=True) if seen != f.content.encode()]
+    host, ranktables = rollout.session.host(name), rollout.plan.hosts[name].ranktables
+    files = ranktables.files if ranktables else []
+    contents = await asyncio.gather(*(host.read_file(file.path) for file in files))
+    wrong = [
+        file.path
+        for file, content in zip(files, contents, strict=True)
+        if content != file.content.encode()
+    ]
     if wrong:
         raise OutOfOrder(
             f"expected the generation's ranktables, found {', '.join(wrong)} missing or different",
@@ -294,13 +298,10 @@ async def _require_ranktables(rollout: Rollout, name: str) -> None:
         )
 
 
-async def _write(host: Host, planned: HostPlan, stage: str, below: str) -> list[str]:
-    files = {
-        file.path: File(file.content.encode(), int(file.mode, 8))
-        for file in planned.files_of(stage)
-        if below in file.path
-    }
-    return await host.write_files(files)
+async def _write(host: Host, files: Iterable[PlannedFile]) -> list[str]:
+    return await host.write_files(
+        {file.path: File(file.content.encode(), int(file.mode, 8)) for file in files}
+    )
 
 
 async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:

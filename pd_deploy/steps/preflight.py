@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 from pd_deploy.errors import DiskFull, FileMissing, HostError, InUse, PortTaken
 from pd_deploy.hosts.container_values import ContainerState
@@ -69,8 +70,8 @@ POLL_S = 0.25
 async def _busy(rollout: Rollout, host: Host, name: str) -> list[str]:
     """Who still has something that the servers about to start need."""
     starting = rollout.to_start(name)
-    devices = {d for s in starting for d in generations.numbers(s.labels[generations.DEVICES])}
-    ports = {p for s in starting for p in generations.numbers(s.labels[generations.PORTS])}
+    devices = {device for instance in starting for device in instance.devices}
+    ports = {port for instance in starting for port in instance.ports}
     users, taken = await asyncio.gather(
         _users(rollout, host, devices), host.facts.ports_taken(sorted(ports))
     )
@@ -87,12 +88,13 @@ async def _users(rollout: Rollout, host: Host, devices: set[int]) -> dict[int, s
 
 
 async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    planned = rollout.plan.hosts.get(name)
-    if planned is None:
+    plan = rollout.plan.hosts.get(name)
+    if plan is None:
         return []
-    ours = {*planned.directories, *(d.rpartition("/")[0] for d in planned.directories)}
-    specs = planned.containers.values()
-    mounts = {m.source for spec in specs for m in spec.mounts} - ours
+    # Containers mount the parents: all instances' directories of a generation, and of its logs.
+    ours = {*plan.directories, *(str(PurePosixPath(path).parent) for path in plan.directories)}
+    specs = [instance.container for instance in plan.instances.values()]
+    mounts = {mount.source for spec in specs for mount in spec.mounts} - ours
     devices = {device.partition(":")[0] for spec in specs for device in spec.devices}
     missing = await host.facts.missing_paths(sorted(mounts | devices))
     if not missing:
@@ -113,7 +115,7 @@ async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     if name not in rollout.plan.hosts:
         return []
     wanted = [("logs", deployment.paths.logs, deployment.disk.logs)]
-    if await host.docker.image(rollout.plan.image) is None:
+    if await host.docker.image(rollout.plan.pinned_image) is None:
         wanted.append(("the image", survey.docker_root, deployment.disk.image))
     free = await asyncio.gather(*(host.facts.disk_free(path) for _, path, _ in wanted))
     return [
@@ -156,12 +158,13 @@ async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
 
 
 def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], set[int]]:
-    """Ports or devices on a host that the plan wants, by instance; those running ones have."""
-    planned = rollout.plan.hosts.get(name)
+    """Return the ports or devices of a host that the plan wants, each with the instance that does,
+    and those that the deployment's running containers have."""
+    plan = rollout.plan.hosts.get(name)
     wanted = {
-        number: instance
-        for instance, spec in (planned.containers.items() if planned else ())
-        for number in generations.numbers(spec.labels[label])
+        number: instance_name
+        for instance_name, instance in (plan.instances.items() if plan else ())
+        for number in generations.numbers(instance.container.labels[label])
     }
     running = [c for c in rollout.states[name].containers if c.status in generations.RUNNING]
     return wanted, {n for c in running for n in generations.numbers(c.labels.get(label, ""))}

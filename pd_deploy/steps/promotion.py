@@ -43,7 +43,7 @@ async def promote(rollout: Rollout, by: str) -> Report:
     await asyncio.gather(*(_keep_image(rollout, name) for name in rollout.plan.hosts))
     before = rollout.history.record
     record = before.promoted(generation, datetime.now(UTC), by)
-    record = record.released(digest_of(rollout.plan.image)).opened()
+    record = record.released(digest_of(rollout.plan.pinned_image)).opened()
     await write(rollout, record)
     if record is before:
         await _copy_where_older(rollout)
@@ -134,7 +134,7 @@ async def _copy_where_older(rollout: Rollout) -> None:
 async def _keep_image(rollout: Rollout, name: str) -> None:
     host = rollout.session.host(name)
     tag = local_tag(rollout.session.deployment.name, rollout.plan.generation)
-    image = await host.docker.image(rollout.plan.image)
+    image = await host.docker.image(rollout.plan.pinned_image)
     if image and tag not in image.tags:
         await rollout.locked.may_change(host)
-        await host.docker.tag(rollout.plan.image, tag)
+        await host.docker.tag(rollout.plan.pinned_image, tag)

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pd_deploy.engines.base import Layout
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts.container_values import ContainerSpec, ContainerState
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.planning import actions, plans
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, Release
@@ -70,11 +69,6 @@ class Rollout:
         """The deployment's past, with the record as it is now."""
         return replace(self.past, record=self.attempt.record)
 
-    def log_directory(self, name: str) -> str:
-        """Where an instance writes its log files, on its host."""
-        layout = Layout.of(self.session.deployment, self.plan.generation_of(name))
-        return layout.log_directory(name)
-
     @property
     def changes(self) -> bool:
         """Whether anything is to be done at all."""
@@ -94,19 +88,18 @@ class Rollout:
         """Containers, with their host, that cleanup has to stop."""
         return generations.to_stop(self.plan.roles, self.containers)
 
-    def to_start(self, host: str) -> list[ContainerSpec]:
-        """Containers on a host that do not run, or have to stop first."""
+    def to_start(self, host: str) -> list[plans.InstancePlan]:
+        """Instances on a host whose container does not run, or has to stop first."""
         states = self.states[host].containers if host in self.states else ()
         stopping = {state.name for _, state in self.stopping()}
         running = {s.name for s in states if s.status in generations.RUNNING} - stopping
-        planned = self.plan.hosts.get(host)
-        specs = planned.containers.values() if planned else ()
-        return [spec for spec in specs if spec.name not in running]
+        instances = self.plan.hosts[host].instances.values() if host in self.plan.hosts else ()
+        return [instance for instance in instances if instance.container.name not in running]
 
     def may_prepare_early(self) -> bool:
         """Whether the proxy can be prepared while the old one still serves."""
-        name = self.plan.container(self.session.topology.proxy.name).name
-        return name not in {state.name for _, state in self.stopping()}
+        proxy = self.plan.instance(self.session.topology.proxy.name)
+        return proxy.container.name not in {state.name for _, state in self.stopping()}
 
     def to_clean_up(self) -> tuple[list[str], list[str]]:
         """Proxies and servers, by instance name, that cleanup looks at: all that are in the file

@@ -164,7 +164,7 @@ def planned(
         session.topology,
         session.engine,
         facts={name: HostFacts(interfaces[name], known.get(name, {})) for name in deployment.hosts},
-        image=image.pinned_image,
+        pinned_image=image.pinned_image,
         history=past,
     )
     release = past.releases.get(made.plan.generation) or Release(

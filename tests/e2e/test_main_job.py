@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from pd_deploy.flows.deploy import deploy
-from pd_deploy.planning.plans import STAGES
+from pd_deploy.planning.plans import STAGES, Plan
 from tests.e2e.conftest import INSTANCES, Service
 
 EVENTS = ("create", "start", "stop")
@@ -84,26 +84,26 @@ async def test_what_plan_prints_is_what_happens(
     service: Service, prefect: Callable[..., str]
 ) -> None:
     """Containers as inspected, files as found, and the engines' own events match the plan."""
-    plan = json.loads(prefect("pd-deploy", "plan", service.file, "--format", "json"))
+    plan = planned(service, prefect)
     assert service.containers() == {}
     assert service.files() == {}
     events = {name: follow_events(host) for name, host in service.lab.hosts.items()}
     await deploy(service.file)
 
     assert_only_planned_events(plan, events)
-    for name, planned in plan["hosts"].items():
-        for file in planned["files"]:
-            seen = service.lab.hosts[name].run(["cat", file["path"]]).stdout
-            assert seen == file["content"]
-            mode = service.lab.hosts[name].run(["stat", "-c", "0%a", file["path"]]).stdout.strip()
-            assert mode == file["mode"]
-    planned_files = {f"{n}:{f['path']}" for n, h in plan["hosts"].items() for f in h["files"]}
+    for name, host in plan.hosts.items():
+        for file in host.files:
+            seen = service.lab.hosts[name].run(["cat", file.path]).stdout
+            assert seen == file.content
+            mode = service.lab.hosts[name].run(["stat", "-c", "0%a", file.path]).stdout.strip()
+            assert mode == file.mode
+    planned_files = {f"{n}:{file.path}" for n, host in plan.hosts.items() for file in host.files}
     assert service.files().keys() == planned_files
 
     containers = service.containers()
-    for host in plan["hosts"].values():
-        for instance, spec in host["containers"].items():
-            assert_matches(containers[instance], spec)
+    for host in plan.hosts.values():
+        for name, instance in host.instances.items():
+            assert_matches(containers[name], instance.container.model_dump(mode="json"))
 
 
 async def test_what_plan_prints_of_an_upgrade_is_what_happens(
@@ -112,19 +112,24 @@ async def test_what_plan_prints_of_an_upgrade_is_what_happens(
     """Also what stops; and once it is done, the plan is to do nothing."""
     await deploy(service.file)
     service.change(settings={"all": {"environment": {"EXAMPLE": "1"}}})
-    plan = json.loads(prefect("pd-deploy", "plan", service.file, "--format", "json"))
+    plan = planned(service, prefect)
     events = {name: follow_events(host) for name, host in service.lab.hosts.items()}
     await deploy(service.file)
     assert_only_planned_events(plan, events)
-    assert "stop" in {action["verb"] for action in plan["hosts"]["a"]["actions"]}
-    again = json.loads(prefect("pd-deploy", "plan", service.file, "--format", "json"))
-    assert [host["actions"] for host in again["hosts"].values()] == [[], []]
+    assert "stop" in {action.verb for action in plan.hosts["a"].actions}
+    again = planned(service, prefect)
+    assert [host.actions for host in again.hosts.values()] == [[], []]
 
 
-def assert_only_planned_events(plan: dict, events: dict) -> None:  # type: ignore[type-arg]
+def planned(service: Service, prefect: Callable[..., str]) -> Plan:
+    """What `pd-deploy plan` prints for programs."""
+    return Plan.model_validate_json(prefect("pd-deploy", "plan", service.file, "--format", "json"))
+
+
+def assert_only_planned_events(plan: Plan, events: dict) -> None:  # type: ignore[type-arg]
     """The engines created, started and stopped the planned containers and no others."""
-    for name, planned in plan["hosts"].items():
-        expected = {(a["verb"], a["subject"]) for a in planned["actions"] if a["verb"] in EVENTS}
+    for name, host in plan.hosts.items():
+        expected = {(a.verb, a.subject) for a in host.actions if a.verb in EVENTS}
         seen = events[name]()
         assert {event for event in seen if event[0] in EVENTS} == expected
         assert len(seen) == len(set(seen))

@@ -334,11 +334,11 @@ async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs
 def _furnish(machine: Machine) -> None:
     """What an NPU host has: the driver, the model, the devices."""
     for host in example.plan().hosts.values():
-        for spec in host.containers.values():
-            for mount in spec.mounts:
+        for instance in host.instances.values():
+            for mount in instance.container.mounts:
                 if NAME not in mount.source:
                     machine.disk.add_directory(mount.source)
-            for device in spec.devices:
+            for device in instance.container.devices:
                 machine.disk.add_directory(device.partition(":")[0])
     for number in range(16):
         machine.disk.add_directory(f"/dev/davinci{number}")

@@ -68,7 +68,7 @@ def plan_of(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     of = parse_deployment(merge(yaml_files.read(path), changes or {}))
     made = placement.build(of)
     return plans.make(
-        of, made, engines.get(of.engine), facts=facts(of), image=IMAGE, history=past()
+        of, made, engines.get(of.engine), facts=facts(of), pinned_image=IMAGE, history=past()
     ).plan
 
 
@@ -80,7 +80,7 @@ def past(generations: Sequence[str] = ()) -> History:
 def plan(
     changes: Mapping[str, Any] | None = None,
     *,
-    image: str = IMAGE,
+    pinned_image: str = IMAGE,
     generations: list[str] | None = None,
     known: dict[str, HostFacts] | None = None,
     history: History | None = None,
@@ -92,6 +92,6 @@ def plan(
         placement.build(of),
         engines.get(of.engine),
         facts=known or facts(of),
-        image=image,
+        pinned_image=pinned_image,
         history=history or past(generations or []),
     ).plan

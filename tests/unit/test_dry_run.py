@@ -85,7 +85,7 @@ ALL = ("p0", "p1", "p2", "d0", "c0")
 def test_on_empty_hosts_everything_is_made(name: str) -> None:
     of = rollout({}, name=name)
     found = verbs(of)
-    made = [spec.name for host in of.plan.hosts.values() for spec in host.containers.values()]
+    made = list(of.plan.roles)
     assert [subject for _, verb, subject in found if verb == "create"] == made
     assert [subject for _, verb, subject in found if verb == "start"] == made
     assert sum(subject == "start.sh" for _, _, subject in found) == 5
@@ -144,7 +144,7 @@ def test_page_groups_by_host() -> None:
     of = rollout({})
     page = actions.as_markdown(of.with_actions(STAGES))
     assert page.count("## a (10.0.0.1)") == page.count("## b (10.0.0.2)") == 1
-    assert f"- create `{of.plan.container('d0').name}`" in page
+    assert f"- create `{of.plan.instance('d0').container.name}`" in page
 
 
 def test_cleanup_looks_at_instances_that_left_the_file_too() -> None:

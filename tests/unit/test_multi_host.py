@@ -69,9 +69,9 @@ def test_ports_are_those_each_member_listens_on(wide: Topology) -> None:
     assert ports["d0-0"] == {8100, 5668, *range(9100, 9116)}
     assert ports["d0-1"] == {5669, *range(9101, 9117)}
     labels = {
-        name: spec.labels["pd-deploy.ports"]
+        name: instance.container.labels["pd-deploy.ports"]
         for host in example.plan(WIDE).hosts.values()
-        for name, spec in host.containers.items()
+        for name, instance in host.instances.items()
     }
     assert labels["p0-1"] == ""
     assert set(labels["d0-1"].split(",")) == {str(port) for port in ports["d0-1"]}

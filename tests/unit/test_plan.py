@@ -1,10 +1,15 @@
 """The plan names the generation by all that would run, and by nothing else."""
 
+import json
 from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
+from pd_deploy import engines
+from pd_deploy.config.load import load_deployment
+from pd_deploy.planning import placement, plans
 from pd_deploy.planning.plans import Plan
 from tests.unit import example
 
@@ -37,7 +42,7 @@ def test_fingerprint_changes_with_digest_interface_and_device_address() -> None:
     known = example.facts(of)
     moved = dict(known["b"].device_addresses) | {8: "192.168.9.9"}
     others = {
-        fingerprint(image=example.IMAGE[:-1] + "1"),
+        fingerprint(pinned_image=example.IMAGE[:-1] + "1"),
         fingerprint(known=example.facts(of, "ens3")),
         fingerprint(known=known | {"b": replace(known["b"], device_addresses=moved)}),
         fingerprint(),
@@ -68,6 +73,27 @@ def test_fingerprint_does_not_depend_on_the_epoch() -> None:
     assert later.generation == first.generation.replace("1-", "8-", 1)
 
 
+FINGERPRINTS: dict[str, list[str]] = json.loads(
+    (example.ROOT / "tests/data/fingerprints.json").read_text()
+)
+
+
+@pytest.mark.parametrize("path", sorted(example.FILE.parent.glob("*.yaml")), ids=lambda p: p.stem)
+def test_fingerprints_are_those_of_the_version_before(path: Path) -> None:
+    """One that changes restarts every such service at the next deploy: say so in the changelog."""
+    of = load_deployment(path)
+    made = plans.make(
+        of,
+        placement.build(of),
+        engines.get(of.engine),
+        facts=example.facts(of),
+        pinned_image=example.IMAGE,
+        history=example.past(),
+    )
+    fingerprint = made.plan.generation.partition("-")[2]
+    assert [fingerprint, made.servers_fingerprint] == FINGERPRINTS[path.stem]
+
+
 def test_plan_survives_json() -> None:
     made = example.plan()
     assert Plan.model_validate_json(made.model_dump_json()) == made
@@ -86,22 +112,32 @@ def test_every_path_lies_in_the_generations_own_directories() -> None:
 
 def test_each_host_gets_what_it_runs() -> None:
     made = example.plan()
-    assert {name: list(host.containers) for name, host in made.hosts.items()} == {
+    assert {name: list(host.instances) for name, host in made.hosts.items()} == {
         "a": ["p0", "p1", "c0"],
         "b": ["p2", "d0"],
     }
     for host in made.hosts.values():
-        scripts = [f for f in host.files_of("launch") if f.mode == "0700"]
-        assert {f.path for f in scripts} == {s.command[0] for s in host.containers.values()}
-        assert [c.instance for c in host.commands] == list(host.containers)
-        assert len(host.files_of("ranktable")) == 3
-        assert {f.mode for f in host.files_of("ranktable")} == {"0644"}
+        for name, instance in host.instances.items():
+            assert instance.container.labels["pd-deploy.instance"] == name
+            assert instance.start_script.path == instance.container.command[0]
+            assert instance.start_script.mode == "0700"
+        assert host.ranktables
+        assert len(host.ranktables.files) == 3
+        assert {file.mode for file in host.ranktables.files} == {"0644"}
+
+
+def test_each_instance_owns_what_carries_its_name() -> None:
+    for host in example.plan().hosts.values():
+        for name, instance in host.instances.items():
+            script = PurePosixPath(instance.start_script.path)
+            assert str(script.parent) == instance.directory
+            assert {PurePosixPath(path).name for path in instance.directories} == {name}
 
 
 def test_labels_say_what_a_container_is() -> None:
     made = example.plan({"image": "omni:20250721_1"})
     epoch = made.generation.partition("-")[0]
-    assert made.container("d0").labels == {
+    assert made.instance("d0").container.labels == {
         "pd-deploy.deployment": "qwq-3p1d",
         "pd-deploy.generation": made.generation,
         "pd-deploy.epoch": epoch,
@@ -111,5 +147,5 @@ def test_labels_say_what_a_container_is() -> None:
         "pd-deploy.devices": "8,9,10,11,12,13,14,15",
         "pd-deploy.image": "omni:20250721_1",
     }
-    assert made.container("c0").labels["pd-deploy.role"] == "proxy"
-    assert made.container("c0").labels["pd-deploy.ports"] == "7000"
+    assert made.instance("c0").role == "proxy"
+    assert made.instance("c0").ports == {7000}

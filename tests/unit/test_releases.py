@@ -1,5 +1,6 @@
 """What became of the generations: the record, what is kept, and what the next plan makes of it."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pd_deploy import engines
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement, plans
-from pd_deploy.planning.plans import Made
+from pd_deploy.planning.plans import HostPlan, Made
 from pd_deploy.records import releases
 from pd_deploy.records.releases import (
     History,
@@ -306,7 +308,7 @@ def made(of: Deployment, past: History) -> Made:
         placement.build(of),
         engines.get(of.engine),
         facts=example.facts(of),
-        image=example.IMAGE,
+        pinned_image=example.IMAGE,
         history=past,
     )
 
@@ -342,22 +344,20 @@ class TestPlans:
         assert second.plan.servers == first.plan.generation
         assert second.servers_fingerprint == first.servers_fingerprint
         for name in SERVERS:
-            assert second.plan.container(name) == first.plan.container(name)
-            assert second.plan.generation_of(name) == first.plan.generation
-        assert second.plan.container("c0").name.endswith(second.plan.generation)
-        assert second.plan.generation_of("c0") == second.plan.generation
+            assert second.plan.instance(name) == first.plan.instance(name)
+            assert second.plan.instance(name).generation == first.plan.generation
+        proxy = second.plan.instance("c0")
+        assert proxy.container.name.endswith(second.plan.generation)
+        assert proxy.generation == second.plan.generation
 
     def test_files_of_those_servers_stay_where_they_are(self) -> None:
         """Only the proxy's lie in directories of the new generation."""
         first = example_made(None, example.past())
         second = example_made(PROXY, served(first, example.past()))
         for name, host in second.plan.hosts.items():
-            before = first.plan.hosts[name]
-            of_servers = [file for file in host.files if "/c0/" not in file.path]
-            assert of_servers == [file for file in before.files if "/c0/" not in file.path]
+            assert host.ranktables == first.plan.hosts[name].ranktables
             new = [path for path in host.directories if second.plan.generation in path]
-            assert all(path.endswith("/c0") for path in new)
-            assert len(new) == (2 if "c0" in host.containers else 0)
+            assert new == (host.instances["c0"].directories if "c0" in host.instances else [])
 
     def test_a_second_change_of_the_proxy_goes_on_with_the_first_servers(self) -> None:
         first = example_made(None, example.past())
@@ -372,7 +372,7 @@ class TestPlans:
         second = example_made(ENGINE, served(first, example.past()))
         assert second.plan.servers == second.plan.generation != first.plan.generation
         assert second.servers_fingerprint != first.servers_fingerprint
-        assert {second.plan.generation_of(name) for name in (*SERVERS, "c0")} == {
+        assert {second.plan.instance(name).generation for name in (*SERVERS, "c0")} == {
             second.plan.generation
         }
 
@@ -421,3 +421,38 @@ def test_a_release_that_an_older_version_wrote_can_be_read() -> None:
     written = release(ONE).model_dump(mode="json")
     older = {**written, "exact": written.pop("pinned_image")}
     assert Release.model_validate(older) == release(ONE)
+
+
+def test_a_plan_that_an_older_version_saved_can_be_read() -> None:
+    """It kept directories, files and commands of all instances in lists side by side."""
+    text = (example.ROOT / "tests/data/saved-flat-plan.json").read_text()
+    flat, plan = json.loads(text)["plan"], Saved.model_validate_json(text).plan
+    assert plan.pinned_image == flat["image"]
+    assert plan.hosts.keys() == flat["hosts"].keys()
+    for name, host in plan.hosts.items():
+        before = flat["hosts"][name]
+        assert host.directories == before["directories"]
+        files = [(file.path, file.mode, file.content) for file in host.files]
+        assert files == [(file["path"], file["mode"], file["content"]) for file in before["files"]]
+        assert host.instances.keys() == before["containers"].keys()
+        commands = {command.pop("instance"): command for command in before["commands"]}
+        for owner, instance in host.instances.items():
+            container = instance.container.model_dump(mode="json")
+            assert container.items() >= before["containers"][owner].items()
+            assert instance.command.model_dump() == commands[owner]
+            assert instance.start_script.path == f"{instance.directory}/start.sh"
+            assert instance.directory.endswith(f"/{instance.generation}/{owner}")
+            assert instance.log_directory.endswith(f"/{instance.generation}/{owner}")
+        assert host.ranktables
+        assert host.ranktables.directory.endswith(f"/{plan.servers}/ranktables")
+        assert len(host.ranktables.files) == 2
+    assert {plan.instance(name).generation for name in ("p0", "d0")} == {plan.servers}
+    assert plan.instance("c0").generation == plan.generation != plan.servers
+
+
+def test_a_flat_plan_that_lacks_something_is_refused() -> None:
+    text = (example.ROOT / "tests/data/saved-flat-plan.json").read_text()
+    flat = json.loads(text)["plan"]["hosts"]["a"]
+    for key in ("directories", "files", "commands"):
+        with pytest.raises(ValidationError):
+            HostPlan.model_validate({**flat, key: flat[key][1:]})

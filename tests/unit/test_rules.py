@@ -377,4 +377,4 @@ class TestProfiles:
         for path in files:
             plan = example.plan_of(path, {"compat": compat})
             assert plan.roles
-            assert all(host.containers for host in plan.hosts.values())
+            assert all(host.instances for host in plan.hosts.values())

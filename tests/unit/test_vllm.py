@@ -31,8 +31,8 @@ def plan(file: Path, changes: dict[str, Any] | None = None) -> Plan:
 
 def runs(made: Plan, name: str) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of an instance."""
-    (one,) = [c for h in made.hosts.values() for c in h.commands if c.instance == name]
-    return one.argv, one.environment
+    command = made.instance(name).command
+    return command.argv, command.environment
 
 
 def value(argv: list[str], option: str) -> str:
@@ -61,8 +61,8 @@ class TestAll:
     @pytest.mark.parametrize("file", [CPU, GPU, ASCEND], ids=lambda f: f.stem)
     def test_no_file_is_needed_but_the_start_scripts(self, file: Path) -> None:
         for host in plan(file).hosts.values():
-            assert {f.stage for f in host.files} == {"launch"}
-            assert not any(d.endswith("/ranktables") for d in host.directories)
+            assert host.ranktables is None
+            assert host.files == [plan.start_script for plan in host.instances.values()]
 
     @pytest.mark.parametrize("file", [CPU, GPU, ASCEND], ids=lambda f: f.stem)
     def test_no_instance_waits_for_another(self, file: Path) -> None:
@@ -172,7 +172,7 @@ class TestGpu:
 
     def test_container_has_all_gpus_and_may_pin_memory(self) -> None:
         made = plan(GPU)
-        spec = made.container("d0")
+        spec = made.instance("d0").container
         host = create_kwargs(spec)["config"]["HostConfig"]
         assert host["DeviceRequests"] == [
             {"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}
@@ -187,7 +187,7 @@ class TestGpu:
         )
 
     def test_router_needs_no_device(self) -> None:
-        host = create_kwargs(plan(GPU).container("c0"))["config"]["HostConfig"]
+        host = create_kwargs(plan(GPU).instance("c0").container)["config"]["HostConfig"]
         assert not {"DeviceRequests", "Devices", "CapAdd", "Ulimits"} & host.keys()
 
     def test_router_takes_the_files_arguments_and_each_only_once(self) -> None:
@@ -269,11 +269,11 @@ class TestAscend:
                 "decode": {"dp_size": 4, "tp_size": 4},
             },
         }
-        ports = made.container("d0").labels["pd-deploy.ports"].split(",")
+        ports = made.instance("d0").container.labels["pd-deploy.ports"].split(",")
         assert ports == ["9100", "8100", *map(str, range(37600, 37616))]
 
     def test_container_has_its_own_npus_only(self) -> None:
-        spec = plan(ASCEND).container("p1")
+        spec = plan(ASCEND).instance("p1").container
         assert spec.devices == (
             "/dev/davinci_manager", "/dev/hisi_hdc", "/dev/devmm_svm",
             *(f"/dev/davinci{d}" for d in range(8, 16)),

@@ -126,7 +126,7 @@ def container(service: Service, name: str) -> ContainerSpec:
     prefix = getattr(options.names, role)
     return ContainerSpec(
         name=f"{prefix}_{name}_{service.layout.generation}",
-        image=service.image,
+        image=service.pinned_image,
         entrypoint=("bash",),
         command=(service.layout.start_script(name),),
         environment=_container_environment(service, name),
