@@ -10,6 +10,8 @@ from pd_deploy.lab import Lab
 from pd_deploy.lab.lifecycle import take_down
 from tests import prefect_settings
 
+pytest.register_assert_rewrite("tests.host_contract", "tests.memory.world")
+
 # Others for those who run the tests twice at a time.
 NAME = os.environ.get("PD_TEST_LAB", "pdtest")
 SUBNET = os.environ.get("PD_TEST_SUBNET", "10.78.0.0/24")

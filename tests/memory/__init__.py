@@ -2,7 +2,7 @@
 
 `MemoryHost` is a `Host` whose SSH connection leads to a `Machine` in this process. Everything
 above the connection is the real thing: `Files`, `Facts` and `DockerEngine`, with their errors and
-retries.
+retries. `tests/host_contract.py` holds it to the real one: what both do is tested on both.
 
     clock      time that only passes when all wait, and the event loop that goes with it
     calls      what a run does to its hosts, one moment after the other; where faults come in

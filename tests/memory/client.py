@@ -1,6 +1,5 @@
 """The Docker engine of a machine in memory: its API as the SDK's client has it."""
 
-import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,13 +63,15 @@ class MemoryClient:
         image = self._machine.find_image(name)
         if image is None:
             raise _refused(404, f"No such image: {name}")
-        last = len(image.tags | image.digests) <= 1
+        repositories = {_repository(other) for other in image.tags | image.digests}
+        last = len(repositories) == 1 and len(image.tags) <= 1
         if last and any(c.image is image for c in self._machine.containers.values()):
             raise _refused(409, f"conflict: unable to remove repository reference {name}")
         image.tags.discard(name)
         image.digests.discard(name)
-        # The engine drops the digests with the last tag only when the name was a tag of its own
-        # repository; pd-deploy removes both by name.
+        # The last tag of a repository takes the repository's digests along.
+        if "@" not in name and _repository(name) not in map(_repository, image.tags):
+            image.digests = {d for d in image.digests if _repository(d) != _repository(name)}
         if not image.tags and not image.digests:
             del self._machine.images[image.id]
 
@@ -94,6 +95,8 @@ class MemoryClient:
             "State": {
                 "Status": one.status,
                 "ExitCode": one.exit_code,
+                "OOMKilled": one.oom_killed,
+                "Error": one.error,
                 "StartedAt": one.started_at.isoformat() if one.started_at else NEVER,
                 "FinishedAt": one.finished_at.isoformat() if one.finished_at else NEVER,
             },
@@ -123,7 +126,8 @@ class MemoryClient:
             path = device["PathOnHost"]
             if self._machine.disk.get(path) is None:
                 why = f'error gathering device information while adding custom device "{path}"'
-                raise _refused(500, f"{why}: no such file or directory")
+                one.error = f"{why}: no such file or directory"
+                raise _refused(500, one.error)
         if not one.running:
             programs.start(self._machine, one)
 
@@ -191,7 +195,8 @@ class MemoryClient:
 
     def _build(self, ref: str) -> Build:
         cluster = self._machine.cluster
-        if cluster.registry_down:
+        hosts = {pushed.partition("/")[0] for pushed in cluster.registry}
+        if cluster.registry_down or ref.partition("/")[0] not in hosts:
             raise _refused(500, f"dial tcp: {ref}: connect: connection refused")
         if ref not in cluster.registry:
             raise _refused(404, f"manifest for {ref} not found: manifest unknown")
@@ -200,9 +205,13 @@ class MemoryClient:
 
 def _has(labels: Mapping[str, str], wanted: list[tuple[str, str, str]]) -> bool:
     return all(
-        key in labels and fnmatch.fnmatchcase(labels[key], value if equals else "*")
-        for key, equals, value in wanted
+        key in labels and (not equals or labels[key] == value) for key, equals, value in wanted
     )
+
+
+def _repository(name: str) -> str:
+    """Of a tag or a digest."""
+    return name.partition("@")[0] if "@" in name else name.rpartition(":")[0]
 
 
 def _refused(status: int, explanation: str) -> sdk.APIError:

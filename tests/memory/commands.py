@@ -17,7 +17,7 @@ from tests.memory.machine import Machine
 
 DEVICES = 16
 INTERFACE = "enp23s0f3"
-Answer = Callable[[Machine, Sequence[str], str], str]
+Answer = Callable[[Machine, Sequence[str], str], str | CommandResult]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Command:
 def run(command: Command, machine: Machine, argv: Sequence[str], data: bytes) -> CommandResult:
     """What a command prints."""
     machine.cluster.settle()
-    return CommandResult(0, command.answer(machine, argv[len(command.begins) :], data.decode()), "")
+    answer = command.answer(machine, argv[len(command.begins) :], data.decode())
+    return CommandResult(0, answer, "") if isinstance(answer, str) else answer
 
 
 def recognised(argv: Sequence[str]) -> Command:
@@ -84,13 +85,16 @@ def _free(machine: Machine, arguments: Sequence[str], _: str) -> str:
 
 
 def _tail(machine: Machine, arguments: Sequence[str], _: str) -> str:
-    lines, _size, *paths = arguments
-    shown = [
-        f"{file}\0{''.join(content.decode().splitlines(True)[-int(lines) :])}\0"
-        for path in paths
-        for file, content in machine.disk.files(path)
-    ]
-    return "".join(shown)
+    lines, size, *paths = arguments
+    shown = ""
+    for path in paths:
+        entry, names = machine.disk.get(path), machine.disk.names(path)
+        files = [f"{path}/{n}" for n in names] if entry and entry.is_directory else [path]
+        for file in files:
+            if (found := machine.disk.get(file)) and found.content is not None:
+                last = b"".join(found.content.splitlines(True)[-int(lines) :])[-int(size) :]
+                shown += f"{file}\0{last.decode()}\0"
+    return shown
 
 
 def _find(machine: Machine, arguments: Sequence[str], _: str) -> str:
@@ -136,8 +140,10 @@ def _lease(machine: Machine, arguments: Sequence[str], content: str) -> str:
         disk.add_directory(root)
     elif disk.get(root) is None:
         return "" if verb == "release" else "lost\n"
+    if disk.get(f"{root}/.lease.lock") is None:
+        disk.put(f"{root}/.lease.lock", b"", 0o600, now)
     entry = disk.get(path) or Entry(b"", 0o600, now)
-    number, holder, owner = [*entry.content.decode().split("\n"), "", "", ""][:3]
+    number, holder, owner = [*(entry.content or b"").decode().split("\n"), "", "", ""][:3]
     age = int(now - entry.changed)
 
     def put(new_holder: str, number: str, owner: str) -> None:
@@ -171,6 +177,15 @@ def _others(machine: Machine, root: str) -> str:
     return found
 
 
+def _sleep(*_: object) -> CommandResult:
+    raise TimeoutError
+
+
+def _missing_command(_: Machine, arguments: Sequence[str], __: str) -> CommandResult:
+    said = "timeout: failed to run command 'no-such-command': No such file or directory\n"
+    return CommandResult(127, "", said)
+
+
 def _script(name: str, script: str, answer: Answer, word: str = "sh", **more: bool) -> Command:
     return Command(name, ("sh", "-c", script, word), answer, **more)
 
@@ -193,4 +208,9 @@ TABLE = (
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
     Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
     Command("find", ("find",), _find),
+    # What the contract of hosts asks for.
+    Command("cat", ("cat",), lambda _, __, given: given),
+    Command("false", ("false",), lambda *_: CommandResult(1, "", "")),
+    Command("missing", ("no-such-command",), _missing_command),
+    Command("sleep", ("sleep",), _sleep),
 )

@@ -25,6 +25,7 @@ class Faults:
         ignores_kv: decode computes the prompt itself.
         wrong_kv: decode reads other KV than prefill made, without any error.
         dies_at_request: exit code with which it ends when it is asked.
+        out_of_memory: the kernel ends it while it loads.
     """
 
     dies: int | None = None
@@ -34,6 +35,7 @@ class Faults:
     ignores_kv: bool = False
     wrong_kv: bool = False
     dies_at_request: int | None = None
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Container:
     exit_code: int = 0
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    oom_killed: bool = False
+    error: str = ""
     runs: int = 0
     log: list[tuple[datetime, str]] = field(default_factory=list)
     program: "Program | None" = None
@@ -134,9 +138,10 @@ class Machine:
         """A line in a container's log."""
         container.log.append((self.clock.date(), f"{line}\n"))
 
-    def end(self, container: Container, exit_code: int) -> None:
+    def end(self, container: Container, exit_code: int, *, oom_killed: bool = False) -> None:
         """A container's program ends."""
         container.status = "exited"
+        container.oom_killed = oom_killed
         container.exit_code = exit_code
         container.finished_at = self.clock.date()
         container.program = None

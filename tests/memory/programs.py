@@ -54,6 +54,7 @@ def start(machine: Machine, container: Container) -> None:
     container.status = "running"
     container.runs += 1
     container.started_at = machine.clock.date()
+    container.error, container.oom_killed = "", False
     if role is None:
         container.program = Shell(machine, container)
     elif role == "proxy":
@@ -115,21 +116,21 @@ class _Process:
 
 
 class Shell(_Process):
-    """`sleep N`, or `sh -c` with some of `echo`, `sleep` and `exit`, one after the other."""
+    """`sleep N`, or `sh -c` with some of `trap '' TERM`, `echo`, `sleep` and `exit`, in turn."""
 
     def __init__(self, machine: Machine, container: Container) -> None:
         super().__init__(machine, container)
         self._due: list[tuple[float, list[str]]] = []
         command = list(container.config.get("Cmd", []))
         script = command[2] if command[:2] == ["sh", "-c"] else shlex.join(command)
-        at = self.began
+        at, self._deaf = self.began, script.startswith("trap '' TERM;")
         for part in script.split(";"):
             words = shlex.split(part)
             if words[0] == "sleep":
                 at += float(words[1])
             elif words[0] in ("echo", "exit"):
                 self._due.append((at, words))
-            else:
+            elif words != ["trap", "", "TERM"]:
                 raise NotImplementedError(f"the shell in memory knows no {words[0]}")
         self._due.append((at, ["exit", "0"]))
 
@@ -144,6 +145,8 @@ class Shell(_Process):
 
     def signal(self, name: str) -> None:
         """A plain process ends of a signal."""
+        if self._deaf and name == "SIGTERM":
+            return
         self.ends_in(0, 128 + {"SIGTERM": 15, "SIGINT": 2, "SIGUSR1": 10}[name])
 
 
@@ -174,6 +177,9 @@ class Server(_Process):
             if self.now() >= self.began + LOAD_S / 2:
                 self.refuse("RuntimeError: out of memory", self.faults.dies)
                 super().settle()
+        elif self.faults.out_of_memory:
+            if self.now() >= self.began + LOAD_S / 2:
+                self.machine.end(self.container, 137, oom_killed=True)
         elif self.is_loaded:
             self._link()
 
@@ -182,9 +188,6 @@ class Server(_Process):
         """Whether it could link."""
         late = self.now() < self.began + LOAD_S
         return self.container.running and not (late or self._ends or self.faults.hangs)
-
-    def signal(self, name: str) -> None:
-        super().signal(name)
 
     def bound(self) -> set[tuple[str, int]]:
         return {(self.machine.address, port) for port in self._ports}

@@ -1,0 +1,100 @@
+"""The lab's hosts, reached by SSH, keep the contract that hosts in memory are held to."""
+
+import shlex
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+import pytest
+
+from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.login import Login
+from pd_deploy.lab import Lab, LabHost
+from tests import host_contract
+from tests.host_contract import create, place
+
+__all__ = ["create", "place"]
+
+LISTEN = """
+import signal, socket
+listener = socket.create_server(("", {}))
+print("listens", flush=True)
+signal.pause()
+"""
+
+
+class Console:
+    """Hands on a host of the lab, past SSH."""
+
+    interface = "eth0"
+
+    def __init__(self, lab: Lab, box: LabHost) -> None:
+        self.lab = lab
+        self.box = box
+
+    def modes(self, directory: str) -> dict[str, str]:
+        script = f"cd {shlex.quote(directory)} && ls -A | xargs -r stat -c '%n %a'"
+        lines = self.box.run(["sh", "-c", script]).stdout.splitlines()
+        return {name: mode for name, _, mode in (line.rpartition(" ") for line in lines)}
+
+    def age(self, path: str, seconds: int) -> None:
+        self.box.run(["sh", "-c", f"touch -d @$(($(date +%s) - {seconds})) {shlex.quote(path)}"])
+
+    @contextmanager
+    def listening(self, port: int) -> Iterator[None]:
+        process = self.box.popen(["python3", "-c", LISTEN.format(port)])
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    def run_container(self, name: str) -> None:
+        command = ["docker", "run", "-d", "--name", name, "--network=host", self.lab.image]
+        self.box.run([*command, "sleep", "60"])
+
+    def remove_container(self, name: str) -> None:
+        self.box.run(["docker", "rm", "-f", name])
+
+    def push(self, tag: str) -> str:
+        return self.lab.push_variant(tag, {"/etc/marker": uuid4().hex})
+
+
+@pytest.fixture
+def console(lab: Lab) -> Console:
+    return Console(lab, lab.hosts["a"])
+
+
+@pytest.fixture
+async def host(lab: Lab) -> AsyncIterator[Host]:
+    key, known = lab.ssh_key.read_text(), lab.known_hosts.read_text()
+    host = Host("a", lab.hosts["a"].address, Login("root", private_key=key, known_hosts=known))
+    yield host
+    await host.aclose()
+
+
+@pytest.fixture
+async def image(host: Host, lab: Lab) -> str:
+    if await host.docker.image(lab.image) is None:
+        await host.docker.pull(lab.image)
+    return lab.image
+
+
+class TestCommands(host_contract.Commands): ...
+
+
+class TestFiles(host_contract.FilesOfAHost): ...
+
+
+class TestFacts(host_contract.Facts): ...
+
+
+class TestImages(host_contract.Images): ...
+
+
+class TestContainers(host_contract.Containers): ...
+
+
+class TestLeases(host_contract.Leases): ...

@@ -1,0 +1,99 @@
+"""Hosts in memory keep the contract of real ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pd_deploy.hosts.host import Host
+from tests import host_contract
+from tests.host_contract import create, place
+from tests.memory import commands, programs
+from tests.memory.clock import Clock
+from tests.memory.host import MemoryHost
+from tests.memory.machine import Build, Cluster, Container, Machine
+
+__all__ = ["create", "place"]
+
+REPOSITORY = "registry.example/omni"
+
+
+class Console:
+    """Hands on a machine in memory."""
+
+    interface = commands.INTERFACE
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.pushed = 0
+
+    def modes(self, directory: str) -> dict[str, str]:
+        disk = self.machine.disk
+        return {n: f"{disk.entries[f'{directory}/{n}'].mode:o}" for n in disk.names(directory)}
+
+    def age(self, path: str, seconds: int) -> None:
+        self.machine.disk.entries[path].changed = self.machine.clock.seconds() - seconds
+
+    @contextmanager
+    def listening(self, port: int) -> Iterator[None]:
+        self.machine.held_ports[port] = "somebody"
+        yield
+        del self.machine.held_ports[port]
+
+    def run_container(self, name: str) -> None:
+        (image, *_) = self.machine.images.values()
+        config = {"Cmd": ["sleep", "600"], "HostConfig": {}, "Image": next(iter(image.tags))}
+        self.machine.containers[name] = Container(name, name, config, image)
+        programs.start(self.machine, self.machine.containers[name])
+
+    def remove_container(self, name: str) -> None:
+        del self.machine.containers[name]
+
+    def push(self, tag: str) -> str:
+        self.pushed += 1
+        digest = f"sha256:{self.pushed:064x}"
+        self.machine.cluster.push(f"{REPOSITORY}:{tag}", Build(digest))
+        return digest
+
+
+@pytest.fixture
+def machine() -> Machine:
+    cluster = Cluster(Clock(real=True), {"a": "10.0.0.1"})
+    machine = cluster.machines["10.0.0.1"]
+    machine.disk.add_directory("/var/lib")
+    return machine
+
+
+@pytest.fixture
+def host(machine: Machine) -> Host:
+    return MemoryHost("a", machine)
+
+
+@pytest.fixture
+def console(machine: Machine) -> Console:
+    return Console(machine)
+
+
+@pytest.fixture
+async def image(host: Host, console: Console) -> str:
+    console.push("1")
+    await host.docker.pull(f"{REPOSITORY}:1")
+    return f"{REPOSITORY}:1"
+
+
+class TestCommands(host_contract.Commands): ...
+
+
+class TestFiles(host_contract.FilesOfAHost): ...
+
+
+class TestFacts(host_contract.Facts): ...
+
+
+class TestImages(host_contract.Images): ...
+
+
+class TestContainers(host_contract.Containers): ...
+
+
+class TestLeases(host_contract.Leases): ...
