@@ -8,6 +8,7 @@
      │   ├─ DockerAccessDenied        the SSH user may not talk to the Docker engine
      │   ├─ DockerMissing             no Docker engine is installed where one is expected
      │   ├─ ImageNotFound             the image or tag does not exist
+     │   ├─ WrongArchitecture         the image's programs are for other machines
      │   ├─ RegistryDenied            the registry wants other credentials
      │   ├─ RegistryMisconfigured     the engine does not trust the registry (TLS)
      │   ├─ DiskFull                  no space left on the host
@@ -140,6 +141,10 @@ class DockerMissing(HostError):
 
 class ImageNotFound(HostError):
     """The image, tag or digest exists neither on the host nor in the registry."""
+
+
+class WrongArchitecture(HostError):
+    """The image's programs are for machines of another architecture than the host's."""
 
 
 class RegistryDenied(HostError):

@@ -10,7 +10,7 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
@@ -272,7 +272,7 @@ Image = Annotated[
     str,
     like(
         r"[^\s:@]([^\s@]*[^\s:@])?(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})",
-        "an image with a tag or a digest, NAME:TAG or NAME@sha256:…",
+        "an image with a tag or a digest, NAME:TAG, NAME@sha256:… or both",
     ),
 ]
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
@@ -309,3 +309,21 @@ def split_registry(name: str) -> tuple[str, str]:
     if slash and ("." in first or ":" in first or first == "localhost"):
         return first, rest
     return "", name
+
+
+class ImageParts(NamedTuple):
+    """An image's name, and its tag and digest (`sha256:…`), each empty where it has none."""
+
+    name: str
+    tag: str
+    digest: str
+
+
+def split_image(image: str) -> ImageParts:
+    """Take an image's reference apart. With both, the digest says which image it is, and the tag
+    is what its author called it."""
+    name, _, digest = image.partition("@")
+    head, _, tag = name.rpartition(":")
+    if not head or "/" in tag:
+        return ImageParts(name, "", digest)
+    return ImageParts(head, tag, digest)

@@ -49,6 +49,7 @@ from pd_deploy.config.fields import (
     parse_size,
     require_with,
     shown,
+    split_image,
     split_registry,
     without_login,
 )
@@ -477,8 +478,7 @@ class Deployment(Model):
         It is the image's unless the update policy names another one, on the same registry unless
         that one names its own.
         """
-        image = re.sub(r"(@sha256:[0-9a-f]{64}|:[\w][\w.-]*)$", "", self.image)
-        registry, repository = split_registry(image)
+        registry, repository = split_registry(split_image(self.image).name)
         if self.update and self.update.repository:
             own, repository = split_registry(self.update.repository)
             registry = own or registry

@@ -91,16 +91,30 @@ class ContainerState:
 
 @dataclass(frozen=True)
 class Image:
-    """An image on a host; `digest` is `repository@sha256:…`, None if it never saw a registry."""
+    """An image on a host; `digest` is `repository@sha256:…`, None if it never saw a registry.
+
+    `architecture` is what its programs are for, in the names of OCI (`amd64`, `arm64`), empty
+    where the image does not say.
+    """
 
     id: str
     digest: str | None
     tags: tuple[str, ...] = ()
+    architecture: str = ""
+
+
+# The engine names its machine as the kernel does, an image's platform as OCI does.
+_OCI_NAMES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
+
+
+def oci_architecture(machine: str) -> str:
+    """OCI's name for a machine as `uname -m` names it."""
+    return _OCI_NAMES.get(machine, machine)
 
 
 @dataclass(frozen=True)
 class DockerInfo:
-    """The Docker engine of a host."""
+    """The Docker engine of a host; `architecture` is the machine's, in the names of OCI."""
 
     version: str
     root_dir: str
@@ -192,6 +206,7 @@ def image_of(inspected: Mapping[str, Any], repository: str) -> Image:
         id=inspected["Id"],
         digest=own[0] if own else None,
         tags=tuple(inspected.get("RepoTags") or ()),
+        architecture=inspected.get("Architecture") or "",
     )
 
 

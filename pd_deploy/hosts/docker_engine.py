@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Literal, TypeVar
 
@@ -33,6 +34,7 @@ from pd_deploy.hosts.container_values import (
     RegistryLogin,
     create_kwargs,
     image_of,
+    oci_architecture,
     state_of,
 )
 from pd_deploy.hosts.docker_errors import container_error, explanation, pull_error
@@ -78,7 +80,7 @@ class DockerEngine:
         return DockerInfo(
             version=version["Version"],
             root_dir=info["DockerRootDir"],
-            architecture=info["Architecture"],
+            architecture=oci_architecture(info["Architecture"]),
         )
 
     async def image(self, ref: str) -> Image | None:
@@ -125,7 +127,7 @@ class DockerEngine:
         if meter.digest is None:
             return image
         repository = parse_repository_tag(ref.split("@", maxsplit=1)[0])[0]
-        return Image(image.id, f"{repository}@{meter.digest}")
+        return replace(image, digest=f"{repository}@{meter.digest}")
 
     async def resolve(self, ref: str, auth: RegistryLogin | None = None) -> str:
         """The digest (`sha256:…`) that the registry has for `ref` now; nothing is pulled.

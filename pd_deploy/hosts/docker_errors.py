@@ -1,6 +1,7 @@
 """What the Docker engine's refusals mean (pure)."""
 
 import re
+from typing import NamedTuple
 
 from docker import errors as sdk
 
@@ -18,25 +19,92 @@ from pd_deploy.errors import (
     RegistryUnavailable,
 )
 
-_DENIED = ("access denied", "unauthorized", "authentication required", "no basic auth", "denied:")
-_MISSING_IMAGE = ("manifest unknown", "no such image", "manifest for", "name unknown", "not found")
-_UNTRUSTED = ("x509", "server gave http response to https", "certificate")
-_UNAVAILABLE = (
-    "connection refused",
-    "timeout",
-    "timed out",
-    "no such host",
-    "no route to host",
-    "network is unreachable",
-    "connection reset",
-    "deadline exceeded",
-    "toomanyrequests",
-    "too many requests",
-    "unavailable",
-    "server misbehaving",
-    "bad gateway",
-    "internal server error",
-    "eof",
+
+class _Meaning(NamedTuple):
+    """What a failed pull means whose text matches `signs`; `{ref}` in `says` is the image."""
+
+    signs: str
+    error: type[PdDeployError]
+    says: str
+    hint: str
+
+
+# The first that matches counts. The texts are those of Docker Engine 20.10 and 27.
+_PULL = (
+    _Meaning("no space left", DiskFull, "no space left to pull {ref}", "docker image prune"),
+    _Meaning(
+        "access denied|unauthorized|authentication required|no basic auth|denied:|http 40[13]",
+        RegistryDenied,
+        "the registry refuses {ref}",
+        "check the repository's name and the registry credentials",
+    ),
+    _Meaning(
+        "server gave http response to https|does not look like a tls handshake",
+        RegistryMisconfigured,
+        "the registry of {ref} speaks plain HTTP where the engine expects TLS",
+        "check its port, or list it in insecure-registries of /etc/docker/daemon.json",
+    ),
+    _Meaning(
+        "x509|certificate",
+        RegistryMisconfigured,
+        "the engine does not trust the registry of {ref}",
+        "give the engine its CA in /etc/docker/certs.d, or list it in insecure-registries of "
+        "/etc/docker/daemon.json",
+    ),
+    _Meaning(
+        "toomanyrequests|too many requests|http 429",
+        RegistryUnavailable,
+        "the registry of {ref} answers that it gets too many requests",
+        "wait, then run again; with credentials a registry may allow more",
+    ),
+    _Meaning(
+        "connection refused",
+        RegistryUnavailable,
+        "nothing listens where the registry of {ref} should",
+        "check the registry's address and port, and that it runs",
+    ),
+    _Meaning(
+        "no such host|server misbehaving|name resolution",
+        RegistryUnavailable,
+        "the host can't resolve the name of the registry of {ref}",
+        "check the name, and the host's DNS",
+    ),
+    _Meaning(
+        "http status: 5[0-9][0-9]|http 5[0-9][0-9]|unavailable|bad gateway|internal server error",
+        RegistryUnavailable,
+        "the registry of {ref} is out of order, or under maintenance",
+        "wait, then run again",
+    ),
+    _Meaning(
+        "unknown blob",
+        ImageNotFound,
+        "the registry has lost a part of {ref}",
+        "push the image again",
+    ),
+    _Meaning(
+        "byte range request|verification failed|eof|connection reset|broken pipe",
+        RegistryUnavailable,
+        "the download of {ref} broke off, or came damaged",
+        "run again; if it happens again, look for a proxy between the host and the registry",
+    ),
+    _Meaning(
+        "timeout|timed out|deadline exceeded|no route to host|network is unreachable",
+        RegistryUnavailable,
+        "the registry of {ref} does not answer",
+        "check that the host reaches the registry",
+    ),
+    _Meaning(
+        "invalid character|error unmarshalling|error parsing http",
+        RegistryMisconfigured,
+        "what answers for the registry of {ref} is no registry",
+        "check its address and port; a web page in its place may be a network's login page",
+    ),
+    _Meaning(
+        "manifest unknown|no such image|manifest for|name unknown|not found",
+        ImageNotFound,
+        "{ref} is not in its registry",
+        "check name and tag",
+    ),
 )
 _BIND = re.compile(r"bind source path does not exist: (\S+)")
 _DEVICE = re.compile(r'(?:custom device "|error gathering device information.*? ")([^"]+)"')
@@ -66,32 +134,10 @@ def container_error(exc: sdk.APIError, what: str, where: str) -> PdDeployError:
 
 def pull_error(text: str, ref: str, where: str) -> PdDeployError:
     """The error for a pull of `ref` that failed with the engine's message `text`."""
-    low = text.lower()
-    if "no space left" in low:
-        return DiskFull(f"no space left to pull {ref}", host=where, hint="docker image prune")
-    if any(sign in low for sign in _DENIED):
-        return RegistryDenied(
-            f"the registry refuses {ref} ({_short(text)})",
-            host=where,
-            hint="check the repository's name and the registry credentials",
-        )
-    if any(sign in low for sign in _UNTRUSTED):
-        return RegistryMisconfigured(
-            f"the engine does not trust the registry of {ref} ({_short(text)})",
-            host=where,
-            hint="give the engine its CA in /etc/docker/certs.d, or list it in "
-            "insecure-registries of /etc/docker/daemon.json",
-        )
-    if any(sign in low for sign in _UNAVAILABLE):
-        return RegistryUnavailable(
-            f"the registry of {ref} does not answer ({_short(text)})",
-            host=where,
-            hint="check that the host reaches the registry",
-        )
-    if any(sign in low for sign in _MISSING_IMAGE):
-        return ImageNotFound(
-            f"{ref} is not in its registry ({_short(text)})", host=where, hint="check name and tag"
-        )
+    for meaning in _PULL:
+        if re.search(meaning.signs, text, re.I):
+            said = f"{meaning.says.format(ref=ref)} ({_short(text)})"
+            return meaning.error(said, host=where, hint=meaning.hint)
     return DockerRefused(f"pulling {ref} failed: {_short(text)}", host=where)
 
 

@@ -177,6 +177,11 @@ class History:
     releases: Mapping[str, Release]
     found: frozenset[str]
 
+    def last_digest(self, image: str) -> str | None:
+        """The digest that an image's tag had when it was deployed last, if it was."""
+        deployed = [release for release in self.releases.values() if release.image == image]
+        return max(deployed, key=_age).digest if deployed else None
+
     @property
     def serving(self) -> Release | None:
         """The release that serves, or is to."""
@@ -211,11 +216,13 @@ class History:
 
 @dataclass(frozen=True)
 class Choice:
-    """The image that a run takes, and the rule by which. `digest` is None until it is looked up."""
+    """The image that a run takes, and the rule by which. `digest` is None until it is looked up,
+    `last_digest` is the one that its tag had when it was deployed last."""
 
     image: str
     digest: str | None
     rule: str
+    last_digest: str | None = None
 
 
 def choose(file_image: str, requested_image: str | None, serving: Release | None) -> Choice:

@@ -7,6 +7,7 @@ import json
 import re
 import ssl
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,14 +79,22 @@ class RegistrySession:
         self._clients.clear()
         await self._open.aclose()
 
-    async def ask(self, method: str, url: httpx.URL, what: str, accept: str = JSON) -> Reply:
-        """A good answer of the registry, which is logged in to if it wants that.
+    async def ask(
+        self,
+        method: str,
+        url: httpx.URL,
+        what: str,
+        accept: str = JSON,
+        expected: Collection[int] = (httpx.codes.OK,),
+    ) -> Reply:
+        """Return an expected answer of the registry; log in to it if it wants that.
 
         Args:
             method: GET or HEAD.
             url: an address of the registry's own.
             what: what is asked for, for messages.
             accept: the media types wanted.
+            expected: the statuses that are answers; others are errors.
 
         Raises:
             ImageNotFound: it does not exist.
@@ -95,7 +104,7 @@ class RegistrySession:
         if answer.status == httpx.codes.UNAUTHORIZED:
             self._authorization = await self._log_in(self.challenge_in(answer), what)
             answer = await self.send(method, url, self._authorization.header, accept)
-        if answer.status != httpx.codes.OK:
+        if answer.status not in expected:
             raise self.refusal(answer.status, what)
         return answer
 
@@ -165,7 +174,7 @@ class RegistrySession:
 
         Raises:
             RegistryUnavailable: nothing is answered in time.
-            RegistryMisconfigured: no TLS or HTTP that can be trusted or understood.
+            RegistryMisconfigured: no TLS or HTTP that can be trusted or understood, or a web page.
         """
         # Not compressed, as the digest is of the bytes as they are, and so that the bound holds.
         headers = {"Accept": accept, "Accept-Encoding": "identity"}
@@ -189,6 +198,12 @@ class RegistrySession:
         if response.is_redirect:
             place = response.headers.get("location", "").partition("?")[0]
             raise self.misconfigured(f"expected an answer, found a redirect to {place}")
+        if response.is_success and "text/html" in response.headers.get("content-type", "").lower():
+            raise self.misconfigured(
+                f"expected a registry, {url.host} answers with a web page",
+                "check the registry's address and port; in some networks a login page answers in "
+                "place of every server until somebody has signed in",
+            )
         next_page = response.links.get("next", {}).get("url")
         return Reply(response.status_code, response.headers, body, next_page)
 

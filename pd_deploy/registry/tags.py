@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from pd_deploy.config.fields import split_image
 from pd_deploy.config.models import Deployment, UpdatePolicy
 from pd_deploy.errors import InvalidInput, Problem
 
@@ -64,7 +65,7 @@ def policy_of(deployment: Deployment) -> UpdatePolicy:
     """
     if deployment.update:
         return deployment.update
-    tag = "" if "@" in deployment.image else deployment.image.rpartition(":")[2]
+    tag = split_image(deployment.image).tag
     policy = recognised(tag)
     if policy is None:
         found = f"the tag {tag}" if tag else "a digest"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 import httpx
 
 from pd_deploy.engines.base import PROVING_ADDRESS
-from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder
-from pd_deploy.hosts.container_values import ContainerState, PullProgress
+from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder, WrongArchitecture
+from pd_deploy.hosts.container_values import ContainerState, Image, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
@@ -28,22 +28,37 @@ async def pull(
 
     Raises:
         NotReady: it took longer than `gates.pull`.
+        WrongArchitecture: its programs are for other machines.
     """
     host, image = rollout.session.host(name), rollout.plan.pinned_image
-    if await host.docker.image(image):
+    if present := await host.docker.image(image):
+        _require_architecture(rollout, name, present)
         return Report("pull image", name, name, False, "present")
     await rollout.locked.may_change(host)
     limit = rollout.session.deployment.gates.pull
     try:
         async with asyncio.timeout(limit):
-            await host.docker.pull(image, rollout.session.registry_login, on_progress)
+            pulled = await host.docker.pull(image, rollout.session.registry_login, on_progress)
     except TimeoutError as error:
         raise NotReady(
             f"expected {image} to be pulled within {limit:g} s",
             host=host.where,
             hint="raise gates.pull, or pull it on the host by hand",
         ) from error
+    _require_architecture(rollout, name, pulled)
     return Report("pull image", name, name, True, f"pulled {image.rpartition('@')[2][:19]}")
+
+
+def _require_architecture(rollout: Rollout, name: str, image: Image) -> None:
+    """Refuse an image whose programs the host can't run, before anything of it is started."""
+    machine = rollout.states[name].architecture
+    if image.architecture not in ("", machine):
+        raise WrongArchitecture(
+            f"expected an image for {machine}, the host's architecture; "
+            f"found {rollout.plan.pinned_image} for {image.architecture}",
+            host=rollout.session.host(name).where,
+            hint="name a tag that was built for it, or push an image for both architectures",
+        )
 
 
 async def clean_up(rollout: Rollout, instance: str) -> Report:

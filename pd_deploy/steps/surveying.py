@@ -5,11 +5,12 @@ Changes nothing.
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from pd_deploy.config.fields import split_image
 from pd_deploy.engines.base import HostFacts, Layout
-from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError
+from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError, RegistryUnavailable
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
@@ -127,7 +128,8 @@ async def choose(
     """
     past, deployment = past_of(states), session.deployment
     if requested_image != tags.NEWEST:
-        return releases.choose(deployment.image, requested_image, past.serving)
+        choice = releases.choose(deployment.image, requested_image, past.serving)
+        return replace(choice, last_digest=past.last_digest(choice.image))
     policy, place = tags.policy_of(deployment), repository_of(deployment)
     via = session.host(session.topology.proxy.host)
     async with reach(place, login=session.registry_login, via=via) as reached:
@@ -266,13 +268,27 @@ async def resolve_image(session: Session, choice: Choice) -> ResolvedImage:
     reference = deployment.image_reference
     if deployment.pull == "never":
         return ResolvedImage(choice, await _present_everywhere(session, reference))
-    if "@sha256:" in reference:
-        return ResolvedImage(choice, reference)
-    digest = choice.digest
-    if digest is None:
-        host = session.host(session.topology.proxy.host)
-        digest = await host.docker.resolve(reference, session.registry_login)
-    return ResolvedImage(choice, f"{reference.rpartition(':')[0]}@{digest}")
+    name, _, digest = split_image(reference)
+    digest = digest or choice.digest or await _digest_of(session, choice, reference)
+    return ResolvedImage(choice, f"{name}@{digest}")
+
+
+async def _digest_of(session: Session, choice: Choice, reference: str) -> str:
+    """The digest that the registry has for a tag; without a registry, how to go on without one."""
+    host = session.host(session.topology.proxy.host)
+    try:
+        return await host.docker.resolve(reference, session.registry_login)
+    except RegistryUnavailable as error:
+        name, last = split_image(reference).name, choice.last_digest
+        if last and await _all_have(session, f"{name}@{last}"):
+            pinned = f"{choice.image}@{last}"
+            error.hint = f"every host has it: `--image {pinned}` needs no registry"
+        raise
+
+
+async def _all_have(session: Session, image: str) -> bool:
+    names = session.deployment.hosts
+    return all(await asyncio.gather(*(session.host(name).docker.image(image) for name in names)))
 
 
 async def _present_everywhere(session: Session, reference: str) -> str:

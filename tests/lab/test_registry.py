@@ -200,7 +200,7 @@ class TestPages:
         [
             ("http://elsewhere.example/v2/", "its next page of tags is on elsewhere.example"),
             ("//elsewhere.example/v2/", "its next page of tags is on elsewhere.example"),
-            ("/v2/a/tags/list?n=100", "its pages of tags don't end after 1"),
+            ("/v2/a/tags/list?n=1000", "its pages of tags don't end after 1"),
         ],
     )
     async def test_that_lead_elsewhere_or_nowhere_are_refused(
@@ -211,6 +211,20 @@ class TestPages:
             with pytest.raises(RegistryMisconfigured, match=says):
                 await ask(server.address, "a").tags()
             assert len(server.requests) == 1
+
+    async def test_that_a_registry_bounds_are_read_in_its_size(
+        self, anyone: str, repository: str, ask: Ask
+    ) -> None:
+        for tag in self.TAGS:
+            push(anyone, repository, tag)
+
+        def answer(request: Request) -> Reply:
+            allowed = int(request.query["n"][0]) <= 100
+            return in_pages(anyone, 100, "{path}")(request) if allowed else Reply(400)
+
+        with serving(answer) as front:
+            assert sorted(await ask(front.address, repository).tags()) == sorted(self.TAGS)
+            assert [request.query["n"] for request in front.requests] == [["1000"], ["100"]]
 
     async def test_without_end_are_given_up(
         self, ask: Ask, monkeypatch: pytest.MonkeyPatch
@@ -493,6 +507,21 @@ class TestFaults:
             pytest.raises(RegistryMisconfigured, match="list of tags"),
         ):
             await ask(server.address, "a").tags()
+
+    async def test_a_web_page_in_the_registrys_place_is_told(self, ask: Ask) -> None:
+        page = Reply(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Sign in</html>")
+        with serving(lambda _: page) as server:
+            asked = ask(server.address, "a")
+            for call in (asked.ping(), asked.tags(), asked.digest("1")):
+                with pytest.raises(RegistryMisconfigured, match="answers with a web page"):
+                    await call
+
+    async def test_what_is_no_manifest_has_no_digest(self, ask: Ask) -> None:
+        with (
+            serving(lambda _: Reply(200, {}, b"<html>Sign in</html>")) as server,
+            pytest.raises(RegistryMisconfigured, match="expected the manifest of"),
+        ):
+            await ask(server.address, "a").digest("1")
 
     async def test_an_answer_without_end_is_cut(
         self, ask: Ask, monkeypatch: pytest.MonkeyPatch

@@ -39,7 +39,7 @@ class MemoryClient:
             "Id": image.id,
             "RepoDigests": sorted(image.digests),
             "RepoTags": sorted(image.tags),
-            "Architecture": "arm64",
+            "Architecture": image.build.architecture,
         }
 
     def inspect_distribution(self, ref: str, auth_config: Mapping[str, str]) -> dict[str, Any]:

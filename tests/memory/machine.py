@@ -40,10 +40,12 @@ class Faults:
 
 @dataclass(frozen=True)
 class Build:
-    """An image in the registry: its digest, and what is wrong with it, by instance or `*`."""
+    """An image in the registry: its digest, what is wrong with it, by instance or `*`, and the
+    machines that it is for."""
 
     digest: str
     faults: Mapping[str, Faults] = field(default_factory=dict)
+    architecture: str = "arm64"
 
 
 @dataclass

@@ -87,11 +87,13 @@ class World:
         self.document = merge(self.document, changes)
         self.path.write_text(yaml.safe_dump(self.document))
 
-    def push(self, tag: str, faults: Mapping[str, Faults] | None = None) -> str:
-        """Pushes an image whose engines misbehave so; its name for a run."""
+    def push(
+        self, tag: str, faults: Mapping[str, Faults] | None = None, architecture: str = "arm64"
+    ) -> str:
+        """Push an image whose engines misbehave so; return its name for a run."""
         ref = f"{REPOSITORY}:{tag}"
         digest = f"sha256:{len(self.cluster.registry) + 1:064x}"
-        self.cluster.push(ref, Build(digest, dict(faults or {})))
+        self.cluster.push(ref, Build(digest, dict(faults or {}), architecture))
         return ref
 
     def twin(self) -> "World":

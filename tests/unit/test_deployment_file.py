@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pd_deploy.config import yaml_files
-from pd_deploy.config.fields import parse_devices, parse_size
+from pd_deploy.config.fields import parse_devices, parse_size, split_image
 from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput
@@ -136,7 +136,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"engine": "vlm"}, ["engine: expected 'omniinfer' or 'vllm', found 'vlm'"]),
     ({"pull": "maybe"}, ["pull: expected 'always' or 'never', found 'maybe'"]),
     *(
-        ({"image": odd}, ["image: expected an image with a tag or a digest, NAME:TAG or"])
+        ({"image": odd}, ["image: expected an image with a tag or a digest, NAME:TAG, NAME@"])
         for odd in ("a b", ["a"], "", "omni", "host:5000/omni", ":x", "omni:", "omni@sha256:0")
     ),
     ({"smok": {}}, ["smok: is not a known key; did you mean smoke?"]),
@@ -458,3 +458,16 @@ def test_any_text_is_a_deployment_or_invalid_input(tmp_path: Path, text: str) ->
     path.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(InvalidInput):
         load_deployment(path)
+
+
+@pytest.mark.parametrize(
+    ("image", "parts"),
+    [
+        ("a:1", ("a", "1", "")),
+        ("host:5000/a/b:20250722_26", ("host:5000/a/b", "20250722_26", "")),
+        ("host:5000/a@sha256:0", ("host:5000/a", "", "sha256:0")),
+        ("h:5000/a:20250722_26@sha256:0", ("h:5000/a", "20250722_26", "sha256:0")),
+    ],
+)
+def test_an_image_is_taken_apart(image: str, parts: tuple[str, str, str]) -> None:
+    assert split_image(image) == parts

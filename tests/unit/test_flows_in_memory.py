@@ -1,5 +1,6 @@
 """The flows on hosts in memory: deploy, upgrade, the way back, and recovery from any moment."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,30 @@ def test_an_upgrade_and_a_rollback_move_the_whole_set(world: World) -> None:
     assert world.serving() != first
     assert world.run(rollback).completed
     assert world.serving() == first
+    world.assert_coherent()
+
+
+def test_an_image_for_other_machines_is_refused_while_the_service_runs(world: World) -> None:
+    assert world.run(deploy).completed
+    image, before = world.push("20250723_1", architecture="amd64"), world.runs()
+    for _ in range(2):  # pulled by this run, and then there already
+        outcome = world.run(deploy, image=image)
+        assert "expected an image for arm64, the host's architecture; found" in str(outcome.error)
+        assert "for amd64 → name a tag" in str(outcome.error)
+        assert world.runs() == before
+    assert not world.record().quarantine
+
+
+def test_without_a_registry_the_error_says_how_to_go_on_with_what_the_hosts_have(
+    world: World,
+) -> None:
+    image = world.push("20250723_1")
+    assert world.run(deploy, image=image).completed
+    world.cluster.registry_down = True
+    failed = world.run(deploy, image=image)
+    said = re.search(r"every host has it: `--image (\S+)` needs no registry", str(failed.error))
+    assert said, failed.error
+    assert world.run(deploy, image=said[1]).completed
     world.assert_coherent()
 
 

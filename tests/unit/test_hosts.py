@@ -238,6 +238,9 @@ class TestEngineErrors:
             ("x509: certificate signed by unknown authority", "RegistryMisconfigured"),
             ("http: server gave HTTP response to HTTPS client", "RegistryMisconfigured"),
             ("write /var/lib/docker/x: no space left on device", "DiskFull"),
+            ("error parsing HTTP 403 response body: invalid character 'm'", "RegistryDenied"),
+            ("filesystem layer verification failed for digest sha256:1", "RegistryUnavailable"),
+            ("unknown blob", "ImageNotFound"),
             ("invalid reference format", "DockerRefused"),
         ],
     )
@@ -245,6 +248,24 @@ class TestEngineErrors:
         error = pull_error(text, "x:1", WHERE)
         assert type(error).__name__ == kind
         assert error.host == WHERE
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("received unexpected HTTP status: 503 Service Unavailable", "under maintenance"),
+            ("dial tcp 10.0.0.9:443: connect: connection refused", "nothing listens"),
+            ("dial tcp: lookup r.example: no such host", "can't resolve the name"),
+            ("tls: first record does not look like a TLS handshake", "speaks plain HTTP"),
+            ("expected HTTP 206 from byte range request", "broke off"),
+            ("error unmarshalling content: invalid character '<' looking for", "is no registry"),
+            ("error parsing HTTP 429 response body: invalid character 'm'", "too many requests"),
+        ],
+    )
+    def test_a_registrys_fault_is_told_as_what_it_is(self, text: str, says: str) -> None:
+        """The texts are Docker Engine 20's, of servers that misbehave so."""
+        error = pull_error(text, "x:1", WHERE)
+        assert says in error.message
+        assert text in error.message
 
     @pytest.mark.parametrize(
         ("text", "kind"),

@@ -92,16 +92,3 @@ def test_every_family_built_in_tells_its_age(tag: str) -> None:
 
 def test_every_family_is_among_those() -> None:
     assert set(tags._FAMILIES) == {"daily", "branch-daily", "timestamp", "date", "release"}
-
-
-@pytest.mark.parametrize(
-    ("image", "tag"),
-    [
-        ("a:1", "1"),
-        ("host:5000/a/b:20250722_26", "20250722_26"),
-        ("a@sha256:" + "0" * 64, None),
-        ("h:5000/a:20250722_26@sha256:" + "0" * 64, None),
-    ],
-)
-def test_only_a_tag_that_counts_is_looked_at(image: str, tag: str | None) -> None:
-    assert image_age.tag_of(image) == tag

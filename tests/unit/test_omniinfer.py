@@ -72,7 +72,7 @@ def test_decodes_engine_id_is_the_profiles_or_the_files(
 
 
 OLD, NEW = "prefill-pods-plus-one", "decode-tensor-parallel"
-UNDATED = ("omni:silent", "omni@sha256:" + "0" * 64, "omni:20250101_1@sha256:" + "0" * 64)
+UNDATED = ("omni:silent", "omni@sha256:" + "0" * 64)
 
 
 def kv_parallel_size(changes: dict[str, Any]) -> int:

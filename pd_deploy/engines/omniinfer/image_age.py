@@ -23,12 +23,6 @@ class Change:
     version: tuple[int, int, int]
 
 
-def tag_of(image: str) -> str | None:
-    """The tag of an image's reference; None where a digest says which image it is."""
-    name, _, tag = image.rpartition(":")
-    return tag if name and "@" not in image else None
-
-
 def built(tag: str) -> date | None:
     """The day that stands in a tag; None if there is none, or more than one."""
     days = _days(tag)

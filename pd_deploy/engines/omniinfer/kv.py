@@ -9,6 +9,7 @@ all counters grow, but decode reads the KV of other heads and answers garbage (c
 from collections.abc import Iterator
 from datetime import date
 
+from pd_deploy.config.fields import split_image
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Finding
@@ -40,7 +41,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     if given != right:
         when = "before 2025-08-13" if meaning == _OLD else "on 2025-08-13 or later"
         message = (
-            f"expected {meaning} ({right}) for the image {image_age.tag_of(deployment.image)}, "
+            f"expected {meaning} ({right}) for the image {split_image(deployment.image).tag}, "
             f"built {when}, found {_shown(value, given)}: decode would read the KV of other heads "
             "and answer garbage; remove the key, its default is by-image"
         )
@@ -48,7 +49,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
 
 
 def _meaning(deployment: Deployment) -> str | None:
-    tag = image_age.tag_of(deployment.image)
+    tag = split_image(deployment.image).tag
     new = image_age.since(tag, CHANGE) if tag else None
     return None if new is None else _NEW if new else _OLD
 
@@ -60,7 +61,7 @@ def _number(value: str | int, topology: Topology) -> int:
 
 
 def _untold(deployment: Deployment) -> str:
-    tag = image_age.tag_of(deployment.image)
+    tag = split_image(deployment.image).tag
     found = f"the tag {tag}, which does not tell the image's age" if tag else "a digest"
     return (
         f"expected an image whose tag tells when it was built, found {found}; give "
