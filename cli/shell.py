@@ -6,7 +6,7 @@ import shlex
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
-from pd_deploy.planning import docker_command
+from pd_deploy.hosts import docker_create
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
 from pd_deploy.steps.verify import requests
 
@@ -32,7 +32,7 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
     for file in planned.files:
         lines += ["", *_write(file)]
     for instance in planned.instances.values():
-        lines += ["", _wrapped(docker_command.create(instance.container))]
+        lines += ["", _wrapped(docker_create.command(instance.container))]
     lines += ["", shlex.join(["docker", "start", *_names(planned)])]
     if host == placed.proxy.host:
         lines += ["", *_open(deployment, placed, made)]

@@ -1,4 +1,4 @@
-"""Containers and images as values; what the Docker Engine API is asked for (pure)."""
+"""Containers and images as values. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,47 +139,6 @@ class PullProgress:
     bytes_total: int
 
 
-def create_kwargs(spec: ContainerSpec) -> dict[str, Any]:
-    """The name and the exact body of the Engine API's create request."""
-    host_config = {
-        "NetworkMode": spec.network_mode,
-        "Privileged": spec.privileged,
-        "Init": spec.init,
-        "RestartPolicy": {"Name": "no"},
-        "LogConfig": {
-            "Type": "json-file",
-            "Config": {"max-size": spec.log_max_size, "max-file": str(spec.log_max_file)},
-        },
-        # Mounts and not Binds: Binds silently create a source that does not exist.
-        "Mounts": [_mount(mount) for mount in spec.mounts],
-        "Devices": [_device(device) for device in spec.devices],
-        "DeviceRequests": [
-            {"Driver": "", "Count": request.count, "Capabilities": [["gpu"]]}
-            for request in spec.device_requests
-        ],
-        "CapAdd": list(spec.cap_add),
-        "Ulimits": [
-            {"Name": name, "Soft": limit, "Hard": limit} for name, limit in spec.ulimits.items()
-        ],
-        "ShmSize": spec.shm_size,
-        "IpcMode": spec.ipc_mode,
-    }
-    config = {
-        "Image": spec.image,
-        "Cmd": list(spec.command),
-        "Entrypoint": _entrypoint(spec.entrypoint),
-        "Env": [f"{name}={value}" for name, value in spec.environment.items()],
-        "Labels": dict(spec.labels),
-        "User": spec.user,
-        "WorkingDir": spec.working_dir,
-        "Tty": spec.tty,
-        "StopSignal": spec.stop_signal,
-        "StopTimeout": spec.stop_timeout,
-        "HostConfig": _given(host_config),
-    }
-    return {"name": spec.name, "config": _given(config)}
-
-
 def state_of(inspected: Mapping[str, Any]) -> ContainerState:
     """A container's state from the Engine API's inspect answer."""
     state, config = inspected["State"], inspected["Config"]
@@ -244,31 +203,6 @@ class PullMeter:
         if status in ("Download complete", "Pull complete", "Already exists"):
             return total, total, status != "Download complete"
         return now, total, False
-
-
-def _entrypoint(entrypoint: tuple[str, ...] | None) -> list[str] | None:
-    if entrypoint is None:
-        return None
-    # An empty list would leave the image's entrypoint in place.
-    return list(entrypoint) or [""]
-
-
-def _mount(mount: Mount) -> dict[str, Any]:
-    return {
-        "Type": "bind",
-        "Source": mount.source,
-        "Target": mount.target,
-        "ReadOnly": mount.read_only,
-    }
-
-
-def _device(device: str) -> dict[str, str]:
-    path, _, inside = device.partition(":")
-    return {"PathOnHost": path, "PathInContainer": inside or path, "CgroupPermissions": "rwm"}
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value not in (None, [], {})}
 
 
 def _time(text: str | None) -> datetime | None:

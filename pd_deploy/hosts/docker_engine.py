@@ -23,6 +23,7 @@ from pd_deploy.errors import (
     TimedOut,
     TransientError,
 )
+from pd_deploy.hosts import docker_create
 from pd_deploy.hosts.container_values import (
     DEPLOYMENT_LABEL,
     ContainerSpec,
@@ -32,7 +33,6 @@ from pd_deploy.hosts.container_values import (
     PullMeter,
     PullProgress,
     RegistryLogin,
-    create_kwargs,
     image_of,
     oci_architecture,
     state_of,
@@ -194,10 +194,10 @@ class DockerEngine:
             ImageNotFound, NameTaken: as they say.
             FileMissing: the source of a mount does not exist.
         """
-        wanted = create_kwargs(spec)
+        request = docker_create.request(spec)
         created = await self._do(
             f"create {spec.name}",
-            lambda c: c.create_container_from_config(**wanted),  # type: ignore[no-untyped-call]
+            lambda c: c.create_container_from_config(**request),  # type: ignore[no-untyped-call]
         )
         return str(created["Id"])
 

@@ -13,12 +13,12 @@ from docker import errors as sdk
 
 from pd_deploy import errors
 from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
+from pd_deploy.hosts import docker_create
 from pd_deploy.hosts.container_values import (
     ContainerSpec,
     Mount,
     PullMeter,
     RegistryLogin,
-    create_kwargs,
     state_of,
 )
 from pd_deploy.hosts.docker_errors import container_error, pull_error
@@ -105,7 +105,7 @@ class TestKnownHosts:
 
 class TestCreate:
     def test_smallest_spec(self) -> None:
-        assert create_kwargs(ContainerSpec(name="c", image="i")) == {
+        assert docker_create.request(ContainerSpec(name="c", image="i")) == {
             "name": "c",
             "config": {
                 "Image": "i",
@@ -141,7 +141,7 @@ class TestCreate:
             ipc_mode="host",
             cap_add=("SYS_PTRACE",),
         )
-        config = create_kwargs(spec)["config"]
+        config = docker_create.request(spec)["config"]
         host = config["HostConfig"]
         assert config["Cmd"] == ["bash", "-c", "x"]
         assert config["Env"] == ["A=1"]
@@ -162,7 +162,7 @@ class TestCreate:
     def test_an_empty_entrypoint_replaces_the_images(self) -> None:
         spec = ContainerSpec(name="c", image="i", entrypoint=())
         # [""] is how the Engine API is told to drop the image's entrypoint.
-        assert create_kwargs(spec)["config"]["Entrypoint"] == [""]
+        assert docker_create.request(spec)["config"]["Entrypoint"] == [""]
 
 
 class TestState:

@@ -14,8 +14,8 @@ from pd_deploy.config import yaml_files
 from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.engines import vllm
 from pd_deploy.errors import InvalidInput
-from pd_deploy.hosts.container_values import create_kwargs
-from pd_deploy.planning import docker_command, placement
+from pd_deploy.hosts import docker_create
+from pd_deploy.planning import placement
 from pd_deploy.planning.plans import Plan
 from tests.unit import example
 
@@ -173,7 +173,7 @@ class TestGpu:
     def test_container_has_all_gpus_and_may_pin_memory(self) -> None:
         made = plan(GPU)
         spec = made.instance("d0").container
-        host = create_kwargs(spec)["config"]["HostConfig"]
+        host = docker_create.request(spec)["config"]["HostConfig"]
         assert host["DeviceRequests"] == [
             {"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}
         ]  # fmt: skip
@@ -181,13 +181,13 @@ class TestGpu:
         assert host["CapAdd"] == ["IPC_LOCK"]
         assert [d["PathOnHost"] for d in host["Devices"]] == ["/dev/infiniband"]
         assert host["Privileged"] is False
-        line = " ".join(docker_command.create(spec))
+        line = " ".join(docker_create.command(spec))
         assert (
             "--device /dev/infiniband --gpus all --cap-add IPC_LOCK --ulimit memlock=-1:-1" in line
         )
 
     def test_router_needs_no_device(self) -> None:
-        host = create_kwargs(plan(GPU).instance("c0").container)["config"]["HostConfig"]
+        host = docker_create.request(plan(GPU).instance("c0").container)["config"]["HostConfig"]
         assert not {"DeviceRequests", "Devices", "CapAdd", "Ulimits"} & host.keys()
 
     def test_router_takes_the_files_arguments_and_each_only_once(self) -> None:
