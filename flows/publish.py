@@ -45,7 +45,7 @@ def already_on(rollout: Rollout) -> State[None]:
     """The last word of a run that found nothing newer."""
     release = rollout.release
     return Completed(
-        message=f"Already on {release.image} ({release.digest[:19]}), "
+        message=f"Already on {release.chosen_image} ({release.digest[:19]}), "
         f"generation {release.generation}: {rollout.rule}"
     )
 
@@ -140,7 +140,7 @@ def _report(
 ) -> str:
     lines = [f"# {rollout.plan.deployment}", "", headline, ""]
     lines += [
-        f"Image `{rollout.release.image}`, `{rollout.plan.pinned_image}` ({rollout.rule})",
+        f"Image `{rollout.release.chosen_image}`, `{rollout.plan.pinned_image}` ({rollout.rule})",
         "",
     ]
     if rollout.attempt.downtime.since:

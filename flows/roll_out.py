@@ -97,7 +97,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str) -> N
         ) from error
     image = ""
     if await promotion.quarantine(back, failed, error):
-        image = f"; its image {failed.release.image} is in quarantine"
+        image = f"; its image {failed.release.chosen_image} is in quarantine"
     reports += [*opened, *await tidy_up(back, reports)]
     raised = RolledBack(
         f"{what}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}",

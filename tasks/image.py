@@ -22,7 +22,7 @@ async def choose_image(
 ) -> Choice:
     """Decides which image the run takes."""
     choice = await surveying.choose(session, states, requested_image)
-    get_run_logger().info("%s: %s", choice.image, choice.rule)
+    get_run_logger().info("%s: %s", choice.chosen_image, choice.rule)
     return choice
 
 

@@ -43,7 +43,7 @@ class Release(_Frozen):
         generation: its name.
         servers: the generation whose servers it runs; another one when only the proxy changed.
         servers_fingerprint: stands for all of its servers.
-        image: the image as somebody wrote it, with a tag.
+        chosen_image: the image as somebody wrote it, with a tag.
         pinned_image: the image by digest, or by id with `pull: never`.
         file_image: what the deployment file said at that time.
         hosts: all its hosts by their names then.
@@ -55,7 +55,8 @@ class Release(_Frozen):
     generation: str
     servers: str
     servers_fingerprint: str
-    image: str
+    # Older versions wrote `image` and `exact`.
+    chosen_image: str = Field(validation_alias=AliasChoices("chosen_image", "image"))
     pinned_image: str = Field(validation_alias=AliasChoices("pinned_image", "exact"))
     file_image: str
     hosts: dict[str, HostAccess]
@@ -179,7 +180,7 @@ class History:
 
     def last_digest(self, image: str) -> str | None:
         """The digest that an image's tag had when it was deployed last, if it was."""
-        deployed = [release for release in self.releases.values() if release.image == image]
+        deployed = [release for release in self.releases.values() if release.chosen_image == image]
         return max(deployed, key=_age).digest if deployed else None
 
     @property
@@ -219,7 +220,7 @@ class Choice:
     """The image that a run takes, and the rule by which. `digest` is None until it is looked up,
     `last_digest` is the one that its tag had when it was deployed last."""
 
-    image: str
+    chosen_image: str
     digest: str | None
     rule: str
     last_digest: str | None = None
@@ -237,10 +238,14 @@ def choose(file_image: str, requested_image: str | None, serving: Release | None
         return Choice(file_image, None, "the file's own")
     if serving.file_image != file_image:
         return Choice(file_image, None, f"the file's own, changed since {serving.generation}")
-    if serving.image == file_image:
-        return Choice(serving.image, serving.digest, f"the file's own, as {serving.generation}")
+    if serving.chosen_image == file_image:
+        return Choice(
+            serving.chosen_image, serving.digest, f"the file's own, as {serving.generation}"
+        )
     return Choice(
-        serving.image, serving.digest, f"promoted with {serving.generation}; the file's is older"
+        serving.chosen_image,
+        serving.digest,
+        f"promoted with {serving.generation}; the file's is older",
     )
 
 
@@ -285,7 +290,7 @@ def _row(history: History, release: Release) -> Mapping[str, str]:
     return {
         "generation": release.generation,
         "created": f"{release.created:%Y-%m-%d %H:%M:%S}",
-        "image": release.image,
+        "image": release.chosen_image,
         "digest": release.digest[:19],
         "started by": release.started_by,
         "result": result,

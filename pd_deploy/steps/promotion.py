@@ -84,7 +84,9 @@ async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bo
     if not is_of_the_service(error):
         return False
     why = Quarantined(
-        image=failed.release.image, when=datetime.now(UTC), reason=str(error).partition("\n")[0]
+        image=failed.release.chosen_image,
+        when=datetime.now(UTC),
+        reason=str(error).partition("\n")[0],
     )
     await write(back, past.record.quarantined(digest, why))
     return True

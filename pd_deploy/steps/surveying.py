@@ -129,7 +129,7 @@ async def choose(
     past, deployment = past_of(states), session.deployment
     if requested_image != tags.NEWEST:
         choice = releases.choose(deployment.image, requested_image, past.serving)
-        return replace(choice, last_digest=past.last_digest(choice.image))
+        return replace(choice, last_digest=past.last_digest(choice.chosen_image))
     policy, place = tags.policy_of(deployment), repository_of(deployment)
     via = session.host(session.topology.proxy.host)
     async with reach(place, login=session.registry_login, via=via) as reached:
@@ -155,7 +155,7 @@ def planned(
         InvalidInput: the file breaks a rule with this image.
     """
     file_image, past = session.deployment.image, past_of(states)
-    deployment = session.deployment.model_copy(update={"image": image.choice.image})
+    deployment = session.deployment.model_copy(update={"image": image.choice.chosen_image})
     placement.build(deployment)  # its rules depend on the image
     session = session.for_deployment(deployment)
     interfaces = {survey.host: survey.interface for survey in states}
@@ -173,7 +173,7 @@ def planned(
         generation=made.plan.generation,
         servers=made.plan.servers,
         servers_fingerprint=made.servers_fingerprint,
-        image=image.choice.image,
+        chosen_image=image.choice.chosen_image,
         pinned_image=image.pinned_image,
         file_image=file_image,
         hosts=host_accesses(deployment),
@@ -264,7 +264,7 @@ async def resolve_image(session: Session, choice: Choice) -> ResolvedImage:
     Raises:
         ImageNotFound: no such image, or with `pull: never` not on every host.
     """
-    deployment = session.deployment.model_copy(update={"image": choice.image})
+    deployment = session.deployment.model_copy(update={"image": choice.chosen_image})
     reference = deployment.image_reference
     if deployment.pull == "never":
         return ResolvedImage(choice, await _present_everywhere(session, reference))
@@ -281,7 +281,7 @@ async def _digest_of(session: Session, choice: Choice, reference: str) -> str:
     except RegistryUnavailable as error:
         name, last = split_image(reference).name, choice.last_digest
         if last and await _all_have(session, f"{name}@{last}"):
-            pinned = f"{choice.image}@{last}"
+            pinned = f"{choice.chosen_image}@{last}"
             error.hint = f"every host has it: `--image {pinned}` needs no registry"
         raise
 

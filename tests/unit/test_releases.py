@@ -42,7 +42,7 @@ def release(generation: str, **but: Any) -> Release:
         "generation": generation,
         "servers": generation,
         "servers_fingerprint": "0123abcd",
-        "image": "omni:1",
+        "chosen_image": "omni:1",
         "pinned_image": example.IMAGE,
         "file_image": "omni:1",
         "hosts": {"a": A, "b": B},
@@ -252,7 +252,7 @@ def test_pruning_again_removes_nothing_more(past: History, count: int) -> None:
         (
             "omni:1",
             None,
-            release(ONE, image="omni:5"),
+            release(ONE, chosen_image="omni:5"),
             ("omni:5", DIGEST, f"promoted with {ONE}; the file's is older"),
         ),
     ],
@@ -262,7 +262,7 @@ def test_which_image_a_run_takes(
     file_image: str, asked: str | None, serving: Release | None, expected: tuple[str, Any, str]
 ) -> None:
     choice = releases.choose(file_image, asked, serving)
-    assert (choice.image, choice.digest, choice.rule) == expected
+    assert (choice.chosen_image, choice.digest, choice.rule) == expected
 
 
 class TestTable:
@@ -417,9 +417,10 @@ def test_a_saved_generation_comes_back_as_it_was(path: Path) -> None:
 
 
 def test_a_release_that_an_older_version_wrote_can_be_read() -> None:
-    """It called the pinned image `exact`; what is written today has the new name."""
+    """It called the pinned image `exact`, and the chosen one `image`."""
     written = release(ONE).model_dump(mode="json")
-    older = {**written, "exact": written.pop("pinned_image")}
+    renamed = {"exact": written.pop("pinned_image"), "image": written.pop("chosen_image")}
+    older = {**written, **renamed}
     assert Release.model_validate(older) == release(ONE)
 
 
