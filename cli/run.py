@@ -10,9 +10,16 @@ from uuid import UUID
 
 import typer
 from prefect import Flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 
 from pd_deploy.cli.prefect_api import ServerLost, reached
 from pd_deploy.errors import PdDeployError
@@ -20,6 +27,7 @@ from pd_deploy.errors import PdDeployError
 POLL_INTERVAL_S = 0.5
 MAX_TASKS = 200
 QUIET_POLLS = 4
+QUEUED = "AwaitingConcurrencySlot"
 _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
 
 
@@ -56,16 +64,36 @@ async def _here(flow: Flow[..., Coroutine[Any, Any, Any]], parameters: dict[str,
 async def _follow(flow_run: UUID) -> int:
     chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
     shown: set[tuple[UUID, UUID]] = set()
-    quiet = 0
+    quiet, ahead = 0, ""
     async with get_client() as client:
         while True:
             run = await client.read_flow_run(flow_run)
             tasks = await client.read_task_runs(flow_run_filter=chosen, limit=MAX_TASKS)
             quiet = 0 if _show(tasks, shown) else quiet + 1
+            if run.state and run.state.name == QUEUED and (now := await _ahead(client, run)):
+                if now != ahead:
+                    typer.echo(f"waits for {now}, which works on the same deployment")
+                ahead = now
             # The server records task runs a little later than the end of their flow run.
             if run.state and run.state.is_final() and quiet >= QUIET_POLLS:
                 return _last_word(run.state)
             await asyncio.sleep(POLL_INTERVAL_S)
+
+
+async def _ahead(client: PrefectClient, run: FlowRun) -> str:
+    """The runs because of which one has to wait in Prefect's queue, in words."""
+    same = DeploymentFilter(
+        id=DeploymentFilterId(any_=[run.deployment_id] if run.deployment_id else [])
+    )
+    active = FlowRunFilterState(
+        type=FlowRunFilterStateType(
+            any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+        )
+    )
+    runs = await client.read_flow_runs(
+        deployment_filter=same, flow_run_filter=FlowRunFilter(state=active)
+    )
+    return ", ".join(f"run {one.name!r} ({one.id}), {one.state_name}" for one in runs)
 
 
 def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> bool:

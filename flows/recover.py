@@ -7,7 +7,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from pd_deploy.config.load import load_deployment
+from pd_deploy.config.models import Deployment
 from pd_deploy.flows import publish
+from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.roll_out import restore, roll_out, survey_hosts
 from pd_deploy.flows.run import this_run
@@ -15,9 +17,11 @@ from pd_deploy.flows.session import locked_session
 from pd_deploy.steps import surveying
 from pd_deploy.tasks.tidy import stop
 
+PATIENCE_S = 24 * 3600
+
 
 @flow(name="pd-recover", flow_run_name=publish.run_name, persist_result=False)
-async def recover(file: str) -> State[None]:
+async def recover(file: str, after: str | None = None) -> State[None]:
     """Finds out from the hosts what serves or is to, and makes it so.
 
     A generation that was promoted is completed; one that was not is stopped, and the one before
@@ -26,8 +30,14 @@ async def recover(file: str) -> State[None]:
 
     Args:
         file: the deployment file; says which deployment, and how its hosts are reached.
+        after: the run that was interrupted, as `prefect.flow-run.ID`; an automation gives it. Then
+            another run that works on the deployment is waited for as long as it takes.
     """
     run, given = this_run(), load_deployment(Path(file))
+    if after:
+        if why := await untouched(after):
+            return Completed(message=f"skipped, as {why}; nothing was touched")
+        given = patient(given)
     async with locked_session(given, str(run)) as session:
         past = surveying.past_of(await survey_hosts(session))
         if past.serving is None:
@@ -40,3 +50,9 @@ async def recover(file: str) -> State[None]:
         rollout = await restore(session, past.serving.generation)
         publish.found(rollout)
         return await roll_out(rollout, run)
+
+
+def patient(deployment: Deployment) -> Deployment:
+    """A deployment whose leases are waited for until any other run has ended."""
+    gates = deployment.gates.model_copy(update={"lease": PATIENCE_S})
+    return deployment.model_copy(update={"gates": gates})

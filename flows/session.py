@@ -4,12 +4,14 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+from prefect import runtime
 from prefect.blocks.core import Block
 
 from pd_deploy.blocks.registry import RegistryCredentials
 from pd_deploy.blocks.ssh import SshCredentials
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.flows.dead import bury
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
@@ -65,10 +67,12 @@ async def locked_session(
     async with open_session(deployment, forget) as session:
         past = await connected(session)
         await open_former(session, past, also(past))
-        lease = locking.lease_for(session, run)
+        lease = locking.lease_for(session, run, str(runtime.flow_run.id))
         locked = LockedSession.of(session, lease)
         async with lease.held(locked.hosts):
             await lock(locked)
+            for owner in {one.flow_run: one for one in lease.dead}.values():
+                await bury(owner, run)
             yield locked
 
 

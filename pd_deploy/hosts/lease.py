@@ -49,8 +49,9 @@ case $2 in
 take)
   if [ -n "$holder" ] && [ "$holder" != "$token" ] && [ "$holder" != "$5" ] && [ "$age" -lt "$4" ]
   then echo "held $age"; cat "$lease"; exit 0; fi
+  dead=; [ -z "$holder" ] || [ "$holder" = "$token" ] || dead=$(sed -n 3p "$lease")
   number=$((number + 1)); put "$token" || exit 1
-  echo "taken $number"
+  echo "taken $number $dead"
   for other in "$dir"/../*/lease; do
     [ "$other" -ef "$lease" ] || [ ! -s "$other" ] || [ -z "$(sed -n 2p "$other")" ] || {
       echo "$(( $(date +%s) - $(stat -c %Y "$other") )) $(sed -n 3p "$other")"; }
@@ -69,6 +70,7 @@ class Owner(BaseModel):
     Attributes:
         deployment: name of the deployment.
         run: name of the run, and its address in the UI if there is one.
+        flow_run: its id at the Prefect server.
         machine: the controller's host name and boot.
         pid: its process there, with its start time so that no other is taken for it.
         ports, devices: what the deployment uses on this host.
@@ -81,6 +83,7 @@ class Owner(BaseModel):
     machine: str
     pid: int
     started: str
+    flow_run: str = ""
     ports: tuple[int, ...] = ()
     devices: tuple[int, ...] = ()
 
@@ -105,6 +108,7 @@ class Lease:
     Attributes:
         numbers: by host address, how often that lease was taken, this time included.
         others: by host address, the leases of other deployments that were found there.
+        dead: runs that held one of the leases without renewing it.
         watchers: told when a lease is lost.
     """
 
@@ -114,6 +118,7 @@ class Lease:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     numbers: dict[str, int] = field(default_factory=dict)
     others: dict[str, list[Other]] = field(default_factory=dict)
+    dead: set[Owner] = field(default_factory=set)
     watchers: list[Callable[[str], None]] = field(default_factory=list)
     lost: PdDeployError | None = None
 
@@ -184,7 +189,9 @@ class Lease:
             head, _, rest = answer.partition("\n")
             verb, _, number = head.partition(" ")
             if verb == "taken":
+                number, _, dead = number.partition(" ")
                 self.numbers[host.address] = int(number)
+                self.dead.update(filter(None, [_owner(dead)]))
                 self.others[host.address] = list(filter(None, map(_other, rest.splitlines())))
                 return
             token, holder = rest.split("\n")[1], _owner(rest.split("\n")[2])

@@ -8,9 +8,9 @@ from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession, Session
 
 
-def lease_for(session: Session, run: str) -> Lease:
-    """A lease, not yet taken, for a run on a session."""
-    owner = Owner(deployment=session.deployment.name, run=run, **this_process())
+def lease_for(session: Session, run: str, flow_run: str) -> Lease:
+    """A lease, not yet taken, for a run on a session; `flow_run` is its id at the server."""
+    owner = Owner(deployment=session.deployment.name, run=run, flow_run=flow_run, **this_process())
     return Lease(session.root, owner, session.deployment.gates.lease_lasts)
 
 

@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 
@@ -39,7 +41,7 @@ async def automated(service: Service, worker: None) -> AsyncIterator[Service]:
 
 @pytest.mark.parametrize("way", ["cancelled", "killed"])
 async def test_interrupted_upgrade_is_recovered_by_itself(
-    automated: Service, prefect: Callable[..., str], way: str
+    automated: Service, prefect: Callable[..., str], prefect_env: dict[str, str], way: str
 ) -> None:
     """The generation before serves again, though nobody asked for it."""
     await deploy(automated.file)
@@ -49,6 +51,8 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
     run = start(prefect)
     await asyncio.to_thread(until, lambda: epoch(automated, "p1") == "2", 60)
     automated.faults("p1")
+    if way == "cancelled":
+        earlier.add(await cancel_a_queued_run(prefect, prefect_env, behind=run))
     if way == "cancelled":
         prefect("prefect", "flow-run", "cancel", str(run))
     else:
@@ -64,18 +68,77 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
         assert ends == {"1": "good", "2": "interrupted"}
 
 
+async def cancel_a_queued_run(
+    prefect: Callable[..., str], prefect_env: dict[str, str], *, behind: UUID
+) -> UUID:
+    """Its follower is told what it waits for, and its recovery, whose id is returned, sees that it
+    never started."""
+    earlier = {run.id for run in await runs_of("pd-recover")}
+    queued = start(prefect)
+    follow = [f"{BIN}/pd-deploy", "follow", str(queued)]
+    follower = await asyncio.create_subprocess_exec(
+        *follow, env=prefect_env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert follower.stdout
+    told = (await asyncio.wait_for(follower.stdout.readline(), 60)).decode()
+    assert re.match(rf"waits for run '.*' \({behind}\), Running, which works on", told), told
+    prefect("prefect", "flow-run", "cancel", str(queued))
+    assert await follower.wait() == 1
+    recovery = await ended("pd-recover", earlier)
+    assert recovery.state
+    assert re.match("skipped, as run '.*' never started", str(recovery.state.message))
+    return recovery.id
+
+
+@long
+async def test_upgrade_whose_machine_dies_is_recovered_by_another_worker(
+    automated: Service, prefect: Callable[..., str], prefect_env: dict[str, str]
+) -> None:
+    """The dead run does not stay Running, and the one that waits for its place gets it."""
+    prefect("prefect", "work-pool", "create", "own-pool", "--type", "process", "--overwrite")
+    async with get_client() as client:
+        known = await client.read_deployment_by_name(f"pd-deploy/{NAME}")
+        await client.update_deployment(known.id, DeploymentUpdate(work_pool_name="own-pool"))
+    await deploy(automated.file)
+    automated.change(settings=CHANGED)
+    automated.faults("p1", load_seconds=60)
+    earlier = {run.id for run in await runs_of("pd-recover")}
+    first, second = worker_on("own-pool", prefect_env), None
+    try:
+        run = start(prefect)
+        await asyncio.to_thread(until, lambda: epoch(automated, "p1") == "2", 60)
+        waiting = start(prefect)
+        automated.faults("p1")
+        first.kill()
+        os.kill(process_of(run), signal.SIGKILL)
+        killed = time.monotonic()
+        second = worker_on("own-pool", prefect_env)
+        recovered = await ended("pd-recover", earlier)
+        print(f"recovered {time.monotonic() - killed:.0f} s after the kill")
+        assert recovered.state
+        assert recovered.state.is_completed(), recovered.state.message
+        async with get_client() as client:
+            dead = await client.read_flow_run(run)
+        assert dead.state
+        assert dead.state.is_crashed()
+        assert "took it over" in str(dead.state.message)
+        assert "Completed: Generation 3-" in prefect("pd-deploy", "follow", str(waiting))
+        assert {epoch(automated, name) for name in INSTANCES} == {"3"}
+        assert automated.completes()
+    finally:
+        for worker in filter(None, (first, second)):
+            worker.kill()
+            worker.wait()
+        prefect("prefect", "--no-prompt", "deploy", "--all")
+
+
 async def test_killed_worker_does_not_interrupt_its_run(
     service: Service, prefect: Callable[..., str], prefect_env: dict[str, str], tmp_path: Path
 ) -> None:
     """The run is a process of its own: it ends well, and gives its leases back."""
     prefect("prefect", "work-pool", "create", "own-pool", "--type", "process", "--overwrite")
     prefect("prefect", "--no-prompt", "deploy", "-n", "lab-qwq-3p1d", "--pool", "own-pool")
-    worker = subprocess.Popen(  # noqa: ASYNC220  killed below
-        [f"{BIN}/prefect", "worker", "start", "-p", "own-pool"],
-        env=prefect_env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    worker = worker_on("own-pool", prefect_env)
     try:
         service.faults("p1", load_seconds=8)
         run = start(prefect, f"file={service.file}")
@@ -108,6 +171,16 @@ async def test_killed_server_leaves_nothing_that_the_next_run_does_not_mend(
     await deploy_by_command(service)
     assert {epoch(service, name) for name in INSTANCES} == {"2"}
     assert service.completes()
+
+
+def worker_on(pool: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A worker of a test's own, which has to kill it."""
+    return subprocess.Popen(
+        [f"{BIN}/prefect", "worker", "start", "-p", pool],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def start(prefect: Callable[..., str], *parameters: str) -> UUID:
@@ -193,7 +266,5 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _update(file: str):  # type: ignore[no-untyped-def]
-    from prefect.client.schemas.actions import DeploymentUpdate
-
+def _update(file: str) -> DeploymentUpdate:
     return DeploymentUpdate(parameters={"file": file})

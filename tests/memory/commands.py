@@ -153,7 +153,8 @@ def _lease(machine: Machine, arguments: Sequence[str], content: str) -> str:
         if holder and holder not in (token, gone) and age < int(lasts):
             return f"held {age}\n{number}\n{holder}\n{owner}\n"
         put(token, str(int(number or 0) + 1), content)
-        return f"taken {int(number or 0) + 1}\n{_others(machine, root)}"
+        dead = owner if holder not in ("", token) else ""
+        return f"taken {int(number or 0) + 1} {dead}\n{_others(machine, root)}"
     if verb == "renew":
         if holder != token:
             return f"lost\n{number}\n{holder}\n{owner}\n"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
 from pd_deploy.flows import publish, session
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
+from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
 from tests.memory.calls import Calls, Moment
@@ -80,6 +82,7 @@ class World:
         self.cluster = Cluster(Clock(), ADDRESSES)
         for machine in self.cluster.machines.values():
             _furnish(machine)
+        self.buried: list[str] = []
         self.push("20250722_26")
 
     def change(self, **changes: Any) -> None:
@@ -117,6 +120,7 @@ class World:
         watch: Callable[[Moment], None] | None = None,
         kill_at: int = 0,
         cancel_at: int = 0,
+        due: datetime | None = None,
         **parameters: Any,
     ) -> Outcome:
         """A run of a flow.
@@ -125,13 +129,14 @@ class World:
             watch: told of each moment; what it raises, the call there raises.
             kill_at, cancel_at: number of the moment at which its process is killed, or at which it
                 is cancelled as Prefect does it.
+            due: when a schedule wanted it to start.
         """
         loop, calls = VirtualLoop(self.cluster.clock), Calls()
         try:
             with _without_prefect(self, calls):
                 outcome = loop.run_until_complete(
                     _carried_out(
-                        _flow_run(flow, {"file": str(self.path), **parameters}),
+                        _flow_run(flow, {"file": str(self.path), **parameters}, due),
                         calls,
                         watch or (lambda _: None),
                         kill_at,
@@ -252,9 +257,14 @@ class World:
         return serving
 
 
-async def _flow_run(flow: Any, parameters: dict[str, Any]) -> Any:
+async def _flow_run(flow: Any, parameters: dict[str, Any], due: datetime | None = None) -> Any:
     """The flow's function, where Prefect says which run it is."""
-    flow_run = FlowRun(flow_id=uuid4(), name=f"run of {flow.name}")
+    flow_run = FlowRun(
+        flow_id=uuid4(),
+        name=f"run of {flow.name}",
+        auto_scheduled=due is not None,
+        expected_start_time=due,
+    )
     context = FlowRunContext.model_construct(flow=flow, flow_run=flow_run, parameters=parameters)
     with context:
         return await flow.fn(**parameters)
@@ -305,12 +315,16 @@ def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
     def host(name: str, address: str, *_: object, **__: object) -> MemoryHost:
         return MemoryHost(name, world.cluster.machines[address], calls)
 
+    async def buried(owner: Owner, _: str) -> None:
+        world.buried.append(owner.flow_run)
+
     async def nowhere(**_: object) -> None: ...
 
     with ExitStack() as stack:
         for target, attribute, replacement in (
             (Task, "__call__", _run_in_place),
             (session, "Host", host),
+            (session, "bury", buried),
             (publish, "acreate_markdown_artifact", nowhere),
             (publish, "acreate_table_artifact", nowhere),
             (time, "monotonic", world.cluster.clock.seconds),

@@ -1,0 +1,59 @@
+"""What the Prefect server is told of runs whose process is gone."""
+
+import asyncio
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.states import Crashed
+
+from pd_deploy.hosts.lease import Owner
+
+PATIENCE_S = 20
+
+
+async def bury(owner: Owner, taker: str) -> None:
+    """Crash a run whose lease ran out, if its server still takes it for alive.
+
+    Otherwise it says "Running" for good, and those that wait for its place in the queue do so
+    until Prefect notices, for minutes. Only an attempt: the hosts do not depend on it.
+
+    Args:
+        owner: whose lease it was.
+        taker: the run that has the lease now.
+    """
+    message = f"Its process is gone: it renewed its lease no longer, and {taker} took it over"
+    try:
+        async with asyncio.timeout(PATIENCE_S), get_client() as client:
+            run = await client.read_flow_run(UUID(owner.flow_run))
+            if run.state and not run.state.is_final():
+                await client.set_flow_run_state(run.id, Crashed(message=message))
+                get_run_logger().info("%s is dead; it is Crashed now", owner.run)
+    except (ObjectNotFound, ValueError):
+        pass  # a run by command, whose temporary server is gone as well
+    except Exception as fault:
+        get_run_logger().warning("%s is dead; the server could not be told: %s", owner.run, fault)
+
+
+async def untouched(resource: str) -> str:
+    """Why a run can't have changed a host; empty when it may have.
+
+    Args:
+        resource: the run as events name it, `prefect.flow-run.ID`.
+    """
+    async with get_client() as client:
+        try:
+            run = await client.read_flow_run(UUID(resource.rpartition(".")[2]))
+        except ObjectNotFound:
+            return ""
+    return _untouched(run)
+
+
+def _untouched(run: FlowRun) -> str:
+    if run.start_time is None:
+        return f"run {run.name!r} never started"
+    if run.parameters.get("dry_run"):
+        return f"run {run.name!r} was a dry run"
+    return ""
