@@ -49,6 +49,8 @@ async def deploy(
             deployment left there can't be removed.
     """
     run, given = this_run(), load_deployment(Path(file))
+    if run.late > given.window:
+        return publish.skipped(run, given)
     if image == NEWEST:
         tags.policy_of(given)
     named = image not in (None, NEWEST)

@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from prefect import State, runtime
@@ -10,6 +11,8 @@ from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
+from pd_deploy.config.models import Deployment
+from pd_deploy.flows.run import Run
 from pd_deploy.planning import actions
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History
@@ -39,6 +42,23 @@ def found(rollout: Rollout) -> None:
         ", ".join(f"{name} ({host.address})" for name, host in plan.hosts.items()),
         serving or "none",
     )
+
+
+def skipped(run: Run, deployment: Deployment) -> State[None]:
+    """The last word of a scheduled run whose time is over."""
+    return Completed(
+        message=f"skipped, as it started {short(run.late)} after its time, and `update.window` of "
+        f"{deployment.name} is {short(deployment.window)}; nothing was touched. Start it by hand, "
+        "or wait for the next"
+    )
+
+
+def short(span: timedelta) -> str:
+    """A time span in hours and minutes, or in seconds if it is less than a minute."""
+    minutes = round(span.total_seconds()) // 60
+    hours = f"{minutes // 60} h" if minutes >= 60 else ""
+    rest = f"{minutes % 60} min" if minutes % 60 else ""
+    return " ".join(filter(None, (hours, rest))) or f"{span.total_seconds():g} s"
 
 
 def already_on(rollout: Rollout) -> State[None]:

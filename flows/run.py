@@ -1,6 +1,7 @@
 """The run itself: its name, its page in the UI, and who or what started it."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from prefect import runtime
 from prefect.context import FlowRunContext
@@ -8,12 +9,17 @@ from prefect.context import FlowRunContext
 
 @dataclass(frozen=True)
 class Run:
-    """A flow run, as others are told of it."""
+    """A flow run, as others are told of it.
+
+    Attributes:
+        late: how long after its scheduled time it started, if a schedule started it.
+    """
 
     name: str
     url: str
     started_by: str
     scheduled: bool
+    late: timedelta
 
     def __str__(self) -> str:
         where = f" ({self.url})" if self.url else ""
@@ -29,4 +35,6 @@ def this_run() -> Run:
     scheduled = bool(flow_run.auto_scheduled)
     started_by = "the schedule" if scheduled else creator or "hand"
     url = runtime.flow_run.ui_url if flow_run.deployment_id else None
-    return Run(flow_run.name, url or "", started_by, scheduled)
+    now = datetime.now(UTC)
+    due = flow_run.expected_start_time if scheduled else None
+    return Run(flow_run.name, url or "", started_by, scheduled, now - (due or now))

@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -103,11 +104,15 @@ class Registry(Model):
         return self
 
 
+WINDOW_S = 7200
+
+
 class UpdatePolicy(Model):
     """Which of a repository's tags count as newer builds of what runs, and their order.
 
     The families are those of `pd_deploy.tags`. `branch` is that of a branch-daily, `pattern` and
-    `order` (names or numbers of its groups, the weightiest first) are those of a pattern.
+    `order` (names or numbers of its groups, the weightiest first) are those of a pattern. `window`
+    is how late a scheduled run may start, in seconds.
     """
 
     family: Literal["daily", "branch-daily", "timestamp", "date", "release", "pattern"]
@@ -115,6 +120,7 @@ class UpdatePolicy(Model):
     branch: Annotated[str | None, Field(validate_default=True)] = None
     pattern: Annotated[str | None, Field(validate_default=True)] = None
     order: tuple[Annotated[int | str, BeforeValidator(parse_group)], ...] = ()
+    window: Seconds = WINDOW_S
 
     @field_validator("branch")
     @classmethod
@@ -470,6 +476,11 @@ class Deployment(Model):
         if self.registry.host is None:
             return self.image
         return f"{self.registry.host}/{split_registry(self.image)[1]}"
+
+    @property
+    def window(self) -> timedelta:
+        """How late a scheduled run may start; see `UpdatePolicy`."""
+        return timedelta(seconds=self.update.window if self.update else WINDOW_S)
 
     @property
     def update_repository(self) -> str:

@@ -4,17 +4,25 @@ import asyncio
 import datetime
 import itertools
 import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 
 from pd_deploy.flows.deploy import deploy
+from tests import prefect_settings
+from tests.e2e.browser import page
 from tests.e2e.conftest import INSTANCES, Service
+
+NIGHTLY = "lab-qwq-3p1d-nightly"
 
 
 async def nightly(service: Service, **parameters: object) -> State[None]:
@@ -133,28 +141,93 @@ async def test_changed_file_blames_no_image(fresh: Service) -> None:
     assert fresh.record()["quarantine"] == {}
 
 
-async def test_scheduled_runs_may_not_keep_a_failed_generation(
-    fresh: Service, worker: None, prefect: Any
-) -> None:
-    """Nobody would look at it, and nobody would be served."""
+@pytest.fixture
+async def scheduled(fresh: Service, worker: None) -> AsyncIterator[DeploymentResponse]:
+    """The service's nightly as prefect.yaml has it, but for the file; off before and after."""
     async with get_client() as client:
-        deployment = await client.read_deployment_by_name("pd-deploy/lab-qwq-3p1d")
-        soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=10)
-        schedule = DeploymentScheduleCreate(
-            schedule=IntervalSchedule(interval=datetime.timedelta(days=30), anchor_date=soon),
-            active=True,
-            parameters={"file": fresh.file, "image": "newest", "on_failure": "keep"},
-        )
-        made = await client.create_deployment_schedules(deployment.id, [schedule])
-        chosen = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+        known = await client.read_deployment_by_name(f"pd-deploy/{NIGHTLY}")
+        parameters = {**known.parameters, "file": fresh.file}
+        await client.update_deployment(known.id, DeploymentUpdate(parameters=parameters))
         try:
-            for _ in range(120):
-                runs = await client.read_flow_runs(deployment_filter=chosen)
-                if scheduled := [run for run in runs if run.auto_scheduled]:
-                    break
-                await asyncio.sleep(0.5)
-            first = min(scheduled, key=lambda run: run.expected_start_time)
-            message = prefect("pd-deploy", "follow", str(first.id), status=1)
+            yield known
         finally:
-            await client.delete_deployment_schedule(deployment.id, made[0].id)
-    assert "expected `rollback` for a scheduled run" in message
+            (schedule,) = known.schedules
+            again = {"schedule": schedule.schedule, "active": False}
+            await client.update_deployment_schedule(known.id, schedule.id, **again)
+            await client.update_deployment(known.id, DeploymentUpdate(parameters=known.parameters))
+
+
+@pytest.fixture
+def switch(
+    scheduled: DeploymentResponse, prefect: Any, tmp_path: Path
+) -> Iterator[dict[str, Callable[[bool], object]]]:
+    """The ways by which a user turns the nightly on and off."""
+    (schedule,) = scheduled.schedules
+    server = prefect_settings.API.removesuffix("/api")
+
+    def by_command(on: bool) -> None:
+        verb, name = "resume" if on else "pause", f"pd-deploy/{NIGHTLY}"
+        prefect("prefect", "deployment", "schedule", verb, name, str(schedule.id))
+
+    def by_api(on: bool) -> None:
+        path = f"/deployments/{scheduled.id}/schedules/{schedule.id}"
+        httpx.patch(f"{prefect_settings.API}{path}", json={"active": on}).raise_for_status()
+
+    with page(tmp_path / "browser") as shown:
+
+        def by_page(on: bool, where: str = "") -> None:
+            shown.open(f"{server}{where}/deployments/deployment/{scheduled.id}")
+            shown.turn(on=on)
+
+        def by_newer_page(on: bool) -> None:
+            by_page(on, "/v2")
+
+        yield {one.__name__: one for one in (by_command, by_api, by_page, by_newer_page)}
+
+
+async def test_whoever_turns_it_on_the_night_takes_the_newer_build(
+    fresh: Service, scheduled: DeploymentResponse, switch: dict[str, Any], prefect: Any
+) -> None:
+    """Whatever Prefect does to the schedule on the way, and if prefect.yaml is applied again."""
+    fresh.push(fresh.tag(1), {"/etc/example": "newer than the file's"})
+    for turn in switch.values():
+        await asyncio.to_thread(turn, True)
+        for run in await due(scheduled):
+            assert run.parameters == {"file": fresh.file, "image": "newest"}
+        await asyncio.to_thread(turn, False)
+        assert not await due(scheduled, active=False)
+    await asyncio.to_thread(switch["by_command"], True)
+    silent = "recover lab-qwq-3p1d after a run that fell silent"
+    prefect("prefect", "automation", "pause", silent)
+    prefect("prefect", "--no-prompt", "deploy", "--all")
+    async with get_client() as client:
+        automations = await client.read_automations()
+        assert {one.name for one in automations if not one.enabled} == {silent}
+        again = await client.read_deployment(scheduled.id)
+        assert again.schedules[0].active
+        parameters = {**again.parameters, "file": fresh.file}
+        await client.update_deployment(scheduled.id, DeploymentUpdate(parameters=parameters))
+        tonight = IntervalSchedule(
+            interval=datetime.timedelta(days=30),
+            anchor_date=datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5),
+        )
+        (schedule,) = scheduled.schedules
+        await client.update_deployment_schedule(scheduled.id, schedule.id, schedule=tonight)
+    prefect("prefect", "automation", "resume", silent)
+    first = min(await due(scheduled), key=lambda run: run.expected_start_time)
+    assert "Completed: Generation 1-" in prefect("pd-deploy", "follow", str(first.id))
+    assert images(fresh) == {fresh.tag(1)}
+
+
+async def due(deployment: DeploymentResponse, *, active: bool = True) -> list[FlowRun]:
+    """The runs that wait for their time, once the schedule is on or off and there are some."""
+    chosen = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+    async with get_client() as client:
+        for _ in range(120):
+            (schedule,) = (await client.read_deployment(deployment.id)).schedules
+            runs = await client.read_flow_runs(deployment_filter=chosen)
+            waiting = [run for run in runs if run.auto_scheduled]
+            if schedule.active is active and bool(waiting) is active:
+                return waiting
+            await asyncio.sleep(0.5)
+    raise AssertionError(f"expected {active=} and runs accordingly, found {schedule} and {waiting}")

@@ -1,6 +1,7 @@
 """The flows on hosts in memory: deploy, upgrade, the way back, and recovery from any moment."""
 
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,40 @@ def test_an_upgrade_that_ends_at_any_moment_is_put_right_by_recovery(
         outcome = twin.run(recover)
         assert outcome.completed, f"{moment}: {outcome.error}"
         twin.assert_coherent()
+
+
+@pytest.mark.parametrize("update", [{}, {"update": {"family": "daily", "window": 14_400}}])
+def test_a_scheduled_run_that_starts_after_its_window_connects_to_no_host(
+    world: World, update: dict[str, object]
+) -> None:
+    """And says why; so do all that come late, one after the other. An earlier one does its work."""
+    world.change(**update)
+    window = timedelta(hours=4 if update else 2)
+    for nights in (2, 1, 0):
+        due = datetime.now(UTC) - window - timedelta(days=nights, minutes=1)
+        outcome = world.run(deploy, image="newest", due=due)
+        assert outcome.message.startswith("skipped, as it started ")
+        assert f"`update.window` of qwq-3p1d is {window.seconds // 3600} h;" in outcome.message
+        assert not outcome.moments
+    assert not world.containers()
+    due = datetime.now(UTC) - window + timedelta(minutes=5)
+    assert world.run(deploy, due=due).message.startswith("Generation 1-")
+
+
+def test_a_scheduled_run_may_not_keep_a_failed_generation(world: World) -> None:
+    """Nobody would look at it, and nobody would be served."""
+    outcome = world.run(deploy, on_failure="keep", due=datetime.now(UTC))
+    assert "expected `rollback` for a scheduled run" in str(outcome.error)
+    assert not outcome.moments
+
+
+def test_a_run_that_died_is_buried_by_the_one_that_takes_its_lease(world: World) -> None:
+    """So that it does not say Running for good. One that gave its lease back is left alone."""
+    assert world.run(deploy).completed
+    assert not world.buried
+    world.run(deploy, image=world.push("20250726_1"), kill_at=150)
+    world.pass_by(5)
+    assert world.run(recover).completed
+    assert len(world.buried) == 1
+    assert world.run(recover).completed
+    assert len(world.buried) == 1

@@ -1,0 +1,109 @@
+"""prefect.yaml: what its deployments, schedules and automations rest on."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import yaml
+from prefect.client.schemas.objects import FlowRun
+from prefect.flow_engine import FlowRunEngine
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.server.schemas.schedules import CronSchedule
+
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.rollback import rollback
+
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).resolve().parents[2] / "prefect.yaml").read_text()
+)["deployments"]
+NIGHTLY = [one for one in DEPLOYMENTS if one["name"].endswith("-nightly")]
+FLOWS = {"flows/deploy.py:deploy": deploy, "flows/rollback.py:rollback": rollback}
+RECOVER = [one for one in DEPLOYMENTS if "recover" in one["entrypoint"]]
+
+
+def test_each_service_with_a_recovery_has_a_nightly_and_no_other_has_a_schedule() -> None:
+    assert {f"{one['name']}-nightly" for one in RECOVER} == {one["name"] for one in NIGHTLY}
+    assert [one for one in DEPLOYMENTS if "schedules" in one] == NIGHTLY
+
+
+@pytest.mark.parametrize("nightly", NIGHTLY, ids=lambda one: one["name"])
+def test_what_makes_a_night_a_night_is_no_parameter_of_a_schedule(nightly: dict[str, Any]) -> None:
+    """Prefect's server forgets those whenever somebody switches the schedule."""
+    service = nightly["name"].removesuffix("-nightly")
+    (by_hand,) = (d for d in DEPLOYMENTS if (d["name"], d["entrypoint"]) == _deploy(service))
+    assert nightly["parameters"] == by_hand["parameters"] | {"image": "newest"}
+    assert nightly["entrypoint"] == by_hand["entrypoint"]
+    assert nightly["tags"] == by_hand["tags"]
+    assert not any("parameters" in schedule for schedule in nightly["schedules"])
+
+
+@pytest.mark.parametrize("one", [*NIGHTLY, *RECOVER], ids=lambda one: one["name"])
+def test_switches_are_kept_by_a_step_that_asks_for_this_very_deployment(
+    one: dict[str, Any],
+) -> None:
+    flow = "pd-deploy" if one in NIGHTLY else "pd-recover"
+    step = {"pd_deploy.flows.switches.as_left": {"deployment": f"{flow}/{one['name']}"}}
+    assert one["build"] == [step]
+    switches = [schedule["active"] for schedule in one.get("schedules", ())]
+    switches += [trigger["enabled"] for trigger in one.get("triggers", ())]
+    names = ["{{ automations.interrupted }}", "{{ automations.silent }}"]
+    assert switches == (["{{ schedule }}"] if one in NIGHTLY else names)
+    for trigger, name in zip(one.get("triggers", ()), ("interrupted", "silent"), strict=False):
+        assert trigger["name"].split()[-1] == name
+
+
+def test_every_deployment_has_its_service_as_a_tag_of_its_own() -> None:
+    """Automations tell services by it; a service's tag must not be a common word of another's."""
+    for one in DEPLOYMENTS:
+        service = one["name"].removesuffix("-nightly")
+        assert one["tags"][0] == service
+        others = [d for d in DEPLOYMENTS if d["name"].removesuffix("-nightly") != service]
+        assert not any(service in other["tags"] for other in others)
+
+
+@pytest.mark.parametrize(
+    ("cron", "after", "due"),
+    [
+        ("30 2 * * *", "2027-03-27T12:00Z", ["03-28T01:30+0100", "03-29T02:30+0200"]),
+        ("30 2 * * *", "2026-10-24T12:00Z", ["10-25T02:30+0200", "10-26T02:30+0100"]),
+        ("0 3 * * *", "2027-03-27T12:00Z", ["03-28T03:00+0200", "03-29T03:00+0200"]),
+    ],
+    ids=["skipped", "repeated", "neither"],
+)
+async def test_a_time_that_the_clock_skips_or_repeats_comes_once(
+    cron: str, after: str, due: list[str]
+) -> None:
+    """As docs/generations.md says; it is Prefect that counts."""
+    schedule = CronSchedule(cron=cron, timezone="Europe/Berlin")
+    dates = await schedule.get_dates(2, start=datetime.fromisoformat(after))
+    assert [f"{date:%m-%dT%H:%M%z}" for date in dates] == due
+
+
+@pytest.mark.parametrize("recover", RECOVER, ids=lambda one: one["name"])
+def test_heartbeats_of_the_service_and_of_no_other_are_waited_for(recover: dict[str, Any]) -> None:
+    """As Prefect's engine makes them and as its server matches them."""
+    (silent,) = (t for t in recover["triggers"] if t["posture"] == "Proactive")
+    fields = {name: value for name, value in silent.items() if name in EventTrigger.model_fields}
+    trigger = EventTrigger.model_validate(fields)
+    for one in DEPLOYMENTS:
+        flow = FLOWS.get(one["entrypoint"])
+        if flow is None:
+            continue
+        run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), tags=one["tags"])
+        resource, related = FlowRunEngine(flow=flow, flow_run=run)._build_heartbeat_event_template()
+        heartbeat = ReceivedEvent(
+            id=uuid4(),
+            occurred=datetime.now(UTC),
+            event="prefect.flow-run.heartbeat",
+            resource=resource,
+            related=[dict(resource) for resource in related],
+        )
+        service = one["name"].removesuffix("-nightly")
+        assert trigger.covers(heartbeat) is (service == recover["name"]), one["name"]
+
+
+def _deploy(service: str) -> tuple[str, str]:
+    return service, NIGHTLY[0]["entrypoint"]
