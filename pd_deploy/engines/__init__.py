@@ -8,5 +8,5 @@ _ENGINES: dict[str, Engine] = {"omniinfer": omniinfer, "vllm": vllm}
 
 
 def get(name: str) -> Engine:
-    """The engine of that name, as the deployment file gives it."""
+    """Return the engine that the deployment file names."""
     return _ENGINES[name]

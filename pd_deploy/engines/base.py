@@ -33,17 +33,17 @@ class Layout:
 
     @classmethod
     def of(cls, deployment: Deployment, generation: str) -> Self:
-        """The layout of a deployment's generation, as the file's paths give it."""
+        """Lay out a deployment's generation below the file's paths."""
         return cls(deployment.name, generation, deployment.paths.state, deployment.paths.logs)
 
     @staticmethod
     def root_of(deployment: Deployment) -> str:
-        """All that pd-deploy writes for a deployment, but for logs."""
+        """Return the directory of all that pd-deploy writes for a deployment, except logs."""
         return f"{deployment.paths.state}/{deployment.name}"
 
     @staticmethod
     def log_root_of(deployment: Deployment) -> str:
-        """All logs of a deployment."""
+        """Return the directory of all logs of a deployment."""
         return f"{deployment.paths.logs}/{deployment.name}"
 
     @property
@@ -57,11 +57,11 @@ class Layout:
         return f"{self.directory}/ranktables"
 
     def instance_directory(self, name: str) -> str:
-        """What pd-deploy writes for one instance."""
+        """Return the directory of what pd-deploy writes for one instance."""
         return f"{self.directory}/{name}"
 
     def start_script(self, name: str) -> str:
-        """The main process of an instance."""
+        """Return the path of an instance's main process."""
         return f"{self.instance_directory(name)}/start.sh"
 
     @property
@@ -70,7 +70,7 @@ class Layout:
         return f"{self.logs}/{self.deployment}/{self.generation}"
 
     def log_directory(self, name: str) -> str:
-        """Log files of one instance."""
+        """Return the directory of an instance's log files."""
         return f"{self.log_root}/{name}"
 
 
@@ -160,7 +160,7 @@ class Engine(Protocol):
     """Where the smoke test sees that KV moved; an image that lacks them makes it not provable."""
 
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-        """The rules of its own that a deployment breaks."""
+        """Yield the engine's own rules that a deployment breaks."""
 
     def members(
         self,
@@ -169,62 +169,62 @@ class Engine(Protocol):
         devices: Sequence[int],
         tensor_parallel: int,
     ) -> Sequence[Member]:
-        """What a pod brings up on each of its hosts, given the number of its devices there."""
+        """Say what a pod brings up on each of its hosts, given the numbers of its devices."""
 
     def read_addresses_command(self, devices: Sequence[int]) -> list[str]:
-        """What to run on a host to see the network addresses of its devices; nothing where the
-        engine needs none."""
+        """Return the command that prints the network addresses of a host's devices; an empty one
+        where the engine needs none."""
 
     def parse_addresses(self, output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
-        """Device addresses from what that command printed.
+        """Parse the device addresses that this command printed.
 
         Raises:
             FactsError: devices without an address.
         """
 
     def prefill_request(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The request that makes a prefill keep the KV of a completion's prompt for decode."""
+        """Build the request that makes a prefill keep the KV of a prompt for decode."""
 
     def decode_request(
         self, body: Mapping[str, Any], answer: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """The request that has decode answer a completion by the KV that prefill's `answer` offers;
-        None if that offers none."""
+        """Build the request that has decode answer a completion with the KV that prefill's `answer`
+        offers; return None if it offers none."""
 
     def longest_prompt(self, deployment: Deployment, topology: Topology) -> int:
-        """Tokens that a prompt and its answer may have together."""
+        """Return how many tokens a prompt and its answer may have together."""
 
     def check_addresses(self, addresses: Mapping[str, Mapping[int, str]]) -> None:
-        """Whether the addresses of all hosts' devices go together: host → device → address.
+        """Check that the addresses of all hosts' devices fit together: host → device → address.
 
         Raises:
             FactsError: several devices have the same one; names them all.
         """
 
     def cache_busting_fields(self, nonce: str) -> dict[str, Any]:
-        """Fields of a request that keep it from being answered out of a prefix cache."""
+        """Return fields that keep a request from being answered from a prefix cache."""
 
     def container(self, service: Service, name: str) -> ContainerSpec:
-        """The container of an instance or of the proxy, without pd-deploy's labels."""
+        """Specify the container of an instance or of the proxy, without pd-deploy's labels."""
 
     def start_script(self, service: Service, name: str) -> str:
-        """The script that is the container's main process."""
+        """Write the script that is the container's main process."""
 
     def ranktables(self, service: Service, host: str) -> Mapping[str, bytes]:
-        """Files that must lie on a host before an instance starts there: path → content; none
-        where the engine needs none."""
+        """Render the files that a host needs before an instance starts there: path → content;
+        none where the engine needs none."""
 
     def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:
-        """Instances that must be started (not ready) before this one."""
+        """List the instances that must be started (not ready) before this one."""
 
     def device_users_command(self) -> list[str]:
-        """What to run on a host to see who uses its devices; empty where that can't be told."""
+        """Return the command that prints who uses a host's devices; empty if none can."""
 
     def device_users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
-        """Those of the devices that somebody uses, and who, from the output of that command."""
+        """Parse which of the devices are in use, and by whom, from what this command printed."""
 
     def command(self, service: Service, name: str) -> list[str]:
-        """What the start script runs in the end."""
+        """Return the arguments of what the start script runs in the end."""
 
     def environment(self, service: Service, name: str) -> dict[str, str]:
-        """What the start script exports."""
+        """Return the variables that the start script exports."""

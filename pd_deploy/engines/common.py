@@ -22,21 +22,20 @@ one_step_on() {
 
 
 def instance_of(service: Service, name: str) -> Instance | None:
-    """The instance of that name; None for the proxy."""
+    """Return the instance of that name; None for the proxy."""
     return next((i for i in service.topology.instances if i.name == name), None)
 
 
 def mount(source: str, target: str | None = None, read_only: bool = False) -> Mount:
-    """A path of the host, at the same place in the container unless `target` says otherwise."""
+    """Mount a path of the host, at the same path unless `target` says otherwise."""
     return Mount(source=source, target=target or source, read_only=read_only)
 
 
 def mounts(
     service: Service, name: str, *, before: Sequence[Mount] = (), after: Sequence[Mount] = ()
 ) -> tuple[Mount, ...]:
-    """What every container sees: the file's own mounts, the logs, the generation's files, the
-    model, the time zone. By target: what the file gives for an instance replaces what stands
-    before it.
+    """List the mounts of a container: the file's own, the logs, the generation's files, the model,
+    the time zone. One that the file gives for an instance replaces one of the same target.
 
     Args:
         before: the engine's, laid over the mounts of all containers.
@@ -45,15 +44,15 @@ def mounts(
     deployment, layout = service.deployment, service.layout
     zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
     instance = instance_of(service, name)
-    found = [*map(_from_file, deployment.container.mounts), *before]
-    found += [mount(layout.log_root), mount(layout.directory, read_only=True)]
-    found += [mount(deployment.model.path), *after, mount(zone, "/etc/localtime", read_only=True)]
-    found += map(_from_file, instance.settings.mounts if instance else ())
-    return tuple({one.target: one for one in found}.values())
+    listed = [*map(_from_file, deployment.container.mounts), *before]
+    listed += [mount(layout.log_root), mount(layout.directory, read_only=True)]
+    listed += [mount(deployment.model.path), *after, mount(zone, "/etc/localtime", read_only=True)]
+    listed += map(_from_file, instance.settings.mounts if instance else ())
+    return tuple({entry.target: entry for entry in listed}.values())
 
 
 def flags(arguments: Mapping[str, Scalar]) -> list[str]:
-    """`--name value` for each argument; true is a bare flag, false leaves it out."""
+    """Write `--name value` for each argument; true is a bare flag, false leaves it out."""
     words: list[str] = []
     for name, value in arguments.items():
         if value is not False:
@@ -62,35 +61,35 @@ def flags(arguments: Mapping[str, Scalar]) -> list[str]:
 
 
 def title(service: Service, name: str) -> str:
-    """The comment that says whose start script it is."""
+    """Write the comment that says whose start script it is."""
     deployment, generation = service.deployment.name, service.layout.generation
     return f"# {name} of {deployment}, generation {generation}; written by pd-deploy"
 
 
 def exports(environment: Mapping[str, str]) -> str:
-    """`export` lines for a start script."""
+    """Write the `export` lines of a start script."""
     return "\n".join(f"export {key}={shlex.quote(value)}" for key, value in environment.items())
 
 
 def text(value: Scalar) -> str:
-    """A value as arguments and variables have it; true is 1, false 0."""
+    """Write a value as arguments and variables have it; true is 1, false 0."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A completion cut down to what prefill has to do: one token, in one piece."""
+    """Cut a completion down to what prefill has to do: one token, in one piece."""
     kept = {key: value for key, value in body.items() if key != "stream_options"}
     return {**kept, "max_tokens": 1, "stream": False}
 
 
 def decode_request(body: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A completion with what prefill's answer says of its KV; None if it says nothing."""
+    """Add what prefill's answer says of its KV to a completion; return None if it says nothing."""
     offered = answer.get("kv_transfer_params")
     return {**body, "kv_transfer_params": offered} if offered else None
 
 
 def longest_sequence(deployment: Deployment) -> int:
-    """Tokens that a prompt and its answer may have on both sides."""
+    """Return how many tokens a prompt and its answer may have on both sides."""
     return min(deployment.model.max_len_prefill, deployment.model.max_len_decode)
 
 

@@ -94,7 +94,7 @@ _PLATFORMS = {
 
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-    """Whole copies of the model per host, and sizes of which the larger is a multiple."""
+    """Demand whole copies of the model per host, and sizes of which the larger is a multiple."""
     if deployment.vllm is None:
         message = f"is missing; profile {deployment.profile} is not one of engine vllm"
         yield "engine-keys", Problem("vllm", message)
@@ -102,8 +102,8 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         tp = pod.tensor_parallel
         for member in pod.members:
             if len(member.devices) % tp:
-                found = f"its devices on {member.host} ({len(member.devices)}), found {tp}"
-                message = f"expected a divisor of {found}"
+                numbers = f"its devices on {member.host} ({len(member.devices)}), found {tp}"
+                message = f"expected a divisor of {numbers}"
                 yield "tensor-parallel", Problem(f"{pod.key}.tensor_parallel", message)
     for decode in topology.decode:
         for prefill in topology.prefill:
@@ -116,7 +116,7 @@ def members(
     devices: Sequence[int],
     tensor_parallel: int,
 ) -> Sequence[Member]:
-    """A copy of the model per `tensor_parallel` devices, behind one API server on the master.
+    """Bring up a copy of the model per `tensor_parallel` devices, and one API server per pod.
 
     Peers ask each copy (NIXL), or each of its devices (Mooncake), on a port of its own.
     """
@@ -134,18 +134,18 @@ def members(
 
 
 def read_addresses_command(devices: Sequence[int]) -> list[str]:
-    """Nothing: peers are found by their hosts' addresses."""
+    """Run nothing: peers are found by their hosts' addresses."""
     return []
 
 
 def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
-    """Nothing to parse."""
+    """Return none."""
     return {}
 
 
 def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What vllm-router sends to a prefill: the connectors of NIXL and Mooncake keep the KV of a
-    request that says so."""
+    """Build what vllm-router sends to a prefill: the connectors of NIXL and Mooncake keep the KV of
+    a request that says so."""
     transfer = {
         "do_remote_decode": True,
         "do_remote_prefill": False,
@@ -158,21 +158,21 @@ def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def longest_prompt(deployment: Deployment, topology: Topology) -> int:
-    """Tokens of the longest prompt, answer included: a longer one than a step's budget is split."""
+    """Return the tokens of the longest prompt and its answer; one over a step's budget is split."""
     return longest_sequence(deployment)
 
 
 def check_addresses(addresses: Mapping[str, Mapping[int, str]]) -> None:
-    """Nothing to check."""
+    """Check nothing: the engine asks for no addresses."""
 
 
 def cache_busting_fields(nonce: str) -> dict[str, Any]:
-    """A salt of its own, which vLLM hashes into the blocks of its prefix cache."""
+    """Return a salt of its own, which vLLM hashes into the blocks of its prefix cache."""
     return {"cache_salt": nonce}
 
 
 def container(service: Service, name: str) -> ContainerSpec:
-    """The container of an instance or of the proxy; the server is its main process.
+    """Specify the container of an instance or of the proxy; the server is its main process.
 
     All GPUs of the host are visible in a server's container, so that servers on one host can move
     KV from device to device; which of them it uses says its environment.
@@ -202,43 +202,43 @@ def container(service: Service, name: str) -> ContainerSpec:
 
 
 def start_script(service: Service, name: str) -> str:
-    """The script that is the container's main process."""
+    """Write the script that is the container's main process."""
     instance = instance_of(service, name)
     return _server_script(service, instance) if instance else _proxy_script(service)
 
 
 def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
-    """None."""
+    """Return none."""
     return {}
 
 
 def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
-    """None: all load at the same time."""
+    """Return none: all load at the same time."""
     return ()
 
 
 def device_users_command() -> list[str]:
-    """None: whether a GPU is free says its driver, differently for each; vLLM looks itself."""
+    """Run nothing: each kind of device tells its users differently, and vLLM checks itself."""
     return []
 
 
 def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
-    """Nobody, as far as can be told."""
+    """Return nobody, as far as can be told."""
     return {}
 
 
 def command(service: Service, name: str) -> list[str]:
-    """`vllm serve …` for an instance, or `vllm-router …`."""
+    """Write `vllm serve …` for an instance, or `vllm-router …`."""
     instance = instance_of(service, name)
     return _serve(service, instance) if instance else _router(service)
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
-    """What the start script exports."""
+    """Return the variables that the start script exports."""
     instance = instance_of(service, name)
     if instance is None:
-        given = service.topology.proxy.entry.environment
-        return {"PYTHONUNBUFFERED": "1"} | {key: text(value) for key, value in given.items()}
+        in_file = service.topology.proxy.entry.environment
+        return {"PYTHONUNBUFFERED": "1"} | {key: text(value) for key, value in in_file.items()}
     platform = _PLATFORMS[_options(service).device]
     interface = service.facts[instance.host].interface
     values: dict[str, Scalar] = {
@@ -253,8 +253,8 @@ def environment(service: Service, name: str) -> dict[str, str]:
 
 
 def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Any]:
-    """How an instance takes part in KV transfer. A transfer that fails fails its request: to
-    compute the prompt again in its place would hide the fault."""
+    """Say how an instance takes part in KV transfer. A transfer that fails fails its request:
+    computing the prompt again instead would hide the fault."""
     options = _options(service)
     config: dict[str, Any] = {
         "kv_connector": options.connector,
@@ -291,16 +291,16 @@ def _options(service: Service) -> VllmOptions:
 
 
 def _devices(service: Service, instance: Instance | None) -> tuple[str, ...]:
-    """Device files: the common ones and, of NPUs, the instance's own; the proxy needs none."""
+    """List the device files: the common ones and an instance's NPUs; the proxy needs none."""
     options = service.deployment.container
     if instance is None:
         return ()
-    own = _options(service).device == "npu" and not options.privileged
-    return (*options.devices, *(f"/dev/davinci{d}" for d in instance.devices if own))
+    has_device_files = _options(service).device == "npu" and not options.privileged
+    return (*options.devices, *(f"/dev/davinci{d}" for d in instance.devices if has_device_files))
 
 
 def _side_channel(service: Service, instance: Instance) -> dict[str, Scalar]:
-    """Where NIXL's peers ask for an instance's KV. A rank adds its number in the pod."""
+    """Say where NIXL's peers ask for an instance's KV. A rank adds its number in the pod."""
     if _options(service).connector != "NixlConnector":
         return {"HCCL_IF_IP": instance.address}
     return {
@@ -310,11 +310,11 @@ def _side_channel(service: Service, instance: Instance) -> dict[str, Scalar]:
 
 
 def _sizes(topology: Topology) -> dict[str, dict[str, int]]:
-    """Parallel sizes of both sides, which Mooncake's connector has to know."""
+    """Return the parallel sizes of both sides, which Mooncake's connector has to know."""
     sides = {"prefill": topology.prefill[0].master, "decode": topology.decode[0].master}
     return {
-        role: {"dp_size": one.data_parallel, "tp_size": one.tensor_parallel}
-        for role, one in sides.items()
+        role: {"dp_size": master.data_parallel, "tp_size": master.tensor_parallel}
+        for role, master in sides.items()
     }
 
 
@@ -339,7 +339,7 @@ def _serve(service: Service, instance: Instance) -> list[str]:
 
 
 def _data_parallel(instance: Instance) -> list[str]:
-    """Ranks of a pod over several hosts follow its master; the others have no API server."""
+    """Have the ranks of a pod over several hosts follow its master; others have no API server."""
     if instance.data_parallel == 1:
         return []
     words = ["--data-parallel-size", str(instance.data_parallel)]
@@ -353,8 +353,9 @@ def _data_parallel(instance: Instance) -> list[str]:
 
 
 def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
-    """Round robin uses every prefill; the router's own default may send all to one. A dead server
-    is left out within 4 s: until then requests to it fail, for the router does not retry."""
+    """Write the router's command. Round robin uses every prefill; its own default may send all to
+    one. A dead server is left out within 4 s; until then requests to it fail, because the router
+    does not retry."""
     topology, proxy, options = service.topology, service.topology.proxy, _options(service)
     backends = [
         word
@@ -377,12 +378,12 @@ def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
 
 
 def _dashed(arguments: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Arguments under the names that the router has; it takes each only once."""
+    """Name arguments as the router does; it takes each only once."""
     return {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
 def _server_script(service: Service, instance: Instance) -> str:
-    """Images for Ascend set up CANN in ~/.bashrc, which may set what ours then replaces."""
+    """Read ~/.bashrc first: images for Ascend set up CANN there; our variables come after it."""
     return f"""\
 #!/bin/bash
 {title(service, instance.name)}
@@ -394,9 +395,9 @@ exec {shlex.join(command(service, instance.name))}
 
 
 def _proxy_script(service: Service) -> str:
-    """Checks that the router is there and takes its arguments, waits to be opened to the smoke test
-    alone, then to clients; then it lives as long as the router does. The router itself opens its
-    port only once every server is healthy.
+    """Write a script that checks that the router is there and takes its arguments, and waits to be
+    opened to the smoke test alone, then to clients. It ends when the router does, which itself
+    opens its port only once every server is healthy.
 
     Asked is /readiness: /health fails as soon as any server is down.
     """

@@ -8,7 +8,7 @@ from pd_deploy.planning import rules
 
 
 def build(deployment: Deployment) -> Topology:
-    """The topology of a deployment that is to be planned.
+    """Derive the topology of a deployment that is to be planned, and check its rules.
 
     Raises:
         InvalidInput: names used twice, and rules that are broken without being allowed to.
@@ -22,8 +22,8 @@ def build(deployment: Deployment) -> Topology:
 
 
 def derive(deployment: Deployment) -> Topology:
-    """The topology of a deployment, whatever rules it breaks: one that was saved has to come back
-    although a later version of pd-deploy has further rules."""
+    """Derive the topology of a deployment, whatever rules it breaks: a saved one has to come back
+    even if a later version of pd-deploy has further rules."""
     (proxy_name, proxy), *_ = deployment.proxy.items()
     prefill = tuple(
         _pod(deployment, "prefill", name, entry, rank)
@@ -45,12 +45,12 @@ def _pod(
     settings = deployment.settings_of(role, entry)
     counts = [len(entry.devices_on(host)) for host in hosts]
     tp = settings.tensor_parallel or (sum(counts) if role == "prefill" else counts[0])
-    brings = engines.get(deployment.engine).members(deployment, role, counts, tp)
+    brought_up = engines.get(deployment.engine).members(deployment, role, counts, tp)
     ports = deployment.ports
     # All members of a pod share the master's port; a decode's API ports count over its hosts.
     base = rank if role == "prefill" else ports.decode_offset + rank
-    own = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
-    zmq = [ports.zmq + one * ports.zmq_step for one in own]
+    offsets = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
+    zmq = [ports.zmq + offset * ports.zmq_step for offset in offsets]
     members = tuple(
         Instance(
             name=name if len(hosts) == 1 else f"{name}-{index}",
@@ -63,15 +63,17 @@ def _pod(
             node_rank=index,
             pod_addresses=tuple(deployment.hosts[h].address for h in hosts),
             master_port=ports.master + base,
-            api_port=ports.api + own[index],
-            api_ports=tuple(ports.api + own[index] + i for i in range(brings[index].servers)),
+            api_port=ports.api + offsets[index],
+            api_ports=tuple(
+                ports.api + offsets[index] + i for i in range(brought_up[index].servers)
+            ),
             zmq_port=zmq[index],
-            kv_ports=tuple(zmq[index] + i for i in range(brings[index].kv_ports)),
+            kv_ports=tuple(zmq[index] + i for i in range(brought_up[index].kv_ports)),
             ray_port=ports.ray + rank,
             tensor_parallel=tp,
-            ranks=brings[index].ranks,
-            server_offset=sum(one.ranks for one in brings[:index]),
-            data_parallel=max(1, sum(one.ranks for one in brings)),
+            ranks=brought_up[index].ranks,
+            server_offset=sum(member.ranks for member in brought_up[:index]),
+            data_parallel=max(1, sum(member.ranks for member in brought_up)),
             settings=settings,
         )
         for index, host in enumerate(hosts)
@@ -80,7 +82,7 @@ def _pod(
 
 
 def _canonical(deployment: Deployment, role: ServingRole, entry: InstanceEntry) -> tuple[str, ...]:
-    """A pod's hosts, the master first. Ray ranks a prefill's other nodes by address as text."""
+    """Order a pod's hosts, the master first. Ray ranks a prefill's others by address as text."""
     master, *others = entry.on
     if role == "prefill":
         others.sort(key=lambda host: deployment.hosts[host].address)

@@ -164,7 +164,7 @@ class Plan(_Frozen):
         }
 
     def instance(self, name: str) -> InstancePlan:
-        """The plan of an instance or of the proxy."""
+        """Return the plan of an instance or of the proxy."""
         return next(h.instances[name] for h in self.hosts.values() if name in h.instances)
 
 

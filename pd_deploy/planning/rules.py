@@ -19,7 +19,7 @@ RESERVED_NAMES = {"ranktables"}
 
 
 def broken(deployment: Deployment, topology: Topology) -> list[Problem]:
-    """Every rule that a deployment breaks and does not allow itself to, and what is never allowed.
+    """List every broken rule that the file does not allow, and every one that it can't allow.
 
     Each problem names its rule.
     """
@@ -92,14 +92,14 @@ def _shared_ports(topology: Topology) -> Iterator[Finding]:
     holder = {(proxy.host, proxy.port): f"the port of proxy {proxy.name}"}
     for instance in topology.instances:
         for purpose, port in instance.ports.items():
-            place = (instance.host, port)
+            endpoint = (instance.host, port)
             if port > 65535:
                 message = f"{purpose} port of {instance.name} would be {port}, above 65535"
                 yield "ports-in-range", Problem("ports", message)
-            if place in holder:
+            if endpoint in holder:
                 message = f"its {purpose} port {port} on host {instance.host} is also"
-                yield "ports-distinct", Problem(instance.key, f"{message} {holder[place]}")
-            holder.setdefault(place, f"the {purpose} port of {instance.name}")
+                yield "ports-distinct", Problem(instance.key, f"{message} {holder[endpoint]}")
+            holder.setdefault(endpoint, f"the {purpose} port of {instance.name}")
 
 
 def _pods(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
@@ -140,8 +140,8 @@ def _device_ids(deployment: Deployment, topology: Topology) -> Iterator[Finding]
 def _devices_of_pod(pod: Pod) -> Iterator[Finding]:
     counts = {member.host: len(member.devices) for member in pod.members}
     if len(set(counts.values())) > 1:
-        found = ", ".join(f"{count} on {host}" for host, count in counts.items())
-        message = f"expected as many devices on each host, found {found}"
+        listed = ", ".join(f"{count} on {host}" for host, count in counts.items())
+        message = f"expected as many devices on each host, found {listed}"
         yield "equal-devices", Problem(f"{pod.key}.devices", message)
 
 
@@ -186,7 +186,7 @@ def _is_ours(deployment: Deployment, target: str) -> bool:
 
 
 def _unused(deployment: Deployment) -> Iterator[Finding]:
-    """Keys that stand in the file or its profile and would change nothing."""
+    """List the keys in the file or its profile that would change nothing."""
     for key in engines.get(deployment.engine).UNUSED_KEYS:
         for path in _given(deployment, key.split(".")):
             message = f"expected it not to be given: engine {deployment.engine} has no use for it"
@@ -194,7 +194,7 @@ def _unused(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _given(part: object, key: list[str]) -> Iterator[str]:
-    """The paths at which a key is given; `*` stands for every entry of a mapping."""
+    """List the paths at which a key is given; `*` stands for every entry of a mapping."""
     first, *rest = key
     if first == "*" and isinstance(part, dict):
         for name, entry in part.items():
@@ -205,7 +205,7 @@ def _given(part: object, key: list[str]) -> Iterator[str]:
 
 
 def hint(problems: list[Problem]) -> str | None:
-    """How to go on when a rule is broken on purpose."""
+    """Say how to go on when a rule is broken on purpose."""
     if any("(rule " in problem.message for problem in problems):
         return "if a rule is broken on purpose, name it in the file: `allow: [RULE]`"
     return None

@@ -39,36 +39,36 @@ class Generation:
 
     @classmethod
     def parse(cls, name: str) -> "Generation | None":
-        """The generation of that name, or None when it is not one."""
+        """Parse a generation's name; return None if it is none."""
         match = re.fullmatch(r"([1-9]\d{0,8})-([0-9a-f]{8})", name, re.ASCII)
         return cls(int(match[1]), match[2]) if match else None
 
 
 def fingerprint(rendered: str) -> str:
-    """Eight hexadecimal digits that stand for all that would run."""
+    """Hash all that would run to eight hexadecimal digits."""
     return hashlib.sha256(rendered.encode()).hexdigest()[:8]
 
 
 def latest(names: Iterable[str]) -> Generation | None:
-    """The youngest generation among the names found on the hosts."""
+    """Return the youngest generation among the names found on the hosts."""
     return max(filter(None, map(Generation.parse, names)), default=None)
 
 
 def desired(names: Iterable[str], wanted: str, serving: str | None = None) -> Generation:
-    """The generation that serves if it is what is wanted, or else the youngest if that is; else
-    the next one."""
-    last = latest(names)
-    for known in (Generation.parse(serving or ""), last):
-        if known and known.fingerprint == wanted:
-            return known
-    return Generation(last.epoch + 1 if last else 1, wanted)
+    """Return the generation with the wanted fingerprint: the one that serves, or else the youngest,
+    if it has it; otherwise the next one."""
+    youngest = latest(names)
+    for generation in (Generation.parse(serving or ""), youngest):
+        if generation and generation.fingerprint == wanted:
+            return generation
+    return Generation(youngest.epoch + 1 if youngest else 1, wanted)
 
 
 def to_stop(
     planned: Mapping[str, str],
     containers: Containers,
 ) -> list[tuple[str, ContainerState]]:
-    """Running containers (with their host) that must stop before a generation can start.
+    """List the running containers, with their host, that must stop before a generation can start.
 
     These are all that are not of its plan; and of it, when a server has ended or is gone, every
     other one, because links between prefill and decode are made once, while loading. The proxy
@@ -91,10 +91,10 @@ def to_stop(
     if ended:
         stopping = others + ours
     elif not complete:
-        stopping = others + [place for place in ours if place not in servers]
+        stopping = others + [proxy for proxy in ours if proxy not in servers]
     return [(host, state) for host, state in stopping if state.status in RUNNING]
 
 
 def numbers(label: str) -> set[int]:
-    """The numbers in a label such as `9000,8000`."""
+    """Read the numbers in a label such as `9000,8000`."""
     return {int(number) for number in label.split(",") if number}

@@ -107,58 +107,58 @@ class Record(_Frozen):
     closed: datetime | None = None
 
     def promoted(self, generation: str, when: datetime, by: str) -> "Record":
-        """The record once a generation has passed all gates; itself if that is what it says.
+        """Make a generation that passed all gates the one that serves, unless it is already.
 
         An image that serves is not quarantined any longer; the caller lifts that by digest.
         """
-        known = self.outcomes.get(generation)
-        if self.serving == generation and known and known.result == "good":
+        before = self.outcomes.get(generation)
+        if self.serving == generation and before and before.result == "good":
             return self
         good = Outcome(result="good", when=when, by=by)
         return self._changed(serving=generation, outcomes={**self.outcomes, generation: good})
 
-    def on(self, places: Iterable[HostAccess]) -> "Record":
-        """The record once a generation is to be made on hosts."""
-        hosts = {**self.hosts, **{place.address: place for place in places}}
+    def on(self, accesses: Iterable[HostAccess]) -> "Record":
+        """Add hosts on which something of the deployment is about to be."""
+        hosts = {**self.hosts, **{access.address: access for access in accesses}}
         return self if hosts == self.hosts else self._changed(hosts=hosts)
 
     def left(self, addresses: Iterable[str]) -> "Record":
-        """The record once nothing of the deployment is on some hosts any more."""
+        """Drop hosts on which nothing of the deployment is any more."""
         gone = set(addresses)
-        hosts = {address: place for address, place in self.hosts.items() if address not in gone}
+        hosts = {address: host for address, host in self.hosts.items() if address not in gone}
         return self if hosts == self.hosts else self._changed(hosts=hosts)
 
     def ended(self, generation: str, outcome: Outcome) -> "Record":
-        """The record once an attempt ended; a generation that was good before stays good."""
-        known = self.outcomes.get(generation)
-        if known and known.result == "good":
+        """Add how an attempt ended; a generation that was good before stays good."""
+        before = self.outcomes.get(generation)
+        if before and before.result == "good":
             return self
         return self._changed(outcomes={**self.outcomes, generation: outcome})
 
     def quarantined(self, digest: str, why: Quarantined) -> "Record":
-        """The record with an image in quarantine."""
+        """Put an image into quarantine."""
         return self._changed(quarantine={**self.quarantine, digest: why})
 
     def released(self, digest: str) -> "Record":
-        """The record with an image out of quarantine."""
+        """Take an image out of quarantine."""
         if digest not in self.quarantine:
             return self
-        rest = {key: why for key, why in self.quarantine.items() if key != digest}
-        return self._changed(quarantine=rest)
+        others = {key: why for key, why in self.quarantine.items() if key != digest}
+        return self._changed(quarantine=others)
 
     def closing(self, when: datetime) -> "Record":
-        """The record when the proxy is about to close; a service that is down already stays so."""
+        """Note since when clients can't connect; a service that is down already stays so."""
         return self if self.closed else self._changed(closed=when)
 
     def opened(self) -> "Record":
-        """The record once clients can connect."""
+        """Note that clients can connect."""
         return self._changed(closed=None) if self.closed else self
 
     def without(self, generations: Iterable[str]) -> "Record":
-        """The record once generations are removed."""
+        """Forget generations that are removed."""
         gone = set(generations)
-        rest = {name: one for name, one in self.outcomes.items() if name not in gone}
-        return self if rest == self.outcomes else self._changed(outcomes=rest)
+        kept = {name: outcome for name, outcome in self.outcomes.items() if name not in gone}
+        return self if kept == self.outcomes else self._changed(outcomes=kept)
 
     def _changed(self, **update: object) -> "Record":
         return self.model_copy(update={"sequence": self.sequence + 1, **update})
@@ -179,7 +179,7 @@ class History:
     found: frozenset[str]
 
     def last_digest(self, image: str) -> str | None:
-        """The digest that an image's tag had when it was deployed last, if it was."""
+        """Return the digest that an image's tag had when it was last deployed, if it was."""
         deployed = [release for release in self.releases.values() if release.chosen_image == image]
         return max(deployed, key=_age).digest if deployed else None
 
@@ -192,22 +192,22 @@ class History:
     def good(self) -> list[str]:
         """Generations that passed all gates, the last promoted last."""
         outcomes = self.record.outcomes.items()
-        found = [(one.when, name) for name, one in outcomes if one.result == "good"]
-        return [name for _, name in sorted(found) if name in self.releases]
+        promoted = [(outcome.when, name) for name, outcome in outcomes if outcome.result == "good"]
+        return [name for _, name in sorted(promoted) if name in self.releases]
 
     def with_release(self, release: Release) -> "History":
-        """The history once a release is written."""
-        known = {**self.releases, release.generation: release}
-        return replace(self, releases=known, found=self.found | {release.generation})
+        """Add a release."""
+        releases = {**self.releases, release.generation: release}
+        return replace(self, releases=releases, found=self.found | {release.generation})
 
     def before(self) -> str | None:
-        """The good generation that served before the present one: where a rollback goes."""
+        """Return the good generation that served before the present one: where a rollback goes."""
         others = [name for name in self.good if name != self.record.serving]
         return others[-1] if others else None
 
     def kept(self, count: int) -> set[str]:
-        """Generations that pruning keeps: what serves, the last `count` good ones besides, and the
-        youngest, whatever became of it. Those whose servers they run stay with them."""
+        """List the generations that pruning keeps: what serves, the last `count` good ones besides,
+        the youngest, whatever became of it, and those whose servers these run."""
         others = [name for name in self.good if name != self.record.serving]
         names = {*others[-count:], *filter(None, [self.record.serving])}
         if youngest := latest(self.found):
@@ -227,10 +227,10 @@ class Choice:
 
 
 def choose(file_image: str, requested_image: str | None, serving: Release | None) -> Choice:
-    """Which image a run without further orders takes.
+    """Choose the image of a run that does not ask for the newest.
 
-    One that the run names wins. Else the promoted image stays, so that a manual run never undoes
-    a nightly one, unless the file's own `image` has changed since.
+    One that the run names wins. Otherwise the promoted image stays, so that a manual run never
+    undoes a nightly one, unless the file's own `image` has changed since.
     """
     if requested_image is not None:
         return Choice(requested_image, None, "the run names it")
@@ -250,25 +250,25 @@ def choose(file_image: str, requested_image: str | None, serving: Release | None
 
 
 def merge(records: Iterable[Record], releases: Iterable[Release], found: Iterable[str]) -> History:
-    """The history from what each host knows."""
+    """Merge what each host knows into one history."""
     newest = max(records, key=lambda record: record.sequence, default=Record())
-    known = {release.generation: release for release in releases}
+    by_generation = {release.generation: release for release in releases}
     names = frozenset(name for name in found if Generation.parse(name))
-    return History(newest, known, names | frozenset(known))
+    return History(newest, by_generation, names | frozenset(by_generation))
 
 
 def digest_of(pinned_image: str) -> str:
-    """The digest in `repository@sha256:…`, or the id itself."""
+    """Return the digest in `repository@sha256:…`, or the id itself."""
     return pinned_image.rpartition("@")[2]
 
 
 def local_tag(deployment: str, generation: str) -> str:
-    """A name on the host that keeps an image of a kept generation from being pruned."""
+    """Make the tag that keeps a kept generation's image on a host from being pruned."""
     return f"pd-deploy/{deployment}:{generation}"
 
 
 def table(history: History) -> Sequence[Mapping[str, str]]:
-    """A row per release, the youngest first."""
+    """List the releases as rows, the youngest first."""
     releases = sorted(history.releases.values(), key=_age, reverse=True)
     return [_row(history, release) for release in releases]
 

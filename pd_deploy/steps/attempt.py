@@ -21,15 +21,15 @@ class Downtime:
     proof: float = 0.0
 
     def begin(self) -> None:
-        """The proxy is about to close; what was down already stays so."""
+        """Note that the proxy is about to close; a service that is down already stays so."""
         self.since = self.since or datetime.now(UTC)
 
     def end(self) -> None:
-        """Clients can connect."""
+        """Note that clients can connect."""
         self.until = datetime.now(UTC)
 
     def never(self) -> None:
-        """Nothing was down after all."""
+        """Note that nothing was down after all."""
         self.since = None
 
     @property
@@ -60,5 +60,5 @@ class Attempt:
 
     @classmethod
     def begin(cls, record: Record) -> "Attempt":
-        """An attempt that has done nothing yet; the service may be down from an earlier one."""
+        """Begin an attempt; the service may be down from an earlier one."""
         return cls(record, Downtime(record.closed))

@@ -20,18 +20,18 @@ class Barrier:
         self._cause = ""
 
     def open(self, gate: str, shown: object) -> None:
-        """Lets those through who wait for this gate, and shows them what opened it."""
+        """Let through those who wait for this gate, and show them what opened it."""
         self._shown[gate] = shown
         self._open[gate].set()
 
     def fail(self, cause: str) -> None:
-        """Ends every wait, present and future, with Abandoned naming the first cause."""
+        """End every wait, present and future, with Abandoned naming the first cause."""
         if not self._failed.is_set():
             self._cause = cause
             self._failed.set()
 
     async def passed(self, gates: Iterable[str]) -> list[object]:
-        """Returns what opened the gates, once all are open.
+        """Wait until all gates are open; return what opened them.
 
         Raises:
             Abandoned: another step failed.
@@ -42,7 +42,7 @@ class Barrier:
         return [self._shown[gate] for gate in gates]
 
     async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of some work, given up as soon as another step fails.
+        """Wait for some work, and give it up as soon as another step fails.
 
         Raises:
             Abandoned: another step failed first.

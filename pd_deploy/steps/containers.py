@@ -24,7 +24,7 @@ CONNECT_S = 5.0
 async def pull(
     rollout: Rollout, name: str, on_progress: Callable[[PullProgress], None] | None = None
 ) -> Report:
-    """Brings the image to a host unless it is there.
+    """Pull the image on a host unless it is there.
 
     Raises:
         NotReady: it took longer than `gates.pull`.
@@ -62,7 +62,7 @@ def _require_architecture(rollout: Rollout, name: str, image: Image) -> None:
 
 
 async def clean_up(rollout: Rollout, instance: str) -> Report:
-    """Stops an instance's containers that must not run any longer, and keeps them."""
+    """Stop an instance's outdated containers; keep them for a rollback."""
     stopping = [
         (host, state)
         for host, state in rollout.stopping()
@@ -78,22 +78,22 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
 
 
 async def launch(rollout: Rollout, instance: str) -> Report:
-    """Creates an instance's directories, start script and container; starts nothing."""
+    """Create an instance's directories, start script and container; start nothing."""
     where, host = rollout.session.topology.host_of(instance), rollout.session.host_of(instance)
     await rollout.locked.may_change(host)
     plan, ranktables = rollout.plan.instance(instance), rollout.plan.hosts[where].ranktables
     shared = [ranktables.directory] if ranktables else []
-    made = await host.make_dirs(plan.directories + shared)
+    created = await host.make_dirs(plan.directories + shared)
     written = await _write(host, [plan.start_script])
     if await _find(rollout, instance):
-        changes = [f"wrote {path}" for path in (*made, *written)]
+        changes = [f"wrote {path}" for path in (*created, *written)]
         return Report("launch", instance, where, bool(changes), ", ".join(changes) or "present")
     await host.docker.create(plan.container)
     return Report("launch", instance, where, True, f"created {plan.container.name}")
 
 
 async def write_ranktables(rollout: Rollout, name: str) -> Report:
-    """Writes a host's ranktable documents.
+    """Write a host's ranktable documents.
 
     Raises:
         OutOfOrder: the generation was not launched.
@@ -108,7 +108,7 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
 
 
 async def prepare_proxy(rollout: Rollout) -> Report:
-    """Starts the proxy's container up to the point where it could open its port.
+    """Start the proxy's container and wait until it is ready to open its port.
 
     Raises:
         OutOfOrder: the generation was not launched.
@@ -126,7 +126,7 @@ async def prepare_proxy(rollout: Rollout) -> Report:
 
 
 async def start_server(rollout: Rollout, instance: str) -> Report:
-    """Starts an instance and waits until its launcher runs.
+    """Start an instance and wait until its launcher runs.
 
     Raises:
         OutOfOrder: the generation was not launched, or has no ranktables.
@@ -145,7 +145,7 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
 
 
 async def let_smoke_test_in(rollout: Rollout) -> str:
-    """Opens a prepared proxy to the smoke test alone, unless it is open to clients already.
+    """Open a prepared proxy to the smoke test alone, unless it is open to clients already.
 
     Returns:
         The address where its port answers on its host.
@@ -170,7 +170,7 @@ async def let_smoke_test_in(rollout: Rollout) -> str:
 
 
 async def open_proxy(rollout: Rollout) -> Report:
-    """Opens the proxy's port to clients; to be called when the smoke test has passed."""
+    """Open the proxy's port to clients; call it once the smoke test has passed."""
     session, name = rollout.session, rollout.session.topology.proxy.name
     where, state = session.topology.proxy.host, await require(rollout, name)
     port = session.topology.proxy.port
@@ -185,7 +185,7 @@ async def open_proxy(rollout: Rollout) -> Report:
 
 
 async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
-    """Stops, after a failure, what this run has started; keeps the containers and their logs.
+    """Stop, after a failure, what this run has started; keep the containers and their logs.
 
     Returns:
         By instance, None if it is stopped, or why it could not be.
@@ -201,8 +201,8 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
 
 
 async def died(rollout: Rollout, instance: str) -> InstanceDied:
-    """The error for an instance that ended: exit code, why if the engine knows it, and the last
-    lines of its logs."""
+    """Describe how an instance ended: exit code, the reason if it is known, and the last lines of
+    its logs."""
     host, state = rollout.session.host_of(instance), await require(rollout, instance)
     code = await host.docker.wait(state.id)
     state = await host.docker.inspect(state.id)
@@ -216,7 +216,7 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
 
 
 async def last_lines(rollout: Rollout, instance: str) -> str:
-    """The end of an instance's output and log files since its last start, for messages."""
+    """Read the end of an instance's output and log files since its last start, for messages."""
     host, state = rollout.session.host_of(instance), await require(rollout, instance)
     output, files = await asyncio.gather(
         host.docker.logs(state.id, tail=LOG_LINES, since=state.started_at),
@@ -229,7 +229,7 @@ async def last_lines(rollout: Rollout, instance: str) -> str:
 
 
 async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | None:
-    """The error for an instance, or the proxy, that has ended or ends within some seconds."""
+    """Return the error for an instance, or the proxy, that has ended or does so in `within` s."""
     names = rollout.session.topology.names
     states = await asyncio.gather(*(require(rollout, name) for name in names))
     ends = {
@@ -239,16 +239,16 @@ async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | Non
     }
     if not ends:
         return None
-    done, running = await asyncio.wait(
+    ended, running = await asyncio.wait(
         ends, timeout=within or None, return_when=asyncio.FIRST_COMPLETED
     )
-    for one in running:
-        one.cancel()
-    return await died(rollout, ends[done.pop()]) if done else None
+    for wait in running:
+        wait.cancel()
+    return await died(rollout, ends[ended.pop()]) if ended else None
 
 
 async def require(rollout: Rollout, instance: str) -> ContainerState:
-    """The generation's container of an instance.
+    """Return the generation's container of an instance.
 
     Raises:
         OutOfOrder: it was not launched.
@@ -327,14 +327,14 @@ async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None
 
 
 async def _one_step_on(rollout: Rollout, state: ContainerState) -> None:
-    """Takes the proxy from prepared to open to the smoke test, and from there to open."""
+    """Take the proxy from prepared to open to the smoke test, and from there to open to clients."""
     session, host = rollout.locked, rollout.session.host_of(rollout.session.topology.proxy.name)
     await session.may_change(host)
     await host.docker.kill(state.id, session.engine.OPEN_SIGNAL, deployment=session.deployment.name)
 
 
 async def _clients_can_connect(rollout: Rollout) -> bool:
-    """Whether something answers where clients ask; its log may have left the start behind."""
+    """Tell whether the proxy answers clients; its log may no longer go back to its start."""
     proxy = rollout.session.topology.proxy
     async with rollout.session.host(proxy.host).http(proxy.address, proxy.port) as client:
         try:
@@ -347,7 +347,7 @@ async def _clients_can_connect(rollout: Rollout) -> bool:
 async def _log_says(
     rollout: Rollout, instance: str, state: ContainerState, text: str, timeout: float
 ) -> None:
-    """Waits for a text in the container's log since its last start."""
+    """Wait for a text in the container's log since its last start."""
     host = rollout.session.host_of(instance)
     said = await host.docker.wait_log(state.id, text, timeout, since=state.finished_at)
     if said == "ended":

@@ -46,22 +46,22 @@ class Saved(BaseModel):
 
     @field_serializer("deployment")
     def _as_given(self, deployment: Deployment) -> dict[str, Any]:
-        """What a level does not give comes from the one below; so what was not given stays out."""
+        """Leave out what was not given: it has to come from the level below again."""
         return deployment.model_dump(mode="json", exclude_unset=True)
 
 
-def merged(found: Iterable[HostRecords]) -> History:
-    """The history from what each host knows."""
-    found = list(found)
+def merged(by_host: Iterable[HostRecords]) -> History:
+    """Merge what each host knows into one history."""
+    records = list(by_host)
     return releases.merge(
-        (one.record for one in found),
-        (release for one in found for release in one.releases),
-        (name for one in found for name in one.generations),
+        (known.record for known in records),
+        (release for known in records for release in known.releases),
+        (name for known in records for name in known.generations),
     )
 
 
 async def read(host: Host, root: str) -> HostRecords:
-    """What a host knows of the deployment whose directory is `root`.
+    """Read what a host knows of the deployment whose directory is `root`.
 
     Raises:
         FactsError: a file of ours there cannot be understood.
@@ -81,7 +81,7 @@ async def read(host: Host, root: str) -> HostRecords:
 
 
 async def write_release(host: Host, root: str, release: Release, saved: Saved) -> list[str]:
-    """Writes a generation's own account of itself on a host; one that is there stays."""
+    """Write a generation's release and plan on a host; if they are there, they stay."""
     directory = f"{root}/{release.generation}"
     if await host.read_file(f"{directory}/{RELEASE}"):
         return []
@@ -94,7 +94,7 @@ async def write_release(host: Host, root: str, release: Release, saved: Saved) -
 
 
 async def write_record(first: Host, others: Iterable[Host], root: str, record: Record) -> None:
-    """Writes what became of the releases: on the first host, which counts, then on the others."""
+    """Write what became of the releases: on the first host, which counts, then on the others."""
     files_of_record = {f"{root}/{RECORD}": File(record.model_dump_json(indent=1).encode(), PRIVATE)}
     await first.write_files(files_of_record)
     await asyncio.gather(
@@ -103,7 +103,7 @@ async def write_record(first: Host, others: Iterable[Host], root: str, record: R
 
 
 async def load(hosts: Mapping[str, Host], root: str, generation: str) -> Saved:
-    """A generation as it was saved, from whichever host has it.
+    """Load a generation as it was saved, from whichever host has it.
 
     Raises:
         NoSuchGeneration: no host has it, or it was written by a version of pd-deploy whose files

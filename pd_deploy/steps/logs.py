@@ -10,33 +10,33 @@ from pd_deploy.records.releases import History
 from pd_deploy.steps.session import Session
 
 
-def chosen(past: History, generation: str | None) -> str:
-    """The generation whose logs are wanted: the youngest, unless one is named.
+def chosen(history: History, generation: str | None) -> str:
+    """Choose the generation whose logs to collect: the youngest, unless one is named.
 
     Raises:
         NoSuchGeneration: nothing of it is on the hosts.
     """
-    wanted = generation or str(generations.latest(past.found) or "")
-    if wanted in past.found:
-        return wanted
+    name = generation or str(generations.latest(history.found) or "")
+    if name in history.found:
+        return name
     raise NoSuchGeneration(
-        f"expected the generation {wanted or 'of any name'} on the hosts, "
-        f"found {', '.join(sorted(past.found)) or 'none'}",
+        f"expected the generation {name or 'of any name'} on the hosts, "
+        f"found {', '.join(sorted(history.found)) or 'none'}",
         hint="`pd-deploy releases FILE` lists those that are kept",
     )
 
 
 async def collect(
-    session: Session, name: str, past: History, generation: str, to: Path
+    session: Session, name: str, history: History, generation: str, to: Path
 ) -> list[Path]:
-    """Copies a host's logs of a generation below a directory here; returns the files.
+    """Copy a host's logs of a generation below a directory here; return the files.
 
     `docker.log` of each instance is what its container printed. A generation that runs the
     servers of another has their logs there.
     """
     host = session.host(name)
     wanted = {generation}
-    if release := past.releases.get(generation):
+    if release := history.releases.get(generation):
         wanted.add(release.servers)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     ours = [c for c in containers if c.labels.get(generations.GENERATION) in wanted]
@@ -46,9 +46,9 @@ async def collect(
         written.append(to / container.labels[generations.INSTANCE] / "docker.log")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
         written[-1].write_text(text)
-    for one in sorted(wanted):
-        if known := past.releases.get(one):
-            written += await _copy_tree(host, known.logs, to)
+    releases = [history.releases[known] for known in sorted(wanted) if known in history.releases]
+    for release in releases:
+        written += await _copy_tree(host, release.logs, to)
     return written
 
 

@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 async def preflight(rollout: Rollout, name: str) -> Report:
-    """Checks paths, disk, devices and ports of a host, and reports all faults in one error.
+    """Check paths, disk, devices and ports of a host, and report all faults in one error.
 
     Raises:
         FileMissing, DiskFull, InUse, PortTaken: the only fault found.
@@ -29,19 +29,19 @@ async def preflight(rollout: Rollout, name: str) -> Report:
         _devices(rollout, host, name),
         _ports(rollout, host, name),
     )
-    faults = [fault for found in checks for fault in found]
+    faults = [fault for faults_of_check in checks for fault in faults_of_check]
     faults += _of_other_deployments(rollout, host, name)
     if len(faults) == 1:
         raise faults[0]
     if faults:
         raise HostError("; ".join(fault.message for fault in faults), host=host.where)
-    survey = rollout.states[name]
-    detail = f"{survey.architecture}, Docker {survey.docker_version}, {survey.interface}"
+    state = rollout.states[name]
+    detail = f"{state.architecture}, Docker {state.docker_version}, {state.interface}"
     return Report("preflight", name, name, False, detail)
 
 
 async def until_free(rollout: Rollout, name: str) -> Report:
-    """Waits until the devices and ports that stopped containers had are really free.
+    """Wait until the devices and ports that stopped containers had are really free.
 
     Raises:
         InUse: they are not within `gates.free`; says who holds them.
@@ -68,7 +68,7 @@ POLL_S = 0.25
 
 
 async def _busy(rollout: Rollout, host: Host, name: str) -> list[str]:
-    """Who still has something that the servers about to start need."""
+    """List who still has something that the servers about to start need."""
     starting = rollout.to_start(name)
     devices = {device for instance in starting for device in instance.devices}
     ports = {port for instance in starting for port in instance.ports}
@@ -111,26 +111,27 @@ async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
 
 
 async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    deployment, survey = rollout.session.deployment, rollout.states[name]
+    deployment, state = rollout.session.deployment, rollout.states[name]
     if name not in rollout.plan.hosts:
         return []
-    wanted = [("logs", deployment.paths.logs, deployment.disk.logs)]
+    needed = [("logs", deployment.paths.logs, deployment.disk.logs)]
     if await host.docker.image(rollout.plan.pinned_image) is None:
-        wanted.append(("the image", survey.docker_root, deployment.disk.image))
-    free = await asyncio.gather(*(host.facts.disk_free(path) for _, path, _ in wanted))
+        needed.append(("the image", state.docker_root, deployment.disk.image))
+    free = await asyncio.gather(*(host.facts.disk_free(path) for _, path, _ in needed))
     return [
         DiskFull(
-            f"expected {least / GIB:.1f} GiB free for {what} at {path}, found {found / GIB:.1f}",
+            f"expected {least / GIB:.1f} GiB free for {purpose} at {path}, "
+            f"found {free_bytes / GIB:.1f}",
             host=host.where,
             hint="free some (`pd-deploy prune FILE` removes old generations), or change `disk`",
         )
-        for (what, path, least), found in zip(wanted, free, strict=True)
-        if found < least
+        for (purpose, path, least), free_bytes in zip(needed, free, strict=True)
+        if free_bytes < least
     ]
 
 
 async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    """Devices that somebody uses who is no running container of this deployment."""
+    """Find devices in use by anything but this deployment's running containers."""
     wanted, ours = _labelled(rollout, name, generations.DEVICES)
     users = await _users(rollout, host, wanted.keys() - ours)
     return [
@@ -171,7 +172,7 @@ def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], 
 
 
 def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[HostError]:
-    """Devices and ports that another deployment's containers have, or its run is about to use."""
+    """Find devices and ports that another deployment's containers have, or its run claims."""
     claims = [(_holder(state), _uses(state)) for state in rollout.states[name].others]
     for other in rollout.locked.lease.others.get(host.address, []):
         if other.age < rollout.session.deployment.gates.lease_lasts:
@@ -179,10 +180,10 @@ def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[H
     for label in (generations.DEVICES, generations.PORTS):
         wanted, _ = _labelled(rollout, name, label)
         for holder, used in claims:
-            both = sorted(wanted.keys() & used[label])
-            if both:
+            shared = sorted(wanted.keys() & used[label])
+            if shared:
                 yield InUse(
-                    f"expected the {label.rpartition('.')[2]} {', '.join(map(str, both))} to be "
+                    f"expected the {label.rpartition('.')[2]} {', '.join(map(str, shared))} to be "
                     f"this deployment's, found that {holder} uses them",
                     host=host.where,
                     hint="tear that deployment down, or change devices or ports in the file",

@@ -15,7 +15,7 @@ _OF_THE_SERVICE = (InstanceDied, NotReady, SmokeTestFailed)
 
 
 async def save(rollout: Rollout, name: str) -> Report:
-    """Writes a generation's account of itself on a host, before anything of it is made."""
+    """Write a generation's release and plan on a host, before anything of it is made."""
     session, host = rollout.locked, rollout.session.host(name)
     await session.may_change(host)
     written = await history.write_release(host, session.root, rollout.release, rollout.saved)
@@ -24,18 +24,18 @@ async def save(rollout: Rollout, name: str) -> Report:
 
 
 async def note_hosts(rollout: Rollout) -> None:
-    """Notes on which hosts something of the deployment will be, so that none is forgotten."""
+    """Record on which hosts something of the deployment will be, so that none is forgotten."""
     await write(rollout, rollout.history.record.on(rollout.release.hosts.values()))
 
 
 async def note_closing(rollout: Rollout) -> None:
-    """Notes that clients are about to be cut off, so that whoever brings the service back, in this
+    """Record that clients are about to be cut off, so that whoever brings the service back, in this
     run or a later one, knows for how long it was down."""
     await write(rollout, rollout.history.record.closing(datetime.now(UTC)))
 
 
 async def promote(rollout: Rollout, by: str) -> Report:
-    """Makes the generation the one that serves.
+    """Make the generation the one that serves.
 
     Its image gets a local name on every host, which keeps it from a `docker image prune`.
     """
@@ -53,12 +53,12 @@ async def promote(rollout: Rollout, by: str) -> Report:
 
 
 async def note_opened(rollout: Rollout) -> None:
-    """Notes that clients are served again."""
+    """Record that clients are served again."""
     await write(rollout, rollout.history.record.opened())
 
 
 async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
-    """Records how an attempt ended."""
+    """Record how an attempt ended."""
     result: Result = "failed" if isinstance(error, Exception) else "interrupted"
     outcome = Outcome(
         result=result,
@@ -70,30 +70,30 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
 
 
 async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bool:
-    """Puts the image of a failed generation into quarantine if the fault is its own.
+    """Put the image of a failed generation into quarantine if the fault is its own.
 
-    To be called when the generation before serves again: then hosts and network are all right. An
+    Call it once the generation before serves again: then hosts and network are all right. An
     image that served before is not to blame either: then the file was changed.
 
     Returns:
         Whether it is in quarantine now.
     """
-    past, digest = back.history, failed.release.digest
-    if digest in {past.releases[name].digest for name in past.good}:
+    history, digest = back.history, failed.release.digest
+    if digest in {history.releases[name].digest for name in history.good}:
         return False
     if not is_of_the_service(error):
         return False
-    why = Quarantined(
+    quarantined = Quarantined(
         image=failed.release.chosen_image,
         when=datetime.now(UTC),
         reason=str(error).partition("\n")[0],
     )
-    await write(back, past.record.quarantined(digest, why))
+    await write(back, history.record.quarantined(digest, quarantined))
     return True
 
 
 def is_of_the_service(error: BaseException) -> bool:
-    """Whether only the service itself is to blame for a failure."""
+    """Tell whether only the service itself is to blame for a failure."""
     if isinstance(error, SeveralFaults):
         return all(map(is_of_the_service, error.faults))
     return isinstance(error, _OF_THE_SERVICE)
@@ -105,7 +105,7 @@ def _step(error: BaseException) -> str:
 
 
 async def write(rollout: Rollout, record: Record, besides: Collection[str] = ()) -> None:
-    """Writes the record if it has changed, on the proxy's host first.
+    """Write the record if it has changed, on the proxy's host first.
 
     Args:
         besides: addresses of hosts that get none.
@@ -121,7 +121,7 @@ async def write(rollout: Rollout, record: Record, besides: Collection[str] = ())
 
 
 async def _copy_where_older(rollout: Rollout) -> None:
-    """Writes the record to hosts that a run which was killed in between has left without it."""
+    """Write the record to hosts that a killed run has left without it."""
     session, record = rollout.locked, rollout.attempt.record
     older = [
         session.hosts[name]

@@ -17,7 +17,7 @@ PATIENCE_S = 5.0
 
 
 async def until_ready(rollout: Rollout, instance: str) -> Report:
-    """Waits until an instance answers on its health endpoint.
+    """Wait until an instance answers on its health endpoint.
 
     The wait ends at once when its container ends, or when another step fails.
 
@@ -37,16 +37,16 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
     ended = asyncio.ensure_future(host.docker.wait(state.id, patience=PATIENCE_S))
     healthy = asyncio.ensure_future(_healthy(rollout, instance))
     try:
-        done, _ = await asyncio.wait(
+        finished, _ = await asyncio.wait(
             {ended, healthy}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
         )
     finally:
         ended.cancel()
         healthy.cancel()
-    if ended in done:
+    if ended in finished:
         ended.result()
         raise await containers.died(rollout, instance)
-    if not done:
+    if not finished:
         raise NotReady(
             f"expected an answer on its health endpoint within {limit:g} s, found none\n"
             + await containers.last_lines(rollout, instance),
@@ -58,11 +58,11 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
 
 
 async def _healthy(rollout: Rollout, instance: str) -> None:
-    """Returns once all API servers of an instance answer 200 on /health. One without any is
-    ready when its pod's master is."""
+    """Wait until all API servers of an instance answer 200 on /health. One without any is ready
+    when its pod's master is."""
     pod = rollout.session.topology.pod_of(instance)
-    place = next(member for member in pod.members if member.name == instance)
-    answering = place if place.api_ports else pod.master
+    member = next(m for m in pod.members if m.name == instance)
+    answering = member if member.api_ports else pod.master
     host = rollout.session.host_of(answering.name)
     waits = [
         asyncio.ensure_future(_server_healthy(host, answering.address, port))

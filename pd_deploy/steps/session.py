@@ -50,15 +50,15 @@ class Session:
         return [name for name in self.hosts if name not in self.deployment.hosts]
 
     def host(self, name: str) -> Host:
-        """A host by its name in the file."""
+        """Return a host by its name in the file."""
         return self.hosts[name]
 
     def host_of(self, instance: str) -> Host:
-        """The host that an instance, or the proxy, runs on."""
+        """Return the host that an instance, or the proxy, runs on."""
         return self.hosts[self.topology.host_of(instance)]
 
     def for_deployment(self, deployment: Deployment) -> Self:
-        """The same hosts for another state of the deployment, each under its name there."""
+        """Take the same hosts for another state of the deployment, each under its name there."""
         by_address = {host.address: host for host in self.hosts.values()}
         named = {name: by_address.pop(entry.address) for name, entry in deployment.hosts.items()}
         for host in by_address.values():
@@ -90,7 +90,7 @@ class LockedSession(Session):
 
     @classmethod
     def of(cls, session: Session, lease: Lease) -> "LockedSession":
-        """A session with a lease on its hosts."""
+        """Give a session a lease on its hosts."""
         return cls(
             session.deployment,
             session.hosts,
@@ -100,7 +100,7 @@ class LockedSession(Session):
         )
 
     async def may_change(self, host: Host) -> None:
-        """To be called before each change on a host: looks whether the run still may.
+        """Check that the run still may change a host; call it before each change.
 
         Raises:
             LeaseLost: another run has taken over.
@@ -112,7 +112,7 @@ class LockedSession(Session):
 
 
 def host_accesses(deployment: Deployment) -> dict[str, HostAccess]:
-    """How the hosts of a deployment are reached."""
+    """Return how the hosts of a deployment are reached."""
     logins = {name: entry.ssh or deployment.ssh for name, entry in deployment.hosts.items()}
     return {
         name: HostAccess(

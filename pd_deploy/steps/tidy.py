@@ -10,7 +10,7 @@ from pd_deploy.engines.base import Layout
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
-from pd_deploy.records.releases import History, local_tag
+from pd_deploy.records.releases import History, Release, local_tag
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession
 
@@ -18,45 +18,51 @@ from pd_deploy.steps.session import LockedSession
 DRAFTS = r"""[ ! -d "$1" ] || find "$1" -xdev -type f -name '.*.tmp' -print -delete"""
 
 
-async def prune(session: LockedSession, name: str, past: History, kept: Collection[str]) -> Report:
-    """Removes the generations that are not kept from a host: containers, files, logs, and the
-    images that no kept one needs."""
+async def prune(
+    session: LockedSession, name: str, history: History, kept: Collection[str]
+) -> Report:
+    """Remove the generations that are not kept from a host: containers, files, logs, and the images
+    that no kept one needs."""
     host = session.host(name)
-    gone = sorted(past.found - set(kept))
+    gone = sorted(history.found - set(kept))
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     removed = [c for c in containers if c.labels.get(generations.GENERATION) in gone]
     await _remove_containers(session, host, removed)
-    for one in gone:
-        await _remove_generation(session, host, past, one)
-    needed = {past.releases[one].pinned_image for one in kept if one in past.releases}
-    images = {past.releases[one].pinned_image for one in gone if one in past.releases} - needed
+    for generation in gone:
+        await _remove_generation(session, host, history, generation)
+    needed = {release.pinned_image for release in _known(history, kept)}
+    images = {release.pinned_image for release in _known(history, gone)} - needed
     await _remove_images(session, host, gone, images)
     drafts = await host.output(["sh", "-c", DRAFTS, "sh", session.root])
     detail = f"removed {', '.join(gone)}" if gone else "nothing to remove"
     return Report("prune", name, name, bool(gone or drafts), detail)
 
 
-async def clear(session: LockedSession, name: str, past: History) -> Report:
-    """Removes everything of the deployment from a host."""
-    host, own = session.host(name), session.deployment.name
-    containers = await host.docker.containers({generations.DEPLOYMENT: own})
+def _known(history: History, generations: Iterable[str]) -> list[Release]:
+    return [history.releases[name] for name in generations if name in history.releases]
+
+
+async def clear(session: LockedSession, name: str, history: History) -> Report:
+    """Remove everything of the deployment from a host."""
+    host, deployment = session.host(name), session.deployment.name
+    containers = await host.docker.containers({generations.DEPLOYMENT: deployment})
     await _remove_containers(session, host, containers)
     await session.may_change(host)
-    images = {release.pinned_image for release in past.releases.values()}
-    await _remove_images(session, host, sorted(past.found), images)
-    logs = {release.logs.rpartition("/")[0] for release in past.releases.values()}
+    images = {release.pinned_image for release in history.releases.values()}
+    await _remove_images(session, host, sorted(history.found), images)
+    logs = {release.logs.rpartition("/")[0] for release in history.releases.values()}
     for path in sorted({*logs, Layout.log_root_of(session.deployment)}):
         await host.remove_tree(path, below=path.rpartition("/")[0])
     # Last, as the lease lies in it.
     session.lease.forget(host)
-    there = await host.remove_tree(session.root, below=session.deployment.paths.state)
+    removed = await host.remove_tree(session.root, below=session.deployment.paths.state)
     detail = f"removed {len(containers)} containers and {session.root}"
-    changed = bool(containers) or there
+    changed = bool(containers) or removed
     return Report("clear", name, name, changed, detail if changed else "nothing to remove")
 
 
 async def stop(session: LockedSession, name: str) -> Report:
-    """Stops all containers of the deployment on a host, the proxy first, and keeps them."""
+    """Stop all containers of the deployment on a host, the proxy first, and keep them."""
     host = session.host(name)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     running = [c for c in containers if c.status in generations.RUNNING]
@@ -72,26 +78,28 @@ async def _remove_containers(
     await _stop(session, host, [s for s in states if s.status in generations.RUNNING])
     if states:
         await session.may_change(host)
-    own = session.deployment.name
-    await asyncio.gather(*(host.docker.remove(s.id, deployment=own) for s in states))
+    deployment = session.deployment.name
+    await asyncio.gather(*(host.docker.remove(s.id, deployment=deployment) for s in states))
 
 
 async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerState]) -> None:
     by_role: dict[bool, list[ContainerState]] = {True: [], False: []}
     for state in running:
         by_role[state.labels.get(generations.ROLE) == "proxy"].append(state)
-    own, seconds = session.deployment.name, session.deployment.container.stop_timeout
+    deployment, seconds = session.deployment.name, session.deployment.container.stop_timeout
     for group in (by_role[True], by_role[False]):
         if group:
             await session.may_change(host)
         await asyncio.gather(
-            *(host.docker.stop(s.id, deployment=own, timeout=seconds) for s in group)
+            *(host.docker.stop(s.id, deployment=deployment, timeout=seconds) for s in group)
         )
 
 
-async def _remove_generation(session: LockedSession, host: Host, past: History, name: str) -> None:
+async def _remove_generation(
+    session: LockedSession, host: Host, history: History, name: str
+) -> None:
     await session.may_change(host)
-    if release := past.releases.get(name):
+    if release := history.releases.get(name):
         await host.remove_tree(release.logs, below=release.logs.rpartition("/")[0])
     await host.remove_tree(f"{session.root}/{name}", below=session.root)
 
@@ -99,11 +107,11 @@ async def _remove_generation(session: LockedSession, host: Host, past: History, 
 async def _remove_images(
     session: LockedSession, host: Host, generations: Iterable[str], images: Iterable[str]
 ) -> None:
-    """Takes our names from images; one that no other deployment keeps goes with its digest."""
-    own = session.deployment.name
+    """Untag the generations' images; remove each that no other deployment keeps."""
+    deployment = session.deployment.name
     for name in generations:
-        if await host.docker.image(local_tag(own, name)):
-            await host.docker.remove_image(local_tag(own, name))
+        if await host.docker.image(local_tag(deployment, name)):
+            await host.docker.remove_image(local_tag(deployment, name))
     for reference in images:
         image = await host.docker.image(reference)
         if image and image.digest and not any(t.startswith("pd-deploy/") for t in image.tags):

@@ -257,7 +257,7 @@ _OF_ENGINE = {c.name for c in CORRECTIONS if c.where == "engine"}
 
 
 def corrected(deployment: Deployment, name: str) -> bool:
-    """Whether a correction of the engine's values applies.
+    """Tell whether a correction of the engine's values applies.
 
     Raises:
         KeyError: the list has no such correction.
@@ -268,7 +268,7 @@ def corrected(deployment: Deployment, name: str) -> bool:
 
 
 def as_markdown() -> str:
-    """The list as a page of the documentation."""
+    """Write the list as a page of the documentation."""
     titles = {
         "engine": "Values, by the engine",
         "profile": "Values, by profiles",

@@ -89,7 +89,7 @@ def members(
     devices: Sequence[int],
     tensor_parallel: int,
 ) -> Sequence[Member]:
-    """A prefill has one API server, on its master; a decode has one per copy of the model."""
+    """Give a prefill one API server, on its master, and a decode one per copy of the model."""
     if role == "prefill":
         return [
             Member(int(not index), int(not index), int(not index)) for index in range(len(devices))
@@ -99,8 +99,8 @@ def members(
 
 
 def longest_prompt(deployment: Deployment, topology: Topology) -> int:
-    """Tokens of the longest prompt, answer included: one that takes more than a step's budget is
-    never scheduled, unless prompts are split (contract section 4.6)."""
+    """Return the tokens of the longest prompt, answer included: one that takes more than a step's
+    budget is never scheduled, unless prompts are split (contract section 4.6)."""
     budgets = [
         budget
         for pod in topology.prefill
@@ -111,12 +111,12 @@ def longest_prompt(deployment: Deployment, topology: Topology) -> int:
 
 
 def cache_busting_fields(nonce: str) -> dict[str, Any]:
-    """Nothing: prefix caching is off in its profiles."""
+    """Return none: prefix caching is off in the profiles."""
     return {}
 
 
 def container(service: Service, name: str) -> ContainerSpec:
-    """The container of an instance or of the proxy (contract section 2.1).
+    """Specify the container of an instance or of the proxy (contract section 2.1).
 
     The server is its main process: exit code, logs and stop mean what they say.
     """
@@ -144,13 +144,13 @@ def container(service: Service, name: str) -> ContainerSpec:
 
 
 def start_script(service: Service, name: str) -> str:
-    """The script that is the container's main process."""
+    """Write the script that is the container's main process."""
     instance = instance_of(service, name)
     return _server_script(service, instance) if instance else _proxy_script(service)
 
 
 def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
-    """The merged document and those of the pods on a host: path → content."""
+    """Render the merged document and those of the pods on a host: path → content."""
     addresses = {name: facts.device_addresses for name, facts in service.facts.items()}
     merged = ranktable.merged(service.topology, addresses)
     files = {_merged_path(service): ranktable.render(merged)}
@@ -161,7 +161,7 @@ def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
 
 
 def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
-    """A prefill on one host starts once decode has started, and decode once the prefills that span
+    """Start a prefill on one host once decode has started, and decode once the prefills that span
     hosts have: all link to each other while loading, so none can wait for another to be ready
     (contract sections 3.3 and 4.5)."""
     instance = next((i for i in topology.instances if i.name == name), None)
@@ -173,17 +173,17 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
 
 
 def device_users_command() -> list[str]:
-    """`npu-smi info` lists all devices and their processes (contract section 7.2)."""
+    """Run `npu-smi info`: it lists all devices and their processes (contract section 7.2)."""
     return npu_smi.COMMAND
 
 
 def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
-    """Who uses which device, from the output of `npu-smi info`."""
+    """Parse who uses which device from the output of `npu-smi info`."""
     return npu_smi.parse_users(output, devices, host=host)
 
 
 def command(service: Service, name: str) -> list[str]:
-    """The launcher's arguments for an instance, or those of the proxy's script."""
+    """Return the launcher's arguments for an instance, or those of the proxy's script."""
     instance = instance_of(service, name)
     if instance is None:
         return _proxy_command(service)
@@ -191,13 +191,13 @@ def command(service: Service, name: str) -> list[str]:
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
-    """What the start script exports, after the image's own ~/.bashrc."""
+    """Return the variables that the start script exports, after the image's own ~/.bashrc."""
     instance = instance_of(service, name)
     return _server_environment(service, instance) if instance else _proxy_environment(service)
 
 
 def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar]:
-    """How an instance takes part in KV transfer (contract section 4.2)."""
+    """Say how an instance takes part in KV transfer (contract section 4.2)."""
     return {
         "kv_connector": "AscendHcclConnectorV1",
         "kv_buffer_device": "npu",
@@ -209,8 +209,8 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Scalar
 
 
 def _engine_id(service: Service, instance: Instance) -> int:
-    given = service.deployment.decode_engine_id
-    return instance.kv_rank if instance.role == "prefill" or given == "kv-rank" else given
+    choice = service.deployment.decode_engine_id
+    return instance.kv_rank if instance.role == "prefill" or choice == "kv-rank" else choice
 
 
 def _code(service: Service) -> str:
@@ -232,11 +232,11 @@ def _container_environment(service: Service, name: str) -> dict[str, str]:
 
 def _mounts(service: Service, name: str) -> tuple[Mount, ...]:
     deployment, proxy = service.deployment, service.topology.proxy
-    own = [] if corrected(deployment, "no-shared-tmp") else [mount("/tmp")]  # noqa: S108
+    shared_tmp = [] if corrected(deployment, "no-shared-tmp") else [mount("/tmp")]  # noqa: S108
     after = [] if deployment.code == "image" else [mount(deployment.code)]
     if proxy.entry.nginx_tarball and name == proxy.name:
         after += [mount(proxy.entry.nginx_tarball, read_only=True)]
-    return mounts(service, name, before=own, after=after)
+    return mounts(service, name, before=shared_tmp, after=after)
 
 
 def _devices(service: Service, instance: Instance | None) -> tuple[str, ...]:
@@ -256,12 +256,12 @@ def _local_path(service: Service, instance: Instance) -> str:
 
 
 def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
-    """Contract section 4.1, with the values that today's `docker exec -e` passes (2.2)."""
+    """Follow contract section 4.1, with the values that today's `docker exec -e` passes (2.2)."""
     topology, model = service.topology, service.deployment.model
     interface = service.facts[instance.host].interface
-    decode_pods = [",".join(pod.addresses) for pod in topology.decode]
-    own = topology.pod_of(instance.name)
-    local = ",".join((own if own.role == "decode" else topology.decode[0]).addresses)
+    decode_pods = [",".join(decode.addresses) for decode in topology.decode]
+    pod = topology.pod_of(instance.name)
+    local = ",".join((pod if pod.role == "decode" else topology.decode[0]).addresses)
     environment = {
         "HOST": instance.name,
         "ROLE": instance.role,
@@ -291,7 +291,7 @@ def _server_environment(service: Service, instance: Instance) -> dict[str, str]:
 
 
 def _devices_of_workers(instance: Instance) -> dict[str, Scalar]:
-    """How the engine's workers find their devices.
+    """Say how the engine's workers find their devices.
 
     A worker takes number `local rank + local DP rank * tensor parallel size - SERVER_OFFSET`; the
     launcher counts the local DP rank over all members of a pod, so the offset takes away the
@@ -338,18 +338,18 @@ def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]
 
 
 def _ray_environment(instance: Instance) -> dict[str, Scalar]:
-    """The engine asks ray for the node of its own address, which it takes from VLLM_HOST_IP; that
-    has to be the address that ray was started with."""
+    """Set VLLM_HOST_IP to the address that ray is started with: the engine asks ray for the node of
+    the address that it finds there."""
     return {**_RAY_ENVIRONMENT, "VLLM_HOST_IP": instance.address}
 
 
 def _launcher(service: Service, instance: Instance) -> list[str]:
-    """Contract section 4.2."""
+    """Write the launcher's command (contract section 4.2)."""
     model, settings = service.deployment.model, instance.settings
     is_decode = instance.role == "decode"
     longest = model.max_len_decode if is_decode else model.max_len_prefill
-    own = (*_LAUNCHER_SWITCHES, *_LAUNCHER_OPTIONS)
-    extra = {name: value for name, value in settings.arguments.items() if name not in own}
+    of_launcher = (*_LAUNCHER_SWITCHES, *_LAUNCHER_OPTIONS)
+    extra = {name: value for name, value in settings.arguments.items() if name not in of_launcher}
     if instance.uses_ray:
         extra["distributed-executor-backend"] = "ray"
     fixed_ports = corrected(service.deployment, "fixed-ports")
@@ -365,7 +365,7 @@ def _launcher(service: Service, instance: Instance) -> list[str]:
         "--tp", str(instance.tensor_parallel),
         "--served-model-name", model.served_name,
         "--max-model-len", str(longest),
-        *flags({name: settings.arguments.get(name, False) for name in own}),
+        *flags({name: settings.arguments.get(name, False) for name in of_launcher}),
         *(["--gpu-util", str(settings.gpu_memory_utilization)]
           if settings.gpu_memory_utilization is not None else []),
         "--extra-args", " ".join(flags(extra)),
@@ -377,7 +377,7 @@ def _launcher(service: Service, instance: Instance) -> list[str]:
 
 
 def _data_parallel(service: Service, instance: Instance) -> list[str]:
-    """Where a decode member's servers stand among those of its pod (contract section 1.6)."""
+    """Place a decode member's servers among those of its pod (contract section 1.6)."""
     offset = instance.server_offset
     if service.deployment.supports.server_offset == "devices":
         offset *= instance.tensor_parallel
@@ -385,7 +385,7 @@ def _data_parallel(service: Service, instance: Instance) -> list[str]:
 
 
 def _proxy_command(service: Service) -> list[str]:
-    """Contract section 5.1."""
+    """Write the command of the proxy's script (contract section 5.1)."""
     topology, proxy = service.topology, service.topology.proxy.entry
     return [
         "bash", "global_proxy.sh",
@@ -403,35 +403,35 @@ def _proxy_command(service: Service) -> list[str]:
 
 
 def _if_known_to_the_image(service: Service) -> str:
-    """Options of the proxy's script that later images have: the batch sizes of both sides, by
+    """Write the options that only later images' scripts have: the batch sizes of both sides, by
     which `pd_score_balance` counts free slots (16 and 32 unless given), and where requests are
     logged. An older script ends at an option that it does not know, so each is tried first.
     """
-    name, given = service.topology.proxy.name, service.topology.proxy.entry.arguments
+    name, arguments = service.topology.proxy.name, service.topology.proxy.entry.arguments
     options: dict[str, Scalar | None] = {
         "prefill-max-num-seqs": _most_sequences(service.topology.prefill),
         "decode-max-num-seqs": _most_sequences(service.topology.decode),
         "access-log-file": f"{service.layout.log_directory(name)}/nginx_access.log",
     }
-    own = {argument.replace("_", "-") for argument in given}
+    in_file = {argument.replace("_", "-") for argument in arguments}
     lines = ['takes() { "${proxy[@]}" "$@" --dry-run >/dev/null 2>&1 && proxy+=("$@"); }']
     lines += [
         shlex.join(["takes", f"--{option}", text(value)])
         for option, value in options.items()
-        if value is not None and option not in own
+        if value is not None and option not in in_file
     ]
     return "\n".join(lines)
 
 
 def _most_sequences(pods: Sequence[Pod]) -> int | None:
-    """The largest `max-num-seqs` among pods; None if none of them says."""
-    given = [
+    """Return the largest `max-num-seqs` among pods; None if none of them gives one."""
+    numbers = [
         int(value)
         for pod in pods
         for name, value in pod.master.settings.arguments.items()
         if name.replace("_", "-") == "max-num-seqs" and str(value).isdecimal()
     ]
-    return max(given, default=None)
+    return max(numbers, default=None)
 
 
 def _servers(pods: Iterable[Pod]) -> list[str]:
@@ -439,9 +439,9 @@ def _servers(pods: Iterable[Pod]) -> list[str]:
 
 
 def _proxy_environment(service: Service) -> dict[str, str]:
-    """Where an image without nginx finds its sources, and what the file gives."""
-    given = service.topology.proxy.entry.environment
-    return _build_environment(service) | {key: text(value) for key, value in given.items()}
+    """Say where an image without nginx finds its sources; add what the file gives."""
+    in_file = service.topology.proxy.entry.environment
+    return _build_environment(service) | {key: text(value) for key, value in in_file.items()}
 
 
 def _build_environment(service: Service) -> dict[str, str]:
@@ -474,7 +474,7 @@ echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
 
 
 def _ray(instance: Instance) -> str:
-    """Brings up the executor that spans the pod's hosts, on its master (contract section 1.5)."""
+    """Bring up the executor that spans the pod's hosts, on its master (contract section 1.5)."""
     if not (instance.uses_ray and instance.is_master):
         return ""
     nodes = len(instance.pod_addresses)
@@ -496,7 +496,7 @@ done
 
 
 def _ray_worker(instance: Instance) -> list[str]:
-    """Joins the master's executor as soon as it listens, and stays as long as it lives."""
+    """Join the master's executor as soon as it listens, and stay as long as it lives."""
     master = f"{instance.master_address}:{instance.ray_port}"
     join = [
         "ray", "start", f"--address={master}", f"--node-ip-address={instance.address}",
@@ -512,8 +512,8 @@ def _ray_worker(instance: Instance) -> list[str]:
 
 
 def _proxy_script(service: Service) -> str:
-    """Prepares, tests the configuration, waits to be opened to the smoke test alone, then to
-    clients; then it lives as long as nginx does. Stopping it drains nginx."""
+    """Write a script that prepares nginx, tests its configuration, and waits to be opened to the
+    smoke test alone, then to clients. It ends when nginx does; stopping it drains nginx."""
     code, port = shlex.quote(_code(service)), service.topology.proxy.port
     return f"""\
 #!/bin/bash

@@ -24,26 +24,26 @@ class Change:
 
 
 def built(tag: str) -> date | None:
-    """The day that stands in a tag; None if there is none, or more than one."""
+    """Read the day in a tag; return None if there is none, or more than one."""
     days = _days(tag)
     return days.pop() if len(days) == 1 else None
 
 
 def release(tag: str) -> tuple[int, int, int] | None:
-    """The version of a release's tag, `release_v0.4.2` or with a suffix."""
+    """Read the version in a release's tag, `release_v0.4.2` or with a suffix."""
     match = _RELEASE.match(tag)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 def since(tag: str, change: Change) -> bool | None:
-    """Whether an image has a change: by the day in its tag and, of a release, by its version.
+    """Tell whether an image has a change, by the day in its tag and a release's version.
 
     None where the tag has neither, or they contradict each other.
     """
-    found = {day >= change.day for day in _days(tag)}
+    answers = {day >= change.day for day in _days(tag)}
     if version := release(tag):
-        found.add(version >= change.version)
-    return found.pop() if len(found) == 1 else None
+        answers.add(version >= change.version)
+    return answers.pop() if len(answers) == 1 else None
 
 
 def _days(tag: str) -> set[date]:

@@ -22,8 +22,8 @@ CHANGE = image_age.Change(day=date(2025, 8, 13), version=(0, 4, 0))
 
 
 def size(deployment: Deployment, topology: Topology) -> int:
-    """What every instance is given. `by-image` without a known age, which the rule has to allow,
-    takes the later meaning."""
+    """Return the size that every instance is given. `by-image` without a known age, which the rule
+    has to allow, takes the later meaning."""
     value = deployment.kv_parallel_size
     if value == "by-image":
         return _number(_meaning(deployment) or _NEW, topology)
@@ -31,18 +31,18 @@ def size(deployment: Deployment, topology: Topology) -> int:
 
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-    """A size that is not the image's, or `by-image` where the tag does not tell the age."""
+    """Yield a size that is not the image's, or `by-image` where the tag does not tell the age."""
     value, meaning = deployment.kv_parallel_size, _meaning(deployment)
     if value == "by-image" and meaning is None:
         yield "kv-parallel-size", Problem("kv_parallel_size", _untold(deployment))
     if value == "by-image" or meaning is None:
         return
-    given, right = _number(value, topology), _number(meaning, topology)
-    if given != right:
+    actual, expected = _number(value, topology), _number(meaning, topology)
+    if actual != expected:
         when = "before 2025-08-13" if meaning == _OLD else "on 2025-08-13 or later"
         message = (
-            f"expected {meaning} ({right}) for the image {split_image(deployment.image).tag}, "
-            f"built {when}, found {_shown(value, given)}: decode would read the KV of other heads "
+            f"expected {meaning} ({expected}) for the image {split_image(deployment.image).tag}, "
+            f"built {when}, found {_shown(value, actual)}: decode would read the KV of other heads "
             "and answer garbage; remove the key, its default is by-image"
         )
         yield "kv-parallel-size", Problem("kv_parallel_size", message)

@@ -15,7 +15,7 @@ _HBM = re.compile(r"(\d+)\s*/\s*\d+\s*$")
 
 
 def parse_users(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
-    """Those of the devices that somebody uses, each with who it is.
+    """Parse which of the devices are in use, each with its user.
 
     Raises:
         FactsError: devices that `npu-smi info` does not list.
@@ -33,7 +33,7 @@ def parse_users(output: str, devices: Sequence[int], *, host: str) -> dict[int, 
 
 
 def _read(rows: Sequence[list[str]]) -> tuple[dict[tuple[int, int], int], dict[int, str]]:
-    """(NPU, chip) → device id, and device id → user."""
+    """Read (NPU, chip) → device id, and device id → user."""
     ids: dict[tuple[int, int], int] = {}
     users: dict[int, str] = {}
     for above, row in itertools.pairwise(rows):
@@ -53,7 +53,7 @@ def _read(rows: Sequence[list[str]]) -> tuple[dict[tuple[int, int], int], dict[i
 
 
 def _cells(line: str) -> list[str]:
-    """The cells of a table row; none for a frame."""
+    """Split a table row into its cells; none for a frame."""
     if not line.startswith("|"):
         return []
     return [cell.strip() for cell in line.strip().strip("|").split("|")]

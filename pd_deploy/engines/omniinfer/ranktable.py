@@ -15,7 +15,7 @@ DeviceAddresses = Mapping[str, Mapping[int, str]]
 
 
 def local(pod: Pod, addresses: DeviceAddresses) -> dict[str, Any]:
-    """The document of one pod; `server_count` is text on one host, a number on several."""
+    """Build the document of one pod; `server_count` is text on one host, a number on several."""
     return {
         "version": "1.0",
         "status": "completed",
@@ -26,7 +26,7 @@ def local(pod: Pod, addresses: DeviceAddresses) -> dict[str, Any]:
 
 
 def merged(topology: Topology, addresses: DeviceAddresses) -> dict[str, Any]:
-    """The document of the whole service: one group per pod in canonical order.
+    """Build the document of the whole service: one group per pod in canonical order.
 
     The KV-transfer id of a device is the running count over this order, so it must be the same
     on every host; here `server_count` is always a number.
@@ -43,32 +43,32 @@ def merged(topology: Topology, addresses: DeviceAddresses) -> dict[str, Any]:
 
 
 def render(document: Mapping[str, Any]) -> bytes:
-    """The document as file content."""
+    """Write the document as file content."""
     return json.dumps(document, indent=4).encode() + b"\n"
 
 
 def read_addresses_command(devices: Iterable[int]) -> list[str]:
-    """One command that prints the address of every device, for `parse_addresses`."""
+    """Return one command that prints the address of every device, for `parse_addresses`."""
     script = 'for i in "$@"; do echo "device $i"; hccn_tool -i "$i" -ip -g 2>&1; done; true'
     return ["sh", "-c", script, "hccn_tool", *map(str, devices)]
 
 
 def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
-    """Device addresses from the output of `read_addresses_command`.
+    """Parse the device addresses in the output of `read_addresses_command`.
 
     Raises:
-        FactsError: devices without a valid IPv4 address, all of them, with what was seen; or an
+        FactsError: devices without a valid IPv4 address, all of them, with what was printed; or an
             address that two devices share.
     """
     sections = re.split(r"^device (\d+)\n", output, flags=re.MULTILINE)[1:]
-    seen = dict(zip(map(int, sections[::2]), sections[1::2], strict=True))
-    found = {device: _address(seen.get(device, "")) for device in devices}
+    outputs = dict(zip(map(int, sections[::2]), sections[1::2], strict=True))
+    addresses = {device: _address(outputs.get(device, "")) for device in devices}
     bad = [
-        f"device {device}: {seen.get(device, '').strip() or 'no output'}"
-        for device, address in found.items()
+        f"device {device}: {outputs.get(device, '').strip() or 'no output'}"
+        for device, address in addresses.items()
         if address is None
     ]
-    good = [address for address in found.values() if address]
+    good = [address for address in addresses.values() if address]
     bad += [f"address {a} is given twice" for a in sorted({a for a in good if good.count(a) > 1})]
     if bad:
         raise FactsError(
@@ -77,11 +77,11 @@ def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[i
             host=host,
             hint="configure the devices' network with `hccn_tool -i DEVICE -ip -s address …`",
         )
-    return {device: address for device, address in found.items() if address}
+    return {device: address for device, address in addresses.items() if address}
 
 
 def check_addresses(addresses: DeviceAddresses) -> None:
-    """Whether every device has an address of its own, over all hosts.
+    """Check that every device has an address of its own, over all hosts.
 
     Devices leave the factory with the same addresses on every host; two of them would link with
     each other's peers.
@@ -114,7 +114,7 @@ def _address(text: str) -> str | None:
 
 
 def _servers(pod: Pod, addresses: DeviceAddresses) -> list[dict[str, Any]]:
-    """A pod's hosts in its order; ranks count over all of them."""
+    """List a pod's hosts in its order; ranks count over all of them."""
     rank = count()
     return [
         {

@@ -42,7 +42,7 @@ DERIVED_PROXY_ENVIRONMENT = frozenset({
 
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-    """The rules that a deployment breaks: name and place."""
+    """Yield the rules that a deployment breaks: name and place."""
     yield from _pods(topology)
     yield from _prefill_sizes(topology)
     for pod in topology.decode:
@@ -71,7 +71,7 @@ def _pods(topology: Topology) -> Iterator[Finding]:
 
 
 def _prefill_sizes(topology: Topology) -> Iterator[Finding]:
-    """The engine links decode with every prefill by the first one's size."""
+    """Compare prefills' sizes: the engine links decode with every prefill by the first one's."""
     first, *others = topology.prefill
     for pod in others:
         if pod.device_count != first.device_count:
@@ -84,14 +84,14 @@ def _prefill_sizes(topology: Topology) -> Iterator[Finding]:
 
 
 def _decode_devices(pod: Pod) -> Iterator[Finding]:
-    """A worker of one of several copies takes the device of its own number on the host; nothing
-    that could be exported moves them to others."""
+    """Check decode's devices: a worker of one of several copies takes the device of its own number
+    on the host, and no variable moves it to another."""
     odd = [m for m in pod.members if m.devices != tuple(range(len(m.devices)))]
     if pod.has_copies and odd:
         expected = f"0-{len(odd[0].devices) - 1}" if len(odd[0].devices) > 1 else "0"
-        found = ", ".join(f"{member.device_list} on {member.host}" for member in odd)
+        listed = ", ".join(f"{member.device_list} on {member.host}" for member in odd)
         message = (
-            f"expected {expected} in this order, found {found}: with several copies of the model "
+            f"expected {expected} in this order, found {listed}: with several copies of the model "
             f"({pod.master.data_parallel}) the engine counts decode's devices from 0 on each host "
             "by itself; put a prefill on the other devices"
         )
