@@ -56,9 +56,6 @@ async def abort(
     on_failure: OnFailure,
 ) -> None:
     """Stops what the run has started, records why, and goes back where there is a way back."""
-    if not isinstance(error, Exception):
-        for host in rollout.session.hosts.values():
-            host.reopen_files()
     if on_failure == "keep" and isinstance(error, Exception):
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
         await promotion.note_failure(rollout, error, str(run))

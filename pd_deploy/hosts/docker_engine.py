@@ -40,6 +40,7 @@ from pd_deploy.hosts.container_values import (
 from pd_deploy.hosts.docker_errors import container_error, explanation, pull_error
 from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.files import together
+from pd_deploy.hosts.settled import settled
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.hosts.tunnel import Tunnel
 
@@ -151,7 +152,7 @@ class DockerEngine:
     async def tag(self, ref: str, name: str) -> None:
         """Gives the image `ref` the further name `repository:tag`, so that no prune takes it."""
         repository, tag = parse_repository_tag(name)
-        await self._do(f"tag {ref} as {name}", lambda c: c.tag(ref, repository, tag))
+        await self._change(f"tag {ref} as {name}", lambda c: c.tag(ref, repository, tag))
 
     async def remove_image(self, name: str) -> None:
         """Takes a name from an image, and the image with its last one, if no container uses it."""
@@ -195,7 +196,7 @@ class DockerEngine:
             FileMissing: the source of a mount does not exist.
         """
         request = docker_create.request(spec)
-        created = await self._do(
+        created = await self._change(
             f"create {spec.name}",
             lambda c: c.create_container_from_config(**request),  # type: ignore[no-untyped-call]
         )
@@ -207,7 +208,7 @@ class DockerEngine:
         Raises:
             FileMissing: a device does not exist.
         """
-        await self._do(f"start {container}", lambda c: c.start(container))
+        await self._change(f"start {container}", lambda c: c.start(container))
 
     async def stop(self, container: str, *, deployment: str, timeout: int = 30) -> None:
         """Stops a container of the deployment; nothing happens if it does not run.
@@ -224,13 +225,13 @@ class DockerEngine:
     async def kill(self, container: str, signal: str = "SIGKILL", *, deployment: str) -> None:
         """Sends a signal to a container of the deployment; NotOurs as in `stop`."""
         own = await self._own(container, deployment)
-        await self._do(f"kill {own.name}", lambda c: c.kill(own.id, signal))
+        await self._change(f"kill {own.name}", lambda c: c.kill(own.id, signal))
 
     async def remove(self, container: str, *, deployment: str, force: bool = False) -> bool:
         """Removes a container of the deployment; False if it was gone. NotOurs as in `stop`."""
         try:
             own = await self._own(container, deployment)
-            await self._do(
+            await self._change(
                 f"remove {own.name}", lambda c: c.remove_container(own.id, v=True, force=force)
             )
         except ContainerMissing:
@@ -352,6 +353,10 @@ class DockerEngine:
             return await self._do(what, call)
         except ConnectionDropped:
             return await self._do(what, call)
+
+    async def _change(self, what: str, call: Callable[[APIClient], T]) -> T:
+        """A short call that changes the host: a cancelled caller waits for its end."""
+        return await settled(self._do(what, call))
 
     async def _do(self, what: str, call: Callable[[APIClient], T]) -> T:
         tunnel, client = await self._client()

@@ -5,7 +5,7 @@ import contextlib
 import posixpath
 import secrets
 import stat
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,11 +47,22 @@ class Files:
         self._sftp = sftp
         self._where = where
 
-    async def write(self, files: Mapping[str, File], dir_mode: int) -> list[str]:
-        """Writes those that differ; returns their paths, sorted."""
-        await self.make_dirs({posixpath.dirname(path) for path in files}, dir_mode)
-        changed = await together(self._write(path, file) for path, file in files.items())
-        return sorted(path for path in changed if path)
+    async def write(self, path: str, file: File) -> bool:
+        """Write a file atomically unless it is as it should be; return whether it was written."""
+        if await self._is(path, file):
+            return False
+        draft = posixpath.join(
+            posixpath.dirname(path), f".{posixpath.basename(path)}.{secrets.token_hex(4)}.tmp"
+        )
+        with self._errors(path):
+            try:
+                await self._write_draft(draft, file)
+                await self._sftp.posix_rename(draft, path)
+            except BaseException:
+                with contextlib.suppress(asyncssh.SFTPError):
+                    await self._sftp.unlink(draft)
+                raise
+        return True
 
     async def read(self, path: str) -> bytes | None:
         """A file's content, None if there is none."""
@@ -104,22 +115,6 @@ class Files:
                 host=self._where,
                 hint="look at who made the link, and remove it",
             )
-
-    async def _write(self, path: str, file: File) -> str | None:
-        if await self._is(path, file):
-            return None
-        draft = posixpath.join(
-            posixpath.dirname(path), f".{posixpath.basename(path)}.{secrets.token_hex(4)}.tmp"
-        )
-        with self._errors(path):
-            try:
-                await self._write_draft(draft, file)
-                await self._sftp.posix_rename(draft, path)
-            except BaseException:
-                with contextlib.suppress(asyncssh.SFTPError):
-                    await asyncio.shield(self._sftp.unlink(draft))
-                raise
-        return path
 
     async def _write_draft(self, draft: str, file: File) -> None:
         # Closed to others from the start: the final mode comes when the content is there.

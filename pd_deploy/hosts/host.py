@@ -2,26 +2,39 @@
 
 import asyncio
 import contextlib
+import posixpath
 import shlex
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import asyncssh
 import httpx
 
-from pd_deploy.errors import CommandFailed, ConnectionDropped, HostError, HostUnreachable, TimedOut
+from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, TimedOut
 from pd_deploy.hosts.docker_engine import DockerEngine
 from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.facts import Facts
-from pd_deploy.hosts.files import File, Files, sftp_error
+from pd_deploy.hosts.files import File, Files, sftp_error, together
 from pd_deploy.hosts.link import Link
 from pd_deploy.hosts.login import HostKeys, Login
+from pd_deploy.hosts.sftp import SftpSession
 from pd_deploy.hosts.tunnel import Stream, Tunnel
 
+T = TypeVar("T")
+
 STDERR_TAIL = 2000
+SFTP_OPEN_TIMEOUT_S = 60.0
 # Trusts nobody. httpx would read the machine's certificates for every client, 40 ms on the event
 # loop, though SSH is what secures these requests.
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -70,7 +83,7 @@ class Host:
         self._connect_timeout = connect_timeout
         self._keys = HostKeys(self.where, login)
         self._link = self._new_link()
-        self._sftp: tuple[asyncssh.SSHClientConnection, asyncssh.SFTPClient] | None = None
+        self._sftp: tuple[asyncssh.SSHClientConnection | None, SftpSession | None] = (None, None)
         self._sftp_opening = asyncio.Lock()
         socket = DockerSocket(self._link, self._new_link, docker_socket, self.where, login.who)
         self.docker = DockerEngine(socket, self.where)
@@ -143,18 +156,17 @@ class Host:
         """
         if not files:
             return []
-        async with self._files() as remote:
-            return await remote.write(files, dir_mode)
+        await self.make_dirs({posixpath.dirname(path) for path in files}, dir_mode)
+        written = await together(self._write(path, file) for path, file in files.items())
+        return sorted(filter(None, written))
 
     async def read_file(self, path: str) -> bytes | None:
         """A file's content; None if it does not exist."""
-        async with self._files() as remote:
-            return await remote.read(path)
+        return await self._with_files(lambda remote: remote.read(path))
 
     async def make_dirs(self, paths: Iterable[str], mode: int = 0o755) -> list[str]:
         """Creates directories with their parents; returns those that did not exist before."""
-        async with self._files() as remote:
-            return await remote.make_dirs(paths, mode)
+        return await self._with_files(lambda remote: remote.make_dirs(paths, mode))
 
     async def find_files(self, path: str) -> list[str]:
         """Paths of all files below a directory, sorted; follows no links."""
@@ -171,8 +183,7 @@ class Host:
             NotOurs: it lies elsewhere, or a link leads elsewhere.
             FileDenied: something in it may not be removed.
         """
-        async with self._files() as remote:
-            return await remote.remove_tree(path, below)
+        return await self._with_files(lambda remote: remote.remove_tree(path, below))
 
     @contextlib.asynccontextmanager
     async def http(
@@ -191,16 +202,10 @@ class Host:
         finally:
             await tunnel.aclose()
 
-    def reopen_files(self) -> None:
-        """Lets the next call open a new SFTP session.
-
-        To be called after everything on the event loop was cancelled: that ends the task which
-        reads the session's answers too, and asyncssh leaves those who wait for one waiting.
-        """
-        self._sftp = None
-
     async def aclose(self) -> None:
         """Cuts calls under way and closes the connection."""
+        if session := self._sftp[1]:
+            session.drop()
         try:
             await self.docker.aclose()
         finally:
@@ -246,26 +251,33 @@ class Host:
             finally:
                 process.close()
 
-    @contextlib.asynccontextmanager
-    async def _files(self) -> AsyncIterator[Files]:
+    async def _write(self, path: str, file: File) -> str | None:
+        return path if await self._with_files(lambda remote: remote.write(path, file)) else None
+
+    async def _with_files(self, call: Callable[[Files], Coroutine[Any, Any, T]]) -> T:
+        session = await self._sftp_session()
+        return await session.result(call(Files(session.client, self.where)))
+
+    async def _sftp_session(self) -> SftpSession:
         try:
-            async with self._sftp_opening:
-                sftp = await self._link.open_session(self._sftp_of)
+            async with self._sftp_opening, asyncio.timeout(SFTP_OPEN_TIMEOUT_S):
+                return await self._link.open_session(self._sftp_of)
         except asyncssh.SFTPError as exc:
             raise sftp_error(exc, "its SFTP server", self.where) from None
-        try:
-            yield Files(sftp, self.where)
-        except ConnectionDropped:
-            # The SFTP server may have ended alone, while the connection is still up.
-            if self._sftp and self._sftp[1] is sftp:
-                self._sftp = None
-            raise
+        except TimeoutError:
+            raise TimedOut(
+                f"its SFTP server did not start within {SFTP_OPEN_TIMEOUT_S:g} s", host=self.where
+            ) from None
 
-    async def _sftp_of(self, connection: asyncssh.SSHClientConnection) -> asyncssh.SFTPClient:
+    async def _sftp_of(self, connection: asyncssh.SSHClientConnection) -> SftpSession:
         """The connection's one SFTP session: each has a process on the host."""
-        if self._sftp is None or self._sftp[0] is not connection:
-            self._sftp = connection, await connection.start_sftp_client()
-        return self._sftp[1]
+        known, session = self._sftp
+        if session is None or known is not connection or not session.usable:
+            if session:
+                session.drop()
+            session = SftpSession(await connection.start_sftp_client(), self.where)
+            self._sftp = connection, session
+        return session
 
     async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> CommandResult:
         command = _bounded(argv, timeout)

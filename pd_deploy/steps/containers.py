@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterable
 import httpx
 
 from pd_deploy.engines.base import PROVING_ADDRESS
-from pd_deploy.errors import ContainerMissing, InstanceDied, NotReady, OutOfOrder, WrongArchitecture
+from pd_deploy.errors import (
+    Abandoned,
+    ContainerMissing,
+    InstanceDied,
+    NotReady,
+    OutOfOrder,
+    WrongArchitecture,
+)
 from pd_deploy.hosts.container_values import ContainerState, Image, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
@@ -188,16 +195,19 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
     """Stop, after a failure, what this run has started; keep the containers and their logs.
 
     Returns:
-        By instance, None if it is stopped, or why it could not be.
+        By instance, None if it does not run any more, or why it may still run.
     """
     names = sorted(rollout.attempt.started)
     outcomes = await asyncio.gather(
         *(_stop_instance(rollout, name) for name in names), return_exceptions=True
     )
-    return {
-        name: outcome if isinstance(outcome, Exception) else None
-        for name, outcome in zip(names, outcomes, strict=True)
-    }
+    return {name: _why_it_may_run(outcome) for name, outcome in zip(names, outcomes, strict=True)}
+
+
+def _why_it_may_run(outcome: BaseException | None) -> Exception | None:
+    if outcome is None or isinstance(outcome, Exception):
+        return outcome
+    return Abandoned("its stop was cancelled")
 
 
 async def died(rollout: Rollout, instance: str) -> InstanceDied:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import asyncssh
@@ -377,6 +378,57 @@ class TestLostConnections:
         with pytest.raises(asyncio.CancelledError):
             await task
         await eventually(lambda: connections(box) == before)
+
+
+async def cancel_everything(call: asyncio.Task[Any]) -> None:
+    """Cancels all tasks on the loop, those of libraries too, and waits for the call's end."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    async with asyncio.timeout(20):
+        await asyncio.wait({call})
+    assert call.cancelled()
+
+
+class TestCancelled:
+    @pytest.fixture
+    def place(self, box: LabHost) -> Iterator[str]:
+        place = "/var/lib/hosts-test"
+        box.run(["sh", "-c", f"mkdir {place} && mkfifo {place}/pipe"])
+        yield place
+        box.run(["rm", "-r", place])
+
+    async def test_a_read_that_gets_no_answer(self, host: Host, place: str) -> None:
+        """The SFTP server hangs in opening a pipe; another serves the next call."""
+        for everything in (False, True):
+            await host.read_file("/etc/hostname")
+            call = asyncio.ensure_future(host.read_file(f"{place}/pipe"))
+            await asyncio.sleep(0.1)
+            if everything:
+                await cancel_everything(call)
+            else:
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+            assert await host.read_file("/etc/hostname")
+
+    async def test_a_write_in_the_middle(self, host: Host, box: LabHost, place: str) -> None:
+        files = {f"{place}/large": File(bytes(60_000_000))}
+        call = asyncio.ensure_future(host.write_files(files))
+        await eventually(lambda: ".tmp" in box.run(["ls", "-A", place]).stdout)
+        await cancel_everything(call)
+        assert await host.read_file(f"{place}/large") is None
+        assert await host.write_files({f"{place}/small": File(b"1")})
+
+    async def test_a_start_is_known_afterwards(
+        self, host: Host, container: Callable[..., Awaitable[str]]
+    ) -> None:
+        made = await container()
+        call = asyncio.ensure_future(host.docker.start(made))
+        await eventually(lambda: threads(f"start {made}") == 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert (await host.docker.inspect(made)).running
 
 
 class TestFiles:

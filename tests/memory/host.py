@@ -1,6 +1,7 @@
 """A host whose connection leads to a machine in memory."""
 
 import asyncio
+import contextlib
 import shlex
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,9 +13,9 @@ from docker import errors as sdk
 
 from pd_deploy.errors import PdDeployError
 from pd_deploy.hosts.docker_engine import DockerEngine
-from pd_deploy.hosts.files import Files
 from pd_deploy.hosts.host import CommandResult, Host
 from pd_deploy.hosts.login import Login
+from pd_deploy.hosts.sftp import SftpSession
 from pd_deploy.hosts.tunnel import Tunnel
 from tests.memory import commands
 from tests.memory.calls import Calls
@@ -47,11 +48,17 @@ class MemoryHost(Host):
             yield client
 
     async def aclose(self) -> None:
-        """Nothing is open."""
+        """Ends the SFTP session; nothing else is open."""
+        if session := self._sftp[1]:
+            session.drop()
 
-    @asynccontextmanager
-    async def _files(self) -> AsyncIterator[Files]:
-        yield Files(MemorySftp(self.machine, self.calls), self.where)  # type: ignore[arg-type]
+    async def _sftp_session(self) -> SftpSession:
+        _, session = self._sftp
+        if session is None or not session.usable:
+            client: Any = MemorySftp(self.machine, self.calls)
+            session = SftpSession(client, self.where)
+            self._sftp = None, session
+        return session
 
     async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> CommandResult:
         command = commands.recognised(argv)
@@ -75,7 +82,17 @@ class MemoryEngine(DockerEngine):
         """Nothing is open."""
 
     async def _do(self, what: str, call: Callable[[Any], T]) -> T:
-        return await self._long(what, call)
+        try:
+            return await self._long(what, call)
+        except asyncio.CancelledError:
+            # The request is out: the engine carries it out all the same.
+            if not self._host.calls.dead and self._changes(what):
+                with contextlib.suppress(sdk.APIError):
+                    call(self._api)
+            raise
+
+    def _changes(self, what: str) -> bool:
+        return what.startswith(CHANGES)
 
     async def _long(
         self,
@@ -83,8 +100,8 @@ class MemoryEngine(DockerEngine):
         call: Callable[[Any], T],
         refused: Callable[[sdk.APIError], PdDeployError] | None = None,
     ) -> T:
-        changes = what.startswith(CHANGES)
-        async with self._host.calls.passing(self._host.machine.name, what, changes=changes):
+        machine = self._host.machine.name
+        async with self._host.calls.passing(machine, what, changes=self._changes(what)):
             while True:
                 with self._errors(what, self._no_tunnel, refused):
                     try:

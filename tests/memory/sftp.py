@@ -1,5 +1,6 @@
 """The SFTP server of a machine in memory, as `pd_deploy.hosts.files.Files` asks it."""
 
+import asyncio
 import posixpath
 import stat
 from collections.abc import AsyncIterator
@@ -19,6 +20,24 @@ class MemorySftp:
         self._machine = machine
         self._disk = machine.disk
         self._calls = calls
+        # As asyncssh's: when it is cancelled nobody gets an answer any more.
+        self._reader = asyncio.ensure_future(asyncio.Event().wait())
+
+    def exit(self) -> None:
+        """Ends the session."""
+        self._reader.cancel()
+
+    async def answered(self) -> None:
+        """Waits for an answer."""
+        await asyncio.sleep(0)
+        if self._reader.done():
+            await asyncio.Event().wait()
+
+    @asynccontextmanager
+    async def _passing(self, what: str, *, changes: bool) -> AsyncIterator[None]:
+        async with self._calls.passing(self._machine.name, what, changes=changes):
+            yield
+            await self.answered()
 
     @asynccontextmanager
     async def open(
@@ -27,17 +46,20 @@ class MemorySftp:
         """A file that is there (`rb`) or must not be (`xb`)."""
         changes = mode == "xb"
         what = f"{'draft' if changes else 'read'} {path}"
-        async with self._calls.passing(self._machine.name, what, changes=changes):
+        async with self._passing(what, changes=changes):
             if changes:
                 self._create(path, (attrs and attrs.permissions) or 0o644)
             found = self._need(path)
             if found.is_directory:
                 raise asyncssh.SFTPFailure("is a directory")
-        yield _OpenFile(found, self._machine)
+        try:
+            yield _OpenFile(found, self._machine, self)
+        finally:
+            await self.answered()
 
     async def listdir(self, path: str) -> list[str]:
         """Names in a directory."""
-        async with self._calls.passing(self._machine.name, f"list {path}", changes=False):
+        async with self._passing(f"list {path}", changes=False):
             self._need(path)
             return [".", "..", *self._disk.names(path)]
 
@@ -61,7 +83,7 @@ class MemorySftp:
 
     async def mkdir(self, path: str) -> None:
         """Makes a directory in one that is there."""
-        async with self._calls.passing(self._machine.name, f"mkdir {path}", changes=True):
+        async with self._passing(f"mkdir {path}", changes=True):
             self._need(posixpath.dirname(path))
             if self._disk.get(path):
                 raise asyncssh.SFTPFailure("file exists")
@@ -73,20 +95,20 @@ class MemorySftp:
 
     async def posix_rename(self, old: str, new: str) -> None:
         """Replaces what is at `new`."""
-        async with self._calls.passing(self._machine.name, f"write {new}", changes=True):
+        async with self._passing(f"write {new}", changes=True):
             entry = self._need(old)
             del self._disk.entries[old]
             self._disk.entries[new] = entry
 
     async def unlink(self, path: str) -> None:
         """Removes a file."""
-        async with self._calls.passing(self._machine.name, f"unlink {path}", changes=True):
+        async with self._passing(f"unlink {path}", changes=True):
             self._need(path)
             self._disk.remove(path)
 
     async def rmtree(self, path: str) -> None:
         """Removes a directory with all in it."""
-        async with self._calls.passing(self._machine.name, f"rmtree {path}", changes=True):
+        async with self._passing(f"rmtree {path}", changes=True):
             self._need(path)
             self._disk.remove(path)
 
@@ -106,16 +128,19 @@ class MemorySftp:
 
 
 class _OpenFile:
-    def __init__(self, entry: Entry, machine: Machine) -> None:
+    def __init__(self, entry: Entry, machine: Machine, session: MemorySftp) -> None:
         self._entry = entry
         self._machine = machine
+        self._session = session
 
     async def read(self) -> bytes:
+        await self._session.answered()
         return self._entry.content or b""
 
     async def write(self, content: bytes) -> None:
         self._entry.content = content
         self._entry.changed = self._machine.clock.seconds()
+        await self._session.answered()
 
     async def chmod(self, mode: int) -> None:
         self._entry.mode = mode

@@ -120,6 +120,7 @@ class World:
         watch: Callable[[Moment], None] | None = None,
         kill_at: int = 0,
         cancel_at: int = 0,
+        cancel_all_at: int = 0,
         due: datetime | None = None,
         **parameters: Any,
     ) -> Outcome:
@@ -127,8 +128,9 @@ class World:
 
         Args:
             watch: told of each moment; what it raises, the call there raises.
-            kill_at, cancel_at: number of the moment at which its process is killed, or at which it
-                is cancelled as Prefect does it.
+            kill_at: number of the moment at which its process is killed.
+            cancel_at: at which it is cancelled.
+            cancel_all_at: at which everything on its event loop is cancelled.
             due: when a schedule wanted it to start.
         """
         loop, calls = VirtualLoop(self.cluster.clock), Calls()
@@ -141,6 +143,7 @@ class World:
                         watch or (lambda _: None),
                         kill_at,
                         cancel_at,
+                        cancel_all_at,
                     )
                 )
                 _let_go(loop)
@@ -156,7 +159,7 @@ class World:
             work = [
                 _carried_out(
                     _flow_run(flow, {"file": str(self.path), **parameters}),
-                    calls, lambda _: None, 0, 0,
+                    calls, lambda _: None, 0, 0, 0,
                 )
                 for flow, parameters in runs
             ]  # fmt: skip
@@ -271,8 +274,14 @@ async def _flow_run(flow: Any, parameters: dict[str, Any], due: datetime | None 
 
 
 async def _carried_out(
-    run: Any, calls: Calls, watch: Callable[[Moment], None], kill_at: int, cancel_at: int
+    run: Any,
+    calls: Calls,
+    watch: Callable[[Moment], None],
+    kill_at: int,
+    cancel_at: int,
+    cancel_all_at: int,
 ) -> Outcome:
+    harness = asyncio.current_task()
     work = asyncio.ensure_future(run)
     killed = asyncio.get_running_loop().create_future()
 
@@ -280,6 +289,9 @@ async def _carried_out(
         watch(moment)
         if moment.number == cancel_at:
             work.cancel()
+        if moment.number == cancel_all_at:
+            for task in asyncio.all_tasks() - {harness}:
+                task.cancel()
         if moment.number == kill_at:
             calls.dead = True
             killed.set_result(None)

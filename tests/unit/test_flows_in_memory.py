@@ -87,11 +87,12 @@ def test_a_bad_image_gives_way_to_the_one_before_and_is_quarantined(
     world.assert_coherent()
 
 
-@pytest.mark.parametrize(("how", "every"), [("kill_at", 1), ("cancel_at", 3)])
+@pytest.mark.parametrize(("how", "every"), [("kill_at", 1), ("cancel_at", 3), ("cancel_all_at", 3)])
 def test_an_upgrade_that_ends_at_any_moment_is_put_right_by_recovery(
     world: World, how: str, every: int
 ) -> None:
-    """Before and after each change: every moment for a kill, every third for a cancellation."""
+    """Before and after each change: every moment for a kill, every third for a cancellation of
+    the run, or of everything on its event loop."""
     assert world.run(deploy).completed
     image, moments = world.push("20250725_1"), list[Moment]()
     assert world.twin().run(deploy, image=image, watch=moments.append).completed

@@ -1,0 +1,34 @@
+"""Calls whose effect has to be known, whatever becomes of their caller."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SETTLE_S = 10.0
+
+
+async def settled(call: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a call that changes a host.
+
+    The request is out when the caller is cancelled, and the host carries it out all the same. So a
+    cancelled caller waits up to `SETTLE_S` for the call's end: whoever looks at the host afterwards
+    sees what is so.
+    """
+    work = asyncio.ensure_future(call)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        try:
+            await asyncio.wait({work}, timeout=SETTLE_S)
+        finally:
+            work.cancel()
+            work.add_done_callback(_retrieve)
+        raise
+
+
+def _retrieve(work: "asyncio.Task[Any]") -> None:
+    """Look at the outcome, for which nobody waits any more."""
+    if not work.cancelled():
+        work.exception()
