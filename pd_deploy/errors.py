@@ -12,6 +12,7 @@
      │   ├─ RegistryDenied            the registry wants other credentials
      │   ├─ RegistryMisconfigured     the engine does not trust the registry (TLS)
      │   ├─ DiskFull                  no space left on the host
+     │   ├─ DiskReadOnly              a file system that is written to is mounted read-only
      │   ├─ PortTaken                 somebody else listens on a port we need
      │   ├─ FileMissing               a path (file, directory, device) does not exist
      │   ├─ FileDenied                a path may not be read, written or removed
@@ -23,7 +24,7 @@
      │   ├─ InUse                     devices or ports are another's
      │   └─ CommandFailed             a command ran and exited with another status than 0
      ├─ LeaseHeld                 another run works on the deployment
-     ├─ LeaseLost                 this run was taken for dead, and another works on the deployment
+     ├─ LeaseLost                 this run's lease is another's now, or its file was deleted
      ├─ SeveralFaults             steps that ran together failed for more than one reason
      ├─ ServiceError              the hosts do as told, but the service does not come up
      │   ├─ InstanceDied              a server or the proxy ended; carries the last lines of its log
@@ -159,6 +160,10 @@ class DiskFull(HostError):
     """A file system of the host is full."""
 
 
+class DiskReadOnly(HostError):
+    """A file system of the host that has to be written to is mounted read-only."""
+
+
 class PortTaken(HostError):
     """Somebody else listens on a port that is needed."""
 
@@ -222,7 +227,7 @@ class LeaseHeld(PdDeployError):
 
 
 class LeaseLost(PdDeployError):
-    """This run was taken for dead; another works on the deployment, and this one stops."""
+    """This run's lease is another's now, or its file was deleted: this run changes nothing more."""
 
 
 class SeveralFaults(PdDeployError):

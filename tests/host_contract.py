@@ -33,8 +33,17 @@ class Console(Protocol):
     def modes(self, directory: str) -> dict[str, str]:
         """The names in a directory, hidden ones too, each with its mode in octal."""
 
-    def age(self, path: str, seconds: int) -> None:
-        """Make a file look as if it was written so long ago."""
+    def date(self, path: str, seconds: int) -> None:
+        """Set the host's clock, as a file that was just written sees it: it looks so old then."""
+
+    def small_disk(self, directory: str) -> AbstractContextManager[object]:
+        """Mount a file system of 128 KiB at a directory meanwhile."""
+
+    def fill(self, directory: str) -> None:
+        """Leave no room on it."""
+
+    def make_read_only(self, directory: str) -> None:
+        """Mount it again, read-only."""
 
     def listening(self, port: int) -> AbstractContextManager[object]:
         """Have a process listen on a port meanwhile."""
@@ -456,6 +465,14 @@ async def take(one: Lease, host: Host, wait: float = 0) -> None:
     await one.take([(host, one.owner)], wait)
 
 
+async def age(host: Host, seconds: int) -> None:
+    """Have the lease look as if it had been renewed so much earlier."""
+    content = (await host.read_file(f"{LEASED}/lease") or b"").split(b"\n")
+    start, renewed = content[3].split()
+    content[3] = b"%s %d" % (start, int(renewed) - 100 * seconds)
+    await host.write_files({f"{LEASED}/lease": File(b"\n".join(content), 0o600)})
+
+
 @pytest.mark.usefixtures("place")
 class Leases:
     async def test_taken_checked_and_given_back(self, host: Host, console: Console) -> None:
@@ -469,13 +486,14 @@ class Leases:
             with pytest.raises(errors.LeaseLost):
                 await one.check(host)
         assert console.modes(LEASED) == {".lease.lock": "600", "lease": "600"}
-        assert await host.read_file(f"{LEASED}/lease") == b"2\n\n"
+        content = await host.read_file(f"{LEASED}/lease")
+        assert (content or b"").startswith(b"2\n\n\n")
 
-    async def test_held_is_told_with_owner_and_age(self, host: Host, console: Console) -> None:
+    async def test_held_is_told_with_owner_and_age(self, host: Host) -> None:
         """And how long until a dead one is given up."""
         first, told = lease("run 'first' (http://ui/1)", lasts=600), list[str]()
         await take(first, host)
-        console.age(f"{LEASED}/lease", 100)
+        await age(host, 100)
         second = lease("second", lasts=600)
         with pytest.raises(errors.LeaseHeld) as caught:
             await second.take([(host, second.owner)], 0.2, told.append)
@@ -496,20 +514,43 @@ class Leases:
         await first.release({"a": host})
         await second.check(host)
 
-    async def test_abandoned_ones_are_taken_over_by_the_hosts_clock(
-        self, host: Host, console: Console
-    ) -> None:
+    async def test_abandoned_ones_are_taken_over(self, host: Host) -> None:
         """The one that was overtaken learns of it before its next change."""
         first, second = lease("first", lasts=600), lease("second", lasts=600)
         await take(first, host)
-        console.age(f"{LEASED}/lease", 590)
+        await age(host, 590)
         with pytest.raises(errors.LeaseHeld):
             await take(second, host)
-        console.age(f"{LEASED}/lease", 610)
+        await age(host, 610)
         await take(second, host)
         assert second.numbers == {host.address: 2}
         with pytest.raises(errors.LeaseLost, match="found that of second"):
             await first.check(host)
+
+    @pytest.mark.parametrize("seconds", [-100_000, 100_000])
+    async def test_a_clock_that_is_set_changes_no_age(
+        self, host: Host, console: Console, seconds: int
+    ) -> None:
+        first, second = lease("first", lasts=600), lease("second", lasts=600)
+        await take(first, host)
+        console.date(f"{LEASED}/lease", seconds)
+        with pytest.raises(errors.LeaseHeld, match=r"renewed \d s ago"):
+            await take(second, host)
+        await age(host, 610)
+        console.date(f"{LEASED}/lease", seconds)
+        await take(second, host)
+
+    async def test_one_from_before_the_host_started_is_as_old_as_that(self, host: Host) -> None:
+        await take(lease("first"), host)
+        lines = (await host.read_file(f"{LEASED}/lease") or b"").split(b"\n")
+        up = int(lines[3].split()[1]) // 100
+        lines[3] = b"another-start 10"
+        await host.write_files({f"{LEASED}/lease": File(b"\n".join(lines), 0o600)})
+        with pytest.raises(errors.LeaseHeld, match="renewed") as caught:
+            await take(lease("second", lasts=1 << 40), host)
+        told = int(str(caught.value).partition("renewed ")[2].split()[0])
+        assert up <= told <= up + 60
+        await take(lease("second", lasts=up), host)
 
     async def test_owner_that_is_provably_dead_is_taken_over_at_once(self, host: Host) -> None:
         """It was on this machine, in this boot, and its process has ended."""
@@ -521,11 +562,11 @@ class Leases:
         with pytest.raises(errors.LeaseHeld):
             await take(lease("alive", **mine), host)
 
-    async def test_renewal_makes_it_young_again(self, host: Host, console: Console) -> None:
+    async def test_renewal_makes_it_young_again(self, host: Host) -> None:
         first, second = lease("first", lasts=2), lease("second", lasts=60)
         async with first.held({"a": host}):
             await take(first, host)
-            console.age(f"{LEASED}/lease", 50)
+            await age(host, 50)
             while True:
                 with pytest.raises(errors.LeaseHeld, match=r"renewed \d+ s ago") as caught:
                     await take(second, host)
@@ -547,6 +588,22 @@ class Leases:
         assert "expected this run's lease" in lost[0]
         assert await host.read_file(f"{LEASED}/lease") == other
 
+    async def test_a_deleted_one_is_told_as_that(self, host: Host) -> None:
+        """By the next renewal, and before the next change."""
+        first, lost = lease("first", lasts=1), list[str]()
+        first.watchers.append(lost.append)
+        async with first.held({"a": host}):
+            await take(first, host)
+            await host.remove_tree(f"{LEASED}/lease", below=LEASED)
+            while not lost:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert "somebody deleted the file" in lost[0]
+        second = lease("second")
+        await take(second, host)
+        await host.remove_tree(f"{LEASED}/lease", below=LEASED)
+        with pytest.raises(errors.LeaseLost, match="somebody deleted the file"):
+            await second.check(host)
+
     async def test_other_deployments_leases_are_reported(self, host: Host) -> None:
         """With what they are going to use, so that nothing is used twice."""
         other = lease("other", root=f"{PLACE}/other", ports=(9000,), devices=(0, 1))
@@ -565,11 +622,93 @@ class Leases:
         one = lease("first")
         await take(one, host)
         await host.remove_tree(LEASED, below=PLACE)
-        with pytest.raises(errors.LeaseLost, match="found none"):
+        with pytest.raises(errors.LeaseLost, match="somebody deleted the file"):
             await one.check(host)
         # Giving it back makes no directory.
         await one.release({"a": host})
         assert await host.facts.missing_paths([LEASED]) == [LEASED]
 
 
-__all__ = ["Commands", "Containers", "Facts", "FilesOfAHost", "Images", "Leases", "create", "place"]
+@pytest.mark.usefixtures("place")
+class Disks:
+    """What a full or a read-only disk does."""
+
+    async def test_a_full_one_keeps_no_lease_from_being_taken_renewed_and_given_back(
+        self, host: Host, console: Console
+    ) -> None:
+        """Its number goes on, and nothing is left behind."""
+        with console.small_disk(PLACE):
+            before = lease("before")
+            await take(before, host)
+            await before.release({"a": host})
+            console.fill(PLACE)
+            for number in (2, 3):
+                first = lease("first", lasts=1)
+                async with first.held({"a": host}):
+                    await take(first, host)
+                    assert first.numbers == {host.address: number}
+                    with pytest.raises(errors.LeaseHeld):
+                        await take(lease("second", lasts=1), host, wait=1.5)
+                    await first.check(host)
+            assert console.modes(LEASED).keys() == {".lease.lock", "lease"}
+
+    async def test_a_first_lease_on_a_full_one_is_refused(
+        self, host: Host, console: Console
+    ) -> None:
+        with console.small_disk(PLACE):
+            console.fill(PLACE)
+            with pytest.raises(errors.DiskFull, match=f"{LEASED}/lease: its disk is full") as full:
+                await take(lease("first"), host)
+            assert full.value.host == host.where
+            assert console.modes(LEASED).keys() == {".lease.lock"}
+
+    async def test_a_write_to_a_full_one_says_so_and_leaves_what_was_there(
+        self, host: Host, console: Console
+    ) -> None:
+        with console.small_disk(PLACE):
+            path = f"{PLACE}/file"
+            await host.write_files({path: File(b"old")})
+            console.fill(PLACE)
+            for content in (b"new", b"larger" * 5000):
+                with pytest.raises(errors.DiskFull, match=f"{path}: its disk is full") as full:
+                    await host.write_files({path: File(content)})
+                assert full.value.host == host.where
+            assert await host.read_file(path) == b"old"
+            assert not [name for name in console.modes(PLACE) if name.endswith(".tmp")]
+            assert await host.remove_tree(path, below=PLACE)
+
+    async def test_a_read_only_one_says_so_and_stays_as_it_is(
+        self, host: Host, console: Console
+    ) -> None:
+        with console.small_disk(PLACE):
+            path = f"{PLACE}/file"
+            await host.write_files({path: File(b"old")})
+            before = lease("before")
+            await take(before, host)
+            await before.release({"a": host})
+            released = await host.read_file(f"{LEASED}/lease")
+            console.make_read_only(PLACE)
+            for call in (
+                host.write_files({path: File(b"new")}),
+                host.make_dirs([f"{PLACE}/directory"]),
+                host.remove_tree(path, below=PLACE),
+                take(lease("first"), host),
+            ):
+                with pytest.raises(errors.DiskReadOnly, match=f"{PLACE}/.*read-only") as refused:
+                    await call
+                assert refused.value.host == host.where
+            assert await host.read_file(path) == b"old"
+            assert await host.read_file(f"{LEASED}/lease") == released
+
+
+__all__ = [
+    "Commands",
+    "Containers",
+    "Disks",
+    "Facts",
+    "FilesOfAHost",
+    "Images",
+    "Leases",
+    "create",
+    "place",
+]

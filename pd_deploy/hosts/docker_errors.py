@@ -8,6 +8,7 @@ from docker import errors as sdk
 from pd_deploy.errors import (
     ContainerMissing,
     DiskFull,
+    DiskReadOnly,
     DockerDown,
     DockerRefused,
     FileMissing,
@@ -157,7 +158,17 @@ def _missing_path(path: str, what: str, where: str) -> FileMissing:
 
 def _other(text: str, status: int | None, what: str, where: str) -> PdDeployError:
     if "no space left" in text.lower():
-        return DiskFull(f"{what}: no space left", host=where, hint="docker system df shows by what")
+        return DiskFull(
+            f"{what}: the engine's disk is full ({_short(text)})",
+            host=where,
+            hint="docker system df shows by what",
+        )
+    if "read-only file system" in text.lower():
+        return DiskReadOnly(
+            f"{what}: the engine's disk is mounted read-only ({_short(text)})",
+            host=where,
+            hint="`dmesg` says why, such as disk errors",
+        )
     if status == 503:
         return DockerDown(f"{what}: {_short(text)}", host=where, hint="systemctl status docker")
     return DockerRefused(f"{what}: the Docker engine says {_short(text)!r}", host=where)

@@ -5,7 +5,7 @@ import contextlib
 import posixpath
 import secrets
 import stat
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import asyncssh
 from pd_deploy.errors import (
     ConnectionDropped,
     DiskFull,
+    DiskReadOnly,
     FileDenied,
     FileMissing,
     HostError,
@@ -23,8 +24,11 @@ from pd_deploy.errors import (
 
 T = TypeVar("T")
 
-# sftp-server answers a full disk with its general failure, whose text is all there is.
-NO_SPACE = "No space left"
+# $1 a path, $2 bytes: writes as many beside the path, and takes them away again.
+TRY = r"""dir=$(dirname -- "$1"); while [ ! -d "$dir" ]; do dir=$(dirname -- "$dir"); done
+file=$dir/.try.$$.tmp; export LC_ALL=C; umask 077
+head -c "$2" /dev/zero >"$file"; status=$?
+rm -f -- "$file"; exit $status"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,19 @@ class Files:
     Args:
         sftp: the session.
         where: the host's name for messages.
+        try_to_write: says what the system says to a file of some bytes beside a path. OpenSSH's
+            server answers "Failure" to most faults, those of a full disk among them.
     """
 
-    def __init__(self, sftp: asyncssh.SFTPClient, where: str) -> None:
+    def __init__(
+        self,
+        sftp: asyncssh.SFTPClient,
+        where: str,
+        try_to_write: Callable[[str, int], Awaitable[str]],
+    ) -> None:
         self._sftp = sftp
         self._where = where
+        self._try = try_to_write
 
     async def write(self, path: str, file: File) -> bool:
         """Write a file atomically unless it is as it should be; return whether it was written."""
@@ -54,7 +66,7 @@ class Files:
         draft = posixpath.join(
             posixpath.dirname(path), f".{posixpath.basename(path)}.{secrets.token_hex(4)}.tmp"
         )
-        with self._errors(path):
+        async with self._errors(path, len(file.content) + 1):
             try:
                 await self._write_draft(draft, file)
                 await self._sftp.posix_rename(draft, path)
@@ -66,7 +78,7 @@ class Files:
 
     async def read(self, path: str) -> bytes | None:
         """A file's content, None if there is none."""
-        with self._errors(path):
+        async with self._errors(path):
             try:
                 async with self._sftp.open(path, "rb") as file:
                     content: bytes = await file.read()
@@ -84,7 +96,7 @@ class Files:
     async def remove_tree(self, path: str, below: str) -> bool:
         """Removes what `path` names, if it lies strictly below `below`."""
         path = self._inside(path, below)
-        with self._errors(path):
+        async with self._errors(path, 1):
             try:
                 await self._check_parent(path, below)
                 found = await self._sftp.lstat(path)
@@ -126,7 +138,7 @@ class Files:
                 await out.fsync()
 
     async def _is(self, path: str, file: File) -> bool:
-        with self._errors(path):
+        async with self._errors(path):
             try:
                 found = await self._sftp.lstat(path)
             except asyncssh.SFTPNoSuchFile:
@@ -145,7 +157,7 @@ class Files:
     async def _make_dir(self, path: str, mode: int, created: list[str]) -> None:
         if path in ("/", "", "."):
             return
-        with self._errors(path):
+        async with self._errors(path, 1):
             try:
                 found = await self._sftp.stat(path)
             except asyncssh.SFTPNoSuchFile:
@@ -177,12 +189,41 @@ class Files:
                 hint="move it away, or give another directory",
             )
 
-    @contextlib.contextmanager
-    def _errors(self, path: str) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _errors(self, path: str, written: int = 0) -> AsyncIterator[None]:
+        """Raise what the server's answers mean; `written` is how many bytes were to be."""
         try:
             yield
+        except asyncssh.SFTPFailure as exc:
+            said = f"{exc.reason} {await self._try(path, written)}" if written else exc.reason
+            raise disk_error(said, path, self._where) or sftp_error(
+                exc, path, self._where
+            ) from None
         except (asyncssh.SFTPError, ConnectionError) as exc:
             raise sftp_error(exc, path, self._where) from None
+
+
+def disk_error(said: str, path: str, where: str) -> HostError | None:
+    """The error for a file that its disk did not take, by what the system said of it."""
+    said = said.lower()
+    if "no space left" in said:
+        return DiskFull(
+            f"no room for {path}: its disk is full",
+            host=where,
+            hint="free some (`df` and `df -i` say of what); `pd-deploy prune FILE` removes old "
+            "generations",
+        )
+    if "quota exceeded" in said:
+        return DiskFull(
+            f"no room for {path}: the SSH user's disk quota is full", host=where, hint="free some"
+        )
+    if "read-only file system" in said:
+        return DiskReadOnly(
+            f"can't write {path}: its disk is mounted read-only",
+            host=where,
+            hint="`dmesg` says why, such as disk errors; then `mount -o remount,rw`",
+        )
+    return None
 
 
 def sftp_error(exc: Exception, path: str, where: str) -> PdDeployError:
@@ -190,7 +231,7 @@ def sftp_error(exc: Exception, path: str, where: str) -> PdDeployError:
     reason = exc.reason if isinstance(exc, asyncssh.SFTPError) else str(exc)
     if isinstance(exc, asyncssh.SFTPNoSuchFile | asyncssh.SFTPNoSuchPath):
         return FileMissing(f"{path} does not exist", path=path, host=where)
-    if isinstance(exc, asyncssh.SFTPPermissionDenied | asyncssh.SFTPWriteProtect):
+    if isinstance(exc, asyncssh.SFTPPermissionDenied):
         return FileDenied(
             f"the SSH user may not touch {path}",
             host=where,
@@ -198,9 +239,13 @@ def sftp_error(exc: Exception, path: str, where: str) -> PdDeployError:
         )
     if isinstance(exc, asyncssh.SFTPConnectionLost | asyncssh.SFTPNoConnection | ConnectionError):
         return ConnectionDropped(f"the connection was lost while at {path}", host=where)
-    if isinstance(exc, asyncssh.SFTPNoSpaceOnFilesystem) or NO_SPACE in reason:
-        return DiskFull(f"no space left for {path}", host=where, hint="free some")
-    return HostError(f"{path}: the SFTP server says {reason!r}", host=where)
+    if isinstance(exc, asyncssh.SFTPNoSpaceOnFilesystem | asyncssh.SFTPQuotaExceeded):
+        reason = "no space left"
+    if isinstance(exc, asyncssh.SFTPWriteProtect):
+        reason = "read-only file system"
+    return disk_error(reason, path, where) or HostError(
+        f"{path}: the SFTP server says only {reason!r}", host=where, hint="`dmesg` may say more"
+    )
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -25,7 +25,7 @@ from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, TimedOut
 from pd_deploy.hosts.docker_engine import DockerEngine
 from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.facts import Facts
-from pd_deploy.hosts.files import File, Files, sftp_error, together
+from pd_deploy.hosts.files import TRY, File, Files, sftp_error, together
 from pd_deploy.hosts.link import Link
 from pd_deploy.hosts.login import HostKeys, Login
 from pd_deploy.hosts.sftp import SftpSession
@@ -152,7 +152,7 @@ class Host:
             The paths of the files written.
 
         Raises:
-            FileDenied, DiskFull: a file can't be written.
+            FileDenied, DiskFull, DiskReadOnly: a file can't be written.
         """
         if not files:
             return []
@@ -256,7 +256,10 @@ class Host:
 
     async def _with_files(self, call: Callable[[Files], Coroutine[Any, Any, T]]) -> T:
         session = await self._sftp_session()
-        return await session.result(call(Files(session.client, self.where)))
+        return await session.result(call(Files(session.client, self.where, self._try_to_write)))
+
+    async def _try_to_write(self, path: str, size: int) -> str:
+        return (await self.run(["sh", "-c", TRY, "sh", path, str(size)], check=False)).stderr
 
     async def _sftp_session(self) -> SftpSession:
         try:

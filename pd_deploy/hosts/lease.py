@@ -1,9 +1,12 @@
 """Leases: one run at a time works on a deployment's hosts.
 
-A lease is a file on each host, changed only under the host's own file lock and aged by the host's
-own clock. It carries a number that counts up with every taking: before each change on a host the
-run looks whether the lease there is still its own, so that a run that was paused and overtaken
-changes nothing more.
+A lease is a file on each host, changed only under the host's own file lock. It carries a number
+that counts up with every taking: before each change on a host the run looks whether the lease there
+is still its own, so that a run that was paused and overtaken changes nothing more.
+
+Its age counts from when it was last renewed, by the time since the host's start: a clock that is
+set does not change it. It is written in place, into the one block that it has: that works on a full
+disk, and a write that fails leaves what was there.
 """
 
 import asyncio
@@ -19,49 +22,71 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, PdDeployError
+from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, PdDeployError, TransientError
+from pd_deploy.hosts.files import disk_error
 from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.settled import settled
 
 POLL_S = 0.5
 RENEWALS = 4
 """How often a lease is renewed in the time after which it would be given up for dead."""
 
-# $1 directory, $2 verb, $3 token, $4 seconds after which a lease is dead, $5 token of an owner that
-# is known to be gone. A lease is three lines: its number, its token (none when it was given back),
-# and its owner as JSON.
+# $1 directory, $2 verb, $3 token, $4 after which time a lease is dead, $5 token of an owner that
+# is known to be gone, $6 seconds to wait for the file lock. A lease is four lines, filled up with
+# NUL to one block: its number, its token (none when it was given back), its owner as JSON, and when
+# it was renewed: which start of the host, and the time since then. Times are in 1/100 s.
 SCRIPT = r"""
+export LC_ALL=C
 dir=$1; lease=$1/lease; token=$3
 [ "$2" != take ] || mkdir -p "$dir" || exit 1
 umask 077
-[ -d "$dir" ] || { [ "$2" = release ] && exit 0; echo lost; exit 0; }
+[ -d "$dir" ] || { [ "$2" = release ] || echo gone; exit 0; }
 exec 9>>"$dir/.lease.lock" || exit 1
-flock -w 20 9 || { echo "its file lock is held" >&2; exit 1; }
-number=0; holder=; age=0
+flock -w "$6" 9 || { echo "its file lock is held" >&2; exit 1; }
+start=$(cat /proc/sys/kernel/random/boot_id)
+read -r now rest </proc/uptime
+now=${now%.*}${now#*.}; now=${now#0}; now=${now#0}
+line() { sed -n "$2p" "$1" | tr -d '\0'; }
+age() {
+  renewed=$(line "$1" 4)
+  since=${renewed#"$start "}
+  if [ "$since" != "$renewed" ] && [ "$since" -le "$now" ]
+  then echo $((now - since))
+  else echo "$now"; fi
+}
+number=0; holder=; owner=
 if [ -s "$lease" ]; then
-  number=$(sed -n 1p "$lease"); holder=$(sed -n 2p "$lease")
-  age=$(( $(date +%s) - $(stat -c %Y "$lease") ))
+  number=$(line "$lease" 1); holder=$(line "$lease" 2); owner=$(line "$lease" 3)
 fi
+show() { printf '%s\n' "$number" "$holder" "$owner"; }
 put() {
-  { printf '%s\n%s\n' "$number" "$1"; cat; } >"$dir/.lease.new" || return 1
-  mv "$dir/.lease.new" "$lease"
+  new=; [ -e "$lease" ] || new=1
+  printf '%s\n' "$number" "$1" "$2" "$start $now" |
+    dd of="$lease" bs=4096 count=1 iflag=fullblock conv="sync,notrunc$3" status=none && return
+  [ -z "$new" ] || rm -f "$lease"
+  return 1
 }
 case $2 in
 take)
-  if [ -n "$holder" ] && [ "$holder" != "$token" ] && [ "$holder" != "$5" ] && [ "$age" -lt "$4" ]
-  then echo "held $age"; cat "$lease"; exit 0; fi
-  dead=; [ -z "$holder" ] || [ "$holder" = "$token" ] || dead=$(sed -n 3p "$lease")
-  number=$((number + 1)); put "$token" || exit 1
-  echo "taken $number $dead"
+  if [ -n "$holder" ] && [ "$holder" != "$token" ] && [ "$holder" != "$5" ] &&
+    [ "$(age "$lease")" -lt "$4" ]
+  then echo "held $(($(age "$lease") / 100))"; show; exit 0; fi
+  dead=; [ -z "$holder" ] || [ "$holder" = "$token" ] || dead=$owner
+  number=$((number + 1)); put "$token" "$(cat)" ,fsync || exit 1
+  printf '%s\n' "taken $number $dead"
   for other in "$dir"/../*/lease; do
-    [ "$other" -ef "$lease" ] || [ ! -s "$other" ] || [ -z "$(sed -n 2p "$other")" ] || {
-      echo "$(( $(date +%s) - $(stat -c %Y "$other") )) $(sed -n 3p "$other")"; }
+    [ "$other" -ef "$lease" ] || [ ! -s "$other" ] || [ -z "$(line "$other" 2)" ] ||
+      echo "$(($(age "$other") / 100)) $(line "$other" 3)"
   done ;;
 renew)
-  [ "$holder" = "$token" ] && touch "$lease" && echo kept && exit 0
-  echo lost; cat "$lease" ;;
-release) [ "$holder" != "$token" ] || put "" </dev/null ;;
+  if [ ! -s "$lease" ]; then echo gone
+  elif [ "$holder" != "$token" ]; then echo lost; show
+  else put "$token" "$owner" || exit 1; echo kept; fi ;;
+release) [ "$holder" != "$token" ] || put "" "" ,fsync ;;
 esac
 """
+CALL_TIMEOUT_S = 60.0
+RELEASE_TIMEOUT_S = 10.0
 
 
 class Owner(BaseModel):
@@ -109,6 +134,7 @@ class Lease:
         numbers: by host address, how often that lease was taken, this time included.
         others: by host address, the leases of other deployments that were found there.
         dead: runs that held one of the leases without renewing it.
+        asked: addresses of hosts that were asked for theirs; it is given back there.
         watchers: told when a lease is lost.
     """
 
@@ -119,6 +145,7 @@ class Lease:
     numbers: dict[str, int] = field(default_factory=dict)
     others: dict[str, list[Other]] = field(default_factory=dict)
     dead: set[Owner] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
     watchers: list[Callable[[str], None]] = field(default_factory=list)
     lost: PdDeployError | None = None
 
@@ -128,7 +155,7 @@ class Lease:
         wait: float,
         waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Takes the lease of each host, in the order of their addresses, so that two runs can't
+        """Take the lease of each host, in the order of their addresses, so that two runs can't
         hold one each and wait for the other.
 
         Args:
@@ -145,60 +172,64 @@ class Lease:
                 await self._take(host, claim, deadline, waiting)
 
     async def check(self, host: Host) -> None:
-        """Looks, before a change, whether the lease of a host is still this run's.
+        """Look, before a change, whether the lease of a host is still this run's.
 
         Raises:
             LeaseLost: it is not.
         """
         if self.lost:
             raise self.lost
-        content = (await host.read_file(f"{self.root}/lease") or b"").decode(errors="replace")
-        lines = [*content.split("\n"), "", ""]
+        content = await host.read_file(f"{self.root}/lease")
+        if content is None:
+            raise self._lose(host, None)
+        lines = _lines(content.decode(errors="replace"))
         if lines[:2] != [str(self.numbers.get(host.address)), self.token]:
             raise self._lose(host, lines[2])
 
     def forget(self, host: Host) -> None:
-        """Renews a host's lease no longer: its file is about to be removed."""
+        """Renew a host's lease no longer: its file is about to be removed."""
         self.numbers.pop(host.address, None)
+        self.asked.discard(host.address)
 
     @contextlib.asynccontextmanager
     async def held(self, hosts: Mapping[str, Host]) -> AsyncIterator[None]:
-        """Renews the leases while the body runs, and gives them back at its end."""
-        renewing = asyncio.ensure_future(self._renew(hosts))
+        """Renew the leases while the body runs, and give them back at its end.
+
+        Each host has a task of its own: one that is slow keeps no other waiting.
+        """
+        renewing = [asyncio.ensure_future(self._keep(host)) for host in hosts.values()]
         try:
             yield
         finally:
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
-            await asyncio.shield(self.release(hosts))
+            for task in renewing:
+                task.cancel()
+            await asyncio.gather(*renewing, return_exceptions=True)
+            await settled(self.release(hosts))
 
     async def release(self, hosts: Mapping[str, Host]) -> None:
-        """Gives back the leases taken; where that can't be done they die of age."""
-        taken = [host for host in hosts.values() if host.address in self.numbers]
-        await asyncio.gather(
-            *(self._call(host, "release") for host in taken), return_exceptions=True
-        )
+        """Give back the leases taken; where that can't be done they die of age."""
+        taken = [host for host in hosts.values() if host.address in self.asked]
         self.numbers.clear()
+        self.asked.clear()
+        await asyncio.gather(
+            *(self._call(host, "release", timeout=RELEASE_TIMEOUT_S) for host in taken),
+            return_exceptions=True,
+        )
 
     async def _take(
         self, host: Host, claim: Owner, deadline: float, waiting: Callable[[str], None]
     ) -> None:
         gone, told = "", False
         while True:
-            answer = await self._call(host, "take", gone, claim.model_dump_json())
-            head, _, rest = answer.partition("\n")
-            verb, _, number = head.partition(" ")
-            if verb == "taken":
-                number, _, dead = number.partition(" ")
-                self.numbers[host.address] = int(number)
-                self.dead.update(filter(None, [_owner(dead)]))
-                self.others[host.address] = list(filter(None, map(_other, rest.splitlines())))
+            self.asked.add(host.address)
+            held = await settled(self._ask(host, claim, gone))
+            if held is None:
                 return
-            token, holder = rest.split("\n")[1], _owner(rest.split("\n")[2])
+            token, holder, age = held
             if holder and token != gone and _is_gone(holder):
                 gone = token
                 continue
-            message = _held(holder, int(number))
+            message = _held(holder, age)
             if time.monotonic() > deadline:
                 raise LeaseHeld(
                     message,
@@ -211,36 +242,73 @@ class Lease:
                 told = True
             await asyncio.sleep(POLL_S)
 
-    async def _renew(self, hosts: Mapping[str, Host]) -> None:
-        while True:
-            await asyncio.sleep(self.lasts / RENEWALS)
-            taken = [host for host in hosts.values() if host.address in self.numbers]
-            answers = await asyncio.gather(
-                *(self._call(host, "renew") for host in taken), return_exceptions=True
-            )
-            for host, answer in zip(taken, answers, strict=True):
-                # A host out of reach changes nothing: nobody takes its lease without reaching it.
-                if isinstance(answer, str) and answer.startswith("lost"):
-                    self._lose(host, [*answer.split("\n"), "", "", ""][3])
+    async def _ask(
+        self, host: Host, claim: Owner, gone: str
+    ) -> tuple[str, Owner | None, int] | None:
+        """Take a host's lease unless another run holds it; that one's token, owner and age."""
+        answer = await self._call(host, "take", gone, claim.model_dump_json())
+        head, _, rest = answer.partition("\n")
+        verb, _, number = head.partition(" ")
+        if verb == "taken":
+            number, _, dead = number.partition(" ")
+            self.numbers[host.address] = int(number)
+            self.dead.update(filter(None, [_owner(dead)]))
+            self.others[host.address] = list(filter(None, map(_other, rest.splitlines())))
+            return None
+        _, token, owner, *_ = _lines(rest)
+        return token, _owner(owner), int(number)
 
-    async def _call(self, host: Host, verb: str, gone: str = "", content: str = "") -> str:
-        argv = ["sh", "-c", SCRIPT, "sh", self.root, verb, self.token, f"{self.lasts:.0f}", gone]
-        done = await host.run(argv, input=f"{content}\n" if content else None, check=False)
+    async def _keep(self, host: Host) -> None:
+        """Renew a host's lease again and again.
+
+        A call that takes too long is given up before the next one is due. A host out of reach
+        changes nothing: nobody takes its lease without reaching it.
+        """
+        interval = self.lasts / RENEWALS
+        while True:
+            await asyncio.sleep(interval)
+            if host.address not in self.numbers:
+                continue
+            with contextlib.suppress(TransientError, HostError):
+                answer = await self._call(host, "renew", timeout=interval * 0.8)
+                verb, *held = _lines(answer)
+                if verb in ("lost", "gone") and host.address in self.numbers:
+                    self._lose(host, held[2] if verb == "lost" else None)
+
+    async def _call(
+        self,
+        host: Host,
+        verb: str,
+        gone: str = "",
+        content: str = "",
+        timeout: float = CALL_TIMEOUT_S,
+    ) -> str:
+        script = ["sh", "-c", SCRIPT, "sh", self.root, verb, self.token]
+        done = await host.run(
+            [*script, f"{self.lasts * 100:.0f}", gone, f"{timeout / 3:.2f}"],
+            input=f"{content}\n" if content else None,
+            check=False,
+            timeout=timeout,
+        )
         if done.exit_status:
-            raise HostError(
-                f"expected to {verb} the lease {self.root}/lease, found: {done.stderr.strip()}",
+            path, said = f"{self.root}/lease", done.stderr.strip()
+            raise disk_error(said, path, host.where) or HostError(
+                f"expected to {verb} the lease {path}, found: {said}",
                 host=host.where,
                 hint="the SSH user needs a directory of its own: set `paths.state`",
             )
         return done.stdout
 
-    def _lose(self, host: Host, content: str) -> PdDeployError:
-        holder = _owner(content)
+    def _lose(self, host: Host, content: str | None) -> PdDeployError:
+        """Note that a lease is another's now, or None if its file is gone."""
+        holder = _owner(content) if content else None
+        found = "none" if content is not None else "that somebody deleted the file"
         self.lost = LeaseLost(
-            f"expected this run's lease on {self.root}, found "
-            + (f"that of {holder.run}" if holder else "none"),
+            f"expected this run's lease {self.root}/lease, found "
+            + (f"that of {holder.run}" if holder else found),
             host=host.where,
-            hint="this run was taken for dead and changes nothing more; look at that one",
+            hint="this run changes nothing more, as another may work there by now: look whether "
+            "one does, then run again",
         )
         for tell in self.watchers:
             tell(str(self.lost))
@@ -279,6 +347,11 @@ def _started(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] == "Z" else fields[19]
+
+
+def _lines(text: str) -> list[str]:
+    """The lines of a lease, and empty ones for those that it lacks."""
+    return [*text.split("\n"), "", "", "", ""]
 
 
 def _owner(text: str) -> Owner | None:

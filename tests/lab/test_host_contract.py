@@ -37,8 +37,24 @@ class Console:
         lines = self.box.run(["sh", "-c", script]).stdout.splitlines()
         return {name: mode for name, _, mode in (line.rpartition(" ") for line in lines)}
 
-    def age(self, path: str, seconds: int) -> None:
+    def date(self, path: str, seconds: int) -> None:
         self.box.run(["sh", "-c", f"touch -d @$(($(date +%s) - {seconds})) {shlex.quote(path)}"])
+
+    @contextmanager
+    def small_disk(self, directory: str) -> Iterator[None]:
+        self.box.run(["mkdir", directory])
+        self.box.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", directory])
+        try:
+            yield
+        finally:
+            self.box.run(["umount", directory])
+
+    def fill(self, directory: str) -> None:
+        script = f"head -c 1M /dev/zero >{shlex.quote(directory)}/rest"
+        assert "No space left" in self.box.run(["sh", "-c", script], check=False).stderr
+
+    def make_read_only(self, directory: str) -> None:
+        self.box.run(["mount", "-o", "remount,ro", directory])
 
     @contextmanager
     def listening(self, port: int) -> Iterator[None]:
@@ -98,3 +114,6 @@ class TestContainers(host_contract.Containers): ...
 
 
 class TestLeases(host_contract.Leases): ...
+
+
+class TestDisks(host_contract.Disks): ...

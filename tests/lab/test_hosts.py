@@ -391,11 +391,14 @@ async def cancel_everything(call: asyncio.Task[Any]) -> None:
 
 class TestCancelled:
     @pytest.fixture
-    def place(self, box: LabHost) -> Iterator[str]:
+    async def place(self, host: Host, box: LabHost) -> AsyncIterator[str]:
         place = "/var/lib/hosts-test"
         box.run(["sh", "-c", f"mkdir {place} && mkfifo {place}/pipe"])
         yield place
-        box.run(["rm", "-r", place])
+        await host.aclose()
+        # Whoever waits at the pipe's other end goes on.
+        box.run(["sh", "-c", f"timeout 5 sh -c ': >{place}/pipe'; rm -r {place}"])
+        until(lambda: not sftp_servers(box), "no SFTP server is left")
 
     async def test_a_read_that_gets_no_answer(self, host: Host, place: str) -> None:
         """The SFTP server hangs in opening a pipe; another serves the next call."""

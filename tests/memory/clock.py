@@ -20,6 +20,7 @@ class Clock:
     def __init__(self, *, real: bool = False) -> None:
         self._real = real
         self._now = 1000.0
+        self._epoch = EPOCH
         self._last = EPOCH
 
     def seconds(self) -> float:
@@ -30,9 +31,14 @@ class Clock:
         """Lets time pass."""
         self._now += seconds
 
+    def step(self, seconds: float) -> None:
+        """Sets the date: what counts seconds goes on."""
+        self._epoch += timedelta(seconds=seconds)
+        self._last += timedelta(seconds=seconds)
+
     def date(self) -> datetime:
         """Now, as a date; each is later than the one before, so that events keep their order."""
-        self._last = max(EPOCH + timedelta(seconds=self.seconds()), self._last + _STEP)
+        self._last = max(self._epoch + timedelta(seconds=self.seconds()), self._last + _STEP)
         return self._last
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pd_deploy.engines.omniinfer import npu_smi, ranktable
-from pd_deploy.hosts import facts, lease
+from pd_deploy.hosts import facts, files, lease
 from pd_deploy.hosts.host import CommandResult
 from pd_deploy.steps import history, tidy
-from tests.memory.disk import Entry
+from tests.memory.disk import BLOCK
 from tests.memory.machine import Machine
 
 DEVICES = 16
@@ -33,7 +33,12 @@ class Command:
 def run(command: Command, machine: Machine, argv: Sequence[str], data: bytes) -> CommandResult:
     """What a command prints."""
     machine.cluster.settle()
-    answer = command.answer(machine, argv[len(command.begins) :], data.decode())
+    try:
+        answer = command.answer(machine, argv[len(command.begins) :], data.decode())
+    except TimeoutError:
+        raise
+    except OSError as error:
+        return CommandResult(1, "", f"{argv[0]}: {error.strerror}\n")
     return CommandResult(0, answer, "") if isinstance(answer, str) else answer
 
 
@@ -65,6 +70,7 @@ def _records(machine: Machine, arguments: Sequence[str], _: str) -> str:
 def _drafts(machine: Machine, arguments: Sequence[str], _: str) -> str:
     found = [p for p, _ in machine.disk.files(arguments[0]) if is_draft(p)]
     for path in found:
+        machine.disk.may_change(path)
         machine.disk.remove(path)
     return "".join(f"{path}\n" for path in found)
 
@@ -80,8 +86,9 @@ def _missing(machine: Machine, arguments: Sequence[str], _: str) -> str:
 
 
 def _free(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    free = machine.disk.free(arguments[0]) // 1024
     head = "Filesystem 1024-blocks Used Available Capacity Mounted on"
-    return f"{head}\n/dev/sda1 {1 << 40} 0 {machine.disk.free // 1024} 1% /\n"
+    return f"{head}\n/dev/sda1 {1 << 40} 0 {free} 1% /\n"
 
 
 def _tail(machine: Machine, arguments: Sequence[str], _: str) -> str:
@@ -134,47 +141,62 @@ def _device_addresses(machine: Machine, arguments: Sequence[str], _: str) -> str
 
 def _lease(machine: Machine, arguments: Sequence[str], content: str) -> str:
     """What `lease.SCRIPT` does."""
-    root, verb, token, lasts, gone = arguments
-    path, disk, now = f"{root}/lease", machine.disk, machine.clock.seconds()
+    root, verb, token, lasts, gone, _ = arguments
+    path, disk = f"{root}/lease", machine.disk
     if verb == "take":
         disk.add_directory(root)
     elif disk.get(root) is None:
-        return "" if verb == "release" else "lost\n"
+        return "" if verb == "release" else "gone\n"
     if disk.get(f"{root}/.lease.lock") is None:
-        disk.put(f"{root}/.lease.lock", b"", 0o600, now)
-    entry = disk.get(path) or Entry(b"", 0o600, now)
-    number, holder, owner = [*(entry.content or b"").decode().split("\n"), "", "", ""][:3]
-    age = int(now - entry.changed)
+        disk.put(f"{root}/.lease.lock", b"", 0o600)
+    number, holder, owner, renewed = lease_lines(machine, root)
+    shown = f"{number}\n{holder}\n{owner}\n"
+    held = holder and _age(machine, renewed) < int(lasts)
 
     def put(new_holder: str, number: str, owner: str) -> None:
-        disk.put(path, f"{number}\n{new_holder}\n{owner}".encode(), 0o600, now)
+        now = f"{int(100 * machine.clock.seconds())}"
+        text = f"{number}\n{new_holder}\n{owner}\nstart {now}\n".encode()
+        disk.make_room(path, BLOCK)
+        disk.put(path, text.ljust(BLOCK, b"\0"), 0o600, machine.clock.seconds())
 
-    if verb == "take":
-        if holder and holder not in (token, gone) and age < int(lasts):
-            return f"held {age}\n{number}\n{holder}\n{owner}\n"
-        put(token, str(int(number or 0) + 1), content)
+    answer = ""
+    if verb == "take" and held and holder not in (token, gone):
+        answer = f"held {_age(machine, renewed) // 100}\n{shown}"
+    elif verb == "take":
+        put(token, str(int(number or 0) + 1), content.strip())
         dead = owner if holder not in ("", token) else ""
-        return f"taken {int(number or 0) + 1} {dead}\n{_others(machine, root)}"
-    if verb == "renew":
-        if holder != token:
-            return f"lost\n{number}\n{holder}\n{owner}\n"
-        entry.changed = now
-        return "kept\n"
-    if holder == token:
+        answer = f"taken {int(number or 0) + 1} {dead}\n{_others(machine, root)}"
+    elif verb == "renew" and holder == token:
+        put(token, number, owner)
+        answer = "kept\n"
+    elif verb == "renew":
+        answer = f"lost\n{shown}" if disk.read(path) else "gone\n"
+    elif holder == token:
         put("", number, "")
-    return ""
+    return answer
+
+
+def lease_lines(machine: Machine, root: str) -> list[str]:
+    """Number, token, owner, and when it was renewed."""
+    text = machine.disk.read(f"{root}/lease").rstrip("\0")
+    return [*text.split("\n"), "", "", "", ""][:4]
+
+
+def _age(machine: Machine, renewed: str) -> int:
+    """In 1/100 s."""
+    now, (start, _, since) = int(100 * machine.clock.seconds()), renewed.partition(" ")
+    return now - int(since) if start == "start" else now
 
 
 def _others(machine: Machine, root: str) -> str:
     """Leases of other deployments that are held."""
-    parent, disk, found = posixpath.dirname(root), machine.disk, ""
-    for name in disk.names(parent):
-        entry = disk.get(f"{parent}/{name}/lease")
-        if entry is None or f"{parent}/{name}" == root:
+    parent, found = posixpath.dirname(root), ""
+    for name in machine.disk.names(parent):
+        if f"{parent}/{name}" == root:
             continue
-        _, holder, owner, *_ = [*(entry.content or b"").decode().split("\n"), "", "", ""]
+        _, holder, owner, renewed = lease_lines(machine, f"{parent}/{name}")
         if holder:
-            found += f"{int(machine.clock.seconds() - entry.changed)} {owner}\n"
+            found += f"{_age(machine, renewed) // 100} {owner}\n"
     return found
 
 
@@ -187,6 +209,12 @@ def _missing_command(_: Machine, arguments: Sequence[str], __: str) -> CommandRe
     return CommandResult(127, "", said)
 
 
+def _try_to_write(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    path, size = arguments
+    machine.disk.make_room(f"{posixpath.dirname(path)}/.try.1.tmp", int(size))
+    return ""
+
+
 def _script(name: str, script: str, answer: Answer, word: str = "sh", **more: bool) -> Command:
     return Command(name, ("sh", "-c", script, word), answer, **more)
 
@@ -197,6 +225,7 @@ TABLE = (
     _script("missing paths", facts.MISSING, _missing),
     _script("disk", facts.FREE, _free),
     _script("tail", facts.TAIL, _tail),
+    _script("try to write", files.TRY, _try_to_write),
     _script("lease", lease.SCRIPT, _lease, changes=True),
     _script(
         "device addresses",

@@ -1,8 +1,12 @@
 """Files and directories of a machine."""
 
+import errno
+import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+BLOCK = 4096
 
 
 @dataclass
@@ -19,12 +23,64 @@ class Entry:
         return self.content is None
 
 
+@dataclass
+class Volume:
+    """A file system: how many blocks it has, and whether it is mounted read-only."""
+
+    blocks: int = (1 << 40) // BLOCK
+    read_only: bool = False
+
+
 class Disk:
-    """Paths and what is there; `free` is in bytes."""
+    """Paths and what is there. Each file takes as many blocks as it fills in part.
+
+    Attributes:
+        volumes: by the directory on which one is mounted.
+    """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {"/": Entry(None, 0o755)}
-        self.free = 1 << 40
+        self.volumes: dict[str, Volume] = {"/": Volume()}
+
+    def mount(self, path: str) -> Volume:
+        """A file system of its own at a directory, with what is there already."""
+        self.add_directory(path)
+        self.volumes[path] = Volume()
+        return self.volumes[path]
+
+    def fill(self, path: str) -> None:
+        """Lets something else take all free blocks of the file system at a path."""
+        place = self._place(path)
+        self.volumes[place].blocks = self._used(place)
+
+    def free(self, path: str) -> int:
+        """Bytes free at a path."""
+        place = self._place(path)
+        return (self.volumes[place].blocks - self._used(place)) * BLOCK
+
+    def may_change(self, path: str) -> None:
+        """Raises OSError if the file system at a path is read-only."""
+        if self.volumes[self._place(path)].read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def make_room(self, path: str, size: int) -> None:
+        """Raises OSError if a file can't become so large."""
+        self.may_change(path)
+        there = self.get(path)
+        more = _blocks(size) - _blocks(len((there and there.content) or b""))
+        if more > 0 and more * BLOCK > self.free(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _place(self, path: str) -> str:
+        places = [p for p in self.volumes if f"{path}/".startswith(f"{p.rstrip('/')}/")]
+        return max(places, key=len)
+
+    def _used(self, place: str) -> int:
+        return sum(
+            _blocks(len(content))
+            for path, content in self.files(place)
+            if self._place(path) == place
+        )
 
     def get(self, path: str) -> Entry | None:
         """What is at a path."""
@@ -66,3 +122,7 @@ class Disk:
         """Removes a file, or a directory with all below it."""
         for one in (*self.below(path), path):
             self.entries.pop(one, None)
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)

@@ -65,6 +65,8 @@ class MemoryHost(Host):
         what = command.name
         if what == "lease":
             what = f"lease {argv[5]}"
+        async with asyncio.timeout(timeout):
+            await asyncio.sleep(self.machine.answers_after)
         async with self.calls.passing(self.machine.name, what, changes=command.changes):
             return commands.run(command, self.machine, argv, data or b"")
 

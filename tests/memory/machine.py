@@ -97,6 +97,7 @@ class Machine:
 
     Attributes:
         held_devices, held_ports: what processes outside of any container have, by name.
+        answers_after: seconds that each command takes.
     """
 
     def __init__(self, name: str, address: str, cluster: "Cluster") -> None:
@@ -108,6 +109,7 @@ class Machine:
         self.containers: dict[str, Container] = {}
         self.held_devices: dict[int, str] = {}
         self.held_ports: dict[int, str] = {}
+        self.answers_after = 0.0
 
     @property
     def clock(self) -> Clock:

@@ -3,8 +3,8 @@
 import asyncio
 import posixpath
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import asyncssh
 
@@ -14,7 +14,8 @@ from tests.memory.machine import Machine
 
 
 class MemorySftp:
-    """An SFTP session. Errors are those that OpenSSH's server answers."""
+    """An SFTP session. Errors are those that OpenSSH's server answers: of a disk that is full or
+    read-only it says nothing but "Failure"."""
 
     def __init__(self, machine: Machine, calls: Calls) -> None:
         self._machine = machine
@@ -36,7 +37,10 @@ class MemorySftp:
     @asynccontextmanager
     async def _passing(self, what: str, *, changes: bool) -> AsyncIterator[None]:
         async with self._calls.passing(self._machine.name, what, changes=changes):
-            yield
+            with _answering():
+                if changes:
+                    self._disk.may_change(what.partition(" ")[2])
+                yield
             await self.answered()
 
     @asynccontextmanager
@@ -51,9 +55,9 @@ class MemorySftp:
                 self._create(path, (attrs and attrs.permissions) or 0o644)
             found = self._need(path)
             if found.is_directory:
-                raise asyncssh.SFTPFailure("is a directory")
+                raise asyncssh.SFTPFailure("Failure")
         try:
-            yield _OpenFile(found, self._machine, self)
+            yield _OpenFile(path, found, self._machine, self)
         finally:
             await self.answered()
 
@@ -86,7 +90,8 @@ class MemorySftp:
         async with self._passing(f"mkdir {path}", changes=True):
             self._need(posixpath.dirname(path))
             if self._disk.get(path):
-                raise asyncssh.SFTPFailure("file exists")
+                raise asyncssh.SFTPFailure("Failure")
+            self._disk.make_room(path, 1)
             self._disk.entries[path] = Entry(None, 0o755)
 
     async def chmod(self, path: str, mode: int) -> None:
@@ -114,10 +119,8 @@ class MemorySftp:
 
     def _create(self, path: str, mode: int) -> None:
         self._need(posixpath.dirname(path))
-        if self._disk.free <= 0:
-            raise asyncssh.SFTPFailure("No space left on device")
         if self._disk.get(path):
-            raise asyncssh.SFTPFailure("file exists")
+            raise asyncssh.SFTPFailure("Failure")
         self._disk.entries[path] = Entry(b"", mode, self._machine.clock.seconds())
 
     def _need(self, path: str) -> Entry:
@@ -127,8 +130,17 @@ class MemorySftp:
         return found
 
 
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise asyncssh.SFTPFailure("Failure") from error
+
+
 class _OpenFile:
-    def __init__(self, entry: Entry, machine: Machine, session: MemorySftp) -> None:
+    def __init__(self, path: str, entry: Entry, machine: Machine, session: MemorySftp) -> None:
+        self._path = path
         self._entry = entry
         self._machine = machine
         self._session = session
@@ -138,6 +150,8 @@ class _OpenFile:
         return self._entry.content or b""
 
     async def write(self, content: bytes) -> None:
+        with _answering():
+            self._machine.disk.make_room(self._path, len(content))
         self._entry.content = content
         self._entry.changed = self._machine.clock.seconds()
         await self._session.answered()

@@ -1,6 +1,6 @@
 """Hosts in memory keep the contract of real ones."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -31,8 +31,23 @@ class Console:
         disk = self.machine.disk
         return {n: f"{disk.entries[f'{directory}/{n}'].mode:o}" for n in disk.names(directory)}
 
-    def age(self, path: str, seconds: int) -> None:
-        self.machine.disk.entries[path].changed = self.machine.clock.seconds() - seconds
+    def date(self, path: str, seconds: int) -> None:
+        self.machine.clock.step(seconds)
+
+    @contextmanager
+    def small_disk(self, directory: str) -> Iterator[None]:
+        self.machine.disk.mount(directory).blocks = 32
+        try:
+            yield
+        finally:
+            self.machine.disk.remove(directory)
+            del self.machine.disk.volumes[directory]
+
+    def fill(self, directory: str) -> None:
+        self.machine.disk.fill(directory)
+
+    def make_read_only(self, directory: str) -> None:
+        self.machine.disk.volumes[directory].read_only = True
 
     @contextmanager
     def listening(self, port: int) -> Iterator[None]:
@@ -65,8 +80,10 @@ def machine() -> Machine:
 
 
 @pytest.fixture
-def host(machine: Machine) -> Host:
-    return MemoryHost("a", machine)
+async def host(machine: Machine) -> AsyncIterator[Host]:
+    host = MemoryHost("a", machine)
+    yield host
+    await host.aclose()
 
 
 @pytest.fixture
@@ -97,3 +114,6 @@ class TestContainers(host_contract.Containers): ...
 
 
 class TestLeases(host_contract.Leases): ...
+
+
+class TestDisks(host_contract.Disks): ...
