@@ -76,7 +76,7 @@ take)
   printf '%s\n' "taken $number $dead"
   for other in "$dir"/../*/lease; do
     [ "$other" -ef "$lease" ] || [ ! -s "$other" ] || [ -z "$(line "$other" 2)" ] ||
-      echo "$(($(age "$other") / 100)) $(line "$other" 3)"
+      printf '%s\n' "$(($(age "$other") / 100)) $(line "$other" 3)"
   done ;;
 renew)
   if [ ! -s "$lease" ]; then echo gone
