@@ -6,10 +6,11 @@ from contextlib import asynccontextmanager
 
 from pd_deploy.cli.prefect_api import reached
 from pd_deploy.config.models import Deployment
+from pd_deploy.flows import survey
 from pd_deploy.flows.session import open_former, open_session
 from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records.releases import History
-from pd_deploy.steps import history, surveying
+from pd_deploy.steps import history
 from pd_deploy.steps.session import Session
 
 
@@ -17,7 +18,7 @@ async def plan(deployment: Deployment, image: str | None) -> Plan:
     """The plan that a deployment would carry out now; changes nothing on the hosts."""
     with reached():
         async with looked_at(deployment) as (session, _):
-            return (await surveying.look(session, image)).with_actions(STAGES)
+            return (await survey.plan(session, image, "a look")).with_actions(STAGES)
 
 
 async def past(deployment: Deployment) -> History:

@@ -1,27 +1,20 @@
 """The runbook: bring a service up and prove that it serves."""
 
 from pathlib import Path
-from typing import Any
 
 from prefect import State, flow
 
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.flows import publish
-from pd_deploy.flows.fan_out import fan_out
-from pd_deploy.flows.roll_out import OnFailure, roll_out, survey_hosts
+from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import connected, locked_session, open_former, open_session
+from pd_deploy.flows.survey import plan
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.registry import tags
 from pd_deploy.registry.tags import NEWEST
-from pd_deploy.steps import surveying
-from pd_deploy.steps.rollout import Rollout
-from pd_deploy.steps.session import Session
-from pd_deploy.steps.surveying import with_addresses
-from pd_deploy.tasks.image import choose_image, resolve_image
-from pd_deploy.tasks.survey import device_addresses
 
 
 @flow(name="pd-deploy", flow_run_name=publish.run_name, persist_result=False)
@@ -70,15 +63,3 @@ async def deploy(
         if image == NEWEST and not rollout.changes:
             return publish.already_on(rollout)
         return await roll_out(rollout, run, chosen, on_failure)
-
-
-async def plan(session: Session, image: str | None, run: str) -> Rollout:
-    """Reads everything a plan needs, on all hosts at once, and makes it; changes nothing."""
-    states = await survey_hosts(session)
-    choice = await choose_image(session, states, image, wait_for=states)
-    reading = [device_addresses(session, name, wait_for=states) for name in with_addresses(session)]
-    found: list[Any] = await fan_out(
-        session.barrier, [resolve_image(session, choice), fan_out(session.barrier, reading)]
-    )
-    resolved, addresses = found
-    return surveying.planned(session, states, addresses, resolved, run)

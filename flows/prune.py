@@ -8,11 +8,11 @@ from prefect.states import Completed
 from pd_deploy.config.load import load_deployment
 from pd_deploy.flows import publish
 from pd_deploy.flows.fan_out import fan_out
-from pd_deploy.flows.roll_out import survey_hosts
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session
+from pd_deploy.flows.survey import survey_hosts
 from pd_deploy.steps import surveying
-from pd_deploy.tasks.tidy import prune as prune_host
+from pd_deploy.tasks import prune as prune_host
 
 
 @flow(name="pd-prune", flow_run_name=publish.run_name, persist_result=False)

@@ -11,11 +11,12 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.flows import publish
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
-from pd_deploy.flows.roll_out import restore, roll_out, survey_hosts
+from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session
+from pd_deploy.flows.survey import restore, survey_hosts
 from pd_deploy.steps import surveying
-from pd_deploy.tasks.tidy import stop
+from pd_deploy.tasks import stop
 
 PATIENCE_S = 24 * 3600
 

@@ -7,9 +7,10 @@ from prefect import State, flow
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.flows import publish
-from pd_deploy.flows.roll_out import restore, roll_out, survey_hosts
+from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session
+from pd_deploy.flows.survey import restore, survey_hosts
 from pd_deploy.records.releases import History, Release
 from pd_deploy.steps import surveying
 

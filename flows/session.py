@@ -19,8 +19,7 @@ from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import History, HostAccess
 from pd_deploy.steps import history, locking
 from pd_deploy.steps.session import LockedSession, Session, host_accesses
-from pd_deploy.tasks.lock import lock
-from pd_deploy.tasks.survey import connect
+from pd_deploy.tasks import connect, lock
 
 B = TypeVar("B", bound=Block)
 

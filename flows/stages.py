@@ -3,115 +3,132 @@ cut-over, and what follows it."""
 
 import time
 
-from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.line import Line
 from pd_deploy.planning.plans import Stage
 from pd_deploy.steps import promotion
-from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
-from pd_deploy.tasks.clean_up import clean_up
-from pd_deploy.tasks.image import pull_image
-from pd_deploy.tasks.launch import launch
-from pd_deploy.tasks.preflight import preflight, until_free
-from pd_deploy.tasks.promote import save
-from pd_deploy.tasks.proxy import open_proxy, prepare_proxy
-from pd_deploy.tasks.ranktable import write_ranktables
-from pd_deploy.tasks.server import start_server, until_ready
-from pd_deploy.tasks.smoke_test import smoke_test
+from pd_deploy.tasks import (
+    check_host,
+    clean_up,
+    launch,
+    open_proxy,
+    prepare_proxy,
+    pull_image,
+    save,
+    smoke_test,
+    start_server,
+    until_free,
+    until_ready,
+    write_ranktables,
+)
 
 
-async def run_stages(rollout: Rollout, stages: list[Stage]) -> list[Report]:
-    """Runs the stages. Nothing old stops before every host has passed its checks and has all that
+async def run_stages(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
+    """Run the stages. Nothing old stops before every host has passed its checks and has all that
     the new generation needs."""
-    reports = await prepare_all(rollout, stages)
-    reports += await stop_old(rollout, stages, reports)
+    await prepare_all(line, rollout, stages)
+    await stop_old(line, rollout, stages)
     if "server" in stages:
-        reports += await serve_all(rollout, reports)
+        await serve_all(line, rollout)
     elif "proxy" in stages:
-        reports += await prepare(rollout, reports)
-    return reports
+        await prepare(line, rollout)
 
 
-async def prepare_all(rollout: Rollout, stages: list[Stage]) -> list[Report]:
-    """All that can be done while the old generation serves."""
-    session, hosts = rollout.session, list(rollout.plan.hosts)
-    reports = await fan_out(session.barrier, [preflight(rollout, host) for host in hosts])
+async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
+    """Do all that can be done while the old generation serves."""
+    hosts = list(rollout.plan.hosts)
+    await line.together(check_host.after(*line.ends)(rollout, host) for host in hosts)
+    await line.joined("hosts checked")
     if "cleanup" in stages or "launch" in stages:
-        pulls = [pull_image(rollout, host, wait_for=reports) for host in hosts]
-        reports += await fan_out(session.barrier, pulls)
+        await line.together(pull_image.after(*line.ends)(rollout, host) for host in hosts)
+        await line.joined("image on all hosts")
     if "launch" in stages:
         await promotion.note_hosts(rollout)
-    lines = [create(rollout, host, stages, reports) for host in hosts]
-    for line in await fan_out(session.barrier, lines):
-        reports += line
+    await line.branches(create(line.branch(), rollout, host, stages) for host in hosts)
+    await line.joined("containers and files made")
     if "launch" in stages and "proxy" in stages and rollout.may_prepare_early():
-        reports += await prepare(rollout, reports)
-    return reports
+        await prepare(line, rollout)
 
 
-async def create(
-    rollout: Rollout, host: str, stages: list[Stage], after: list[Report]
-) -> list[Report]:
-    """Files and containers on one host; nothing starts."""
-    barrier, planned = rollout.session.barrier, rollout.plan.hosts[host]
-    done: list[Report] = []
+async def create(line: Line, rollout: Rollout, host: str, stages: list[Stage]) -> Line:
+    """Make files and containers on one host; start nothing."""
+    planned = rollout.plan.hosts[host]
     if "launch" in stages:
-        done.append(await save(rollout, host, wait_for=after))
-        done += await fan_out(
-            barrier, [launch(rollout, name, wait_for=done) for name in planned.instances]
+        await line.together([save.after(*line.ends)(rollout, host)])
+        await line.together(
+            launch.after(*line.ends)(rollout, instance) for instance in planned.instances
         )
     if "ranktable" in stages and planned.ranktables:
-        done.append(await write_ranktables(rollout, host, wait_for=done or after))
-    return done
+        await line.together([write_ranktables.after(*line.ends)(rollout, host)])
+    return line
 
 
-async def stop_old(rollout: Rollout, stages: list[Stage], after: list[Report]) -> list[Report]:
-    """The cut-over: stops what must not run any longer, the proxy first, then the servers."""
+async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
+    """Cut over: stop what must not run any longer, the proxy first, then the servers."""
     if "cleanup" in stages:
         proxies, servers = rollout.to_clean_up()
     elif "server" in stages:
         proxies, servers = rollout.to_restart()
     else:
-        return []
-    barrier = rollout.session.barrier
+        return
     if rollout.stopping():
         await promotion.note_closing(rollout)
-    closed = await fan_out(barrier, [clean_up(rollout, name, wait_for=after) for name in proxies])
-    stopped = [clean_up(rollout, name, wait_for=closed or after) for name in servers]
-    return closed + await fan_out(barrier, stopped)
+    await line.together(clean_up.after(*line.ends)(rollout, proxy) for proxy in proxies)
+    await line.joined("proxies stopped")
+    await line.together(clean_up.after(*line.ends)(rollout, server) for server in servers)
+    await line.joined("old generation stopped")
 
 
-async def serve_all(rollout: Rollout, after: list[Report]) -> list[Report]:
-    """Starts all servers when what they need is free, and waits until all are ready."""
-    session = rollout.session
+async def serve_all(line: Line, rollout: Rollout) -> None:
+    """Start all servers when what they need is free, and wait until all are ready."""
     busy = [host for host in rollout.plan.hosts if rollout.to_start(host)]
-    free = await fan_out(
-        session.barrier, [until_free(rollout, host, wait_for=after) for host in busy]
-    )
-    steps = [serve(rollout, i.name, free or after) for i in session.topology.instances]
-    steps += [prepare(rollout, free or after)]
-    done = [report for line in await fan_out(session.barrier, steps) for report in line]
-    return free + done
+    await line.together(until_free.after(*line.ends)(rollout, host) for host in busy)
+    await line.joined("devices and ports free")
+    topology, engine = rollout.session.topology, rollout.session.engine
+    first = {i.name: engine.starts_after(topology, i.name) for i in topology.instances}
+    servers = [serve(line, rollout, instance, first[instance]) for instance in first]
+    joins = [all_started(line, rollout, group) for group in dict.fromkeys(first.values()) if group]
+    await line.branches([*servers, *joins, prepare(line.branch(), rollout)])
 
 
-async def prove_and_open(rollout: Rollout, after: list[Report]) -> tuple[Completion, list[Report]]:
-    """Proves the service where only the smoke test can reach it, then lets clients in."""
+async def serve(line: Line, rollout: Rollout, instance: str, first: tuple[str, ...]) -> Line:
+    """Start a server when those have started that it has to follow; wait until it is ready."""
+    followed = await line.barrier.passed([_started(rollout, first)] if first else [])
+    branch = line.branch(*followed)
+    await branch.together([start_server.after(*branch.ends)(rollout, instance)])
+    line.barrier.open(instance, branch.ends[0])
+    await branch.together([until_ready.after(*branch.ends)(rollout, instance)])
+    return branch
+
+
+async def all_started(line: Line, rollout: Rollout, servers: tuple[str, ...]) -> Line:
+    """Open one gate for all that start after the same servers."""
+    name = _started(rollout, servers)
+    join = Line(line.barrier, *await line.barrier.passed(servers))
+    await join.joined(name)
+    line.barrier.open(name, join.ends[0])
+    return join
+
+
+def _started(rollout: Rollout, servers: tuple[str, ...]) -> str:
+    instances = rollout.session.topology.instances
+    roles = dict.fromkeys(i.role for i in instances if i.name in servers)
+    return f"{' and '.join(roles)} started"
+
+
+async def prove_and_open(line: Line, rollout: Rollout) -> Completion:
+    """Prove the service where only the smoke test can reach it, then let clients in."""
     begin = time.monotonic()
-    completion = await smoke_test(rollout, wait_for=after)
+    completion = await smoke_test.after(*line.ends)(rollout)
     rollout.attempt.downtime.proof = time.monotonic() - begin
     proxy = rollout.session.topology.proxy.name
-    return completion, [await open_proxy(rollout, proxy, wait_for=[completion])]
+    await line.together([open_proxy.after(completion)(rollout, proxy)])
+    return completion
 
 
-async def serve(rollout: Rollout, instance: str, after: list[Report]) -> list[Report]:
-    """Starts a server when those it has to follow have started, and waits until it is ready."""
-    session = rollout.session
-    followed = await session.barrier.passed(session.engine.starts_after(session.topology, instance))
-    started = await start_server(rollout, instance, wait_for=[*after, *followed])
-    session.barrier.open(instance, started)
-    return [started, await until_ready(rollout, instance, wait_for=[started])]
-
-
-async def prepare(rollout: Rollout, after: list[Report]) -> list[Report]:
-    """Prepares the proxy: its port stays closed."""
-    return [await prepare_proxy(rollout, rollout.session.topology.proxy.name, wait_for=after)]
+async def prepare(line: Line, rollout: Rollout) -> Line:
+    """Prepare the proxy: its port stays closed."""
+    proxy = rollout.session.topology.proxy.name
+    await line.together([prepare_proxy.after(*line.ends)(rollout, proxy)])
+    return line

@@ -1,1 +1,46 @@
-"""One verb per file: the retryable, observable steps of a run."""
+"""The steps of a run as the UI shows them: their names, and the functions that do the work.
+
+Here belongs a line for each step. What a step does belongs into `pd_deploy.steps`; what all steps
+have in common, such as retries, into `step.py`; what takes more than one
+call of them, into `composed.py`.
+"""
+
+from pd_deploy.steps import containers, preflight, promotion, readiness, surveying, tidy
+from pd_deploy.steps.verify import smoke
+from pd_deploy.tasks import composed
+from pd_deploy.tasks.step import pure, step
+
+# Look at the hosts, and plan
+connect = step("connect {name}")(surveying.connect)
+lock = step("lock")(composed.lock)
+survey = step("survey {name}")(surveying.survey)
+choose_image = step("choose image")(surveying.choose)
+resolve_image = step("resolve image")(surveying.resolve_image)
+device_addresses = step("device addresses {name}")(surveying.device_addresses)
+make_plan = step("plan")(pure(surveying.planned))
+take_plan = step("saved plan")(pure(surveying.restored))
+
+# While the old generation serves
+check_host = step("preflight {name}")(preflight.preflight)
+pull_image = step("pull image {name}")(composed.pull)
+save = step("save {name}")(promotion.save)
+launch = step("launch {instance}")(containers.launch)
+write_ranktables = step("ranktable {name}")(containers.write_ranktables)
+prepare_proxy = step("prepare proxy {instance}")(containers.prepare_proxy)
+
+# From the cut-over to the promotion
+clean_up = step("clean up {instance}")(containers.clean_up)
+until_free = step("free {name}")(preflight.until_free)
+start_server = step("start server {instance}")(containers.start_server)
+until_ready = step("ready {instance}")(readiness.until_ready)
+smoke_test = step("smoke test")(smoke.smoke_test)
+open_proxy = step("open proxy {instance}")(composed.open_proxy)
+promote = step("promote")(promotion.promote)
+
+# Remove what is not needed any more
+prune = step("prune {name}")(tidy.prune)
+clear = step("clear {name}")(tidy.clear)
+stop = step("stop {name}")(tidy.stop)
+
+# What joins the steps of many hosts; its name says what is so from there on
+gate = step("{name}")(composed.gate)

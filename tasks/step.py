@@ -1,19 +1,25 @@
-"""What all steps have in common."""
+"""What all steps have in common: a name, retries, a log line, and what they wait for."""
 
 import dataclasses
 import functools
 import inspect
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.logging import get_run_logger
+from prefect.context import FlowRunContext
+from prefect.utilities.annotations import opaque, quote
 
 from pd_deploy.errors import PdDeployError, is_transient
-from pd_deploy.steps.report import Report
+from pd_deploy.records.releases import Choice
+from pd_deploy.steps.history import HostRecords
+from pd_deploy.steps.report import Gate, Report
+from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.surveying import Addresses, ResolvedImage
+from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import story
 
 story.tell()
@@ -23,18 +29,65 @@ R = TypeVar("R")
 
 RETRY_DELAYS_S = (1, 3, 8)
 
+Result = (
+    Report
+    | Gate
+    | HostRecords
+    | HostState
+    | Choice
+    | ResolvedImage
+    | Addresses
+    | Rollout
+    | Completion
+)
+"""What a step may wait for: the result of another."""
 
-def step(
-    run_name: str,
-) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Task[P, Coroutine[Any, Any, R]]]:
-    """Makes a task of a function: named after its subject, retried on transient faults, with its
-    report timed and logged. A call is checked against the function's own parameters.
 
-    Args:
-        run_name: name of the run, with the function's parameters in braces.
+class Step(Generic[P, R]):
+    """A function as a step of a run, to be called with the function's own parameters.
+
+    In a flow run it is a task of Prefect; outside, as for `pd-deploy plan`, the function alone.
     """
 
-    def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Task[P, Coroutine[Any, Any, R]]:
+    def __init__(self, task_: Task[P, Coroutine[Any, Any, R]]) -> None:
+        self.task = task_
+
+    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the step."""
+        return await self._run((), args, kwargs)
+
+    def after(self, *results: Result) -> Callable[P, Coroutine[Any, Any, R]]:
+        """The step as one that follows those with these results, which the run's graph shows."""
+
+        async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            return await self._run(results, args, kwargs)
+
+        return run
+
+    async def _run(
+        self, results: tuple[Result, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> R:
+        if FlowRunContext.get() is None:
+            return await self.task.fn(*args, **kwargs)
+        # Prefect walks through all that a task is given, in search of other tasks' results. It is
+        # kept out of a run's state, which is large, and told here what there is to find.
+        run = cast(Callable[..., Coroutine[Any, Any, R]], self.task)
+        return await run(
+            *map(quote, args),
+            **{name: quote(value) for name, value in kwargs.items()},
+            wait_for=[opaque(result) for result in results],
+        )
+
+
+def step(run_name: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Step[P, R]]:
+    """Make a step of a function: named after its subject, retried on transient faults, timed, with
+    what it has to say logged.
+
+    Args:
+        run_name: name of the task run, with the function's parameters in braces.
+    """
+
+    def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Step[P, R]:
         @functools.wraps(function)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             begin = time.monotonic()
@@ -43,18 +96,35 @@ def step(
             except PdDeployError as error:
                 error.step = error.step or run_name.format(**_bound(function, args, kwargs))
                 raise
-            return cast(R, _timed(result, time.monotonic() - begin))
+            if isinstance(result, Report):
+                timed = dataclasses.replace(result, seconds=time.monotonic() - begin)
+                result = cast(R, timed)
+            if FlowRunContext.get():
+                story.log(result)
+            return result
 
-        return task(
-            task_run_name=run_name,
-            retries=len(RETRY_DELAYS_S),
-            retry_delay_seconds=list(RETRY_DELAYS_S),
-            retry_condition_fn=_worth_a_retry,
-            cache_policy=NO_CACHE,
-            persist_result=False,
-        )(run)
+        return Step(
+            task(
+                task_run_name=run_name,
+                retries=len(RETRY_DELAYS_S),
+                retry_delay_seconds=list(RETRY_DELAYS_S),
+                retry_condition_fn=_worth_a_retry,
+                cache_policy=NO_CACHE,
+                persist_result=False,
+            )(run)
+        )
 
     return decorate
+
+
+def pure(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Make of a function that waits for nothing one that can be a step."""
+
+    @functools.wraps(function)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs)
+
+    return run
 
 
 def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
@@ -64,10 +134,3 @@ def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, An
 def _worth_a_retry(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     error = state.data
     return isinstance(error, Exception) and is_transient(error)
-
-
-def _timed(result: Any, seconds: float) -> Any:
-    if not isinstance(result, Report):
-        return result
-    get_run_logger().info("%s (%.1f s)", result.detail, seconds)
-    return dataclasses.replace(result, seconds=seconds)

@@ -2,7 +2,12 @@
 
 import logging
 
+from prefect.logging import get_run_logger
+
 from pd_deploy.errors import PdDeployError
+from pd_deploy.records.releases import Choice
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.verify.smoke import Completion
 
 _LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 _REPEATS = (
@@ -14,8 +19,8 @@ _REPEATS = (
 
 
 class _Story(logging.Filter):
-    """Drops the last state of each run, which our own line or the error tells better, and shows
-    an error of ours as its message, once: a traceback says nothing about a host."""
+    """Drop the last state of each run, which our own line or the error tells better; show an error
+    of ours as its message, once: a traceback says nothing about a host."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -29,8 +34,23 @@ class _Story(logging.Filter):
 
 
 def tell() -> None:
-    """Lets Prefect's loggers tell only the story."""
+    """Have Prefect's loggers tell only the story."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        if not any(isinstance(one, _Story) for one in logger.filters):
+        if not any(isinstance(present, _Story) for present in logger.filters):
             logger.addFilter(_Story())
+
+
+def log(result: object) -> None:
+    """Log what a step's result says."""
+    logger = get_run_logger()
+    match result:
+        case Report(detail=detail, seconds=seconds):
+            logger.info("%s (%.1f s)", detail, seconds)
+        case Choice(chosen_image=image, rule=rule):
+            logger.info("%s: %s", image, rule)
+        case Completion(proof=proof, remarks=remarks):
+            for line in (*proof.handovers, proof):
+                logger.info("%s", line)
+            for remark in remarks:
+                logger.warning("%s", remark)

@@ -11,16 +11,16 @@ T = TypeVar("T")
 
 
 class Barrier:
-    """Named gates that open once, and one failure that ends every wait at once."""
+    """Gates by name that open once, and one failure that ends every wait at once."""
 
     def __init__(self) -> None:
         self._open: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self._shown: dict[str, object] = {}
+        self._shown: dict[str, Any] = {}
         self._failed = asyncio.Event()
         self._cause = ""
 
-    def open(self, gate: str, shown: object) -> None:
-        """Let through those who wait for this gate, and show them what opened it."""
+    def open(self, gate: str, shown: Any) -> None:
+        """Let those through who wait for a gate; show them what opened it."""
         self._shown[gate] = shown
         self._open[gate].set()
 
@@ -30,7 +30,7 @@ class Barrier:
             self._cause = cause
             self._failed.set()
 
-    async def passed(self, gates: Iterable[str]) -> list[object]:
+    async def passed(self, gates: Iterable[str]) -> list[Any]:
         """Wait until all gates are open; return what opened them.
 
         Raises:
@@ -42,7 +42,7 @@ class Barrier:
         return [self._shown[gate] for gate in gates]
 
     async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for some work, and give it up as soon as another step fails.
+        """Wait for the result of some work; give up as soon as another step fails.
 
         Raises:
             Abandoned: another step failed first.

@@ -114,22 +114,22 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
     return Report("ranktable", name, name, bool(written), detail)
 
 
-async def prepare_proxy(rollout: Rollout) -> Report:
-    """Start the proxy's container and wait until it is ready to open its port.
+async def prepare_proxy(rollout: Rollout, instance: str) -> Report:
+    """Start the proxy's container up to the point where it could open its port.
 
     Raises:
         OutOfOrder: the generation was not launched.
         InstanceDied: the preparation failed; the message has the proxy's last lines.
     """
-    session, name = rollout.session, rollout.session.topology.proxy.name
-    state = await require(rollout, name)
+    session, where = rollout.session, rollout.session.topology.host_of(instance)
+    state = await require(rollout, instance)
     if state.status in generations.RUNNING:
-        return Report("prepare proxy", name, session.topology.proxy.host, False, "runs")
-    await _start(rollout, name, state)
+        return Report("prepare proxy", instance, where, False, "runs")
+    await _start(rollout, instance, state)
     await _log_says(
-        rollout, name, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
+        rollout, instance, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
     )
-    return Report("prepare proxy", name, session.topology.proxy.host, True, "prepared, port closed")
+    return Report("prepare proxy", instance, where, True, "prepared, port closed")
 
 
 async def start_server(rollout: Rollout, instance: str) -> Report:
@@ -160,7 +160,7 @@ async def let_smoke_test_in(rollout: Rollout) -> str:
     session, name = rollout.session, rollout.session.topology.proxy.name
     host, state = session.host_of(name), await require(rollout, name)
     if state.status not in generations.RUNNING:
-        await prepare_proxy(rollout)
+        await prepare_proxy(rollout, name)
         state = await require(rollout, name)
     elif await _clients_can_connect(rollout):
         return session.topology.proxy.address

@@ -22,3 +22,14 @@ class Report:
     changed: bool
     detail: str
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where steps on many hosts have come together.
+
+    Attributes:
+        name: what is so from there on.
+    """
+
+    name: str

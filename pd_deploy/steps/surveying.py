@@ -20,7 +20,7 @@ from pd_deploy.registry.client import newest, reach
 from pd_deploy.registry.repository import repository_of
 from pd_deploy.steps import history
 from pd_deploy.steps.attempt import Attempt
-from pd_deploy.steps.history import Saved
+from pd_deploy.steps.history import HostRecords, Saved
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session, host_accesses
 
@@ -41,24 +41,14 @@ class ResolvedImage:
     pinned_image: str
 
 
-async def look(session: Session, requested_image: str | None = None, by: str = "a look") -> Rollout:
-    """Reads everything a plan needs, on all hosts at once.
-
-    Args:
-        requested_image: the image that a run names.
-        by: the run.
-    """
-    states = await asyncio.gather(*(survey(session, name) for name in session.hosts))
-    choice = await choose(session, states, requested_image)
-    image, addresses = await asyncio.gather(
-        resolve_image(session, choice),
-        asyncio.gather(*(device_addresses(session, name) for name in with_addresses(session))),
-    )
-    return planned(session, states, addresses, image, by)
+async def connect(session: Session, name: str) -> HostRecords:
+    """Connect to a host and read what was deployed on it before."""
+    return await history.read(session.host(name), session.root)
 
 
 async def survey(session: Session, name: str) -> HostState:
-    """Connects to a host and reads what a plan needs to know of it.
+    """Read what a plan needs to know of a host: its facts, what runs there, and what was deployed
+    there before.
 
     Raises:
         FactsError: the host does not own the address that the file gives.
@@ -118,7 +108,7 @@ def past_of(states: Iterable[HostState]) -> History:
 async def choose(
     session: Session, states: Iterable[HostState], requested_image: str | None
 ) -> Choice:
-    """The image that a run takes; see `releases.choose`.
+    """Decide which image a run takes; see `releases.choose`.
 
     `newest` is looked up in the registry by the file's update policy, from here or, where the
     registry can't be reached from here, through the proxy's host.
@@ -145,7 +135,7 @@ def planned(
     image: ResolvedImage,
     by: str,
 ) -> Rollout:
-    """The rollout of the deployment file with an image.
+    """Plan the rollout of the deployment file with an image.
 
     Args:
         by: the run, and who or what started it.
@@ -199,7 +189,7 @@ async def saved(session: Session, name: str) -> tuple[Session, Saved]:
 
 
 def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rollout:
-    """The rollout that brings a saved generation back as it was."""
+    """Plan the rollout that brings a saved generation back as it was."""
     past = past_of(states)
     return Rollout(
         session,
@@ -233,7 +223,7 @@ def with_addresses(session: Session) -> list[str]:
 
 
 async def device_addresses(session: Session, name: str) -> Addresses:
-    """Reads the address of every device that the service uses on a host.
+    """Read the network address of every device that the service uses on a host.
 
     Raises:
         FactsError: devices without an address; names all of them.
@@ -256,9 +246,9 @@ def _reads_addresses(session: Session, name: str) -> bool:
 
 
 async def resolve_image(session: Session, choice: Choice) -> ResolvedImage:
-    """The digest behind a tag, so that every host runs the same bytes.
+    """Look up the digest behind a tag, so that every host runs the same bytes.
 
-    Asked through the proxy's host, because the controller may not reach the registry. With
+    It is asked through the proxy's host, because the controller may not reach the registry. With
     `pull: never` it is the id of the image that the hosts have.
 
     Raises:

@@ -4,7 +4,7 @@ Only containers with the deployment's label and directories of its own are touch
 """
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from pd_deploy.engines.base import Layout
 from pd_deploy.hosts.container_values import ContainerState
@@ -18,13 +18,11 @@ from pd_deploy.steps.session import LockedSession
 DRAFTS = r"""[ ! -d "$1" ] || find "$1" -xdev -type f -name '.*.tmp' -print -delete"""
 
 
-async def prune(
-    session: LockedSession, name: str, history: History, kept: Collection[str]
-) -> Report:
-    """Remove the generations that are not kept from a host: containers, files, logs, and the images
-    that no kept one needs."""
-    host = session.host(name)
-    gone = sorted(history.found - set(kept))
+async def prune(session: LockedSession, name: str, history: History) -> Report:
+    """Remove old generations from a host: containers, files, logs, and the images that no kept
+    one needs. Those stay that `History.kept` names."""
+    host, kept = session.host(name), history.kept(session.deployment.keep)
+    gone = sorted(history.found - kept)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     removed = [c for c in containers if c.labels.get(generations.GENERATION) in gone]
     await _remove_containers(session, host, removed)

@@ -44,11 +44,21 @@ async def test_deployment_run_ends_with_a_verified_service(
         artifacts = await client.read_artifacts(flow_run_filter=chosen)
     names = {task.name for task in tasks}
     assert {"survey a", "launch d0", "ranktable b", "prepare proxy c0", "ready p2"} <= names
-    by_name = {task.name: task for task in tasks}
-    parents = {one.id for one in by_name["start server p1"].task_inputs["wait_for"]}
-    assert {by_name["free a"].id, by_name["start server d0"].id} <= parents
-    before = {one.id for one in by_name["free a"].task_inputs["wait_for"]}
-    assert {by_name["ranktable a"].id, by_name["clean up p1"].id} <= before
+    of_id = {task.id: task.name for task in tasks}
+    before = {
+        task.name: {of_id[edge.id] for edges in task.task_inputs.values() for edge in edges}
+        for task in tasks
+    }
+    assert before["plan"] == {"resolve image", "device addresses a", "device addresses b"}
+    assert before["preflight a"] == {"plan"}
+    assert before["hosts checked"] == {"preflight a", "preflight b"}
+    assert before["launch p1"] == {"save a"}
+    assert before["containers and files made"] == {"ranktable a", "ranktable b"}
+    assert before["old generation stopped"] == {f"clean up {i}" for i in INSTANCES - {"c0"}}
+    assert before["free a"] == {"old generation stopped"}
+    assert before["start server p1"] == {"devices and ports free", "start server d0"}
+    assert before["smoke test"] == {*(f"ready {i}" for i in INSTANCES - {"c0"}), "prepare proxy c0"}
+    assert before["prune b"] == {"promote"}
     assert {a.key for a in artifacts} == {
         f"test-3p1d-{what}" for what in ("report", "instances", "releases")
     }

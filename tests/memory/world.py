@@ -350,7 +350,7 @@ async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs
     """What Prefect does of a task here: its function, again while its own condition says so."""
     for delay in (*task.retry_delay_seconds, None):
         try:
-            return await task.fn(*args, **kwargs)
+            return await task.fn(*(quoted.unwrap() for quoted in args), **kwargs)
         except Exception as error:
             state = SimpleNamespace(data=error)
             if delay is None or not task.retry_condition_fn(task, None, state):

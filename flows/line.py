@@ -1,0 +1,48 @@
+"""Steps one after another, on many hosts at once: what they report, and what the next wait for."""
+
+from collections.abc import Awaitable, Iterable
+
+from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.steps.barrier import Barrier
+from pd_deploy.steps.report import Report
+from pd_deploy.tasks import gate
+from pd_deploy.tasks.step import Result
+
+
+class Line:
+    """A line of steps, in the order of the runbook.
+
+    Attributes:
+        reports: of all steps so far.
+        ends: results of the last steps: what those that come next wait for.
+    """
+
+    def __init__(self, barrier: Barrier, *after: Result) -> None:
+        self.barrier = barrier
+        self.reports: list[Report] = []
+        self.ends: tuple[Result, ...] = after
+
+    async def together(self, steps: Iterable[Awaitable[Report]]) -> None:
+        """Run steps together; where there are any, they are the line's new ends."""
+        reports = await fan_out(self.barrier, steps)
+        self.reports += reports
+        self.ends = tuple(reports) or self.ends
+
+    async def branches(self, branches: Iterable[Awaitable["Line"]]) -> None:
+        """Run lines together, each with steps of its own; their ends are this one's."""
+        lines = [line for line in await fan_out(self.barrier, branches) if line.reports]
+        self.reports += [report for line in lines for report in line.reports]
+        self.ends = tuple(end for line in lines for end in line.ends) or self.ends
+
+    def branch(self, *after: Result) -> "Line":
+        """A line that begins where this one is, and after further steps."""
+        return Line(self.barrier, *self.ends, *after)
+
+    async def joined(self, name: str) -> None:
+        """Join the ends in one gate, so that N steps after N others have N + N edges, not N x N.
+
+        Args:
+            name: what is so from there on, as the UI shows it.
+        """
+        if len(self.ends) > 1:
+            self.ends = (await gate.after(*self.ends)(name),)

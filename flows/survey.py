@@ -1,0 +1,52 @@
+"""What the hosts say, and the plan made of it. Nothing is changed.
+
+`deploy` goes this way in a flow run, `pd-deploy plan` without one.
+"""
+
+from typing import Any
+
+from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.steps import surveying
+from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.session import Session
+from pd_deploy.tasks import (
+    choose_image,
+    device_addresses,
+    make_plan,
+    resolve_image,
+    survey,
+    take_plan,
+)
+
+
+async def survey_hosts(session: Session) -> list[HostState]:
+    """Ask all hosts at once what they are, what runs there and what was deployed there."""
+    return await fan_out(session.barrier, [survey(session, name) for name in session.hosts])
+
+
+async def plan(session: Session, image: str | None, run: str) -> Rollout:
+    """Read everything a plan needs, on all hosts at once, and make it.
+
+    Args:
+        image: the image that the run names.
+        run: the run, and who or what started it.
+    """
+    states = await survey_hosts(session)
+    choice = await choose_image.after(*states)(session, states, image)
+    reading = [
+        device_addresses.after(choice)(session, name) for name in surveying.with_addresses(session)
+    ]
+    looked_up: list[Any] = await fan_out(
+        session.barrier,
+        [resolve_image.after(choice)(session, choice), fan_out(session.barrier, reading)],
+    )
+    resolved, addresses = looked_up
+    planning = make_plan.after(resolved, *addresses)
+    return await planning(session, states, addresses, resolved, run)
+
+
+async def restore(session: Session, generation: str) -> Rollout:
+    """Plan to bring a kept generation back as it was, on the hosts as they are now."""
+    there, saved = await surveying.saved(session, generation)
+    states = await survey_hosts(there)
+    return await take_plan.after(*states)(there, saved, states)

@@ -1,0 +1,57 @@
+"""Steps that are more than one call of `pd_deploy.steps`: they log while they are at work, or join
+other steps."""
+
+from collections.abc import Callable
+
+from prefect.logging import get_run_logger
+
+from pd_deploy.hosts.container_values import PullProgress
+from pd_deploy.steps import containers, locking
+from pd_deploy.steps.report import Gate, Report
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import LockedSession
+from pd_deploy.steps.verify import smoke
+
+MIB = 1 << 20
+
+
+async def gate(name: str) -> Gate:
+    """Join steps: what comes next waits for this gate in place of each of them."""
+    return Gate(name)
+
+
+async def lock(session: LockedSession) -> Report:
+    """Take the deployment's lease on every host; log which run holds it while waiting."""
+    return await locking.lock(session, get_run_logger().info)
+
+
+async def pull(rollout: Rollout, name: str) -> Report:
+    """Bring the image to a host unless it is there; log how far the pull is."""
+    return await containers.pull(rollout, name, _every_tenth())
+
+
+async def open_proxy(rollout: Rollout, instance: str) -> Report:
+    """Open the proxy's port to clients, and ask as one of them."""
+    report = await containers.open_proxy(rollout)
+    await smoke.answers_clients(rollout)
+    return report
+
+
+def _every_tenth() -> Callable[[PullProgress], None]:
+    """Log a pull's progress when another tenth of the known bytes has come."""
+    logger, logged = get_run_logger(), 0
+
+    def log(progress: PullProgress) -> None:
+        nonlocal logged
+        tenth = 10 * progress.bytes_done // max(progress.bytes_total, 1)
+        if tenth > logged:
+            logged = tenth
+            logger.info(
+                "%d of %d MiB, %d of %d layers",
+                progress.bytes_done // MIB,
+                progress.bytes_total // MIB,
+                progress.layers_done,
+                progress.layers,
+            )
+
+    return log
