@@ -6,6 +6,7 @@ that lists hosts, ranks or devices follows this order (contract section 1).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from pd_deploy.config.models import ProxyEntry, Settings
@@ -178,7 +179,7 @@ class Topology:
         """Prefill, then decode: the order of ranktable groups and of KV-transfer ranks."""
         return self.prefill + self.decode
 
-    @property
+    @cached_property
     def instances(self) -> tuple[Instance, ...]:
         """The members of all pods."""
         return tuple(member for pod in self.pods for member in pod.members)
@@ -198,6 +199,8 @@ class Topology:
 
     def host_of(self, name: str) -> str:
         """The host that an instance, or the proxy, runs on."""
-        if name == self.proxy.name:
-            return self.proxy.host
-        return next(i.host for i in self.instances if i.name == name)
+        return self._hosts[name]
+
+    @cached_property
+    def _hosts(self) -> dict[str, str]:
+        return {i.name: i.host for i in self.instances} | {self.proxy.name: self.proxy.host}

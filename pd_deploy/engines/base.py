@@ -210,8 +210,8 @@ class Engine(Protocol):
     def start_script(self, service: Service, name: str) -> str:
         """Write the script that is the container's main process."""
 
-    def ranktables(self, service: Service, host: str) -> Mapping[str, bytes]:
-        """Render the files that a host needs before an instance starts there: path → content;
+    def ranktables(self, service: Service) -> Mapping[str, Mapping[str, str]]:
+        """Render the files that a host needs before an instance starts there: host → path → content;
         none where the engine needs none."""
 
     def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:

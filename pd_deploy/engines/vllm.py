@@ -207,7 +207,7 @@ def start_script(service: Service, name: str) -> str:
     return _server_script(service, instance) if instance else _proxy_script(service)
 
 
-def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
+def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
     """Return none."""
     return {}
 

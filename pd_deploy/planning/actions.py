@@ -1,5 +1,6 @@
 """What a run would do, from the plan and what is on the hosts. Pure."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pd_deploy.planning.plans import Action, HostPlan, Plan
@@ -21,10 +22,13 @@ def with_actions(
         known: per host, names of the generations whose files are there.
         listening: per host, the TCP ports that somebody listens on.
     """
-    to_stop = generations.to_stop(plan.roles, containers) if _cleans(stages) else []
+    to_stop: defaultdict[str, list[str]] = defaultdict(list)
+    if _cleans(stages):
+        for host_name, state in generations.to_stop(plan.roles, containers):
+            to_stop[host_name].append(state.name)
     hosts = {}
     for name, host in plan.hosts.items():
-        stopping = [state.name for host_name, state in to_stop if host_name == name]
+        stopping = to_stop[name]
         states = list(containers.get(name, ()))
         running = {s.name for s in states if s.status in generations.RUNNING} - set(stopping)
         actions = [Action(verb="stop", subject=container) for container in stopping]

@@ -242,40 +242,39 @@ def _flat(host: HostPlan, with_proxy: bool) -> FlatHost:
 
 def _render(engine: Engine, service: Service, generation: Generation, servers: Generation) -> Plan:
     """Render a generation that runs the servers of a generation: its own or an older one."""
+    proxy = service.topology.proxy.name
+    ranktables = _ranktables(engine, _laid_out(service, servers))
+    instances: dict[str, dict[str, InstancePlan]] = {host: {} for host in service.deployment.hosts}
+    for name in service.topology.names:
+        of = generation if name == proxy else servers
+        instances[service.topology.host_of(name)][name] = _instance(engine, service, of, name)
     return Plan(
         deployment=service.deployment.name,
         generation=str(generation),
         servers=str(servers),
         pinned_image=service.pinned_image,
         hosts={
-            host: _host(engine, service, host, generation, servers)
-            for host in service.deployment.hosts
+            host: HostPlan(
+                address=entry.address,
+                ranktables=ranktables.get(host),
+                instances=instances[host],
+            )
+            for host, entry in service.deployment.hosts.items()
         },
     )
 
 
-def _host(
-    engine: Engine, service: Service, host: str, generation: Generation, servers: Generation
-) -> HostPlan:
-    proxy = service.topology.proxy.name
-    names = [name for name in service.topology.names if service.topology.host_of(name) == host]
-    return HostPlan(
-        address=service.deployment.hosts[host].address,
-        ranktables=_ranktables(engine, _laid_out(service, servers), host),
-        instances={
-            name: _instance(engine, service, generation if name == proxy else servers, name)
-            for name in names
-        },
-    )
-
-
-def _ranktables(engine: Engine, service: Service, host: str) -> RanktablesPlan | None:
-    contents = engine.ranktables(service, host)
-    files = [
-        PlannedFile(path=path, mode="0644", content=content.decode())
-        for path, content in contents.items()
-    ]
-    return RanktablesPlan(directory=service.layout.ranktables, files=files) if files else None
+def _ranktables(engine: Engine, service: Service) -> dict[str, RanktablesPlan]:
+    return {
+        host: RanktablesPlan(
+            directory=service.layout.ranktables,
+            files=[
+                PlannedFile(path=path, mode="0644", content=content)
+                for path, content in contents.items()
+            ],
+        )
+        for host, contents in engine.ranktables(service).items()
+    }
 
 
 def _instance(engine: Engine, service: Service, generation: Generation, name: str) -> InstancePlan:

@@ -72,7 +72,7 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     """Stop an instance's outdated containers; keep them for a rollback."""
     stopping = [
         (host, state)
-        for host, state in rollout.stopping()
+        for host, state in rollout.stopping
         if state.labels[generations.INSTANCE] == instance
     ]
     if stopping:

@@ -1,11 +1,21 @@
 """The past of a deployment on its hosts: reading it, and writing what is added to it."""
 
 import asyncio
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    model_serializer,
+    model_validator,
+)
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.problems import problems_of
@@ -44,10 +54,44 @@ class Saved(BaseModel):
     deployment: Deployment
     plan: Plan
 
+    @cached_property
+    def content(self) -> bytes:
+        """The file that has it, made once for all hosts."""
+        return self.model_dump_json(indent=1).encode()
+
     @field_serializer("deployment")
     def _as_given(self, deployment: Deployment) -> dict[str, Any]:
         """Leave out what was not given: it has to come from the level below again."""
         return deployment.model_dump(mode="json", exclude_unset=True)
+
+    @model_serializer(mode="wrap")
+    def _with_each_text_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Every host has the merged ranktable, which grows with the hosts: keep it once."""
+        document: dict[str, Any] = dump(self)
+        numbers: dict[str, int] = {}
+        for file in _ranktables(document):
+            file["content"] = numbers.setdefault(file["content"], len(numbers))
+        return {**document, "ranktables": list(numbers)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_texts_in_place(cls, document: Any) -> Any:
+        """Put each text where its number is; older versions saved it there."""
+        if isinstance(document, dict) and "ranktables" in document:
+            document = copy.deepcopy(document)
+            texts = document.pop("ranktables")
+            try:
+                for file in _ranktables(document):
+                    file["content"] = texts[file["content"]]
+            except (AttributeError, LookupError, TypeError) as error:
+                raise ValueError("expected the ranktables by their numbers") from error
+        return document
+
+
+def _ranktables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The ranktables' files in a saved plan."""
+    hosts = document["plan"]["hosts"].values()
+    return [file for host in hosts for file in (host["ranktables"] or {}).get("files", [])]
 
 
 def merged(by_host: Iterable[HostRecords]) -> History:
@@ -87,9 +131,9 @@ async def write_release(host: Host, root: str, release: Release, saved: Saved) -
         return []
     # The plan first: a release that can be read can be brought back.
     paths = []
-    for name, document in ((PLAN, saved), (RELEASE, release)):
-        file = File(document.model_dump_json(indent=1).encode(), PRIVATE)
-        paths += await host.write_files({f"{directory}/{name}": file})
+    account = release.model_dump_json(indent=1).encode()
+    for name, content in ((PLAN, saved.content), (RELEASE, account)):
+        paths += await host.write_files({f"{directory}/{name}": File(content, PRIVATE)})
     return paths
 
 

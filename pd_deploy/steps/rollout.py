@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from pd_deploy.errors import OutOfOrder
 from pd_deploy.hosts.container_values import ContainerState
@@ -74,7 +75,7 @@ class Rollout:
         """Whether anything is to be done at all."""
         return any(host.actions for host in self.with_actions(plans.STAGES).hosts.values())
 
-    @property
+    @cached_property
     def saved(self) -> Saved:
         """What brings the generation back."""
         return Saved(deployment=self.session.deployment, plan=self.plan)
@@ -84,6 +85,7 @@ class Rollout:
         """The deployment's containers by host."""
         return {name: survey.containers for name, survey in self.states.items()}
 
+    @cached_property
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""
         return generations.to_stop(self.plan.roles, self.containers)
@@ -91,7 +93,7 @@ class Rollout:
     def to_start(self, host: str) -> list[plans.InstancePlan]:
         """Instances on a host whose container does not run, or has to stop first."""
         states = self.states[host].containers if host in self.states else ()
-        stopping = {state.name for _, state in self.stopping()}
+        stopping = {state.name for _, state in self.stopping}
         running = {s.name for s in states if s.status in generations.RUNNING} - stopping
         instances = self.plan.hosts[host].instances.values() if host in self.plan.hosts else ()
         return [instance for instance in instances if instance.container.name not in running]
@@ -99,7 +101,7 @@ class Rollout:
     def may_prepare_early(self) -> bool:
         """Whether the proxy can be prepared while the old one still serves."""
         proxy = self.plan.instance(self.session.topology.proxy.name)
-        return proxy.container.name not in {state.name for _, state in self.stopping()}
+        return proxy.container.name not in {state.name for _, state in self.stopping}
 
     def to_clean_up(self) -> tuple[list[str], list[str]]:
         """Proxies and servers, by instance name, that cleanup looks at: all that are in the file
@@ -119,13 +121,13 @@ class Rollout:
         Raises:
             OutOfOrder: another generation still runs.
         """
-        others = [s.name for _, s in self.stopping() if s.name not in self.plan.roles]
+        others = [s.name for _, s in self.stopping if s.name not in self.plan.roles]
         if others:
             raise OutOfOrder(
                 f"expected no other generation to run, found {', '.join(others)}",
                 hint="run the stage `cleanup` first",
             )
-        names = {state.labels[generations.INSTANCE] for _, state in self.stopping()}
+        names = {state.labels[generations.INSTANCE] for _, state in self.stopping}
         proxy = self.session.topology.proxy.name
         return sorted(names & {proxy}), sorted(names - {proxy})
 

@@ -498,7 +498,7 @@ def ranktables(service: Service) -> dict[str, Any]:
     """Our documents under the names that upstream's have."""
     found = {}
     for host in service.deployment.hosts:
-        files = omniinfer.ranktables(service, host)
+        files = omniinfer.ranktables(service)[host]
         for instance in service.topology.on_host(host):
             environment = omniinfer.environment(service, instance.name)
             devices = "".join(map(str, instance.devices))
@@ -512,7 +512,7 @@ def ranktables(service: Service) -> dict[str, Any]:
 
 def cluster_ids(service: Service) -> dict[str, Any]:
     path = omniinfer.environment(service, "p0")["GLOBAL_RANK_TABLE_FILE_PATH"]
-    groups = json.loads(omniinfer.ranktables(service, "a")[path])["server_group_list"]
+    groups = json.loads(omniinfer.ranktables(service)["a"][path])["server_group_list"]
     counts = [len(group["server_list"][0]["device"]) for group in groups]
     firsts = [sum(counts[:index]) for index in range(len(counts))]
     return {

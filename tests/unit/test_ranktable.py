@@ -112,7 +112,7 @@ def test_ranks_addresses_and_servers_follow_one_order(changes: dict[str, Any]) -
         assert environment["GLOBAL_DECODE_SERVER_IP_LIST"] == order
         assert environment["PREFILL_POD_NUM"] == str(len(groups) - 1)
         path = environment["RANK_TABLE_FILE_PATH"]
-        local = json.loads(omniinfer.ranktables(service, instance.host)[path])
+        local = json.loads(omniinfer.ranktables(service)[instance.host][path])
         assert local["server_list"] == groups[instance.kv_rank]["server_list"]
     numbers = []
     for member in decode.members:

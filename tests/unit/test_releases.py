@@ -416,6 +416,19 @@ def test_a_saved_generation_comes_back_as_it_was(path: Path) -> None:
     assert made(again.deployment, example.past()) == before
 
 
+def test_each_ranktable_is_saved_once_however_many_hosts_have_it() -> None:
+    of = example.service()
+    plan = made(of, example.past()).plan
+    saved = Saved(deployment=of, plan=plan)
+    contents = [f.content for h in plan.hosts.values() for f in h.ranktables.files]
+    assert len(contents) > len(set(contents))
+    assert json.loads(saved.content)["ranktables"] == list(dict.fromkeys(contents))
+    assert saved.content.count(b"server_group_list") == 1
+    damaged = json.loads(saved.content) | {"ranktables": []}
+    with pytest.raises(ValidationError, match="expected the ranktables by their numbers"):
+        Saved.model_validate(damaged)
+
+
 def test_a_release_that_an_older_version_wrote_can_be_read() -> None:
     """It called the pinned image `exact`, and the chosen one `image`."""
     written = release(ONE).model_dump(mode="json")

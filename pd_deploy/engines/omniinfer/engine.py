@@ -149,15 +149,20 @@ def start_script(service: Service, name: str) -> str:
     return _server_script(service, instance) if instance else _proxy_script(service)
 
 
-def ranktables(service: Service, host: str) -> Mapping[str, bytes]:
-    """Render the merged document and those of the pods on a host: path → content."""
+def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
+    """Render the merged document, for every host, and those of the pods on it: host → path →
+    content."""
     addresses = {name: facts.device_addresses for name, facts in service.facts.items()}
-    merged = ranktable.merged(service.topology, addresses)
-    files = {_merged_path(service): ranktable.render(merged)}
-    for instance in service.topology.on_host(host):
-        document = ranktable.local(service.topology.pod_of(instance.name), addresses)
-        files[_local_path(service, instance)] = ranktable.render(document)
-    return files
+    topology = service.topology
+    merged = ranktable.render(ranktable.merged(topology, addresses))
+    of_pod = {pod.name: ranktable.render(ranktable.local(pod, addresses)) for pod in topology.pods}
+    return {
+        host: {
+            _merged_path(service): merged,
+            **{_local_path(service, i): of_pod[i.pod] for i in topology.on_host(host)},
+        }
+        for host in service.deployment.hosts
+    }
 
 
 def starts_after(topology: Topology, name: str) -> tuple[str, ...]:

@@ -42,9 +42,9 @@ def merged(topology: Topology, addresses: DeviceAddresses) -> dict[str, Any]:
     return {"version": "1.0", "status": "completed", "server_group_list": groups}
 
 
-def render(document: Mapping[str, Any]) -> bytes:
-    """Write the document as file content."""
-    return json.dumps(document, indent=4).encode() + b"\n"
+def render(document: Mapping[str, Any]) -> str:
+    """Write a document as file content."""
+    return json.dumps(document, indent=4) + "\n"
 
 
 def read_addresses_command(devices: Iterable[int]) -> list[str]:
