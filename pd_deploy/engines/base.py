@@ -211,8 +211,8 @@ class Engine(Protocol):
         """Write the script that is the container's main process."""
 
     def ranktables(self, service: Service) -> Mapping[str, Mapping[str, str]]:
-        """Render the files that a host needs before an instance starts there: host → path → content;
-        none where the engine needs none."""
+        """Render the files that each host needs before instances start there: host → path →
+        content; none where the engine needs none."""
 
     def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:
         """List the instances that must be started (not ready) before this one."""
