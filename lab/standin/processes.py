@@ -63,7 +63,12 @@ class Instance:
         }
         with (self.root / f"{self.name}.launcher.log").open("wb") as log:
             self.process = subprocess.Popen(
-                argv, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.root
+                argv,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.root,
+                start_new_session=True,
             )
 
     def exit_code(self) -> int:
@@ -72,10 +77,18 @@ class Instance:
         return self.process.wait(TIMEOUT_SECONDS)
 
     def stop(self) -> None:
-        """Stop the launcher and with it the server."""
-        if self.process is not None and self.process.poll() is None:
+        """Stop the launcher and with it the server.
+
+        A launcher that is interrupted while it starts its server, or was killed, leaves it behind:
+        whatever is left of its process group ends too.
+        """
+        if self.process is None:
+            return
+        if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(TIMEOUT_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill_server(self) -> None:
         """Kill the server process itself."""
