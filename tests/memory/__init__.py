@@ -10,6 +10,7 @@ retries. `tests/host_contract.py` holds it to the real one: what both do is test
     machine    one machine: disk, images, containers; a cluster of them, and the registry
     programs   what runs in a container: an engine's server, the proxy, a small shell
     client     the Docker engine's API
+    registry   the registry's API
     sftp       the SFTP server
     commands   the commands that pd-deploy runs; any other is an error
     host       the host

@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,11 +31,13 @@ from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
+from pd_deploy.steps import surveying
 from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock, VirtualLoop
 from tests.memory.commands import is_draft
 from tests.memory.host import MemoryHost
 from tests.memory.machine import Build, Cluster, Container, Faults, Machine
+from tests.memory.registry import reaching
 from tests.unit import example
 
 NAME = "qwq-3p1d"
@@ -50,6 +53,9 @@ CHANGES: dict[str, Any] = {
     "gates": {"lease_lasts": 2, "ready": 20},
     "container": {"stop_timeout": 5},
 }
+
+in_step = ContextVar("in_step", default=False)
+"""Whether a call belongs to a step, which is made again after a transient fault."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +346,7 @@ def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
             (publish, "acreate_markdown_artifact", nowhere),
             (publish, "acreate_table_artifact", nowhere),
             (time, "monotonic", world.cluster.clock.seconds),
+            (surveying, "reach", reaching(world.cluster)),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         stack.enter_context(disable_run_logger())
@@ -348,15 +355,19 @@ def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
 
 async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs: Any) -> Any:
     """What Prefect does of a task here: its function, again while its own condition says so."""
-    for delay in (*task.retry_delay_seconds, None):
-        try:
-            return await task.fn(*(quoted.unwrap() for quoted in args), **kwargs)
-        except Exception as error:
-            state = SimpleNamespace(data=error)
-            if delay is None or not task.retry_condition_fn(task, None, state):
-                raise
-        await asyncio.sleep(delay)
-    raise AssertionError
+    token = in_step.set(True)
+    try:
+        for delay in (*task.retry_delay_seconds, None):
+            try:
+                return await task.fn(*(quoted.unwrap() for quoted in args), **kwargs)
+            except Exception as error:
+                state = SimpleNamespace(data=error)
+                if delay is None or not task.retry_condition_fn(task, None, state):
+                    raise
+            await asyncio.sleep(delay)
+        raise AssertionError
+    finally:
+        in_step.reset(token)
 
 
 def _furnish(machine: Machine) -> None:

@@ -1,0 +1,178 @@
+"""On hosts in memory: stages one by one, runs at the same time, the newest image, and the end."""
+
+from pathlib import Path
+
+import pytest
+
+from pd_deploy.errors import LeaseHeld, NoSuchGeneration
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.prune import prune
+from pd_deploy.flows.recover import recover
+from pd_deploy.flows.rollback import rollback
+from pd_deploy.flows.teardown import teardown
+from pd_deploy.planning.plans import STAGES
+from tests.memory.machine import Faults
+from tests.memory.world import REPOSITORY, ROOT, World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+class TestStages:
+    @pytest.mark.parametrize("is_upgrade", [False, True], ids=["first", "upgrade"])
+    def test_one_by_one_they_end_as_one_full_run(self, world: World, is_upgrade: bool) -> None:
+        if is_upgrade:
+            assert world.run(deploy).completed
+            image = world.push("20250725_1")
+        else:
+            image = world.push("20250722_27")
+        at_once = world.twin()
+        assert at_once.run(deploy, image=image).completed
+        for stage in STAGES:
+            outcome = world.run(deploy, image=image, stages=[stage])
+            assert outcome.completed, f"{stage}: {outcome.error}"
+        assert world.assert_coherent() == at_once.assert_coherent()
+        configs = [{c.name: c.config for c in one.containers()} for one in (world, at_once)]
+        assert configs[0] == configs[1]
+
+    def test_server_before_launch_is_out_of_order_and_changes_nothing(self, world: World) -> None:
+        outcome = world.run(deploy, stages=["server"])
+        assert "launch" in str(outcome.error)
+        assert world.containers() == []
+
+    def test_a_dry_run_changes_nothing(self, world: World) -> None:
+        assert world.run(deploy).completed
+        before, image = world.state(), world.push("20250725_1")
+        outcome = world.run(deploy, image=image, dry_run=True)
+        assert "nothing was touched" in outcome.message
+        assert world.state() == before
+
+
+class TestTwoRuns:
+    def test_the_second_waits_for_the_first(self, world: World) -> None:
+        world.change(gates={"lease": 600})
+        image = world.push("20250725_1")
+        outcomes = world.both((deploy, {}), (deploy, {"image": image}))
+        assert [one.error for one in outcomes] == [None, None]
+        world.assert_coherent()
+        assert {one.config["Image"] for one in world.running().values()} == {
+            f"{REPOSITORY}@{world.cluster.registry[image].digest}"
+        }
+
+    def test_the_second_is_refused_when_its_wait_is_over(self, world: World) -> None:
+        world.change(gates={"lease": 1})
+        world.cluster.faults["d0"] = Faults(hangs=True)
+        outcomes = world.both((deploy, {}), (deploy, {}))
+        first, second = sorted(outcomes, key=lambda one: isinstance(one.error, LeaseHeld))
+        assert "within 20 s, found none" in str(first.error)
+        assert "works on qwq-3p1d" in str(second.error)
+        assert isinstance(second.error, LeaseHeld)
+        world.cluster.faults.clear()
+        assert world.run(deploy).completed
+        world.assert_coherent()
+
+
+class TestNewest:
+    def test_the_newest_build_of_the_family_is_deployed_once(self, world: World) -> None:
+        assert world.run(deploy).completed
+        for tag in ("20250801_2", "20250801_10", "latest", "20250730_99"):
+            world.push(tag)
+        assert world.run(deploy, image="newest").completed
+        assert world.record().serving
+        (release,) = {c.config["Image"] for c in world.running().values()}
+        build = world.cluster.registry[f"{REPOSITORY}:20250801_10"]
+        assert release == f"{REPOSITORY}@{build.digest}"
+        before = world.state()
+        assert "Already on" in world.run(deploy, image="newest").message
+        assert world.state() == before
+        world.assert_coherent()
+
+    def test_a_build_in_quarantine_is_passed_over(self, world: World) -> None:
+        assert world.run(deploy).completed
+        good = world.push("20250801_1")
+        world.push("20250801_2", {"d0": Faults(dies=1)})
+        assert "service is back" in str(world.run(deploy, image="newest").error)
+        assert world.run(deploy, image="newest").completed
+        (release,) = {c.config["Image"] for c in world.running().values()}
+        assert release.endswith(world.cluster.registry[good].digest)
+        world.assert_coherent()
+
+    def test_with_the_registry_down_nothing_changes(self, world: World) -> None:
+        assert world.run(deploy).completed
+        before = world.runs()
+        world.cluster.registry_down = True
+        assert world.run(deploy, image="newest").error
+        assert world.runs() == before
+        assert world.run(deploy).completed
+        world.assert_coherent()
+
+
+class TestTheEnd:
+    def test_prune_keeps_what_serves_and_the_good_one_before(self, world: World) -> None:
+        world.change(keep=1)
+        for tag in ("20250722_27", "20250722_28", "20250722_29"):
+            assert world.run(deploy, image=world.push(tag)).completed
+        serving = world.assert_coherent()
+        before = world.state()
+        assert "nothing to remove" in world.run(prune).message
+        assert world.state() == before
+        assert world.run(rollback).completed
+        assert world.assert_coherent() != serving
+
+    def test_prune_removes_what_the_file_keeps_no_longer(self, world: World) -> None:
+        world.change(keep=2)
+        for tag in ("20250722_27", "20250722_28", "20250722_29"):
+            assert world.run(deploy, image=world.push(tag)).completed
+        world.change(keep=1)
+        runs = world.runs()
+        assert "removed 1-" in world.run(prune).message
+        assert world.runs() == runs
+        world.assert_coherent()
+
+    def test_teardown_leaves_nothing_of_the_deployment(self, world: World) -> None:
+        untouched = {name: set(m.disk.entries) for name, m in world.machines.items()}
+        assert world.run(deploy).completed
+        assert world.run(deploy, image=world.push("20250725_1")).completed
+        assert "qwq-3p1d is gone" in world.run(teardown).message
+        for name, machine in world.machines.items():
+            assert machine.containers == {}
+            assert machine.images == {}
+            left = set(machine.disk.entries) - untouched[name]
+            assert not [path for path in left if path.startswith(ROOT)]
+            assert not [path for path, _ in machine.disk.files("/") if "qwq-3p1d" in path]
+        assert world.run(deploy).completed
+        world.assert_coherent()
+
+    def test_rollback_to_what_is_not_kept_names_those_that_are(self, world: World) -> None:
+        assert world.run(deploy).completed
+        outcome = world.run(rollback)
+        assert isinstance(outcome.error, NoSuchGeneration)
+        outcome = world.run(rollback, generation="9-deadbeef")
+        assert isinstance(outcome.error, NoSuchGeneration)
+        world.assert_coherent()
+
+    def test_recover_where_all_is_well_touches_nothing(self, world: World) -> None:
+        assert world.run(deploy).completed
+        runs = world.runs()
+        assert world.run(recover).completed
+        assert world.runs() == runs
+
+
+class TestFailureKept:
+    def test_the_failed_generation_is_left_for_inspection(self, world: World) -> None:
+        assert world.run(deploy).completed
+        bad = world.push("20250724_1", {"d0": Faults(garbage=True)})
+        outcome = world.run(deploy, image=bad, on_failure="keep")
+        assert outcome.error
+        assert len(world.running()) == 5
+        assert world.run(recover).completed
+        world.assert_coherent()
+
+    def test_a_second_of_no_memory_is_told_as_such(self, world: World) -> None:
+        assert world.run(deploy).completed
+        bad = world.push("20250724_1", {"d0": Faults(out_of_memory=True)})
+        outcome = world.run(deploy, image=bad)
+        assert "ran out of memory" in str(outcome.error)
+        world.assert_coherent()
