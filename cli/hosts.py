@@ -14,18 +14,26 @@ from pd_deploy.steps import history
 from pd_deploy.steps.session import Session
 
 
-async def plan(deployment: Deployment, image: str | None) -> Plan:
+def plan(deployment: Deployment, image: str | None) -> Plan:
     """The plan that a deployment would carry out now; changes nothing on the hosts."""
-    with reached():
+
+    async def look() -> Plan:
         async with looked_at(deployment) as (session, _):
             return (await survey.plan(session, image, "a look")).with_actions(STAGES)
 
-
-async def past(deployment: Deployment) -> History:
-    """What was deployed before, and what became of it."""
     with reached():
+        return asyncio.run(look())
+
+
+def past(deployment: Deployment) -> History:
+    """What was deployed before, and what became of it."""
+
+    async def look() -> History:
         async with looked_at(deployment) as (_, found):
             return found
+
+    with reached():
+        return asyncio.run(look())
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid.
 """
 
-import asyncio
 import os
 import sys
 from enum import StrEnum
@@ -15,10 +14,10 @@ from uuid import UUID
 import typer
 
 from pd_deploy.cli import credentials, facts_file, shell, show
+from pd_deploy.cli import init as scaffolding
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
-from pd_deploy.lab import cli as lab_cli
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import Plan
 from pd_deploy.registry.tags import NEWEST
@@ -36,7 +35,8 @@ PREFECT_DEFAULTS = {
 
 app = typer.Typer(
     help="Brings up prefill/decode-disaggregated LLM inference on bare-metal hosts.\n\n"
-    "Start with `check` (is the file right?), then `plan` (what would happen?), then `deploy`.\n\n"
+    "Start with `init` (a directory with an example), then `check` (is the file right?), `plan` "
+    "(what would happen?) and `deploy`.\n\n"
     "Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid.",
     no_args_is_help=True,
     add_completion=False,
@@ -44,7 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(credentials.app, name="credentials")
-app.add_typer(lab_cli.app, name="lab")
 
 
 class Format(StrEnum):
@@ -95,12 +94,37 @@ def options(
 
 
 @app.command()
+def init(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to; made if it is not there.")
+    ],
+    example: Annotated[
+        str, typer.Option(help=f"One of {', '.join(scaffolding.examples())}.")
+    ] = "qwq-3p1d",
+) -> None:
+    """Make a directory to deploy from: an example's deployment file, prefect.yaml and a README.
+
+    Choose the example nearest to your service and edit its file; the README has the commands that
+    follow. Those named lab-… need no hardware: they run on the hosts of `pd-deploy lab up`. Nothing
+    that exists is overwritten.
+
+    Example: pd-deploy init my-service --example qwq-3p1d
+    """
+    written = scaffolding.scaffold(directory, example)
+    typer.echo("".join(f"wrote {path}\n" for path in written))
+    typer.echo(
+        f"Next: cd {directory}, edit {written[0].name}, and pd-deploy check {written[0].name}"
+    )
+    typer.echo(f"{directory / 'README.md'} has the commands that follow.")
+
+
+@app.command()
 def check(file: File, image: Image = None) -> None:
     """Check a deployment file; no host is touched.
 
     Reports everything that is wrong at once, each with the path of its key.
 
-    Example: pd-deploy check deployments/qwq-3p1d.yaml
+    Example: pd-deploy check qwq-3p1d.yaml
     """
     service = _load(file, image)
     typer.echo(show.topology(service, placement.build(service)))
@@ -134,7 +158,7 @@ def plan(
 
     Container settings, commands, environment, and every file with path and content.
 
-    Example: pd-deploy plan deployments/qwq-3p1d.yaml --format json
+    Example: pd-deploy plan qwq-3p1d.yaml --format json
     """
     service = load_deployment(file, image=image)
     if host is not None and host not in service.hosts:
@@ -181,7 +205,7 @@ def deploy(
     (PREFECT_API_URL) it brings a temporary one. Safe to run again: it changes only what is not as
     it should be.
 
-    Example: pd-deploy deploy deployments/qwq-3p1d.yaml
+    Example: pd-deploy deploy qwq-3p1d.yaml
     """
     _load(file)
     if image not in (None, NEWEST):
@@ -216,7 +240,7 @@ def rollback(
     With its own image, scripts and ranktables, through the same gates. If it fails, what serves
     now serves again.
 
-    Example: pd-deploy rollback deployments/qwq-3p1d.yaml
+    Example: pd-deploy rollback qwq-3p1d.yaml
     """
     _load(file)
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
@@ -229,7 +253,7 @@ def rollback(
 def recover(file: File) -> None:
     """Find out what an interrupted run left, and make the promoted generation serve.
 
-    Example: pd-deploy recover deployments/qwq-3p1d.yaml
+    Example: pd-deploy recover qwq-3p1d.yaml
     """
     _load(file)
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
@@ -245,12 +269,12 @@ def releases(
 ) -> None:
     """List the kept generations, the youngest first: when, which image, who, what became of it.
 
-    Example: pd-deploy releases deployments/qwq-3p1d.yaml
+    Example: pd-deploy releases qwq-3p1d.yaml
     """
     service = _load(file)
     from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
-    past = asyncio.run(hosts.past(service))
+    past = hosts.past(service)
     typer.echo(past.record.model_dump_json(indent=2) if as_json else show.release_table(past))
 
 
@@ -268,12 +292,12 @@ def logs(
 
     What each container printed, and the files that servers and proxy wrote: DIR/HOST/INSTANCE/.
 
-    Example: pd-deploy logs deployments/qwq-3p1d.yaml --to ./logs
+    Example: pd-deploy logs qwq-3p1d.yaml --to ./logs
     """
     service = _load(file)
     from pd_deploy.cli import logs as collecting  # noqa: PLC0415  Prefect takes seconds to import
 
-    typer.echo(f"copied to {asyncio.run(collecting.collect(service, generation, to))}")
+    typer.echo(f"copied to {collecting.collect(service, generation, to)}")
 
 
 @app.command()
@@ -282,7 +306,7 @@ def prune(file: File) -> None:
 
     The file's `keep` says how many good ones. Every run does the same at its end.
 
-    Example: pd-deploy prune deployments/qwq-3p1d.yaml
+    Example: pd-deploy prune qwq-3p1d.yaml
     """
     _load(file)
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
@@ -298,7 +322,7 @@ def teardown(
 ) -> None:
     """Remove a deployment completely, and only it: containers, files, logs and its images.
 
-    Example: pd-deploy teardown deployments/qwq-3p1d.yaml --yes
+    Example: pd-deploy teardown qwq-3p1d.yaml --yes
     """
     service = _load(file)
     if not yes:
@@ -320,6 +344,22 @@ def follow(
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
 
     raise typer.Exit(run.follow(flow_run))
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "help_option_names": [],
+        "ignore_unknown_options": True,
+    }
+)
+def lab(given: typer.Context) -> None:
+    """Two simulated NPU hosts on this machine, to try pd-deploy on without hardware."""
+    # What only the lab needs takes half as long to import as all that `check` needs.
+    from pd_deploy.lab.cli import app as commands  # noqa: PLC0415
+
+    commands(given.args, prog_name=given.command_path)
 
 
 def main() -> NoReturn:
@@ -353,4 +393,4 @@ def _plan_on_hosts(service: Deployment, image: str | None) -> Plan:
     placement.build(service)
     from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
-    return asyncio.run(hosts.plan(service, image))
+    return hosts.plan(service, image)

@@ -19,6 +19,9 @@ from pd_deploy.lab.lifecycle import DEFAULT_NAME, DEFAULT_SUBNET, Lab, purge_cac
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Two simulated NPU hosts on this machine, to try pd-deploy on without hardware.",
 )
 Name = Annotated[str, typer.Option(help="Which lab; several can run side by side.")]

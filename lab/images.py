@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import platform
-import stat
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict
 
 from pd_deploy.lab.errors import LabError
+from pd_deploy.lab.system import mode_of
 
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG = "application/vnd.docker.container.image.v1+json"
@@ -109,10 +109,9 @@ def push_variant(repository: Repository, source_tag: str, tag: str, tree: bytes)
 def tar_directory(directory: Path, links: Mapping[str, str]) -> bytes:
     """A tar of a directory's files and of symbolic links (path in the image → target)."""
     # No directories: those of the layers below keep their modes (/tmp, /root).
-    files = [path for path in sorted(directory.rglob("*")) if path.is_symlink() or path.is_file()]
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     files = [path for path in files if "__pycache__" not in path.parts]
-    entries = [(_entry_of(path, directory), path) for path in files]
-    contents = [(entry, path.read_bytes() if entry.isreg() else b"") for entry, path in entries]
+    contents = [_entry(path.relative_to(directory), path.read_bytes()) for path in files]
     for path, target in sorted(links.items()):
         link = tarfile.TarInfo(path)
         link.type, link.linkname = tarfile.SYMTYPE, target
@@ -121,10 +120,7 @@ def tar_directory(directory: Path, links: Mapping[str, str]) -> bytes:
 
 
 def tar_files(files: Mapping[str, str | bytes | None]) -> bytes:
-    """A tar of files by their path in the image; None removes a path that a layer below has.
-
-    Scripts (``#!``) and programs (ELF) are executable.
-    """
+    """A tar of files by their path in the image; None removes a path that a layer below has."""
     contents = []
     for path, content in sorted(files.items()):
         relative = Path(path.lstrip("/"))
@@ -132,9 +128,7 @@ def tar_files(files: Mapping[str, str | bytes | None]) -> bytes:
             contents.append((tarfile.TarInfo(str(relative.with_name(f".wh.{relative.name}"))), b""))
             continue
         data = content.encode() if isinstance(content, str) else content
-        entry = tarfile.TarInfo(str(relative))
-        entry.mode = 0o755 if data.startswith((b"#!", b"\x7fELF")) else 0o644
-        contents.append((entry, data))
+        contents.append(_entry(relative, data))
     return _tar(contents)
 
 
@@ -170,15 +164,10 @@ def _push_with_layer(
     return repository.push_manifest(tag, new_manifest)
 
 
-def _entry_of(path: Path, directory: Path) -> tarfile.TarInfo:
-    entry = tarfile.TarInfo(str(path.relative_to(directory)))
-    status = path.lstat()
-    if path.is_symlink():
-        entry.type, entry.linkname = tarfile.SYMTYPE, str(path.readlink())
-    else:
-        executable = status.st_mode & stat.S_IXUSR
-        entry.size, entry.mode = status.st_size, 0o755 if executable else 0o644
-    return entry
+def _entry(path: Path, content: bytes) -> tuple[tarfile.TarInfo, bytes]:
+    entry = tarfile.TarInfo(str(path))
+    entry.mode = mode_of(content)
+    return entry, content
 
 
 def _tar(contents: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:

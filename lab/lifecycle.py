@@ -29,7 +29,12 @@ MACHINE = -2  # the machine's own interface: the last usable address
 REGISTRY_PORT = 5000
 REPOSITORY = "omni-ci/daily_omniinfer"
 TAG = "20250722_26"
-IMAGE_LINKS = {"usr/local/bin/python": "/usr/bin/python3"}
+# A wheel holds no links, so they are made here.
+IMAGE_LINKS = {
+    "usr/local/bin/python": "/usr/bin/python3",
+    "usr/local/nginx/modules/pd_handover.lua": "/usr/libexec/standin/pd_handover.lua",
+    "usr/local/nginx/nginx": "/usr/sbin/nginx",
+}
 # Images of this age carry no nginx; one variant of the stand-in is like them.
 TAG_WITHOUT_NGINX = f"{TAG}-nonginx"
 KEPT_NGINX = "usr/libexec/standin/nginx"  # what its build script installs
@@ -219,10 +224,11 @@ def purge_cache() -> bool:
 
 
 def default_shares() -> list[Path]:
-    """This checkout and the running Python, so that a host can run them as the machine does, and
-    what `lab.vllm` installs."""
+    """This checkout or installed package and the running Python, so that a host can run them as the
+    machine does, and what `lab.vllm` installs."""
+    code = Path(__file__).resolve().parents[1]  # resolved: in a checkout, a link leads here
     # /usr is the host's own: the system's Python is not shared but the host's used.
-    candidates = [Path(__file__).parents[1], Path(sys.prefix), Path(sys.base_prefix), vllm.HOME]
+    candidates = [code, Path(sys.prefix), Path(sys.base_prefix), vllm.HOME]
     candidates = [path for path in candidates if not path.is_relative_to("/usr")]
     return [
         path

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from pd_deploy.lab.system import mode_of
+
 NPUS = 16
 NPU_DEVICES = (
     *(f"davinci{i}" for i in range(NPUS)),
@@ -82,13 +84,14 @@ def seed_host(
     """Write a host's own files below ``directory``.
 
     Args:
-        standin: tree of the stand-in NPU tools, copied as it is.
+        standin: tree of the stand-in NPU tools.
         names: host name → address, for /etc/hosts.
         cgroup: parent of its containers' control groups.
         client_key: public key that all users accept.
     """
-    shutil.copytree(standin, directory, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    directory.chmod(0o755)
+    shutil.copytree(standin, directory, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (directory, *directory.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else mode_of(path.read_bytes()))
     octet = address.rpartition(".")[2]
     _write(directory, "/etc/hccn.conf", _hccn_conf(octet))
     _write(directory, "/etc/hosts", _hosts_file(names))

@@ -106,6 +106,14 @@ def install_missing_packages(
     run([*patiently, "install", "-y", "--no-install-recommends", *missing])
 
 
+def mode_of(content: bytes) -> int:
+    """The mode of a file by its content: scripts (``#!``) and programs (ELF) are executable.
+
+    An installed package may have lost the modes that its files have in the repository.
+    """
+    return 0o755 if content.startswith((b"#!", b"\x7fELF")) else 0o644
+
+
 def mounts_below(directory: Path) -> list[str]:
     """Mount points of the machine at or below a directory."""
     table = Path("/proc/self/mountinfo").read_text().splitlines()

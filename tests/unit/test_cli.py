@@ -63,13 +63,16 @@ sys.argv = ["pd-deploy", *sys.argv[1:]]
 try:
     app()
 finally:
-    print(*sorted({"prefect", "docker", "asyncssh"} & set(sys.modules)), file=sys.stderr)
+    slow = {"prefect", "docker", "asyncssh", "httpx", "asyncio"}
+    print(*sorted(slow & set(sys.modules)), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check", "--help"], ["check", example.FILE]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["check", "--help"], ["check", example.FILE], ["init", "--help"]]
+)
 def test_what_touches_no_host_imports_no_way_to_one(arguments: list[object]) -> None:
-    """Prefect, SSH and Docker take most of the time and CPU that such a command would need."""
+    """Prefect, SSH, Docker and HTTP take most of the CPU that such a command would need."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, *map(str, arguments)],
         cwd=example.ROOT,
@@ -281,7 +284,20 @@ class TestPlanOffline:
 @pytest.mark.parametrize(
     ("command", "needs"),
     [
-        ("", ["check", "plan", "deploy", "follow", "credentials", "lab", "Exit codes: 0 success"]),
+        (
+            "",
+            [
+                "init",
+                "check",
+                "plan",
+                "deploy",
+                "follow",
+                "credentials",
+                "lab",
+                "Exit codes: 0 success",
+            ],
+        ),
+        ("init", ["DIR", "--example", "lab-qwq-3p1d", "Nothing that exists", "Example:"]),
         ("check", ["FILE", "--image", "no host is touched", "Example: pd-deploy check"]),
         ("plan", ["FILE", "--facts", "device_addresses", "--format", "Example: pd-deploy plan"]),
         ("deploy", ["FILE", "--stage", "--dry-run", "PREFECT_API_URL", "Example: pd-deploy"]),
@@ -289,7 +305,7 @@ class TestPlanOffline:
         ("credentials ssh", ["--private-key", "--known-hosts", "never given as", "Example:"]),
         ("credentials registry", ["--username", "password is asked for", "Example:"]),
         ("lab", ["up", "down", "status"]),
-        ("lab up", ["root", "--subnet"]),
+        ("lab up", ["pd-deploy lab up", "root", "--subnet"]),
         ("lab down", ["--name"]),
         ("lab exec", ["HOST", "docker ps"]),
         ("lab cut", ["HOST"]),
@@ -310,3 +326,28 @@ def test_wrong_use_is_2_with_a_way_to_the_help(call: Any, arguments: list[object
     done = call(*arguments)
     assert (done.code, done.out) == (2, "")
     assert "--help" in done.err
+
+
+def test_init_writes_a_directory_and_says_what_follows(call: Any, tmp_path: Path) -> None:
+    done = call("init", tmp_path / "new", "--example", "lab-qwq-3p1d")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"wrote {tmp_path}/new/lab-qwq-3p1d.yaml\n")
+    assert "pd-deploy check lab-qwq-3p1d.yaml" in done.out
+    again = call("init", tmp_path / "new", "--example", "qwq-3p1d")
+    assert (again.code, again.out) == (2, "")
+    assert "qwq-3p1d.yaml: exists already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["chek"], 2, "Try 'pd-deploy lab --help' for help"),
+        (["exec", "--name", "none-such", "a", "--", "ls", "--help"], 1, "no lab none-such"),
+    ],
+)
+def test_the_labs_commands_get_all_that_follows_their_name(
+    call: Any, arguments: list[object], code: int, says: str
+) -> None:
+    done = call("lab", *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert says in done.err

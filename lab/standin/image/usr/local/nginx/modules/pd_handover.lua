@@ -1,1 +1,0 @@
-/usr/libexec/standin/pd_handover.lua
