@@ -111,7 +111,7 @@ def init(
     Example: pd-deploy init my-service --example qwq-3p1d
     """
     written = scaffolding.scaffold(directory, example)
-    typer.echo("".join(f"wrote {path}\n" for path in written))
+    typer.echo("\n".join(f"wrote {path}" for path in written))
     typer.echo(
         f"Next: cd {directory}, edit {written[0].name}, and pd-deploy check {written[0].name}"
     )

@@ -341,7 +341,7 @@ def test_init_writes_a_directory_and_says_what_follows(call: Any, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["chek"], 2, "Try 'pd-deploy lab --help' for help"),
+        (["chek"], 2, "pd-deploy lab --help' for help"),
         (["exec", "--name", "none-such", "a", "--", "ls", "--help"], 1, "no lab none-such"),
     ],
 )
