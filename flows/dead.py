@@ -38,21 +38,22 @@ async def bury(owner: Owner, taker: str) -> None:
 
 
 async def untouched(resource: str) -> str:
-    """Why a run can't have changed a host; empty when it may have.
+    """Why a run can't have changed a host; empty when it may have, or nobody knows.
 
     Args:
         resource: the run as events name it, `prefect.flow-run.ID`.
     """
-    async with get_client() as client:
-        try:
-            run = await client.read_flow_run(UUID(resource.rpartition(".")[2]))
-        except ObjectNotFound:
-            return ""
-    return _untouched(run)
+    try:
+        async with asyncio.timeout(PATIENCE_S), get_client() as client:
+            return why_untouched(await client.read_flow_run(UUID(resource.rpartition(".")[2])))
+    except Exception as fault:
+        get_run_logger().warning("what became of %s is not known: %s", resource, fault)
+        return ""
 
 
-def _untouched(run: FlowRun) -> str:
-    if run.start_time is None:
+def why_untouched(run: FlowRun) -> str:
+    """See `untouched`."""
+    if not run.run_count:
         return f"run {run.name!r} never started"
     if run.parameters.get("dry_run"):
         return f"run {run.name!r} was a dry run"

@@ -9,7 +9,13 @@ from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.flows import publish
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
-from pd_deploy.flows.session import connected, locked_session, open_former, open_session
+from pd_deploy.flows.session import (
+    connected,
+    locked_session,
+    open_former,
+    open_session,
+    patient,
+)
 from pd_deploy.flows.survey import plan
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import STAGES, Stage
@@ -44,6 +50,8 @@ async def deploy(
     run, given = this_run(), load_deployment(Path(file))
     if run.late > given.window:
         return publish.skipped(run, given)
+    if run.scheduled:
+        given = patient(given, given.window.total_seconds())
     if image == NEWEST:
         tags.policy_of(given)
     named = image not in (None, NEWEST)

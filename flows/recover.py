@@ -7,13 +7,12 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from pd_deploy.config.load import load_deployment
-from pd_deploy.config.models import Deployment
 from pd_deploy.flows import publish
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
-from pd_deploy.flows.session import locked_session
+from pd_deploy.flows.session import locked_session, patient
 from pd_deploy.flows.survey import restore, survey_hosts
 from pd_deploy.steps import surveying
 from pd_deploy.tasks import stop
@@ -38,7 +37,7 @@ async def recover(file: str, after: str | None = None) -> State[None]:
     if after:
         if why := await untouched(after):
             return Completed(message=f"skipped, as {why}; nothing was touched")
-        given = patient(given)
+        given = patient(given, PATIENCE_S)
     async with locked_session(given, str(run)) as session:
         past = surveying.past_of(await survey_hosts(session))
         if past.serving is None:
@@ -51,9 +50,3 @@ async def recover(file: str, after: str | None = None) -> State[None]:
         rollout = await restore(session, past.serving.generation)
         publish.found(rollout)
         return await roll_out(rollout, run)
-
-
-def patient(deployment: Deployment) -> Deployment:
-    """A deployment whose leases are waited for until any other run has ended."""
-    gates = deployment.gates.model_copy(update={"lease": PATIENCE_S})
-    return deployment.model_copy(update={"gates": gates})

@@ -75,6 +75,12 @@ async def locked_session(
             yield locked
 
 
+def patient(deployment: Deployment, seconds: float) -> Deployment:
+    """A deployment for whose leases a run waits longer than somebody at the prompt would."""
+    gates = deployment.gates.model_copy(update={"lease": max(seconds, deployment.gates.lease)})
+    return deployment.model_copy(update={"gates": gates})
+
+
 async def connected(session: Session) -> History:
     """Connects to all hosts; what was deployed on them before."""
     return history.merged(

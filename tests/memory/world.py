@@ -144,7 +144,7 @@ class World:
             with _without_prefect(self, calls):
                 outcome = loop.run_until_complete(
                     _carried_out(
-                        _flow_run(flow, {"file": str(self.path), **parameters}, due),
+                        _flow_run(flow, file=str(self.path), due=due, **parameters),
                         calls,
                         watch or (lambda _: None),
                         kill_at,
@@ -158,13 +158,13 @@ class World:
             loop.close()
 
     def both(self, *runs: tuple[Any, dict[str, Any]]) -> list[Outcome]:
-        """Runs at the same time."""
+        """Runs at the same time, each with its parameters and perhaps `due`; see `run`."""
         loop, calls = VirtualLoop(self.cluster.clock), Calls()
 
         async def all_of_them() -> list[Outcome]:
             work = [
                 _carried_out(
-                    _flow_run(flow, {"file": str(self.path), **parameters}),
+                    _flow_run(flow, **{"file": str(self.path), **parameters}),
                     calls, lambda _: None, 0, 0, 0,
                 )
                 for flow, parameters in runs
@@ -266,7 +266,7 @@ class World:
         return serving
 
 
-async def _flow_run(flow: Any, parameters: dict[str, Any], due: datetime | None = None) -> Any:
+async def _flow_run(flow: Any, *, due: datetime | None = None, **parameters: Any) -> Any:
     """The flow's function, where Prefect says which run it is."""
     flow_run = FlowRun(
         flow_id=uuid4(),

@@ -142,3 +142,16 @@ def test_a_run_that_died_is_buried_by_the_one_that_takes_its_lease(world: World)
     assert len(world.buried) == 1
     assert world.run(recover).completed
     assert len(world.buried) == 1
+
+
+@pytest.mark.parametrize("by_schedule", [True, False])
+def test_a_scheduled_run_waits_for_another_one_when_one_by_hand_gives_up(
+    world: World, by_schedule: bool
+) -> None:
+    """Nobody would start the night again."""
+    world.change(gates={"lease": 0.1})
+    due = {"due": datetime.now(UTC)} if by_schedule else {}
+    first, second = world.both((deploy, {}), (deploy, due))
+    assert first.completed
+    assert second.completed is by_schedule
+    assert by_schedule or "works on qwq-3p1d" in str(second.error)

@@ -1,5 +1,6 @@
 """prefect.yaml: what its deployments, schedules and automations rest on."""
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(
     (Path(__file__).resolve().parents[2] / "prefect.yaml").read_text()
 )["deployments"]
 NIGHTLY = [one for one in DEPLOYMENTS if one["name"].endswith("-nightly")]
-FLOWS = {"flows/deploy.py:deploy": deploy, "flows/rollback.py:rollback": rollback}
+FLOWS = {"deploy": deploy, "rollback": rollback}
 RECOVER = [one for one in DEPLOYMENTS if "recover" in one["entrypoint"]]
 
 
@@ -88,8 +89,9 @@ def test_heartbeats_of_the_service_and_of_no_other_are_waited_for(recover: dict[
     (silent,) = (t for t in recover["triggers"] if t["posture"] == "Proactive")
     fields = {name: value for name, value in silent.items() if name in EventTrigger.model_fields}
     trigger = EventTrigger.model_validate(fields)
-    for one in DEPLOYMENTS:
-        flow = FLOWS.get(one["entrypoint"])
+    watched = [(one, FLOWS.get(re.split(r"[:.]", one["entrypoint"])[-1])) for one in DEPLOYMENTS]
+    assert sum(flow is not None for _, flow in watched) > len(RECOVER)
+    for one, flow in watched:
         if flow is None:
             continue
         run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), tags=one["tags"])
