@@ -17,6 +17,7 @@ from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.history import HostRecords
 from pd_deploy.steps.report import Gate, Report
+from pd_deploy.steps.retry import RETRY_DELAYS_S
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from pd_deploy.steps.verify.smoke import Completion
@@ -26,8 +27,6 @@ story.tell()
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-RETRY_DELAYS_S = (1, 3, 8)
 
 Result = (
     Report

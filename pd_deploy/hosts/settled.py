@@ -17,6 +17,7 @@ async def settled(call: Coroutine[Any, Any, T]) -> T:
     sees what is so.
     """
     work = asyncio.ensure_future(call)
+    work.add_done_callback(retrieve)
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -24,11 +25,10 @@ async def settled(call: Coroutine[Any, Any, T]) -> T:
             await asyncio.wait({work}, timeout=SETTLE_S)
         finally:
             work.cancel()
-            work.add_done_callback(_retrieve)
         raise
 
 
-def _retrieve(work: "asyncio.Task[Any]") -> None:
-    """Look at the outcome, for which nobody waits any more."""
+def retrieve(work: "asyncio.Task[Any]") -> None:
+    """Look at an outcome, for which nobody may wait any more."""
     if not work.cancelled():
         work.exception()

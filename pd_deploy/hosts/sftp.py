@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import asyncssh
 
 from pd_deploy.errors import ConnectionDropped, TimedOut
+from pd_deploy.hosts.settled import retrieve
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class SftpSession:
             ConnectionDropped: the session ended.
         """
         work = asyncio.ensure_future(call)
+        work.add_done_callback(retrieve)
         self._calls += 1
         try:
             await self._wait_for(work, CALL_TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import httpx
 
@@ -20,6 +21,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
+from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import LockedSession
 
@@ -91,10 +93,12 @@ async def launch(rollout: Rollout, instance: str) -> Report:
     plan, ranktables = rollout.plan.instance(instance), rollout.plan.hosts[where].ranktables
     shared = [ranktables.directory] if ranktables else []
     created = await host.make_dirs(plan.directories + shared)
+    await rollout.locked.may_change(host)
     written = await _write(host, [plan.start_script])
     if await _find(rollout, instance):
         changes = [f"wrote {path}" for path in (*created, *written)]
         return Report("launch", instance, where, bool(changes), ", ".join(changes) or "present")
+    await rollout.locked.may_change(host)
     await host.docker.create(plan.container)
     return Report("launch", instance, where, True, f"created {plan.container.name}")
 
@@ -199,7 +203,8 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
     """
     names = sorted(rollout.attempt.started)
     outcomes = await asyncio.gather(
-        *(_stop_instance(rollout, name) for name in names), return_exceptions=True
+        *(retried(partial(_stop_instance, rollout, name)) for name in names),
+        return_exceptions=True,
     )
     return {name: _why_it_may_run(outcome) for name, outcome in zip(names, outcomes, strict=True)}
 

@@ -1,10 +1,10 @@
 """The past of a deployment on its hosts: reading it, and writing what is added to it."""
 
-import asyncio
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from pydantic import (
@@ -19,12 +19,19 @@ from pydantic import (
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.problems import problems_of
-from pd_deploy.errors import FactsError, InvalidInput, NoSuchGeneration
+from pd_deploy.errors import (
+    DiskFull,
+    FactsError,
+    InvalidInput,
+    NoSuchGeneration,
+    TransientError,
+)
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import Plan
 from pd_deploy.records import releases
 from pd_deploy.records.releases import PLAN, RECORD, RELEASE, History, Record, Release
+from pd_deploy.steps.retry import retried
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -34,16 +41,28 @@ READ = r"""cd "$1" 2>/dev/null || exit 0
 for f in record.json */release.json; do
   [ ! -f "$f" ] || { printf '%s\0' "$f"; tr -d '\0' <"$f"; printf '\0'; }
 done
+for f in */plan.json .reserve; do [ ! -f "$f" ] || printf '%s\0\0' "$f"; done
 for d in */; do [ ! -d "$d" ] || printf '%s\0\0' "$d"; done"""
+# Given up for the record when the disk is full: whoever makes room there has to write it.
+RESERVE = ".reserve"
+RESERVE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class HostRecords:
-    """What one host knows of a deployment's past."""
+    """What one host knows of a deployment's past.
+
+    Attributes:
+        generations: those of which anything is there.
+        plans: those whose saved plan is there.
+        reserve: whether it keeps room for the record.
+    """
 
     record: Record
     releases: tuple[Release, ...]
     generations: frozenset[str]
+    plans: frozenset[str]
+    reserve: bool
 
 
 class Saved(BaseModel):
@@ -120,15 +139,21 @@ async def read(host: Host, root: str) -> HostRecords:
             record = _parse(Record, text, path, host)
         elif name.endswith(f"/{RELEASE}"):
             releases.append(_parse(Release, text, path, host))
-    names = frozenset(name.rstrip("/") for name in contents if name.endswith("/"))
-    return HostRecords(record, tuple(releases), names)
+    return HostRecords(
+        record,
+        tuple(releases),
+        frozenset(name.rstrip("/") for name in contents if name.endswith("/")),
+        frozenset(name.removesuffix(f"/{PLAN}") for name in contents if name.endswith(f"/{PLAN}")),
+        RESERVE in contents,
+    )
 
 
 async def write_release(host: Host, root: str, release: Release, saved: Saved) -> list[str]:
-    """Write a generation's release and plan on a host; if they are there, they stay."""
+    """Write a generation's own account of itself on a host; one that is there stays."""
     directory = f"{root}/{release.generation}"
     if await host.read_file(f"{directory}/{RELEASE}"):
         return []
+    await host.write_files(_reserve(root))
     # The plan first: a release that can be read can be brought back.
     paths = []
     account = release.model_dump_json(indent=1).encode()
@@ -137,13 +162,26 @@ async def write_release(host: Host, root: str, release: Release, saved: Saved) -
     return paths
 
 
-async def write_record(first: Host, others: Iterable[Host], root: str, record: Record) -> None:
-    """Write what became of the releases: on the first host, which counts, then on the others."""
-    files_of_record = {f"{root}/{RECORD}": File(record.model_dump_json(indent=1).encode(), PRIVATE)}
-    await first.write_files(files_of_record)
-    await asyncio.gather(
-        *(host.write_files(files_of_record) for host in others), return_exceptions=True
-    )
+async def write_record(host: Host, root: str, record: Record) -> None:
+    """Write on a host what became of the releases; on a full disk into the room kept for it."""
+    file = {f"{root}/{RECORD}": File(record.model_dump_json(indent=1).encode(), PRIVATE)}
+    try:
+        await host.write_files(file)
+    except DiskFull:
+        if not await host.remove_tree(f"{root}/{RESERVE}", below=root):
+            raise
+        await host.write_files(file)
+        await keep_reserve(host, root)
+
+
+async def keep_reserve(host: Host, root: str) -> None:
+    """Keep room for the record on a host, if there is any left."""
+    with contextlib.suppress(DiskFull):
+        await host.write_files(_reserve(root))
+
+
+def _reserve(root: str) -> dict[str, File]:
+    return {f"{root}/{RESERVE}": File(bytes(RESERVE_BYTES), PRIVATE)}
 
 
 async def load(hosts: Mapping[str, Host], root: str, generation: str) -> Saved:
@@ -154,8 +192,13 @@ async def load(hosts: Mapping[str, Host], root: str, generation: str) -> Saved:
             this one cannot read.
     """
     path, why = f"{root}/{generation}/{PLAN}", "no host has it"
+    out_of_reach: TransientError | None = None
     for host in hosts.values():
-        content = await host.read_file(path)
+        try:
+            content = await retried(partial(host.read_file, path))
+        except TransientError as fault:
+            out_of_reach = fault
+            continue
         if content is None:
             continue
         try:
@@ -164,6 +207,8 @@ async def load(hosts: Mapping[str, Host], root: str, generation: str) -> Saved:
             problems = error.problems if isinstance(error, InvalidInput) else None
             listed = problems or problems_of(error, Saved)  # type: ignore[arg-type]
             why = f"{path} on host {host.where} cannot be used: {listed[0]}"
+    if out_of_reach:
+        raise out_of_reach
     raise NoSuchGeneration(
         f"expected the saved generation {generation}, found that {why}",
         hint="`pd-deploy releases FILE` lists those that are kept",

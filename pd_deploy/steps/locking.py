@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from pd_deploy.errors import TransientError
 from pd_deploy.hosts.lease import Lease, Owner, this_process
+from pd_deploy.steps import copies
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession, Session
 
@@ -15,7 +16,7 @@ def lease_for(session: Session, run: str, flow_run: str) -> Lease:
 
 
 async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report:
-    """Takes the leases of all hosts of a session.
+    """Take the leases of all hosts of a session, and write again what a host has lost.
 
     Raises:
         LeaseHeld: another run works on the deployment.
@@ -33,7 +34,11 @@ async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report
                     f"for good: `pd-deploy deploy FILE --forget {session.host(name).address}`"
                 )
         raise
-    return Report("lock", session.deployment.name, "", False, f"on {', '.join(session.hosts)}")
+    written = await copies.complete(session)
+    detail = f"on {', '.join(session.hosts)}"
+    if written:
+        detail += f"; wrote again {', '.join(written)}"
+    return Report("lock", session.deployment.name, "", bool(written), detail)
 
 
 def _claim(session: Session, owner: Owner, host: str) -> Owner:

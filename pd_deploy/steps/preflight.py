@@ -12,7 +12,10 @@ from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 
+MIB = 1 << 20
 GIB = 1 << 30
+# Plan, scripts, ranktables and record of a generation take some 100 KiB.
+STATE_BYTES = MIB
 
 
 async def preflight(rollout: Rollout, name: str) -> Report:
@@ -111,23 +114,36 @@ async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
 
 
 async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    """Find out where the host lacks room for what is going to be written.
+
+    A generation that has served has all its files: a full disk must not keep it from coming back.
+    """
     deployment, state = rollout.session.deployment, rollout.states[name]
     if name not in rollout.plan.hosts:
         return []
-    needed = [("logs", deployment.paths.logs, deployment.disk.logs)]
+    needed = []
+    if rollout.plan.generation not in rollout.history.good:
+        needed += [
+            ("its state", deployment.paths.state, STATE_BYTES),
+            ("logs", deployment.paths.logs, deployment.disk.logs),
+        ]
     if await host.docker.image(rollout.plan.pinned_image) is None:
         needed.append(("the image", state.docker_root, deployment.disk.image))
     free = await asyncio.gather(*(host.facts.disk_free(path) for _, path, _ in needed))
     return [
         DiskFull(
-            f"expected {least / GIB:.1f} GiB free for {purpose} at {path}, "
-            f"found {free_bytes / GIB:.1f}",
+            f"expected {_shown(least, least)} free for {purpose} at {path}, "
+            f"found {_shown(free_bytes, least)}",
             host=host.where,
             hint="free some (`pd-deploy prune FILE` removes old generations), or change `disk`",
         )
         for (purpose, path, least), free_bytes in zip(needed, free, strict=True)
         if free_bytes < least
     ]
+
+
+def _shown(size: int, scale: int) -> str:
+    return f"{size / GIB:.1f} GiB" if scale >= GIB else f"{size / MIB:.1f} MiB"
 
 
 async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:

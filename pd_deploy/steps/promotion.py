@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Collection
 from datetime import UTC, datetime
 
-from pd_deploy.errors import InstanceDied, NotReady, SeveralFaults, SmokeTestFailed
+from pd_deploy.errors import InstanceDied, NotReady, PdDeployError, SeveralFaults, SmokeTestFailed
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
-from pd_deploy.steps import history
+from pd_deploy.steps import copies, history
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 
@@ -44,12 +44,13 @@ async def promote(rollout: Rollout, by: str) -> Report:
     before = rollout.history.record
     record = before.promoted(generation, datetime.now(UTC), by)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()
-    await write(rollout, record)
-    if record is before:
-        await _copy_where_older(rollout)
+    uncopied = await write(rollout, record)
     where = session.topology.proxy.host
     changed = record is not before
-    return Report("promote", generation, where, changed, "serves" if changed else "serves already")
+    detail = "serves" if changed else "serves already"
+    if uncopied:
+        detail += "; the record is not on " + "; not on ".join(map(str, uncopied.values()))
+    return Report("promote", generation, where, changed, detail)
 
 
 async def note_opened(rollout: Rollout) -> None:
@@ -104,33 +105,25 @@ def _step(error: BaseException) -> str:
     return f"{step}: " if step else ""
 
 
-async def write(rollout: Rollout, record: Record, besides: Collection[str] = ()) -> None:
+async def write(
+    rollout: Rollout, record: Record, besides: Collection[str] = ()
+) -> dict[str, PdDeployError]:
     """Write the record if it has changed, on the proxy's host first.
 
     Args:
         besides: addresses of hosts that get none.
+
+    Returns:
+        By host, why it has no copy.
     """
     if record is rollout.history.record:
-        return
+        return {}
     session = rollout.locked
     first = session.host(session.topology.proxy.host)
-    await session.may_change(first)
     others = [h for h in session.hosts.values() if h is not first and h.address not in besides]
-    await history.write_record(first, others, session.root, record)
+    uncopied = await copies.write_record(session, [first, *others], record)
     rollout.attempt.record = record
-
-
-async def _copy_where_older(rollout: Rollout) -> None:
-    """Write the record to hosts that a killed run has left without it."""
-    session, record = rollout.locked, rollout.attempt.record
-    older = [
-        session.hosts[name]
-        for name, state in rollout.states.items()
-        if name in session.hosts and state.past.record.sequence < record.sequence
-    ]
-    if older:
-        await session.may_change(older[0])
-        await history.write_record(older[0], older[1:], session.root, record)
+    return uncopied
 
 
 async def _keep_image(rollout: Rollout, name: str) -> None:

@@ -31,6 +31,7 @@ async def prune(session: LockedSession, name: str, history: History) -> Report:
     needed = {release.pinned_image for release in _known(history, kept)}
     images = {release.pinned_image for release in _known(history, gone)} - needed
     await _remove_images(session, host, gone, images)
+    await session.may_change(host)
     drafts = await host.output(["sh", "-c", DRAFTS, "sh", session.root])
     detail = f"removed {', '.join(gone)}" if gone else "nothing to remove"
     return Report("prune", name, name, bool(gone or drafts), detail)
@@ -45,12 +46,13 @@ async def clear(session: LockedSession, name: str, history: History) -> Report:
     host, deployment = session.host(name), session.deployment.name
     containers = await host.docker.containers({generations.DEPLOYMENT: deployment})
     await _remove_containers(session, host, containers)
-    await session.may_change(host)
     images = {release.pinned_image for release in history.releases.values()}
     await _remove_images(session, host, sorted(history.found), images)
     logs = {release.logs.rpartition("/")[0] for release in history.releases.values()}
     for path in sorted({*logs, Layout.log_root_of(session.deployment)}):
+        await session.may_change(host)
         await host.remove_tree(path, below=path.rpartition("/")[0])
+    await session.may_change(host)
     # Last, as the lease lies in it.
     session.lease.forget(host)
     removed = await host.remove_tree(session.root, below=session.deployment.paths.state)
@@ -74,10 +76,12 @@ async def _remove_containers(
 ) -> None:
     states = list(states)
     await _stop(session, host, [s for s in states if s.status in generations.RUNNING])
-    if states:
+
+    async def remove(state: ContainerState) -> None:
         await session.may_change(host)
-    deployment = session.deployment.name
-    await asyncio.gather(*(host.docker.remove(s.id, deployment=deployment) for s in states))
+        await host.docker.remove(state.id, deployment=session.deployment.name)
+
+    await asyncio.gather(*(remove(state) for state in states))
 
 
 async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerState]) -> None:
@@ -85,20 +89,22 @@ async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerS
     for state in running:
         by_role[state.labels.get(generations.ROLE) == "proxy"].append(state)
     deployment, seconds = session.deployment.name, session.deployment.container.stop_timeout
+
+    async def stop_one(state: ContainerState) -> None:
+        await session.may_change(host)
+        await host.docker.stop(state.id, deployment=deployment, timeout=seconds)
+
     for group in (by_role[True], by_role[False]):
-        if group:
-            await session.may_change(host)
-        await asyncio.gather(
-            *(host.docker.stop(s.id, deployment=deployment, timeout=seconds) for s in group)
-        )
+        await asyncio.gather(*(stop_one(state) for state in group))
 
 
 async def _remove_generation(
     session: LockedSession, host: Host, history: History, name: str
 ) -> None:
-    await session.may_change(host)
     if release := history.releases.get(name):
+        await session.may_change(host)
         await host.remove_tree(release.logs, below=release.logs.rpartition("/")[0])
+    await session.may_change(host)
     await host.remove_tree(f"{session.root}/{name}", below=session.root)
 
 
@@ -109,8 +115,10 @@ async def _remove_images(
     deployment = session.deployment.name
     for name in generations:
         if await host.docker.image(local_tag(deployment, name)):
+            await session.may_change(host)
             await host.docker.remove_image(local_tag(deployment, name))
     for reference in images:
         image = await host.docker.image(reference)
         if image and image.digest and not any(t.startswith("pd-deploy/") for t in image.tags):
+            await session.may_change(host)
             await host.docker.remove_image(reference)

@@ -62,6 +62,9 @@ def _records(machine: Machine, arguments: Sequence[str], _: str) -> str:
     for name in ["record.json", *(f"{d}/release.json" for d in directories)]:
         if disk.get(f"{root}/{name}"):
             parts += [name, disk.read(f"{root}/{name}")]
+    for name in [*(f"{d}/plan.json" for d in directories), ".reserve"]:
+        if disk.get(f"{root}/{name}"):
+            parts += [name, ""]
     for name in directories:
         parts += [f"{name}/", ""]
     return "".join(f"{part}\0" for part in parts)
