@@ -649,7 +649,7 @@ class Disks:
                     assert first.numbers == {host.address: number}
                     taken = await host.read_file(f"{LEASED}/lease")
                     # Until it is renewed.
-                    while await host.read_file(f"{LEASED}/lease") == taken:
+                    while await host.read_file(f"{LEASED}/lease") == taken:  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
                     await first.check(host)
             assert console.modes(LEASED).keys() == {".lease.lock", "lease"}
