@@ -50,9 +50,9 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
     earlier = {run.id for run in await runs_of("pd-recover")}
     run = start(prefect)
     await asyncio.to_thread(until, lambda: epoch(automated, "p1") == "2", 60)
-    automated.faults("p1")
     if way == "cancelled":
         earlier.add(await cancel_a_queued_run(prefect, prefect_env, behind=run))
+    automated.faults("p1")
     if way == "cancelled":
         prefect("prefect", "flow-run", "cancel", str(run))
     else:
@@ -81,7 +81,10 @@ async def cancel_a_queued_run(
     )
     assert follower.stdout
     told = (await asyncio.wait_for(follower.stdout.readline(), 60)).decode()
-    assert re.match(rf"waits for run '.*' \({behind}\), Running, which works on", told), told
+    async with get_client() as client:
+        ahead = (await client.read_flow_run(behind)).state
+    waits = re.match(rf"waits for run '.*' \({behind}\), Running, which works on", told)
+    assert waits, f"{told}; the run ahead: {ahead}"
     prefect("prefect", "flow-run", "cancel", str(queued))
     assert await follower.wait() == 1
     recovery = await ended("pd-recover", earlier)
@@ -108,10 +111,10 @@ async def test_upgrade_whose_machine_dies_is_recovered_by_another_worker(
         run = start(prefect)
         await asyncio.to_thread(until, lambda: epoch(automated, "p1") == "2", 60)
         waiting = start(prefect)
-        automated.faults("p1")
         first.kill()
         os.kill(process_of(run), signal.SIGKILL)
         killed = time.monotonic()
+        automated.faults("p1")
         second = worker_on("own-pool", prefect_env)
         recovered = await ended("pd-recover", earlier)
         print(f"recovered {time.monotonic() - killed:.0f} s after the kill")
