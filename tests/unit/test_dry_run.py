@@ -150,3 +150,11 @@ def test_page_groups_by_host() -> None:
 def test_cleanup_looks_at_instances_that_left_the_file_too() -> None:
     of = rollout({"c9": "running", "p9": "running"}, known=[OLD])
     assert of.to_clean_up() == (["c0", "c9"], ["p0", "p1", "p2", "d0", "p9"])
+
+
+def test_a_proxy_that_has_to_stop_first_is_not_prepared_before_the_cut_over() -> None:
+    """The container is the same one; a new one is prepared while the old one serves."""
+    serving = {"p0": "running", "p1": "running", "p2": "exited", "d0": "running", "c0": "running"}
+    assert not rollout(serving).may_prepare_early()
+    assert rollout(serving, known=["1-00000000"]).may_prepare_early()
+    assert rollout({}).may_prepare_early()

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from tests import host_contract
 from tests.host_contract import create, place
 from tests.memory import commands, programs
+from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock
 from tests.memory.host import MemoryHost
 from tests.memory.machine import Build, Cluster, Container, Machine
@@ -117,3 +119,17 @@ class TestLeases(host_contract.Leases): ...
 
 
 class TestDisks(host_contract.Disks): ...
+
+
+async def test_a_draft_is_closed_to_others_until_it_is_whole(machine: Machine) -> None:
+    """Whatever mode the file is to have: it may hold a secret."""
+    calls, modes = Calls(), list[int]()
+
+    def watch(moment: Moment) -> None:
+        if moment.what.startswith("draft") and moment.after:
+            modes.append(machine.disk.entries[moment.what.removeprefix("draft ")].mode)
+
+    calls.watch = watch
+    await MemoryHost("a", machine, calls).write_files({"/var/lib/x": File(b"secret", 0o644)})
+    assert modes == [0o600]
+    assert machine.disk.entries["/var/lib/x"].mode == 0o644

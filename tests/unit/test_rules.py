@@ -378,3 +378,18 @@ class TestProfiles:
             plan = example.plan_of(path, {"compat": compat})
             assert plan.roles
             assert all(host.instances for host in plan.hosts.values())
+
+
+def test_the_last_port_is_65535() -> None:
+    highest = max(
+        port
+        for instance in example.place({"ports": {"zmq": 60000}}).instances
+        for port in instance.ports.values()
+    )
+    last = 60000 + 65535 - highest
+    place = example.place({"ports": {"zmq": last}})
+    assert max(port for instance in place.instances for port in instance.ports.values()) == 65535
+    with pytest.raises(InvalidInput, match="would be 65536, above 65535"):
+        example.place({"ports": {"zmq": last + 1}})
+    with pytest.raises(InvalidInput, match=r"ssh\.port: expected .*65535, found 65536"):
+        example.service({"ssh": {"port": 65536}})

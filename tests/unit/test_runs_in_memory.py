@@ -176,3 +176,40 @@ class TestFailureKept:
         outcome = world.run(deploy, image=bad)
         assert "ran out of memory" in str(outcome.error)
         world.assert_coherent()
+
+
+class TestSmokeTestWithoutChecks:
+    """Where no check knows the right answer, decode's own answers are what is compared with."""
+
+    def test_a_good_service_passes(self, world: World) -> None:
+        world.change(smoke={"checks": []})
+        assert world.run(deploy).completed
+        world.assert_coherent()
+
+    @pytest.mark.parametrize("instance", ["d0", "p1"])
+    def test_other_kv_than_prefill_made_is_noticed(self, world: World, instance: str) -> None:
+        world.change(smoke={"checks": []})
+        assert world.run(deploy).completed
+        fault = {"d0": Faults(wrong_kv=True), "p1": Faults(refuses_kv=True)}[instance]
+        outcome = world.run(deploy, image=world.push("20250724_1", {instance: fault}))
+        assert "service is back" in str(outcome.error)
+        world.assert_coherent()
+
+
+def test_other_kv_is_told_from_a_model_that_answers_otherwise(world: World) -> None:
+    bad = world.push("20250724_1", {"d0": Faults(wrong_kv=True)})
+    assert "decode reads other KV than prefill made" in str(world.run(deploy, image=bad).error)
+
+
+@pytest.mark.parametrize("instance", ["d0", "p1", "c0"])
+def test_a_server_that_died_is_brought_back_with_its_generation(
+    world: World, instance: str
+) -> None:
+    """The proxy's container is the same one: it can't be prepared while it still serves."""
+    assert world.run(deploy).completed
+    serving, dead = world.serving(), world.running()[instance]
+    machine = next(m for m in world.machines.values() if dead.id in m.containers)
+    machine.end(dead, 1)
+    outcome = world.run(deploy)
+    assert outcome.completed, outcome.error
+    assert world.assert_coherent() == serving
