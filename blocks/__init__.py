@@ -1,1 +1,1 @@
-"""Secrets, as Prefect blocks."""
+"""Prefect blocks that hold secrets."""

@@ -1,4 +1,4 @@
-"""How the hosts' engines log in to the image registry."""
+"""How the hosts' Docker engines log in to the image registry."""
 
 from prefect.blocks.core import Block
 from pydantic import Field, SecretStr
@@ -7,7 +7,7 @@ from pd_deploy.hosts.container_values import RegistryLogin
 
 
 class RegistryCredentials(Block):
-    """Credentials for the image registry. They go with each pull; nothing is stored on a host.
+    """Credentials for the image registry. They are sent with each pull, never stored on a host.
 
     Example:
         ```python
@@ -23,5 +23,5 @@ class RegistryCredentials(Block):
     password: SecretStr = Field(description="Password or access token.")
 
     def login(self) -> RegistryLogin:
-        """These credentials as an engine wants them."""
+        """Return the credentials in the form that the Docker engine takes."""
         return RegistryLogin(self.username, self.password.get_secret_value())

@@ -9,8 +9,8 @@ from pd_deploy.hosts.login import Jump, Login
 class SshCredentials(Block):
     """SSH credentials for the hosts of a deployment.
 
-    Give a private key, or a password; without either, the agent and ~/.ssh/config of the user
-    that runs the worker serve.
+    Give a private key or a password. Without either, pd-deploy uses the SSH agent and
+    ~/.ssh/config of the user that runs the worker.
 
     Example:
         ```python
@@ -32,24 +32,24 @@ class SshCredentials(Block):
         default=None, description="Passphrase of the private key, if it has one."
     )
     password: SecretStr | None = Field(
-        default=None, description="Password of the user, where no key is used."
+        default=None, description="The user's password, if there is no key."
     )
     known_hosts: str | None = Field(
         default=None,
-        description="Lines of a known_hosts file, as ssh-keyscan prints them. "
-        "Without them ~/.ssh/known_hosts of the worker's user is used.",
+        description="Lines of a known_hosts file, as ssh-keyscan prints them. By default, "
+        "~/.ssh/known_hosts of the user that runs the worker is used.",
     )
     trust_on_first_use: bool = Field(
         default=False,
-        description="Accept and remember the key of a host that is not known yet. "
-        "A changed key is refused all the same.",
+        description="Accept and remember the key of an unknown host. "
+        "A changed key is still refused.",
     )
-    jump_host: str | None = Field(default=None, description="Host to go through, if any.")
+    jump_host: str | None = Field(default=None, description="Host to connect through, if any.")
     jump_user: str | None = Field(default=None, description="User on the jump host.")
     jump_port: int = Field(default=22, description="SSH port of the jump host.")
 
     def login(self, *, user: str, port: int) -> Login:
-        """These credentials as the login of a user."""
+        """Return the credentials as a user's login."""
         jump = Jump(self.jump_host, self.jump_user, self.jump_port) if self.jump_host else None
         return Login(
             user=user,

@@ -1,4 +1,4 @@
-"""Saving secrets as Prefect blocks, without a secret on the command line."""
+"""`pd-deploy credentials`: save secrets as Prefect blocks, with no secret on the command line."""
 
 import sys
 from pathlib import Path
@@ -10,36 +10,37 @@ from pydantic import SecretStr
 from pd_deploy.errors import InvalidInput, Problem
 
 app = typer.Typer(
-    help="Save the credentials that a deployment file names, as Prefect blocks.",
+    help="Save the credentials that a deployment file names as Prefect blocks.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-Name = Annotated[str, typer.Argument(help="The block's name, as the deployment file gives it.")]
+Name = Annotated[str, typer.Argument(help="The name that the deployment file gives the block.")]
 
 
 @app.command()
 def ssh(
     name: Name,
     private_key: Annotated[
-        Path | None, typer.Option(help="File with the private key; its content is saved.")
+        Path | None, typer.Option(help="The private key's file; its content is saved.")
     ] = None,
     passphrase: Annotated[bool, typer.Option(help="Ask for the key's passphrase.")] = False,
     password: Annotated[bool, typer.Option(help="Ask for the user's password.")] = False,
     known_hosts: Annotated[
         Path | None,
-        typer.Option(help="File with the hosts' keys, as ssh-keyscan prints them."),
+        typer.Option(help="A known_hosts file with the hosts' keys, as ssh-keyscan prints them."),
     ] = None,
-    jump_host: Annotated[str | None, typer.Option(help="Host to go through.")] = None,
+    jump_host: Annotated[str | None, typer.Option(help="Connect through this host.")] = None,
     jump_user: Annotated[str | None, typer.Option(help="User on the jump host.")] = None,
     jump_port: Annotated[int, typer.Option(help="SSH port of the jump host.")] = 22,
     trust_on_first_use: Annotated[
-        bool, typer.Option(help="Accept the key of a host that is not known yet.")
+        bool, typer.Option(help="Accept and remember the key of an unknown host.")
     ] = False,
 ) -> None:
-    """Save SSH credentials; passphrase and password are asked for, never given as arguments.
+    """Save SSH credentials.
 
-    Where there is no terminal they are read from standard input, a line each.
+    You are prompted for the passphrase or password. Without a terminal they are read from standard
+    input, one line each. They are never given as arguments.
 
     Example: pd-deploy credentials ssh pd-ssh --private-key ~/.ssh/id_ed25519
     --known-hosts ~/.ssh/known_hosts
@@ -58,7 +59,7 @@ def ssh(
         jump_user=jump_user,
         jump_port=jump_port,
     )
-    # A key that cannot be read is better found now than in a run at night.
+    # Report a key that can't be read now, not in tonight's run.
     block.login(user="root", port=22).options(str(private_key))
     save(block, name)
 
@@ -68,7 +69,9 @@ def registry(
     name: Name,
     username: Annotated[str, typer.Option(help="User or robot account.")],
 ) -> None:
-    """Save registry credentials; the password is asked for, or read from standard input.
+    """Save registry credentials.
+
+    You are prompted for the password. Without a terminal it is read from standard input.
 
     Example: pd-deploy credentials registry pd-registry --username robot
     """
@@ -78,9 +81,9 @@ def registry(
     save(RegistryCredentials(username=username, password=SecretStr(_ask("Password"))), name)
 
 
-def _ask(what: str) -> str:
+def _ask(secret: str) -> str:
     if sys.stdin.isatty():
-        return str(typer.prompt(what, hide_input=True))
+        return str(typer.prompt(secret, hide_input=True))
     return sys.stdin.readline().removesuffix("\n")
 
 

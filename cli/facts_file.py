@@ -1,4 +1,4 @@
-"""Planning offline: what the hosts would say, from a file."""
+"""Planning offline: read from a file what hosts and registry would report."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ class _Strict(BaseModel):
 
 
 class FactsOfHost(_Strict):
-    """What one host would say."""
+    """What one host would report."""
 
     interface: Text
     device_addresses: dict[int, Address] = {}
 
 
 class FactsFile(_Strict):
-    """What the hosts and the registry would say."""
+    """What the hosts and the registry would report."""
 
     hosts: dict[str, FactsOfHost]
     image: Word | None = Field(default=None, description="By digest; else the file's reference.")
@@ -35,7 +35,7 @@ class FactsFile(_Strict):
 
 
 def make_plan(deployment: Deployment, path: Path) -> plans.Plan:
-    """The plan from a facts file.
+    """Make a plan from a facts file.
 
     Raises:
         InvalidInput: the facts file is wrong, or lacks hosts or devices.

@@ -1,4 +1,4 @@
-"""Looking at the hosts, without a flow run."""
+"""Reading from the hosts, without a flow run."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,32 +15,32 @@ from pd_deploy.steps.session import Session
 
 
 def plan(deployment: Deployment, image: str | None) -> Plan:
-    """The plan that a deployment would carry out now; changes nothing on the hosts."""
+    """Make the plan that a deployment would carry out now; change nothing on the hosts."""
 
-    async def look() -> Plan:
-        async with looked_at(deployment) as (session, _):
+    async def survey_hosts() -> Plan:
+        async with connected(deployment) as (session, _):
             return (await survey.plan(session, image, "a look")).with_actions(STAGES)
 
     with reached():
-        return asyncio.run(look())
+        return asyncio.run(survey_hosts())
 
 
-def past(deployment: Deployment) -> History:
-    """What was deployed before, and what became of it."""
+def read_history(deployment: Deployment) -> History:
+    """Read from the hosts what was deployed, and what became of it."""
 
-    async def look() -> History:
-        async with looked_at(deployment) as (_, found):
-            return found
+    async def read() -> History:
+        async with connected(deployment) as (_, recorded):
+            return recorded
 
     with reached():
-        return asyncio.run(look())
+        return asyncio.run(read())
 
 
 @asynccontextmanager
-async def looked_at(deployment: Deployment) -> AsyncIterator[tuple[Session, History]]:
-    """The deployment's hosts, former ones included, and its past."""
+async def connected(deployment: Deployment) -> AsyncIterator[tuple[Session, History]]:
+    """Connect to a deployment's hosts, former ones included, and read its history."""
     async with open_session(deployment) as session:
         reading = [history.read(host, session.root) for host in session.hosts.values()]
-        found = history.merged(await asyncio.gather(*reading))
-        await open_former(session, found)
-        yield session, found
+        recorded = history.merged(await asyncio.gather(*reading))
+        await open_former(session, recorded)
+        yield session, recorded

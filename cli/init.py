@@ -1,4 +1,4 @@
-"""`pd-deploy init`: a directory of the user's own to deploy from."""
+"""`pd-deploy init`: make a directory for a user to deploy from."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from pd_deploy.errors import InvalidInput, Problem
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEMPLATES = Path(__file__).parent / "scaffold"
-# What a lab needs that real hosts have, and where it keeps its keys.
+# How to prepare a lab for an example, and where the lab keeps its keys.
 _LAB_PREPARED = {
     "omniinfer": "Start the lab, two simulated hosts on this machine, as root: `pd-deploy lab up`.",
     "vllm": "Start the lab, two simulated hosts on this machine, and install vLLM for it, as root: "
@@ -21,12 +21,12 @@ _LAB = Path("/var/lib/pd-deploy-lab/pdlab")
 
 
 def examples() -> list[str]:
-    """Names of the deployment files that come with pd-deploy."""
+    """List the names of the deployment files that come with pd-deploy."""
     return sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
 
 
 def scaffold(directory: Path, example: str) -> list[Path]:
-    """Write an example's deployment file, and what Prefect and its reader need beside it.
+    """Write an example's deployment file, a prefect.yaml and a README.
 
     Returns:
         The files written, the deployment file first.
@@ -41,8 +41,8 @@ def scaffold(directory: Path, example: str) -> list[Path]:
     files = {directory / name: content for name, content in _contents(example).items()}
     taken = [path for path in files if path.exists() or path.is_symlink()]
     if taken:
-        expected = "exists already and is left as it is; choose another directory, or move it away"
-        raise InvalidInput([Problem(str(path), expected) for path in taken])
+        message = "exists already and was not changed; choose another directory, or move it away"
+        raise InvalidInput([Problem(str(path), message) for path in taken])
     for path, content in files.items():
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def _contents(example: str) -> dict[str, str]:
 
 
 def _with_extended(path: Path) -> Iterator[Path]:
-    """A deployment file and those that it extends."""
+    """Yield a deployment file and those that it extends."""
     yield path
     if parent := yaml.safe_load(path.read_text()).get("extends"):
         yield from _with_extended(path.parent / parent)
@@ -79,8 +79,8 @@ def _values(example: str) -> dict[str, str]:
         "block": deployment.ssh.credentials or "pd-ssh",
         "prepare": _LAB_PREPARED[deployment.engine]
         if is_lab
-        else f"Put the addresses of your hosts into `{example}.yaml`, and change what differs: "
-        "image, model, paths.",
+        else f"Edit `{example}.yaml`: enter your hosts' addresses, and adapt the image, the model "
+        "and the paths.",
         "key": f"{_LAB}/id_ed25519" if is_lab else "~/.ssh/id_ed25519",
         "known_hosts": f"{_LAB}/known_hosts" if is_lab else "~/.ssh/known_hosts",
     }

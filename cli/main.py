@@ -24,8 +24,8 @@ from pd_deploy.registry.tags import NEWEST
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
 
-# For the temporary server that Prefect brings when none is set up: it takes a while to start on a
-# busy machine, and reports to nobody. What the user has set stays.
+# For the temporary server that Prefect starts when none is configured. It may need longer than
+# Prefect's 20 s on a busy machine, and sends no telemetry. What the user has set takes precedence.
 PREFECT_DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -34,9 +34,9 @@ PREFECT_DEFAULTS = {
 }
 
 app = typer.Typer(
-    help="Brings up prefill/decode-disaggregated LLM inference on bare-metal hosts.\n\n"
-    "Start with `init` (a directory with an example), then `check` (is the file right?), `plan` "
-    "(what would happen?) and `deploy`.\n\n"
+    help="Deploy prefill/decode-disaggregated LLM inference on bare-metal hosts.\n\n"
+    "Start with `init` (copies an example), then `check` (is the file valid?), `plan` (what would "
+    "change?) and `deploy`.\n\n"
     "Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,7 +47,7 @@ app.add_typer(credentials.app, name="credentials")
 
 
 class Format(StrEnum):
-    """How a plan is printed."""
+    """The format in which to print a plan."""
 
     TEXT = "text"
     JSON = "json"
@@ -65,18 +65,18 @@ class Stage(StrEnum):
 
 
 class OnFailure(StrEnum):
-    """What becomes of a generation that fails."""
+    """What to do when a generation fails."""
 
     ROLLBACK = "rollback"
     KEEP = "keep"
 
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file (YAML).")]
-Image = Annotated[str | None, typer.Option(help="Run this image instead of the file's own.")]
+Image = Annotated[str | None, typer.Option(help="Use this image instead of the file's.")]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"pd-deploy {metadata.version('pd-deploy')}")
         raise typer.Exit
 
@@ -90,39 +90,39 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """What stands before the name of a command."""
+    """Take the options that come before a command's name."""
 
 
 @app.command()
 def init(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to; made if it is not there.")
+        Path, typer.Argument(metavar="DIR", help="The directory; created if it doesn't exist.")
     ],
     example: Annotated[
         str, typer.Option(help=f"One of {', '.join(scaffolding.examples())}.")
     ] = "qwq-3p1d",
 ) -> None:
-    """Make a directory to deploy from: an example's deployment file, prefect.yaml and a README.
+    """Make a directory to deploy from: a deployment file, prefect.yaml and a README.
 
-    Choose the example nearest to your service and edit its file; the README has the commands that
-    follow. Those named lab-… need no hardware: they run on the hosts of `pd-deploy lab up`. Nothing
-    that exists is overwritten.
+    Choose the example that is closest to your service, and edit its file; the README lists the
+    next commands. Examples named lab-… need no hardware: they run on the simulated hosts of
+    `pd-deploy lab up`. Existing files are never overwritten.
 
     Example: pd-deploy init my-service --example qwq-3p1d
     """
     written = scaffolding.scaffold(directory, example)
     typer.echo("\n".join(f"wrote {path}" for path in written))
     typer.echo(
-        f"Next: cd {directory}, edit {written[0].name}, and pd-deploy check {written[0].name}"
+        f"Next: cd {directory}, edit {written[0].name}, and run pd-deploy check {written[0].name}"
     )
-    typer.echo(f"{directory / 'README.md'} has the commands that follow.")
+    typer.echo(f"{directory / 'README.md'} lists the commands that follow.")
 
 
 @app.command()
 def check(file: File, image: Image = None) -> None:
-    """Check a deployment file; no host is touched.
+    """Check a deployment file, without connecting to any host.
 
-    Reports everything that is wrong at once, each with the path of its key.
+    All problems are reported at once, each with the path of its key.
 
     Example: pd-deploy check qwq-3p1d.yaml
     """
@@ -137,33 +137,33 @@ def plan(
     format: Annotated[
         Format,
         typer.Option(
-            help="text for people, json for programs, shell for scripts with the equivalent "
-            "docker commands and files."
+            help="text to read, json for programs, shell for scripts with the equivalent docker "
+            "commands and files."
         ),
     ] = Format.TEXT,
     host: Annotated[
-        str | None, typer.Option(help="With --format shell: only the script of this host.")
+        str | None, typer.Option(help="With --format shell: print only this host's script.")
     ] = None,
     facts: Annotated[
         Path | None,
         typer.Option(
             metavar="FACTS.json",
-            help="Plan offline: take what the hosts would say (interface, device addresses, "
+            help="Plan offline: read what the hosts would report (interface, device addresses, "
             'image digest) from this file: {"image": "repo@sha256:…", "hosts": {"a": '
             '{"interface": "eth0", "device_addresses": {"0": "192.168.1.100"}}}}.',
         ),
     ] = None,
 ) -> None:
-    """Show exactly what a deployment would do on each host, and change nothing.
+    """Show exactly what a deployment would do on each host; change nothing.
 
-    Container settings, commands, environment, and every file with path and content.
+    Prints container settings, commands, environment, and every file with its path and content.
 
     Example: pd-deploy plan qwq-3p1d.yaml --format json
     """
     service = load_deployment(file, image=image)
     if host is not None and host not in service.hosts:
-        known = ", ".join(service.hosts)
-        raise InvalidInput([Problem("--host", f"expected one of {known}, found {host}")])
+        message = f"expected one of the file's hosts ({', '.join(service.hosts)}), found {host}"
+        raise InvalidInput([Problem("--host", message)])
     made = (
         facts_file.make_plan(service, facts)
         if facts
@@ -183,27 +183,30 @@ def deploy(
     image: Image = None,
     stage: Annotated[
         list[Stage] | None,
-        typer.Option(help="Run only this stage; may be given several times."),
+        typer.Option(help="Run only this stage; can be repeated."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be done; change nothing.")
     ] = False,
     on_failure: Annotated[
         OnFailure,
-        typer.Option(help="Bring the generation before back, or keep the failed one as it is."),
+        typer.Option(help="Go back to the previous generation, or keep the failed one as it is."),
     ] = OnFailure.ROLLBACK,
     forget: Annotated[
         list[str] | None,
-        typer.Option(metavar="ADDRESS", help="A host that has left the file and is gone for good."),
+        typer.Option(
+            metavar="ADDRESS",
+            help="Don't clean up this host: it was removed from the file and is gone for good.",
+        ),
     ] = None,
 ) -> None:
-    """Bring a service up and prove it with a completion.
+    """Bring a service up, and prove it with a completion.
 
-    When a new generation fails, the one that served before is started again.
+    If the new generation fails, the one that served before is started again.
 
-    The same flow as `prefect deployment run`, run here and now; without a Prefect server set up
-    (PREFECT_API_URL) it brings a temporary one. Safe to run again: it changes only what is not as
-    it should be.
+    This runs the same flow as `prefect deployment run`, but in this process. If no Prefect server
+    is configured (PREFECT_API_URL), a temporary one is started. It is safe to run again: only what
+    differs from the file is changed.
 
     Example: pd-deploy deploy qwq-3p1d.yaml
     """
@@ -213,7 +216,7 @@ def deploy(
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
     from pd_deploy.flows.deploy import deploy as flow  # noqa: PLC0415  as above
 
-    stages = [one.value for one in stage] if stage else None
+    stages = [entry.value for entry in stage] if stage else None
     raise typer.Exit(
         run.here(
             flow,
@@ -232,13 +235,13 @@ def rollback(
     file: File,
     generation: Annotated[
         str | None,
-        typer.Argument(help="One that `releases` lists; without it, the good one before."),
+        typer.Argument(help="One that `releases` lists; by default, the previous good one."),
     ] = None,
 ) -> None:
-    """Bring a generation back that served before, as it was.
+    """Bring back a generation that served before.
 
-    With its own image, scripts and ranktables, through the same gates. If it fails, what serves
-    now serves again.
+    It gets its own image, scripts and ranktables, and has to pass the same checks. If it fails,
+    the generation that serves now is started again.
 
     Example: pd-deploy rollback qwq-3p1d.yaml
     """
@@ -251,7 +254,7 @@ def rollback(
 
 @app.command()
 def recover(file: File) -> None:
-    """Find out what an interrupted run left, and make the promoted generation serve.
+    """Repair what an interrupted run left behind, so that the promoted generation serves.
 
     Example: pd-deploy recover qwq-3p1d.yaml
     """
@@ -265,32 +268,34 @@ def recover(file: File) -> None:
 @app.command()
 def releases(
     file: File,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """List the kept generations, the youngest first: when, which image, who, what became of it.
+    """List the generations, latest first: date, image, who deployed it, what became of it.
 
     Example: pd-deploy releases qwq-3p1d.yaml
     """
     service = _load(file)
     from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
-    past = hosts.past(service)
-    typer.echo(past.record.model_dump_json(indent=2) if as_json else show.release_table(past))
+    history = hosts.read_history(service)
+    record = history.record
+    typer.echo(record.model_dump_json(indent=2) if as_json else show.release_table(history))
 
 
 @app.command()
 def logs(
     file: File,
     generation: Annotated[
-        str | None, typer.Argument(help="Which one; the youngest without it.")
+        str | None, typer.Argument(help="The generation; by default, the latest.")
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; a new directory here without it.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Copy to this directory; by default, to a new one here."),
     ] = None,
 ) -> None:
-    """Collect a generation's logs from all hosts into one directory, also after a failure.
+    """Collect a generation's logs from all hosts in one directory, even after a failure.
 
-    What each container printed, and the files that servers and proxy wrote: DIR/HOST/INSTANCE/.
+    DIR/HOST/INSTANCE/ gets what the container printed, and the log files of the server or proxy.
 
     Example: pd-deploy logs qwq-3p1d.yaml --to ./logs
     """
@@ -302,9 +307,9 @@ def logs(
 
 @app.command()
 def prune(file: File) -> None:
-    """Remove old generations: all but the one that serves, the last good ones and the youngest.
+    """Remove old generations, except the one that serves, the last good ones and the latest.
 
-    The file's `keep` says how many good ones. Every run does the same at its end.
+    `keep` in the file says how many good ones stay. Every deployment ends with this step.
 
     Example: pd-deploy prune qwq-3p1d.yaml
     """
@@ -318,15 +323,15 @@ def prune(file: File) -> None:
 @app.command()
 def teardown(
     file: File,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask for confirmation.")] = False,
 ) -> None:
-    """Remove a deployment completely, and only it: containers, files, logs and its images.
+    """Remove a deployment from its hosts: containers, files, logs and images, and nothing else.
 
     Example: pd-deploy teardown qwq-3p1d.yaml --yes
     """
     service = _load(file)
     if not yes:
-        typer.confirm(f"Remove {service.name} from {', '.join(service.hosts)}?", abort=True)
+        typer.confirm(f"Remove {service.name} from hosts {', '.join(service.hosts)}?", abort=True)
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
     from pd_deploy.flows.teardown import teardown as flow  # noqa: PLC0415  as above
 
@@ -335,11 +340,11 @@ def teardown(
 
 @app.command()
 def follow(
-    flow_run: Annotated[UUID, typer.Argument(help="Id of the flow run, as Prefect prints it.")],
+    flow_run: Annotated[UUID, typer.Argument(help="The flow run's id, as Prefect prints it.")],
 ) -> None:
-    """Follow a run on the Prefect server live, until it ends.
+    """Follow a flow run on the Prefect server until it ends.
 
-    Exit code 0 when it completed, 1 when it did not.
+    The exit code is 0 if the run completed, 1 if it didn't.
     """
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
 
@@ -354,16 +359,16 @@ def follow(
         "ignore_unknown_options": True,
     }
 )
-def lab(given: typer.Context) -> None:
-    """Two simulated NPU hosts on this machine, to try pd-deploy on without hardware."""
-    # What only the lab needs takes half as long to import as all that `check` needs.
+def lab(context: typer.Context) -> None:
+    """Simulate two NPU hosts on this machine, to try pd-deploy without hardware."""
+    # The lab's own imports would make `check` half as slow again.
     from pd_deploy.lab.cli import app as commands  # noqa: PLC0415
 
-    commands(given.args, prog_name=given.command_path)
+    commands(context.args, prog_name=context.command_path)
 
 
 def main() -> NoReturn:
-    """The command; turns errors into one message and an exit code."""
+    """Run the command; turn an error into one message and an exit code."""
     for key, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(key, value)
     try:
@@ -373,12 +378,12 @@ def main() -> NoReturn:
     except PdDeployError as error:
         _fail(error, FAILED)
     except KeyboardInterrupt:
-        _fail("interrupted; `pd-deploy recover FILE` makes whole what it left", INTERRUPTED)
+        _fail("interrupted → `pd-deploy recover FILE` repairs what the run left", INTERRUPTED)
     sys.exit(0)
 
 
 def _load(file: Path, image: str | None = None) -> Deployment:
-    """The file's deployment, sound in itself and as a whole."""
+    """Load a file's deployment; check its values, and the topology that they make."""
     service = load_deployment(file, image=image)
     placement.build(service)
     return service

@@ -1,4 +1,4 @@
-"""What can go wrong between the command and the Prefect server, as errors of ours."""
+"""Talking to the Prefect server: turn the client's errors into our own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +13,23 @@ from pd_deploy.errors import PdDeployError
 
 
 class ServerLost(PdDeployError):
-    """There is no Prefect server, or none any more."""
+    """The Prefect server can't be reached."""
 
 
 @contextmanager
 def reached() -> Iterator[None]:
-    """Turns a server that is not there, or does not know what it is asked for, into one error.
+    """Turn the client's errors into one of ours: no server, or a server without the object.
 
     Raises:
-        PdDeployError, ServerLost: instead of the client's own errors.
+        PdDeployError: the server does not have what was asked for.
+        ServerLost: the server can't be reached.
     """
     try:
         yield
     except ObjectNotFound as error:
         raise PdDeployError(
-            f"the Prefect server at {get_current_settings().api.url} does not know it",
-            hint="look for its id with `prefect flow-run ls`",
+            f"expected a flow run of that id at {get_current_settings().api.url}, found none",
+            hint="`prefect flow-run ls` lists the ids",
         ) from error
     except (httpx.TransportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
@@ -40,7 +41,7 @@ def reached() -> Iterator[None]:
 
 
 def save(block: Block, name: str) -> None:
-    """Saves a block under a name, and says so."""
+    """Save a block under a name, and print that it was saved."""
     with reached():
         block.save(name, overwrite=True)
     typer.echo(f"saved {block.get_block_type_slug()}/{name}")

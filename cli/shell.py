@@ -1,4 +1,4 @@
-"""A plan as shell scripts, one per host: to compare with what runs today, or to run by hand."""
+"""Printing a plan as one shell script per host: to compare with today's, or to run by hand."""
 
 import json
 import shlex
@@ -14,10 +14,10 @@ _END = "PD_DEPLOY_END"
 
 
 def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> str:
-    """The script that does on a host, as root, what a run does there.
+    """Write the script that does on a host, as root, what a run does there.
 
-    Run it on all hosts at the same time: servers wait for each other while they load, and the one
-    on the proxy's host opens the port when all are ready.
+    All hosts' scripts have to run at the same time: servers wait for each other while they load,
+    and the script on the proxy's host opens the port when all are ready.
     """
     planned = made.hosts[host]
     lines = [
@@ -53,7 +53,7 @@ def _write(file: PlannedFile) -> list[str]:
 
 
 def _wrapped(argv: list[str]) -> str:
-    """One option a line, as people write long commands."""
+    """Write one option per line."""
     words = [shlex.quote(word) for word in argv]
     return " ".join(words[:2]) + "".join(
         f" \\\n  {word}" if word.startswith("--") else f" {word}" for word in words[2:]
@@ -66,6 +66,7 @@ def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
     signal = engines.get(deployment.engine).OPEN_SIGNAL
     url, body = requests.completion(deployment, placed.proxy)
     header = "content-type: application/json"
+    # nginx needs some seconds to reopen its port.
     ask = ["curl", "-fsS", "--retry", "20", "--retry-delay", "1", "--retry-all-errors", "-H"]
     return [
         "# the proxy opens its port when every server is ready",

@@ -1,4 +1,4 @@
-"""What the command prints for people."""
+"""What the command prints for people to read."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from pd_deploy.records.releases import History
 
 
 def topology(deployment: Deployment, placed: Topology) -> str:
-    """A deployment as a table of instances."""
+    """Print a deployment as a table of instances."""
     rows = [("instance", "role", "host", "address", "devices", "master", "zmq")]
     rows += [
         (
@@ -35,7 +35,7 @@ def topology(deployment: Deployment, placed: Topology) -> str:
             "",
             *table(rows),
             "",
-            "The file is right. Next: pd-deploy plan FILE",
+            "The file is valid. Next: pd-deploy plan FILE",
         ]
     )
 
@@ -43,20 +43,20 @@ def topology(deployment: Deployment, placed: Topology) -> str:
 def _unusual(deployment: Deployment) -> list[str]:
     lines = [_upstream(deployment)] if deployment.compat else []
     if deployment.allow:
-        lines.append(f"may break the rules {', '.join(dict.fromkeys(deployment.allow))}")
+        lines.append(f"allowed to break the rules {', '.join(dict.fromkeys(deployment.allow))}")
     return lines
 
 
 def _upstream(deployment: Deployment) -> str:
-    """What `compat: upstream` stands for here; only the profile knows."""
+    """Say which upstream files the values follow, as the profile says."""
     if deployment.upstream_source:
         return f"values as upstream has them in {deployment.upstream_source}"
-    section = f"values of the section `upstream` of profile {deployment.profile}"
-    return f"{section}, which names nothing of upstream's as its source"
+    section = f"values from the section `upstream` of profile {deployment.profile}"
+    return f"{section}, which does not say where upstream has them"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines with aligned columns; the first row is the heading."""
+    """Align rows in columns, one line each; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -64,19 +64,19 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def release_table(past: History) -> str:
-    """The releases as a table, and the images in quarantine."""
-    rows = releases.table(past)
+def release_table(history: History) -> str:
+    """Print the releases as a table, and the images in quarantine."""
+    rows = releases.table(history)
     if not rows:
-        return "nothing was deployed yet"
+        return "nothing has been deployed yet"
     lines = table([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
-    for digest, why in past.record.quarantine.items():
-        lines.append(f"in quarantine: {why.image} ({digest[:19]}): {why.reason}")
+    for digest, entry in history.record.quarantine.items():
+        lines.append(f"in quarantine: {entry.image} ({digest[:19]}): {entry.reason}")
     return "\n".join(lines)
 
 
 def plan(made: Plan) -> str:
-    """A plan, host by host."""
+    """Print a plan, host by host."""
     lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
     for name, host in made.hosts.items():
         lines += ["", f"== host {name} ({host.address})", *_host(host)]
@@ -112,7 +112,7 @@ def _setting(key: str, value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"   {key}:", *(f"     {k}={v}" for k, v in value.items())]
     if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
-        return [f"   {key}:", *(f"     {_entry(one)}" for one in value)]
+        return [f"   {key}:", *(f"     {_entry(entry)}" for entry in value)]
     if isinstance(value, list | tuple):
         return [f"   {key}: {' '.join(map(str, value))}"]
     return [f"   {key}: {value}"]

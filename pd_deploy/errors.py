@@ -21,20 +21,20 @@
      │   ├─ ContainerMissing          the container does not exist (any more)
      │   ├─ FactsError                what a host says about itself can't be read or can't be right
      │   ├─ DockerRefused             the Docker engine rejects a request for another reason
-     │   ├─ InUse                     devices or ports are another's
+     │   ├─ InUse                     devices or ports are in use by somebody else
      │   └─ CommandFailed             a command ran and exited with another status than 0
      ├─ LeaseHeld                 another run works on the deployment
-     ├─ LeaseLost                 this run's lease is another's now, or its file was deleted
+     ├─ LeaseLost                 another run took this run's lease, or its file was deleted
      ├─ SeveralFaults             steps that ran together failed for more than one reason
      ├─ ServiceError              the hosts do as told, but the service does not come up
      │   ├─ InstanceDied              a server or the proxy ended; carries the last lines of its log
-     │   ├─ NotReady                  a wait came to its end
-     │   ├─ OutOfOrder                a stage is run before the one it stands on
+     │   ├─ NotReady                  a wait timed out
+     │   ├─ OutOfOrder                a stage is run before the one that it depends on
      │   ├─ Abandoned                 given up because something else failed
      │   ├─ SmokeTestFailed           the service answers, but not as it should
      │   ├─ NoSuchGeneration          a generation that is not kept
-     │   ├─ RolledBack                a generation failed, and the one before serves again
-     │   └─ RollbackFailed            a generation failed, and the one before does not come back
+     │   ├─ RolledBack                a generation failed, and the previous one serves again
+     │   └─ RollbackFailed            a generation failed, and the previous one does not come back
      └─ TransientError            worth a retry
          ├─ HostUnreachable           no SSH connection could be made
          ├─ ConnectionDropped         the connection was lost while a call was under way
@@ -92,7 +92,7 @@ class PdDeployError(Exception):
         return f"{text}{separator}→ {self.hint}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own way back calls the class with `args`, which keyword arguments are not in.
+        # Exception's own __reduce__ calls the class with `args`, which lack keyword arguments.
         return _rebuild, (type(self), self.args, self.__dict__.copy())
 
 
@@ -227,7 +227,7 @@ class LeaseHeld(PdDeployError):
 
 
 class LeaseLost(PdDeployError):
-    """This run's lease is another's now, or its file was deleted: this run changes nothing more."""
+    """Another run took this run's lease, or its file was deleted; this run changes nothing more."""
 
 
 class SeveralFaults(PdDeployError):
@@ -248,11 +248,11 @@ class InstanceDied(ServiceError):
 
 
 class NotReady(ServiceError):
-    """A wait came to its end; the message says what was waited for."""
+    """A wait timed out; the message says what was waited for."""
 
 
 class OutOfOrder(ServiceError):
-    """A stage is run before the one it stands on."""
+    """A stage is run before the one that it depends on."""
 
 
 class Abandoned(ServiceError):
@@ -268,11 +268,11 @@ class NoSuchGeneration(ServiceError):
 
 
 class RolledBack(ServiceError):
-    """A generation failed, and the one before serves again; the message says both."""
+    """A generation failed, and the previous one serves again; the message says both."""
 
 
 class RollbackFailed(ServiceError):
-    """A generation failed, and the one before does not come back: nothing serves."""
+    """A generation failed, and the previous one does not come back: nothing serves."""
 
 
 class TransientError(PdDeployError):
@@ -304,7 +304,7 @@ class RegistryUnavailable(TransientError):
 
 
 def is_transient(exc: BaseException) -> bool:
-    """Whether a retry may help: the rule for every retry in the project."""
+    """Tell whether a retry may help: the rule for every retry in the project."""
     return isinstance(exc, TransientError)
 
 

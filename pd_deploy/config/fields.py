@@ -16,14 +16,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from pd_deploy.config.rule_names import RULES
 
-MAX_DEVICES = 64
+MAX_DEVICES = 64  # per host; A3 has 16, so this only stops a typo such as 0-9999 early
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 Scalar = str | int | float | bool
 
 
 def parse_devices(value: object) -> tuple[int, ...]:
-    """Device ids from `0-7`, `0,2,4-6`, `[0, 1]` or `3`, in the order given.
+    """Parse device ids from `0-7`, `0,2,4-6`, `[0, 1]` or `3`, in the order given.
 
     Raises:
         ValueError: not numbers, a reversed range, a device twice, or an id of 64 and above.
@@ -50,7 +50,7 @@ def parse_devices(value: object) -> tuple[int, ...]:
 
 
 def parse_pod_devices(value: object) -> object:
-    """Device ids, or a mapping of hosts to device ids; see `parse_devices`."""
+    """Parse device ids, or a mapping of hosts to device ids; see `parse_devices`."""
     if isinstance(value, Mapping):
         odd = [host for host in value if not isinstance(host, str)]
         if odd:
@@ -72,7 +72,7 @@ def _device_range(part: object) -> range:
 
 
 def parse_size(value: object) -> int:
-    """Bytes from `500g`, `64m`, `1024k` or a number of bytes."""
+    """Parse bytes from `500g`, `64m`, `1024k` or a number of bytes."""
     match = re.fullmatch(r"(\d{1,15})([kmg]?)b?", str(value).strip().lower(), re.ASCII)
     if isinstance(value, bool) or not match:
         raise ValueError(f"expected a size such as 500g, found {value!r}")
@@ -80,7 +80,7 @@ def parse_size(value: object) -> int:
 
 
 def parse_mount(value: object) -> object:
-    """A mount from `/host/path`, `/host/path:/container/path` or the same with `:ro`."""
+    """Parse a mount from `/host/path`, `/host/path:/container/path` or the same with `:ro`."""
     if not isinstance(value, str):
         return value
     source, _, rest = value.partition(":")
@@ -109,22 +109,22 @@ def _ipv4(value: object) -> object:
         ) from error
 
 
-# Networks that hold no address of a machine → what they are instead. The first that fits counts.
+# Networks that contain no host's address → what they are instead. The first match counts.
 _NOT_OF_A_HOST = {
-    IPv4Network("0.0.0.0/8"): "stands for no machine, or for all addresses of this one",
+    IPv4Network("0.0.0.0/8"): "is not an address of a machine, but means any or all of them",
     IPv4Network("127.0.0.0/8"): "is a machine's own loopback, which no other machine can reach",
     IPv4Network("224.0.0.0/4"): "is a multicast address, for groups of machines",
     IPv4Network("255.255.255.255/32"): "is the broadcast address, for all machines of a network",
-    IPv4Network("240.0.0.0/4"): "is reserved; no machine has it",
+    IPv4Network("240.0.0.0/4"): "is reserved and belongs to no machine",
 }
 
 
 def _of_a_host(address: str) -> str:
-    for network, what in _NOT_OF_A_HOST.items():
+    for network, meaning in _NOT_OF_A_HOST.items():
         if IPv4Address(address) in network:
             raise ValueError(
                 f"expected the address at which the other hosts reach this one, found {address}, "
-                f"which {what}"
+                f"which {meaning}"
             )
     return address
 
@@ -134,7 +134,7 @@ def parse_host(value: object) -> object:
 
 
 def like(pattern: str, expected: str) -> BeforeValidator:
-    """Text of a given form; `expected` describes the form to people."""
+    """Accept only text of a given form; `expected` describes the form to people."""
 
     def check(value: object) -> object:
         if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
@@ -153,11 +153,11 @@ def _scalar(value: object) -> object:
 
 
 def without_login(pattern: str) -> BeforeValidator:
-    """Refuses text with a user or password where `pattern` looks; the message never repeats it."""
+    """Refuse text in which `pattern` finds a user or password; the message never repeats it."""
 
     def check(value: object) -> object:
         if isinstance(value, str) and re.search(pattern, value):
-            raise ValueError("expected no user or password in the file, found some (not shown)")
+            raise ValueError("expected no user or password in the file, found one (not shown)")
         return value
 
     return BeforeValidator(check)
@@ -167,7 +167,9 @@ def parse_json(value: object) -> object:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected values that JSON can hold, found another: {error}") from error
+        raise ValueError(
+            f"expected values that JSON can hold, found one it can't: {error}"
+        ) from error
     return value
 
 
@@ -182,14 +184,14 @@ def parse_kv_parallel_size(value: object) -> object:
 def parse_engine_id(value: object) -> object:
     number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not number and value != "kv-rank":
-        raise ValueError(f"expected kv-rank or a number from 0 on, found {shown(value)}")
+        raise ValueError(f"expected kv-rank or a number of at least 0, found {shown(value)}")
     return value
 
 
 def parse_rule(value: object) -> object:
     if not isinstance(value, str) or value not in RULES:
         near = difflib.get_close_matches(str(value), RULES, n=1)
-        expected = f"did you mean {near[0]}?" if near else f"known are {', '.join(RULES)}"
+        expected = f"did you mean {near[0]}?" if near else f"the rules are {', '.join(RULES)}"
         raise ValueError(f"expected the name of a rule, found {shown(value)}; {expected}")
     return value
 
@@ -201,15 +203,16 @@ def parse_group(value: object) -> object:
 
 
 def require_with(info: ValidationInfo, family: str, value: str | None, expected: str) -> None:
-    """Whether a key that only one family has is given with it, and with no other."""
-    found = info.data.get("family")
-    if found is None:
-        return  # Wrong itself; one problem is enough.
-    if found == family and value is None:
+    """Demand a key that only one family has where that family is given, and refuse it elsewhere."""
+    file_family = info.data.get("family")
+    if file_family is None:
+        return  # The family itself is wrong; one problem is enough.
+    if file_family == family and value is None:
         raise ValueError(f"expected {expected}, because the family is {family}; found none")
-    if found != family and value is not None:
+    if file_family != family and value is not None:
         raise ValueError(
-            f"expected none, because the family is {found} and not {family}, found {shown(value)}"
+            f"expected none, because the family is {file_family} and not {family}, "
+            f"found {shown(value)}"
         )
 
 
@@ -246,28 +249,30 @@ def parse_code(value: object) -> object:
 
 
 def shown(value: object) -> str:
-    shown = reprlib.repr(value)
-    return shown if len(shown) < 80 else shown[:77] + "..."
+    """Write a value for a message, cut so that it stays on the message's line."""
+    text = reprlib.repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 Name = Annotated[
     str,
     like(
+        # Part of container names, labels, directories and artifact keys; 40 leaves room for all.
         r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?",
-        "small letters, digits and '-' (at most 40, no '-' at either end)",
+        "lowercase letters, digits and '-' (at most 40, no '-' at either end)",
     ),
 ]
 ContainerName = Annotated[
     str,
     like(
-        r"[A-Za-z0-9][A-Za-z0-9_.-]{1,63}",
+        r"[A-Za-z0-9][A-Za-z0-9_.-]{1,63}",  # Docker's own pattern, but for the length
         "letters, digits, '_', '.' and '-' (2 to 64, the first a letter or digit)",
     ),
 ]
 Text = Annotated[
-    str, like(r"(?s:[^\x00-\x1f\x7f]+)", "text that is not empty, without control characters")
+    str, like(r"(?s:[^\x00-\x1f\x7f]+)", "text, not empty and without control characters")
 ]
-Word = Annotated[str, like(r"[^\x00-\x20\x7f]+", "text without blanks")]
+Word = Annotated[str, like(r"[^\x00-\x20\x7f]+", "text without spaces")]
 Image = Annotated[
     str,
     like(
@@ -291,7 +296,7 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 PodDevices = Annotated[
     tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
 ]
-Seconds = Annotated[float, Field(gt=0, le=86400)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]  # a day: more is milliseconds by mistake
 Value = Annotated[Scalar, BeforeValidator(_scalar), without_login(r"://[^/@]*@")]
 Environment = dict[
     Annotated[str, like(r"[A-Za-z_][A-Za-z0-9_]*", "letters, digits and '_'")], Value
@@ -304,7 +309,8 @@ Arguments = dict[
 
 
 def split_registry(name: str) -> tuple[str, str]:
-    """An image's name as the registry in front of it, empty if there is none, and the rest."""
+    """Split an image's name into the registry in front of it, empty if there is none, and the
+    rest."""
     first, slash, rest = name.partition("/")
     if slash and ("." in first or ":" in first or first == "localhost"):
         return first, rest

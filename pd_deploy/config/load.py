@@ -1,4 +1,4 @@
-"""Reading a deployment file: laid on its profile, with everything that is wrong with it at once."""
+"""Reading a deployment file: merge it over its profile, and report all of its problems at once."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -19,10 +19,10 @@ _OF_PROFILES = (*DERIVED, "all", "upstream")
 
 
 def load_deployment(path: Path, *, image: str | None = None) -> Deployment:
-    """The deployment that a file describes, with `image` in place of the file's own if given.
+    """Load the deployment that a file describes, with `image` in place of the file's own if given.
 
     Raises:
-        InvalidInput: all that is wrong with the file, each with the path of its key.
+        InvalidInput: all problems of the file, each with the path of its key.
     """
     document = yaml_files.read(path, names_file=("profile",))
     if image is not None:
@@ -31,7 +31,7 @@ def load_deployment(path: Path, *, image: str | None = None) -> Deployment:
 
 
 def parse_deployment(document: Mapping[str, Any], *, file: str = "deployment") -> Deployment:
-    """The deployment that a mapping describes; see `load_deployment`."""
+    """Build the deployment that a mapping describes; see `load_deployment`."""
     try:
         deployment = Deployment.model_validate(_on_profile(document, file))
     except ValidationError as error:
@@ -43,22 +43,24 @@ def parse_deployment(document: Mapping[str, Any], *, file: str = "deployment") -
 
 
 def profiles() -> list[str]:
-    """Names of the profiles that come with pd-deploy."""
+    """List the names of the profiles that come with pd-deploy."""
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
 def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
-    given = [key for key in _OF_PROFILES if key in document]
-    if given:
-        problems = [Problem(key, "is not a key of a deployment file") for key in given]
+    misplaced = [key for key in _OF_PROFILES if key in document]
+    if misplaced:
+        problems = [Problem(key, "is not a key of a deployment file") for key in misplaced]
         raise InvalidInput(problems, source=file)
     profile = dict(_profile(document.get("profile"), file))
     upstream = profile.pop("upstream", None)
     if document.get("compat") == "upstream":
         if not isinstance(upstream, Mapping):
-            message = "expected a profile that says under `upstream` what upstream does"
-            found = f"found {document['profile']}, which does not"
-            raise InvalidInput([Problem("compat", f"{message}; {found}")], source=file)
+            message = (
+                "expected a profile with a section `upstream`, "
+                f"found {document['profile']}, which has none"
+            )
+            raise InvalidInput([Problem("compat", message)], source=file)
         values = {key: value for key, value in upstream.items() if key != "source"}
         profile = yaml_files.merge(profile, values) | {"upstream_source": upstream.get("source")}
     settings = {key: profile.pop(key) for key in ("all", "prefill", "decode") if key in profile}
@@ -75,9 +77,9 @@ def _listed(document: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _profile(name: object, file: str) -> Mapping[str, Any]:
-    """A profile that comes with pd-deploy, by name, or a user's own, by path."""
+    """Read a profile: one that comes with pd-deploy by its name, a user's own by its path."""
     if isinstance(name, str) and name in profiles():
-        return _own_profile(name)
+        return _shipped_profile(name)
     if not isinstance(name, str) or not yaml_files.is_path(name):
         expected = ", ".join(profiles())
         raise InvalidInput(
@@ -99,23 +101,23 @@ def _profile(name: object, file: str) -> Mapping[str, Any]:
         raise InvalidInput([Problem("profile", expected)], source=name)
     if isinstance(profile.get("upstream"), dict):
         profile["upstream"].setdefault("source", None)  # changed values are not the base's source
-    return yaml_files.merge(_own_profile(base), profile)
+    return yaml_files.merge(_shipped_profile(base), profile)
 
 
 @cache
-def _own_profile(name: str) -> Mapping[str, Any]:
-    """Read once: it comes with the package and does not change."""
+def _shipped_profile(name: str) -> Mapping[str, Any]:
+    """Read a profile of the package, once: it does not change."""
     return yaml_files.read(PROFILES / f"{name}.yaml")
 
 
 def _placed_on_unknown_hosts(deployment: Deployment) -> Iterator[Problem]:
-    known = ", ".join(deployment.hosts)
-    places = [
+    hosts = ", ".join(deployment.hosts)
+    placements = [
         (f"{group}.{name}.{'host' if entry.host else 'hosts'}", host)
         for group in ("prefill", "decode", "proxy")
         for name, entry in getattr(deployment, group).items()
         for host in (entry.on if isinstance(entry, InstanceEntry) else (entry.host,))
     ]
-    for key, host in places:
+    for key, host in placements:
         if host not in deployment.hosts:
-            yield Problem(key, f"expected one of {known}, found {host}")
+            yield Problem(key, f"expected one of the file's hosts ({hosts}), found {host}")

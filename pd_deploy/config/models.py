@@ -77,8 +77,8 @@ class ModelSource(Model):
 
 
 class Ssh(Model):
-    """How the hosts are reached. `credentials` names a Prefect block; without it the user's agent
-    and ~/.ssh/config serve."""
+    """How to reach the hosts. `credentials` names a Prefect block; without it, the user's SSH agent
+    and ~/.ssh/config are used."""
 
     user: Text | None = None
     port: Port = 22
@@ -88,8 +88,8 @@ class Ssh(Model):
 class Registry(Model):
     """Where the image comes from. `host` replaces the registry named in `image`.
 
-    `insecure` (plain HTTP) and `ca` (a file on the controller) are for asking which tags there
-    are; the hosts' engines have settings of their own for both.
+    `insecure` (plain HTTP) and `ca` (a file on the controller) are only for listing tags; the
+    hosts' Docker engines have their own settings for both.
     """
 
     host: Annotated[Word | None, without_login(r"^([^/]*://)?[^/]*@")] = None
@@ -104,15 +104,15 @@ class Registry(Model):
         return self
 
 
-WINDOW_S = 7200
+WINDOW_S = 7200  # a nightly that starts later could restart the servers in working hours
 
 
 class UpdatePolicy(Model):
     """Which of a repository's tags count as newer builds of what runs, and their order.
 
-    The families are those of `pd_deploy.tags`. `branch` is that of a branch-daily, `pattern` and
-    `order` (names or numbers of its groups, the weightiest first) are those of a pattern. `window`
-    is how late a scheduled run may start, in seconds.
+    The families are those of `pd_deploy.registry.tags`. `branch` belongs to family branch-daily,
+    `pattern` and `order` (names or numbers of its groups, the most significant first) to family
+    pattern. `window` is how late a scheduled run may start, in seconds.
     """
 
     family: Literal["daily", "branch-daily", "timestamp", "date", "release", "pattern"]
@@ -127,7 +127,7 @@ class UpdatePolicy(Model):
     def _branch_of_its_family(cls, value: str | None, info: ValidationInfo) -> str | None:
         require_with(info, "branch-daily", value, "a branch such as master")
         if value is not None and not re.fullmatch(r"\w[\w.-]{0,99}", value, re.ASCII):
-            raise ValueError(f"expected a branch as it stands in tags, found {shown(value)}")
+            raise ValueError(f"expected a branch as tags spell it, found {shown(value)}")
         return value
 
     @field_validator("pattern")
@@ -152,17 +152,17 @@ class UpdatePolicy(Model):
         if pattern is None:
             raise ValueError("expected no `order` without a `pattern`, found one")
         groups = compile_pattern(pattern)
-        known = [*groups.groupindex, *range(1, groups.groups + 1)]
-        odd = [group for group in value if group not in known]
-        if odd or len(set(value)) < len(value):
-            names = ", ".join(map(str, known))
-            found = ", ".join(map(str, value))
-            raise ValueError(f"expected groups of the pattern ({names}), each once, found {found}")
+        valid = [*groups.groupindex, *range(1, groups.groups + 1)]
+        unknown = [group for group in value if group not in valid]
+        if unknown or len(set(value)) < len(value):
+            names = ", ".join(map(str, valid))
+            listed = ", ".join(map(str, value))
+            raise ValueError(f"expected groups of the pattern ({names}), each once, found {listed}")
         return value
 
 
 class HostEntry(Model):
-    """A machine. `interface` is found from the address unless it is given."""
+    """A machine. Without `interface`, the one that owns the address is used."""
 
     address: HostAddress
     interface: Text | None = None
@@ -181,9 +181,9 @@ MountEntries = tuple[Annotated[MountEntry, BeforeValidator(parse_mount)], ...]
 
 
 class Settings(Model):
-    """Tuning of the instances of a role, or of one instance. What is not given comes from the
-    level below: profile, then `settings`, then the instance. Mounts and container devices of all
-    levels add up; they come on top of `container`'s, and a mount replaces one of its target."""
+    """Tuning of the instances of a role, or of one instance. An instance's values replace those of
+    `settings`, and these replace the profile's. Mounts and container devices of all levels add up;
+    they come on top of `container`'s, and a mount replaces one with the same target."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     tensor_parallel: Annotated[int, Field(gt=0, strict=True)] | None = None
@@ -211,11 +211,11 @@ class InstanceEntry(Settings):
             raise ValueError("expected either `host` or `hosts`, found " + self._given())
         twice = sorted({host for host in self.on if self.on.count(host) > 1})
         if twice:
-            raise ValueError(f"expected each of its hosts once, found {', '.join(twice)} again")
+            raise ValueError(f"expected each host once, found {', '.join(twice)} more than once")
         if isinstance(self.devices, Mapping) and set(self.devices) != set(self.on):
             raise ValueError(
                 f"expected devices for its hosts ({', '.join(self.on)}), "
-                f"found them for {', '.join(self.devices) or 'none'}"
+                f"found devices for {', '.join(self.devices) or 'none'}"
             )
         return self
 
@@ -228,7 +228,7 @@ class InstanceEntry(Settings):
         return self.hosts or (self.host or "",)
 
     def devices_on(self, host: str) -> tuple[int, ...]:
-        """Its devices on one of its hosts."""
+        """Return its devices on one of its hosts."""
         return self.devices[host] if isinstance(self.devices, Mapping) else self.devices
 
 
@@ -240,6 +240,7 @@ class ProxyEntry(Model):
 
     host: Name
     port: Annotated[int, Field(ge=1024, le=65500, strict=True)] = 7000
+    # nginx's workers, and the first one's core; limits and defaults of the script (section 5.2).
     core_num: Annotated[int, Field(ge=1, le=64, strict=True)] = 4
     start_core_index: Annotated[int, Field(ge=0, le=1023, strict=True)] = 16
     prefill_lb_sdk: Text = "pd_score_balance"
@@ -319,25 +320,26 @@ class ContainerOptions(Model):
 class Gates(Model):
     """How long each wait may last, in seconds.
 
-    `lease` is how long a run waits for another one that works on the deployment, `lease_lasts`
-    after how long without a sign of life that one is given up for dead.
+    `lease` is how long a run waits for another one that works on the deployment. `lease_lasts` is
+    how long that run may go without a sign of life before it counts as dead.
     """
 
     connect: Seconds = 10
-    lease: Seconds = 60
+    lease: Seconds = 60  # longer than `lease_lasts`, so that a run outwaits one that died
     lease_lasts: Annotated[int, Field(ge=2, le=3600, strict=True)] = 30
-    pull: Seconds = 3600
-    free: Seconds = 120
-    prepare_proxy: Seconds = 900
+    pull: Seconds = 3600  # images have tens of GB
+    free: Seconds = 120  # the driver may hold a device for a while after its server ended
+    prepare_proxy: Seconds = 900  # nginx may have to be downloaded and built
     start: Seconds = 60
-    ready: Seconds = 1800
+    ready: Seconds = 1800  # as long as servers wait for each other (HCCL_CONNECT_TIMEOUT)
     smoke: Seconds = 120
 
 
 class Disk(Model):
-    """Room that a host must have before anything stops: for an image that it has not yet, and for
-    logs. In bytes, or as `40g`."""
+    """Free disk space that a host needs before anything is stopped: for an image that it doesn't
+    have yet, and for logs. In bytes, or as `40g`."""
 
+    # Images have tens of GB unpacked, and while they are pulled, their compressed layers besides.
     image: Annotated[int, BeforeValidator(parse_size)] = 40 << 30
     logs: Annotated[int, BeforeValidator(parse_size)] = 1 << 30
 
@@ -345,11 +347,11 @@ class Disk(Model):
 class SmokeCheck(Model):
     """A request through the proxy, and what its answer has to match.
 
-    Exactly one of `prompt` (a text), `chat` (a user's message) and `prompt_tokens` (a prompt of so
-    many tokens, or `limit` for the longest that the service can serve) says what is asked.
-    `expect` is a regular expression that has to be found in the answer's text; without it only its
-    form is judged. A `prompt` with `expect` is also asked of every prefill and decode directly; it
-    should take more than one token, because the first one is prefill's own.
+    Give exactly one of `prompt` (a text), `chat` (a user's message) and `prompt_tokens` (a prompt
+    of that many tokens, or `limit` for the longest that the service can serve). `expect` is a
+    regular expression that the answer's text has to match somewhere; without it, only the form of
+    the answer is checked. A `prompt` with `expect` also goes to every prefill and decode directly;
+    its answer should take more than one token, because prefill makes the first.
     """
 
     prompt: Text | None = None
@@ -363,14 +365,14 @@ class SmokeCheck(Model):
 
     @model_validator(mode="after")
     def _asks_one_thing(self) -> "SmokeCheck":
-        given = [k for k in ("prompt", "chat", "prompt_tokens") if getattr(self, k) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"expected one of prompt, chat and prompt_tokens, found {found}")
+        keys = [k for k in ("prompt", "chat", "prompt_tokens") if getattr(self, k) is not None]
+        if len(keys) != 1:
+            listed = " and ".join(keys) or "none"
+            raise ValueError(f"expected one of prompt, chat and prompt_tokens, found {listed}")
         if self.prompt_tokens and self.expect:
             raise ValueError(
-                "expected no `expect` with prompt_tokens, because nobody knows the answer to such "
-                "a prompt; found one"
+                "expected no `expect` with prompt_tokens, because such a prompt is generated and "
+                "has no known answer; found one"
             )
         return self
 
@@ -389,7 +391,7 @@ class Smoke(Model):
     prompt: Text = "how are you?"
     max_tokens: Annotated[int, Field(gt=0, le=4096)] = 50
     checks: tuple[SmokeCheck, ...] = (
-        # Two numbers: the first token is prefill's own, whatever decode reads.
+        # Two numbers: prefill makes the first token, so only the second proves that KV arrived.
         SmokeCheck(prompt="1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", expect=r"^\s*13,\s*14\b"),
         SmokeCheck(chat="Say hello.", stream=True),
         SmokeCheck(prompt_tokens="limit", max_tokens=4),
@@ -399,7 +401,7 @@ class Smoke(Model):
 class VllmOptions(Model):
     """How the engine `vllm` runs on the hardware of a profile.
 
-    `kv_buffer_device` is where KV lies while it moves: the device's own memory unless given.
+    `kv_buffer_device` is where KV is buffered while it moves; by default, the device's own memory.
     `command` and `router` are programs in the image, by name or path.
     """
 
@@ -467,7 +469,7 @@ class Deployment(Model):
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
     profile_settings: dict[Literal["all", "prefill", "decode"], Settings]
     upstream_source: Text | None = Field(
-        default=None, description="what of upstream's the profile's section `upstream` stands for"
+        default=None, description="the upstream files that the profile's section `upstream` follows"
     )
 
     @property
@@ -484,19 +486,19 @@ class Deployment(Model):
 
     @property
     def update_repository(self) -> str:
-        """Where newer builds are looked for, from the registry that serves it here, without a tag.
+        """The repository to search for newer builds, with the registry that serves it here.
 
-        It is the image's unless the update policy names another one, on the same registry unless
-        that one names its own.
+        It is the image's own unless the update policy names another, on the same registry unless
+        that name includes one.
         """
         registry, repository = split_registry(split_image(self.image).name)
         if self.update and self.update.repository:
-            own, repository = split_registry(self.update.repository)
-            registry = own or registry
+            named_registry, repository = split_registry(self.update.repository)
+            registry = named_registry or registry
         return "/".join(filter(None, (self.registry.host or registry, repository)))
 
     def settings_of(self, role: Literal["prefill", "decode"], entry: InstanceEntry) -> Settings:
-        """What applies to one instance: profile, then file, then the instance itself."""
+        """Merge the settings of one instance: profile, then file, then the instance itself."""
         levels = [
             levels_of[key]
             for levels_of in (self.profile_settings, self.settings)
@@ -505,8 +507,8 @@ class Deployment(Model):
         ]
         merged: Mapping[str, Any] = {}
         for level in (*levels, entry):
-            given = level.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+            values = level.model_dump(include=set(Settings.model_fields), exclude_unset=True)
             for key in ("mounts", "container_devices"):
-                given[key] = (*merged.get(key, ()), *given.get(key, ()))
-            merged = yaml_files.merge(merged, given)
+                values[key] = (*merged.get(key, ()), *values.get(key, ()))
+            merged = yaml_files.merge(merged, values)
         return Settings.model_validate(merged)

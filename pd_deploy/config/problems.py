@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a document, in words for its author. Pure."""
+"""Pydantic's validation errors, reworded for the file's author. Pure."""
 
 import difflib
 from typing import Any, get_args
@@ -10,7 +10,7 @@ from pd_deploy.config.fields import shown
 from pd_deploy.config.models import DERIVED
 from pd_deploy.errors import Problem
 
-# What pydantic calls its findings, in words for the file's author.
+# Pydantic's type of error → what was expected.
 _EXPECTED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -40,7 +40,7 @@ _EXPECTED = {
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
-    """A validation error as problems with key paths, unknown keys with their nearest known one."""
+    """Turn a validation error into problems with key paths; suggest a key for an unknown one."""
     return [
         Problem(_key(detail["loc"]), _message(detail, model))
         for detail in error.errors(include_url=False)
@@ -48,7 +48,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
 
 
 def _key(location: tuple[int | str, ...]) -> str:
-    """The path of a key, without what pydantic adds for itself."""
+    """Join the path of a key, without what pydantic adds for itself."""
     return ".".join(
         str(part) for part in location if not str(part).startswith(("function-", "[key]"))
     )
@@ -76,11 +76,11 @@ def _unknown_key(location: tuple[int | str, ...], model: type[BaseModel]) -> str
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     if near:
         return f"is not a known key; did you mean {near[0]}?"
-    return f"is not a known key; known are {', '.join(known)}" if known else "is not a known key"
+    return f"is not a known key; expected {', '.join(known)}" if known else "is not a known key"
 
 
 def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    """Keys of the model at a place in the file."""
+    """List the keys that the file may have at a location."""
     model: Any = root
     for part in location:
         field = model.model_fields.get(part) if _is_model(model) else None
@@ -93,8 +93,8 @@ def _known_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> list[
 def _model_in(annotation: Any) -> Any:
     if _is_model(annotation):
         return annotation
-    found = (_model_in(arg) for arg in get_args(annotation))
-    return next((model for model in found if model), None)
+    models = (_model_in(arg) for arg in get_args(annotation))
+    return next((model for model in models if model), None)
 
 
 def _is_model(value: Any) -> bool:

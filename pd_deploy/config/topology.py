@@ -19,8 +19,8 @@ class Instance:
     """One launcher on some devices of one host: a pod, or a pod's member on that host.
 
     `api_ports` are those of its API servers; hosts without any follow their pod's master.
-    `kv_ports` are where others ask for its KV. `data_parallel` counts the copies of the model in
-    its pod, `ranks` its own, and `server_offset` those of the members before it.
+    Peers fetch its KV at `kv_ports`. `data_parallel` counts the copies of the model in its pod,
+    `ranks` those of this instance, and `server_offset` those of the members before it.
     """
 
     name: str
@@ -77,16 +77,16 @@ class Instance:
     @property
     def ports(self) -> dict[str, int]:
         """The ports that it listens on, by purpose."""
-        found = {
+        ports = {
             f"api-{index}" if index else "api": port for index, port in enumerate(self.api_ports)
         }
         if self.is_master:
-            found["master"] = self.master_port
+            ports["master"] = self.master_port
         for index, port in enumerate(self.kv_ports):
-            found[f"zmq-{index}" if index else "zmq"] = port
+            ports[f"zmq-{index}" if index else "zmq"] = port
         if self.uses_ray and self.is_master:
-            found["ray"] = self.ray_port
-        return found
+            ports["ray"] = self.ray_port
+        return ports
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -190,15 +190,15 @@ class Topology:
         return (*(i.name for i in self.instances), self.proxy.name)
 
     def pod_of(self, name: str) -> Pod:
-        """The pod that an instance belongs to."""
+        """Return the pod that an instance belongs to."""
         return next(p for p in self.pods if any(m.name == name for m in p.members))
 
     def on_host(self, host: str) -> tuple[Instance, ...]:
-        """The instances of one host."""
+        """List the instances of one host."""
         return tuple(i for i in self.instances if i.host == host)
 
     def host_of(self, name: str) -> str:
-        """The host that an instance, or the proxy, runs on."""
+        """Return the name of the host that an instance, or the proxy, runs on."""
         return self._hosts[name]
 
     @cached_property

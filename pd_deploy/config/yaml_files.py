@@ -1,4 +1,4 @@
-"""Reading YAML documents: strict about duplicate keys, `extends`, and what cannot be decoded."""
+"""Reading YAML documents: `extends`, no key given twice, clear errors for what can't be read."""
 
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -10,8 +10,10 @@ from pd_deploy.errors import InvalidInput, Problem
 
 Document = dict[str, Any]
 
-MAX_BYTES = 1 << 20
-# Tagged values such as `!!int ""` or `!!bool x` make the YAML library fail in ways of their own.
+MAX_BYTES = (
+    1 << 20
+)  # a deployment file has some 10 kB; this stops a wrong path, such as a disk image
+# Tagged values such as `!!int ""` or `!!bool x` make the YAML library raise other errors.
 _UNREADABLE = (
     yaml.YAMLError,
     ValueError,
@@ -28,12 +30,12 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
-    result = _without_repeats(loader, own)
-    # What `<<` brings in comes before the mapping's own keys, which take precedence.
+    own_pairs = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+    result = _without_repeats(loader, own_pairs)
+    # Keys merged by `<<` come before the mapping's own, which take precedence.
     loader.flatten_mapping(node)
-    brought_in = yaml.MappingNode(node.tag, node.value[: len(node.value) - len(own)])
-    return {**dict(loader.construct_pairs(brought_in, deep=True)), **result}
+    merged = yaml.MappingNode(node.tag, node.value[: len(node.value) - len(own_pairs)])
+    return {**dict(loader.construct_pairs(merged, deep=True)), **result}
 
 
 def _without_repeats(
@@ -58,14 +60,14 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 
 def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
-    """The mapping that a YAML file holds, with what it `extends` merged beneath it.
+    """Read the mapping that a YAML file holds, merged over the file that it `extends`.
 
     Mappings merge key by key, lists and scalars replace, and a key set to null removes what the
     extended file gave.
 
     Args:
-        names_file: keys whose value may be the path of a file, relative to the file it stands in;
-            such a path comes back absolute.
+        names_file: keys whose value may be the path of a file, relative to the file that has the
+            key; such a path is returned as an absolute one.
 
     Raises:
         InvalidInput: the file is missing, not a file, not UTF-8, not YAML, not a mapping, has a
@@ -75,12 +77,12 @@ def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
 
 
 def is_path(value: str) -> bool:
-    """Whether a value is written as a path, not as a name."""
+    """Tell whether a value is written as a path, not as a name."""
     return "/" in value or value.endswith((".yaml", ".yml"))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
-    """`over` laid on `base`; see `read` for the rules."""
+    """Merge `over` over `base`; see `read` for the rules."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
@@ -123,13 +125,15 @@ def _parse(path: Path) -> Document:
         raise _invalid(path, "", "expected a file, found a directory or a device")
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise _invalid(path, "", f"expected a file of at most {MAX_BYTES} bytes")
+            raise _invalid(
+                path, "", f"expected a file of at most {MAX_BYTES} bytes, found a larger one"
+            )
         document = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
     except OSError as error:
         raise _invalid(path, "", f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise _invalid(
-            path, "", f"expected UTF-8 text, found other bytes at {error.start}"
+            path, "", f"expected UTF-8 text, found other bytes at offset {error.start}"
         ) from error
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
@@ -137,8 +141,8 @@ def _parse(path: Path) -> Document:
     except _UNREADABLE as error:
         raise _invalid(path, "", f"not valid YAML: {error}") from error
     if not isinstance(document, dict):
-        found = "nothing" if document is None else type(document).__name__
-        raise _invalid(path, "", f"expected a mapping of keys to values, found {found}")
+        kind = "nothing" if document is None else type(document).__name__
+        raise _invalid(path, "", f"expected a mapping of keys to values, found {kind}")
     odd = [key for key in document if not isinstance(key, str)]
     if odd:
         raise _invalid(path, str(odd[0]), f"expected keys that are text, found {odd[0]!r}")

@@ -1,7 +1,7 @@
-"""Asking a registry which tags a repository has and what they stand for (contract section 8.3).
+"""Asking a registry which tags a repository has, and their digests (contract section 8.3).
 
-    async with registry.reach(registry.repository_of(deployment), login=login, via=host) as found:
-        build = await registry.newest(found, tags.policy_of(deployment))
+    async with client.reach(repository_of(deployment), login=login, via=host) as registry:
+        build = await client.newest(registry, tags.policy_of(deployment))
 
 Nothing is pulled.
 """

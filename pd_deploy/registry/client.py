@@ -21,9 +21,9 @@ from pd_deploy.registry.repository import Repository
 from pd_deploy.registry.session import RegistrySession, Reply
 from pd_deploy.registry.ways import Connect, straight, through, trust
 
-MAX_PAGES = 1000
-PAGE = 1000  # tags; 5,000 are read in five requests, not in fifty
-SMALL_PAGE = 100  # what a registry allows that refuses more, by the distribution API's own example
+MAX_PAGES = 1000  # a million tags; more is a registry whose pages never end
+PAGE = 1000  # tags; a repository of 5,000 takes five requests, not fifty
+SMALL_PAGE = 100  # tags, as in the distribution API's examples; for registries that refuse more
 MANIFESTS = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -34,34 +34,34 @@ MANIFESTS = (
 
 @dataclass(frozen=True)
 class Build:
-    """A build: its tag, and the digest (`sha256:…`) that the tag stood for when it was asked."""
+    """A build: its tag, and the digest (`sha256:…`) that the tag had when it was looked up."""
 
     tag: str
     digest: str
 
 
 class Registry:
-    """A repository at its registry, asked one question at a time.
+    """A client of one repository, for one request at a time.
 
-    A context manager: its connections are opened on demand and closed at the end.
+    A context manager: it opens connections on demand and closes them at the end.
 
     Args:
-        place: the repository.
+        repository: the repository.
         connect: opens connections; see `straight` and `through`.
         login: the credentials; None asks anonymously.
-        where: from where it is asked, for messages; None is this machine.
+        where: the host that requests go through, for messages; None is this machine.
     """
 
     def __init__(
         self,
-        place: Repository,
+        repository: Repository,
         connect: Connect,
         login: RegistryLogin | None = None,
         *,
         where: str | None = None,
     ) -> None:
-        self.place = place
-        self._session = RegistrySession(place, connect, login, where)
+        self.repository = repository
+        self._session = RegistrySession(repository, connect, login, where)
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,12 +75,12 @@ class Registry:
         await self._session.aclose()
 
     async def ping(self) -> None:
-        """Makes sure that a registry answers; what it thinks of the credentials stays open.
+        """Check that a registry answers, whether or not it accepts the credentials.
 
         Raises:
             RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
         """
-        answer = await self._session.send("GET", self.place.url)
+        answer = await self._session.send("GET", self.repository.url)
         if answer.status == httpx.codes.UNAUTHORIZED:
             self._session.challenge_in(answer)
         elif answer.status == httpx.codes.NOT_FOUND:
@@ -89,14 +89,14 @@ class Registry:
             raise self._session.refusal(answer.status, "the registry")
 
     async def tags(self) -> list[str]:
-        """All tags of the repository, in no order.
+        """List all tags of the repository, in no particular order.
 
         Raises:
             ImageNotFound: there is no such repository.
             RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
         """
         first = self._url("tags/list").copy_set_param("n", PAGE)
-        # A registry may bound its pages, and refuse to give larger ones.
+        # A registry may limit the size of its pages, and refuse to give larger ones.
         answer = await self._page(first, expected=(httpx.codes.OK, httpx.codes.BAD_REQUEST))
         if answer.status == httpx.codes.BAD_REQUEST:
             first = first.copy_set_param("n", SMALL_PAGE)
@@ -104,7 +104,9 @@ class Registry:
         tags, seen, following = self._tags_in(answer), {first}, self._next_page(first, answer)
         while following is not None:
             if following in seen or len(seen) == MAX_PAGES:
-                raise self._session.misconfigured(f"its pages of tags don't end after {len(seen)}")
+                raise self._session.misconfigured(
+                    f"expected the list of tags to end, found still more after page {len(seen)}"
+                )
             seen.add(following)
             answer = await self._page(following)
             tags += self._tags_in(answer)
@@ -112,35 +114,34 @@ class Registry:
         return tags
 
     async def digest(self, tag: str) -> str:
-        """The digest that a tag stands for; that of the index, if the image is for several
-        architectures.
+        """Return a tag's digest; that of the index, if the image is for several architectures.
 
         Raises:
             ImageNotFound: there is no such tag.
             RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
         """
-        url, what = self._url(f"manifests/{quote(tag, safe='')}"), f"{self.place.name}:{tag}"
-        accept = ", ".join(MANIFESTS)
-        head = await self._session.ask("HEAD", url, what, accept)
+        url = self._url(f"manifests/{quote(tag, safe='')}")
+        image, accept = f"{self.repository.name}:{tag}", ", ".join(MANIFESTS)
+        head = await self._session.ask("HEAD", url, image, accept)
         digest = str(head.headers.get("docker-content-digest", ""))
         if re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
             return digest
-        manifest = await self._session.ask("GET", url, what, accept)
-        self._session.document_in(manifest, f"the manifest of {what}")
+        manifest = await self._session.ask("GET", url, image, accept)
+        self._session.document_in(manifest, f"the manifest of {image}")
         return f"sha256:{hashlib.sha256(manifest.body).hexdigest()}"
 
     def _url(self, path: str) -> httpx.URL:
-        return self.place.url.join(f"{self.place.repository}/{path}")
+        return self.repository.url.join(f"{self.repository.path}/{path}")
 
     async def _page(self, url: httpx.URL, expected: Collection[int] = (httpx.codes.OK,)) -> Reply:
-        what = f"repository {self.place.name}"
-        return await self._session.ask("GET", url, what, expected=expected)
+        subject = f"repository {self.repository.name}"
+        return await self._session.ask("GET", url, subject, expected=expected)
 
     def _tags_in(self, answer: Reply) -> list[str]:
-        found = self._session.document_in(answer, "a list of tags").get("tags") or []
-        if not isinstance(found, list):
+        listed = self._session.document_in(answer, "a list of tags").get("tags") or []
+        if not isinstance(listed, list):
             raise self._session.misconfigured("expected a list of tags, found something else")
-        return [tag for tag in found if isinstance(tag, str)]
+        return [tag for tag in listed if isinstance(tag, str)]
 
     def _next_page(self, url: httpx.URL, answer: Reply) -> httpx.URL | None:
         if answer.next_page is None:
@@ -151,39 +152,40 @@ class Registry:
             following = httpx.URL()
         if following.host != url.host:
             raise self._session.misconfigured(
-                f"its next page of tags is on {following.host or 'no host'}"
+                f"expected the next page of tags on {url.host}, found it on "
+                f"{following.host or 'no host'}"
             )
-        # Behind a proxy that ends TLS, registries give addresses with their own scheme and port.
+        # Behind a proxy that terminates TLS, a registry gives addresses with its own scheme, port.
         return url.copy_with(raw_path=following.raw_path)
 
 
 @contextlib.asynccontextmanager
 async def reach(
-    place: Repository, *, login: RegistryLogin | None = None, via: Host | None = None
+    repository: Repository, *, login: RegistryLogin | None = None, via: Host | None = None
 ) -> AsyncIterator[Registry]:
-    """A registry that answers: straight from this machine or else through a host.
+    """Reach a registry directly from this machine, or else through a host.
 
-    Whatever goes wrong straight from here, also an answer that is no registry's, may be this
-    machine's network alone. A registry on a loopback address is the host's own, so it is asked
-    through the host at once.
+    Any failure from this machine, even an answer that isn't a registry's, may be due to its own
+    network, so the host is tried next. A registry on a loopback address is the host's own, so only
+    the host is tried.
 
     Args:
-        place: the repository.
+        repository: the repository.
         login: the credentials; None asks anonymously.
-        via: the host to go through; None goes through none.
+        via: the host to go through; None for none.
 
     Raises:
-        RegistryUnavailable: it answers neither way.
+        RegistryUnavailable: the registry answers neither way.
         RegistryDenied, RegistryMisconfigured: as `Registry.ping`.
-        HostError, TransientError: the host can't be gone through.
+        HostError, TransientError: the host doesn't let the connection through.
         InvalidInput: the CA's file is wrong.
     """
-    tls = await asyncio.to_thread(trust, place.ca)
+    tls = await asyncio.to_thread(trust, repository.ca)
     ways = []
-    if via is None or not place.loopback:
-        ways.append(Registry(place, straight(tls), login))
+    if via is None or not repository.loopback:
+        ways.append(Registry(repository, straight(tls), login))
     if via is not None:
-        ways.append(Registry(place, through(via, tls), login, where=via.where))
+        ways.append(Registry(repository, through(via, tls), login, where=via.where))
     faults = []
     for registry in ways:
         async with registry:
@@ -198,7 +200,7 @@ async def reach(
 
 
 async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str] = ()) -> Build:
-    """The newest build that is not to be skipped.
+    """Find the newest build that is not to be skipped.
 
     Args:
         registry: the repository.
@@ -209,8 +211,8 @@ async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str]
         ImageNotFound: there is none.
         RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
     """
-    seen = await registry.tags()
-    builds = tags.newest_first(policy, seen)
+    all_tags = await registry.tags()
+    builds = tags.newest_first(policy, all_tags)
     skipped = 0
     for tag in builds:
         try:
@@ -221,18 +223,18 @@ async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str]
             return Build(tag, digest)
         skipped += 1
     raise ImageNotFound(
-        f"expected a build of family {tags.described(policy)} in {registry.place.name}, found none "
-        f"to use: {len(seen)} tags, {len(builds)} of the family, {skipped} in quarantine",
-        hint="check `update` in the deployment file, or take a build out of quarantine",
+        f"expected a build of family {tags.described(policy)} in {registry.repository.name}, found "
+        f"none to use: {len(all_tags)} tags, {len(builds)} of the family, {skipped} in quarantine",
+        hint="check `update` in the deployment file, or deploy a quarantined build by its tag",
     )
 
 
 def _worst(faults: list[PdDeployError]) -> PdDeployError:
-    """The fault to tell of those straight from here and through a host."""
+    """Choose which fault to report: that of the direct way, of the way through a host, or both."""
     first, last = faults[0], faults[-1]
     if first is last or not isinstance(last, RegistryUnavailable):
         return last
     if not isinstance(first, RegistryUnavailable):
         return first
-    message = f"{last.message}; straight from here: {first.message}"
+    message = f"{last.message}; directly from this machine: {first.message}"
     return RegistryUnavailable(message, host=last.host, hint=last.hint)

@@ -1,4 +1,4 @@
-"""What registries say in headers: how to log in. Pure."""
+"""Parsing a registry's WWW-Authenticate headers: how to log in. Pure."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,14 +10,14 @@ _CHALLENGE_PART = re.compile(
 
 
 class Challenge(NamedTuple):
-    """One way in which a registry wants to be logged in to: the scheme in small letters."""
+    """One way to log in that a registry offers; the scheme is in lowercase."""
 
     scheme: str
     parameters: Mapping[str, str]
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
-    """The challenges in the WWW-Authenticate headers of an answer, as they come."""
+    """Parse the challenges in an answer's WWW-Authenticate headers, in their order."""
     challenges: list[Challenge] = []
     for header in headers:
         for match in _CHALLENGE_PART.finditer(header):

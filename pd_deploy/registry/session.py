@@ -1,4 +1,4 @@
-"""Requests to one registry: its logins, and its faults as errors (contract section 8.3)."""
+"""Requests to one registry: log in, and turn faults into errors (contract section 8.3)."""
 
 import asyncio
 import base64
@@ -25,18 +25,18 @@ from pd_deploy.registry.headers import Challenge, parse_challenges
 from pd_deploy.registry.repository import MAX_PORT, Repository
 from pd_deploy.registry.ways import Connect
 
-CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 60.0
-MAX_BODY = 16 << 20  # bytes; some registries list all tags at once
-DEFAULT_TOKEN_LIFE_S = 60.0
+CONNECT_TIMEOUT_S = 5.0  # short: where this machine can't reach the registry, a host is tried next
+READ_TIMEOUT_S = 30.0  # between two pieces of an answer; listing many tags may take a while
+ANSWER_TIMEOUT_S = 60.0  # for the whole answer, so that one that trickles in can't hold up a run
+MAX_BODY = 16 << 20  # bytes; some registries list all tags at once, and a tag has up to 128
+DEFAULT_TOKEN_LIFE_S = 60.0  # what the distribution specification says where a token has no life
 JSON = "application/json"
 _TLS_FAULTS = (ssl.SSLError, ssl.SSLCertVerificationError)
 
 
 class Reply(NamedTuple):
-    """What a server answered; `body` has the bytes as they came, `next_page` is the address,
-    absolute or relative, that its Link header gives."""
+    """A server's answer; `body` has the raw bytes, `next_page` is the address from its Link header,
+    absolute or relative."""
 
     status: int
     headers: httpx.Headers
@@ -53,20 +53,24 @@ class _Authorization:
 class RegistrySession:
     """Requests about one repository, one at a time.
 
-    Credentials go only to the registry or, where it gives out tokens, to there; no redirect is
+    Credentials go only to the registry, or to the server that it names for tokens; no redirect is
     followed. Connections are opened on demand and last until `aclose`.
 
     Args:
-        place: the repository.
+        repository: the repository.
         connect: opens connections.
         login: the credentials; None asks anonymously.
-        where: from where it is asked, for messages; None is this machine.
+        where: the host that requests go through, for messages; None is this machine.
     """
 
     def __init__(
-        self, place: Repository, connect: Connect, login: RegistryLogin | None, where: str | None
+        self,
+        repository: Repository,
+        connect: Connect,
+        login: RegistryLogin | None,
+        where: str | None,
     ) -> None:
-        self.place = place
+        self.repository = repository
         self._connect = connect
         self._login = login
         self._where = where
@@ -75,7 +79,7 @@ class RegistrySession:
         self._authorization: _Authorization | None = None
 
     async def aclose(self) -> None:
-        """Closes all connections; safe to call twice."""
+        """Close all connections; safe to call twice."""
         self._clients.clear()
         await self._open.aclose()
 
@@ -83,40 +87,40 @@ class RegistrySession:
         self,
         method: str,
         url: httpx.URL,
-        what: str,
+        subject: str,
         accept: str = JSON,
         expected: Collection[int] = (httpx.codes.OK,),
     ) -> Reply:
-        """Return an expected answer of the registry; log in to it if it wants that.
+        """Return the registry's answer; log in if the registry requires it.
 
         Args:
             method: GET or HEAD.
-            url: an address of the registry's own.
-            what: what is asked for, for messages.
-            accept: the media types wanted.
-            expected: the statuses that are answers; others are errors.
+            url: an address on the registry.
+            subject: what is asked for, for messages.
+            accept: the accepted media types.
+            expected: the statuses that count as answers; others are errors.
 
         Raises:
-            ImageNotFound: it does not exist.
+            ImageNotFound: the subject does not exist.
             RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
         """
         answer = await self.send(method, url, self._current_authorization(), accept)
         if answer.status == httpx.codes.UNAUTHORIZED:
-            self._authorization = await self._log_in(self.challenge_in(answer), what)
+            self._authorization = await self._log_in(self.challenge_in(answer), subject)
             answer = await self.send(method, url, self._authorization.header, accept)
         if answer.status not in expected:
-            raise self.refusal(answer.status, what)
+            raise self.refusal(answer.status, subject)
         return answer
 
     def _current_authorization(self) -> str | None:
-        given = self._authorization
-        return given.header if given and time.monotonic() < given.until else None
+        current = self._authorization
+        return current.header if current and time.monotonic() < current.until else None
 
     def challenge_in(self, answer: Reply) -> Challenge:
-        """How the registry wants to be logged in to; a token comes before a password.
+        """Choose how to log in to the registry; prefer a token to a password.
 
         Raises:
-            RegistryMisconfigured: in no way that is known here.
+            RegistryMisconfigured: the registry offers neither.
         """
         offered = parse_challenges(answer.headers.get_list("www-authenticate"))
         for scheme in ("bearer", "basic"):
@@ -124,59 +128,60 @@ class RegistrySession:
                 if challenge.scheme == scheme:
                     return challenge
         schemes = ", ".join(challenge.scheme for challenge in offered) or "none"
-        raise self.misconfigured(f"expected a login by Bearer or Basic, found {schemes}")
+        raise self.misconfigured(f"expected a Bearer or Basic login, found {schemes}")
 
-    async def _log_in(self, challenge: Challenge, what: str) -> "_Authorization":
+    async def _log_in(self, challenge: Challenge, subject: str) -> "_Authorization":
         if challenge.scheme == "bearer":
-            return await self._token(challenge, what)
+            return await self._token(challenge, subject)
         if self._login is None:
-            raise self.refusal(httpx.codes.UNAUTHORIZED, what)
+            raise self.refusal(httpx.codes.UNAUTHORIZED, subject)
         return _Authorization(_basic(self._login))
 
-    async def _token(self, challenge: Challenge, what: str) -> "_Authorization":
+    async def _token(self, challenge: Challenge, subject: str) -> "_Authorization":
         url = self._realm(challenge).copy_set_param(
-            "scope", f"repository:{self.place.repository}:pull"
+            "scope", f"repository:{self.repository.path}:pull"
         )
         if service := challenge.parameters.get("service"):
             url = url.copy_set_param("service", service)
-        asked = time.monotonic()
+        requested_at = time.monotonic()
         answer = await self.send("GET", url, _basic(self._login) if self._login else None)
         if answer.status == httpx.codes.NOT_FOUND:
             raise self.misconfigured(f"expected tokens from {url.host}, which answers 404")
         if answer.status != httpx.codes.OK:
-            raise self.refusal(answer.status, f"{what}: a token from {url.host}")
-        given = self.document_in(answer, f"a token from {url.host}")
-        token, life = given.get("token") or given.get("access_token"), given.get("expires_in")
+            raise self.refusal(answer.status, f"{subject}: a token from {url.host}")
+        grant = self.document_in(answer, f"a token from {url.host}")
+        token, life = grant.get("token") or grant.get("access_token"), grant.get("expires_in")
         if not isinstance(token, str) or not re.fullmatch(r"[!-~]+", token):
             raise self.misconfigured(f"expected a token from {url.host}, found none")
         if not isinstance(life, int | float):
             life = DEFAULT_TOKEN_LIFE_S
-        return _Authorization(f"Bearer {token}", asked + life)
+        return _Authorization(f"Bearer {token}", requested_at + life)
 
     def _realm(self, challenge: Challenge) -> httpx.URL:
-        """Where tokens are given out; a registry with TLS has to have one with TLS."""
+        """Return the address that issues tokens; require TLS where the registry has TLS."""
         try:
             realm = httpx.URL(challenge.parameters.get("realm", ""))
         except httpx.InvalidURL:
             realm = httpx.URL()
-        schemes = ("http", "https") if self.place.plain else ("https",)
-        is_place = realm.host and not realm.userinfo and (realm.port or 0) <= MAX_PORT
-        if realm.scheme not in schemes or not is_place:
+        schemes = ("http", "https") if self.repository.plain else ("https",)
+        usable = realm.host and not realm.userinfo and (realm.port or 0) <= MAX_PORT
+        if realm.scheme not in schemes or not usable:
             raise self.misconfigured(
-                f"expected {' or '.join(schemes)}://… that gives out tokens, found another address"
+                f"expected it to name {' or '.join(schemes)}://… for tokens, found another address"
             )
         return realm
 
     async def send(
         self, method: str, url: httpx.URL, authorization: str | None = None, accept: str = JSON
     ) -> Reply:
-        """Whatever is answered, except a redirect.
+        """Send a request; return the answer, whatever its status, except a redirect.
 
         Raises:
-            RegistryUnavailable: nothing is answered in time.
-            RegistryMisconfigured: no TLS or HTTP that can be trusted or understood, or a web page.
+            RegistryUnavailable: no answer in time.
+            RegistryMisconfigured: untrusted TLS, something other than HTTP, a redirect, or a web
+                page.
         """
-        # Not compressed, as the digest is of the bytes as they are, and so that the bound holds.
+        # Uncompressed: the digest is of the raw bytes, and MAX_BODY limits what is really read.
         headers = {"Accept": accept, "Accept-Encoding": "identity"}
         if authorization:
             headers["Authorization"] = authorization
@@ -192,48 +197,50 @@ class RegistrySession:
                 response = await client.send(request, stream=True, follow_redirects=False)
                 async with contextlib.aclosing(response):
                     body = await self._body(response)
-        # A UnicodeError is the resolver's, of a name that can't be one.
+        # The resolver raises UnicodeError for what can't be a host's name.
         except (httpx.RequestError, TimeoutError, UnicodeError) as exc:
             raise self._no_answer(url, exc) from None
         if response.is_redirect:
-            place = response.headers.get("location", "").partition("?")[0]
-            raise self.misconfigured(f"expected an answer, found a redirect to {place}")
+            target = response.headers.get("location", "").partition("?")[0]
+            raise self.misconfigured(f"expected an answer, found a redirect to {target}")
         if response.is_success and "text/html" in response.headers.get("content-type", "").lower():
             raise self.misconfigured(
-                f"expected a registry, {url.host} answers with a web page",
-                "check the registry's address and port; in some networks a login page answers in "
-                "place of every server until somebody has signed in",
+                f"expected a registry, but {url.host} answers with a web page",
+                "check the registry's address and port; in some networks, a sign-in page answers "
+                "for every server until somebody has signed in",
             )
         next_page = response.links.get("next", {}).get("url")
         return Reply(response.status_code, response.headers, body, next_page)
 
     async def _client(self, url: httpx.URL) -> httpx.AsyncClient:
-        place = url.host, url.port or (443 if url.scheme == "https" else 80)
-        if place not in self._clients:
-            opening = self._connect(*place)
-            self._clients[place] = await self._open.enter_async_context(opening)
-        return self._clients[place]
+        server = url.host, url.port or (443 if url.scheme == "https" else 80)
+        if server not in self._clients:
+            opening = self._connect(*server)
+            self._clients[server] = await self._open.enter_async_context(opening)
+        return self._clients[server]
 
     async def _body(self, response: httpx.Response) -> bytes:
         body = bytearray()
         async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > MAX_BODY:
-                raise self.misconfigured(f"expected at most {MAX_BODY >> 20} MiB, found more")
+                raise self.misconfigured(
+                    f"expected an answer of at most {MAX_BODY >> 20} MiB, found more"
+                )
         return bytes(body)
 
-    def document_in(self, answer: Reply, what: str) -> dict[str, Any]:
-        """The JSON document that an answer holds.
+    def document_in(self, answer: Reply, subject: str) -> dict[str, Any]:
+        """Parse the JSON document in an answer.
 
         Raises:
-            RegistryMisconfigured: it holds none.
+            RegistryMisconfigured: the answer has none.
         """
         try:
             document = json.loads(answer.body)
         except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
-            raise self.misconfigured(f"expected {what} as JSON, found something else")
+            raise self.misconfigured(f"expected {subject} as JSON, found something else")
         return document
 
     def _no_answer(self, url: httpx.URL, exc: Exception) -> PdDeployError:
@@ -241,41 +248,43 @@ class RegistrySession:
         if isinstance(fault, ssl.SSLCertVerificationError):
             return self.misconfigured(
                 f"the certificate of {url.host} is not trusted ({fault.verify_message})",
-                "name the file with its CA: `registry: {ca: …}`",
+                "name the CA's file, `registry: {ca: …}`",
             )
         if fault:
             return self.misconfigured(
-                f"{url.host} and this machine find no common TLS ({fault.reason or fault})",
-                "if it speaks plain HTTP: `registry: {insecure: true}`",
+                f"the TLS handshake with {url.host} failed ({fault.reason or fault})",
+                "if it speaks plain HTTP, set `registry: {insecure: true}`",
             )
         if isinstance(exc, httpx.RemoteProtocolError) and "illegal" in str(exc):
-            return self.misconfigured(f"expected a registry, {url.host} does not speak HTTP")
+            return self.misconfigured(f"expected a registry, but {url.host} does not speak HTTP")
         return RegistryUnavailable(
             f"{url.netloc.decode()} does not answer ({_reason(exc)})",
             host=self._where,
-            hint="check the registry's address, and that it runs",
+            hint="check the registry's address, and that the registry is running",
         )
 
-    def refusal(self, status: int, what: str) -> PdDeployError:
-        """The error for an answer other than 200 to a request for `what`."""
-        said = f"{what}: {self.place.registry} answers {status}"
+    def refusal(self, status: int, subject: str) -> PdDeployError:
+        """Make the error for an unexpected status in answer to a request for `subject`."""
+        message = f"{subject}: {self.repository.registry} answers {status}"
         if status == httpx.codes.NOT_FOUND:
             return ImageNotFound(
-                f"{what} is not in its registry", host=self._where, hint="check repository and tag"
+                f"{subject} is not in the registry",
+                host=self._where,
+                hint="check the repository and the tag",
             )
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
             hint = "check the registry credentials and the repository's name"
             if self._login is None:
-                hint = "give it credentials, `registry: {credentials: …}`; or check the repository"
-            return RegistryDenied(said, host=self._where, hint=hint)
+                hint = "set `registry: {credentials: …}`, or check the repository's name"
+            return RegistryDenied(message, host=self._where, hint=hint)
         if status in (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS) or status >= 500:
-            return RegistryUnavailable(said, host=self._where, hint="wait, then run again")
-        return self.misconfigured(f"expected an answer of a registry: {said}")
+            return RegistryUnavailable(message, host=self._where, hint="wait, then run again")
+        return self.misconfigured(f"expected a registry's answer, found another: {message}")
 
-    def misconfigured(self, what: str, hint: str | None = None) -> RegistryMisconfigured:
-        """The error for a server that does not do as a registry does."""
+    def misconfigured(self, message: str, hint: str | None = None) -> RegistryMisconfigured:
+        """Make the error for a server that does not behave like a registry."""
         return RegistryMisconfigured(
-            f"registry {self.place.registry}: {what}",
+            f"registry {self.repository.registry}: {message}",
             host=self._where,
             hint=hint or "check the registry's address and port",
         )
@@ -287,9 +296,9 @@ def _basic(login: RegistryLogin) -> str:
 
 
 def _tls_fault(exc: BaseException | None) -> ssl.SSLError | None:
-    """The TLS error beneath an error."""
+    """Return the TLS error that caused an error, if one did."""
     while exc is not None:
-        # The classes derived from SSLError are about waiting and hanging up, except this one.
+        # Other classes derived from SSLError are about waiting and closed connections.
         if isinstance(exc, ssl.SSLError) and type(exc) in _TLS_FAULTS:
             return exc
         exc = exc.__cause__ or exc.__context__

@@ -1,4 +1,4 @@
-"""Which tags are builds of one family, and which of them is newer (contract section 8.2). Pure.
+"""Families of tags, and which build of a family is the newest (contract section 8.2). Pure.
 
     daily         20250722_26                     by date, then by the build's number
     branch-daily  master-202508191159-daily       of one branch, by time
@@ -7,12 +7,12 @@
     release       release_v0.4.2, release_v0.4.2_0926_2000
     pattern       what the user's regular expression matches, by its groups
 
-Families are never mixed: a tag of another one, or with a further suffix (test, yes, RC1), is no
-candidate. What stands for a date or time must be one.
+Families are never mixed: a tag of another family, or with a further suffix (test, yes, RC1), is no
+candidate. Digits in the place of a date or time must be a valid one.
 
-Builds of a release carry month, day and time but no year. They are ordered by version and then by
-this stamp, which is wrong for builds of one version on both sides of a new year. The bare tag is
-the final build, newer than all others of its version.
+Builds of a release have month, day and time in their tags, but no year. They are ordered by version
+and then by this stamp, which is wrong for builds of one version made before and after New Year. The
+bare tag is the final build, newer than all others of its version.
 """
 
 import re
@@ -25,10 +25,10 @@ from pd_deploy.config.models import Deployment, UpdatePolicy
 from pd_deploy.errors import InvalidInput, Problem
 
 NEWEST = "newest"
-"""In place of an image: the newest one that the file's update policy finds."""
+"""Written instead of an image: use the newest one under the file's update policy."""
 Key = tuple[Any, ...]
 _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
-# Years are left out of the stamps of releases; in this one, 29 February exists.
+# The stamps of releases have no year; this one has a 29 February.
 _ANY_YEAR = "2000"
 _FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
 
@@ -36,20 +36,20 @@ _FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
 class _Family(NamedTuple):
     pattern: re.Pattern[str]
     key: Callable[[re.Match[str]], Key]
-    """Raises ValueError where digits are no date."""
+    """Raises ValueError if the digits are not a date."""
 
 
 def newest_first(policy: UpdatePolicy, tags: Iterable[str]) -> list[str]:
-    """The tags that are builds as the policy wants them, the newest first, each once.
+    """Sort the tags that are builds under a policy, the newest first, each once.
 
-    Tags that the order can't tell apart, such as 20250722_9 and 20250722_09, come by their text.
+    Tags of equal rank, such as 20250722_9 and 20250722_09, are sorted by their text.
     """
     keyed = {tag: key for tag in tags if (key := _key(policy, tag)) is not None}
     return sorted(keyed, key=lambda tag: (keyed[tag], tag), reverse=True)
 
 
 def recognised(tag: str) -> UpdatePolicy | None:
-    """The policy under which a tag is a build, if it is of one of the families built in."""
+    """Return the policy under which a tag is a build; None if no built-in family has it."""
     for name, family in _FAMILIES.items():
         match = _matched(family, tag)
         if match:
@@ -58,40 +58,40 @@ def recognised(tag: str) -> UpdatePolicy | None:
 
 
 def policy_of(deployment: Deployment) -> UpdatePolicy:
-    """The file's update policy; without one, that of the family which its own tag is of.
+    """Return the file's update policy; without one, that of its tag's family.
 
     Raises:
-        InvalidInput: the tag is of no family; says what to write.
+        InvalidInput: the tag belongs to no family; the hint says what to write.
     """
     if deployment.update:
         return deployment.update
     tag = split_image(deployment.image).tag
     policy = recognised(tag)
     if policy is None:
-        found = f"the tag {tag}" if tag else "a digest"
+        image = f"the tag {tag}, which belongs to none" if tag else "only a digest"
         families = ", ".join(_FAMILIES)
         raise InvalidInput(
-            [Problem("update", f"expected the family of the image's tags, found {found} alone")],
+            [Problem("update", f"expected a family of tags, found {image}")],
             source=deployment.name,
-            hint=f"write `update: {{family: NAME}}` with one of {families}, or "
+            hint=f"set `update: {{family: NAME}}` with one of {families}, or "
             r"`update: {family: pattern, pattern: 'build-(\d+)'}`",
         )
     return policy
 
 
 def described(policy: UpdatePolicy) -> str:
-    """A policy in words, for messages."""
+    """Describe a policy in messages."""
     detail = policy.branch or policy.pattern
     return f"{policy.family} ({detail})" if detail else policy.family
 
 
 def _key(policy: UpdatePolicy, tag: str) -> Key | None:
-    """What a tag is ordered by; None if it is no candidate."""
+    """Return a tag's sort key; None if the tag is no candidate."""
     if not _TAG.fullmatch(tag):
         return None
     if policy.pattern is not None:
-        own = re.compile(policy.pattern, re.ASCII).fullmatch(tag)
-        return _by_groups(own, policy.order) if own else None
+        groups = re.compile(policy.pattern, re.ASCII).fullmatch(tag)
+        return _by_groups(groups, policy.order) if groups else None
     family = _FAMILIES[policy.family]
     match = _matched(family, tag)
     if match is None or match.groupdict().get("branch") != policy.branch:
@@ -113,7 +113,7 @@ def _by_groups(match: re.Match[str], order: Iterable[int | str]) -> Key:
 
 
 def _by_text(text: str | None) -> Key:
-    """Numbers by value, below other text; a group that took no part below both."""
+    """Sort numbers by value, below other text; a group that took no part below both."""
     if text is None:
         return 0, 0, ""
     return (1, int(text), "") if text.isdigit() else (2, 0, text)

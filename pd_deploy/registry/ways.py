@@ -1,4 +1,4 @@
-"""Ways to a registry: straight from this machine, or through a host; and whom to trust."""
+"""Ways to a registry: directly from this machine, or through a host; and which CAs to trust."""
 
 import contextlib
 import ssl
@@ -11,11 +11,11 @@ from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.hosts.host import Host
 
 Connect = Callable[[str, int], AbstractAsyncContextManager[httpx.AsyncClient]]
-"""Opens a client for all requests to a host's port."""
+"""Opens an HTTP client for all requests to an address and port."""
 
 
 def trust(ca: str | None = None) -> ssl.SSLContext:
-    """Trusts the system's CAs and one more. Reads files, for some 40 ms.
+    """Trust the system's CAs and, if given, one more. Blocks for some 40 ms to read files.
 
     Args:
         ca: a file's path, or certificates as PEM text.
@@ -30,23 +30,23 @@ def trust(ca: str | None = None) -> ssl.SSLContext:
     try:
         context.load_verify_locations(**{"cadata" if is_text else "cafile": ca})
     except (OSError, ValueError) as exc:
-        found = "other text" if is_text else f"{ca} ({exc})"
-        expected = f"expected a file with CA certificates in PEM form, found {found}"
-        raise InvalidInput([Problem("registry.ca", expected)]) from None
+        actual = "other text" if is_text else f"{ca} ({exc})"
+        message = f"expected a file with CA certificates in PEM form, found {actual}"
+        raise InvalidInput([Problem("registry.ca", message)]) from None
     return context
 
 
 def straight(tls: ssl.SSLContext) -> Connect:
-    """Connects from this machine, by its HTTP proxy if the environment names one."""
+    """Connect from this machine, through an HTTP proxy if the environment names one."""
     return lambda _host, _port: httpx.AsyncClient(verify=tls)
 
 
 def through(host: Host, tls: ssl.SSLContext) -> Connect:
-    """Connects as a host would, through its SSH connection; raises as the hosts layer does."""
+    """Connect from a host, through its SSH connection; raise what the hosts layer raises."""
 
     @contextlib.asynccontextmanager
     async def connect(address: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
-        # Connects by SSH, so that a fault of the host's is not taken for one of the registry's.
+        # Connect to the host first, so that its fault is not taken for one of the registry's.
         await host.run(["true"])
         async with host.http(address, port, tls=tls) as client:
             yield client

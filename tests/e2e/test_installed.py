@@ -38,7 +38,7 @@ def test_prefect_deploys_from_a_users_directory(
     where = run("python", "-c", "import pd_deploy.flows.deploy as flow; print(flow.__file__)")
     assert Path(where.strip()).is_relative_to(commands.parent)
     run("pd-deploy", "init", ".", "--example", "qwq-32b-a2")
-    assert "The file is right." in run("pd-deploy", "check", "qwq-32b-a2.yaml")
+    assert "The file is valid." in run("pd-deploy", "check", "qwq-32b-a2.yaml")
     run("python", "-m", "prefect", "--no-prompt", "deploy", "--all")
     shown = prefect("prefect", "deployment", "inspect", "pd-deploy/qwq-32b-a2", "-o", "json")
     made = json.loads(shown)

@@ -158,7 +158,7 @@ class TestTagsAndDigests:
         with pytest.raises(ImageNotFound, match=f"repository {anyone}/{repository} is not in"):
             await asked.tags()
         push(anyone, repository, "1")
-        with pytest.raises(ImageNotFound, match=f"{anyone}/{repository}:2 is not in its registry"):
+        with pytest.raises(ImageNotFound, match=f"{anyone}/{repository}:2 is not in the registry"):
             await asked.digest("2")
 
 
@@ -198,9 +198,15 @@ class TestPages:
     @pytest.mark.parametrize(
         ("link", "says"),
         [
-            ("http://elsewhere.example/v2/", "its next page of tags is on elsewhere.example"),
-            ("//elsewhere.example/v2/", "its next page of tags is on elsewhere.example"),
-            ("/v2/a/tags/list?n=1000", "its pages of tags don't end after 1"),
+            (
+                "http://elsewhere.example/v2/",
+                "next page of tags on .*, found it on elsewhere.example",
+            ),
+            ("//elsewhere.example/v2/", "next page of tags on .*, found it on elsewhere.example"),
+            (
+                "/v2/a/tags/list?n=1000",
+                "expected the list of tags to end, found still more after page 1",
+            ),
         ],
     )
     async def test_that_lead_elsewhere_or_nowhere_are_refused(
@@ -237,7 +243,7 @@ class TestPages:
 
         with (
             serving(ever_on) as server,
-            pytest.raises(RegistryMisconfigured, match="don't end after 5"),
+            pytest.raises(RegistryMisconfigured, match="found still more after page 5"),
         ):
             await ask(server.address, "a").tags()
 
@@ -262,7 +268,7 @@ class TestPassword:
     async def test_none_is_denied_with_what_to_write(
         self, with_password: str, repository: str, ask: Ask
     ) -> None:
-        with pytest.raises(RegistryDenied, match=r"give it credentials, `registry: {credentials"):
+        with pytest.raises(RegistryDenied, match=r"set `registry: {credentials: …}`"):
             await ask(with_password, repository).digest("1")
 
     async def test_the_right_one_does_not_help_against_an_absent_tag(
@@ -376,7 +382,7 @@ class TestTokens:
         wanted = Reply(401, {"WWW-Authenticate": f'Bearer realm="{realm}",service="s"'})
         with (
             serving(lambda _: wanted) as server,
-            pytest.raises(RegistryMisconfigured, match="expected http or https://… that gives out"),
+            pytest.raises(RegistryMisconfigured, match="expected it to name http or https://… for"),
         ):
             await ask(server.address, "a", LOGIN).tags()
 
@@ -390,7 +396,7 @@ class TestTokens:
             )
             asked = ask(address, "a", LOGIN, ca=str(authority.file))
             with pytest.raises(
-                RegistryMisconfigured, match="expected https://… that gives out tokens"
+                RegistryMisconfigured, match="expected it to name https://… for tokens"
             ):
                 await asked.tags()
             assert realm.requests == []
@@ -449,7 +455,9 @@ class TestTls:
     async def test_is_missed_where_it_is_spoken(
         self, with_tls: str, repository: str, ask: Ask
     ) -> None:
-        with pytest.raises(RegistryMisconfigured, match="expected an answer of a registry"):
+        with pytest.raises(
+            RegistryMisconfigured, match="expected a registry's answer, found another"
+        ):
             await ask(with_tls, repository).ping()
 
 
@@ -488,8 +496,8 @@ class TestFaults:
         ("reply", "says"),
         [
             (Reply(404), "found a server without /v2/"),
-            (Reply(418), "expected an answer of a registry: .* answers 418"),
-            (Reply(401), "expected a login by Bearer or Basic, found none"),
+            (Reply(418), "expected a registry's answer, found another: .* answers 418"),
+            (Reply(401), "expected a Bearer or Basic login, found none"),
             (Reply(401, {"WWW-Authenticate": "Negotiate"}), "found negotiate"),
             (Reply(302, {"Location": "https://x.example/login?next=1"}), "x.example/login →"),
         ],
@@ -683,7 +691,7 @@ class TestThroughAHost:
             async with reach(place, via=host):
                 pass
         assert str(caught.value).startswith(f"host a ({box.address}): {place.registry} does not")
-        assert f"straight from here: {place.registry} does not answer" in str(caught.value)
+        assert f"directly from this machine: {place.registry} does not answer" in str(caught.value)
 
     async def test_it_is_asked_where_this_machines_http_proxy_lets_nobody_through(
         self, lab: Lab, host: Host, monkeypatch: pytest.MonkeyPatch

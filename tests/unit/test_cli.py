@@ -91,7 +91,7 @@ def test_the_installed_command_checks_a_file() -> None:
         text=True,
         check=True,
     )
-    assert "The file is right." in done.stdout
+    assert "The file is valid." in done.stdout
     assert done.stderr == ""
 
 
@@ -115,7 +115,7 @@ def test_check_says_what_is_unusual(call: Any, tmp_path: Path) -> None:
     path.write_text(f"extends: {example.FILE}\ncompat: upstream\nallow: [ports-distinct]\n")
     out = call("check", path).out
     assert "values as upstream has them in the QwQ-32B 3P1D template of release 0.3.0\n" in out
-    assert "may break the rules ports-distinct, batched-tokens, decode-gear-list\n" in out
+    assert "allowed to break the rules ports-distinct, batched-tokens, decode-gear-list\n" in out
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_check_says_what_is_unusual(call: Any, tmp_path: Path) -> None:
     [
         ("qwq-32b-a2", "values as upstream has them in omni_cli's profile qwq_32b_bf16_a2_3p1d"),
         ("deepseek-r1-a3-2p1d", "ds_r1_w8a8c16_a3_2p1d of October 2025, without its expert placem"),
-        ("./own.yaml", "profile own.yaml, which names nothing of upstream's as its source\n"),
+        ("./own.yaml", "profile own.yaml, which does not say where upstream has them\n"),
         ("./named.yaml", "values as upstream has them in my notes\n"),
     ],
 )
@@ -242,7 +242,7 @@ class TestPlanOffline:
             (
                 '{"hosts": {"a": {"interface": "", "device_addresses": {"x": "1.1.1.1", "0": 1}}}}',
                 [
-                    "hosts.a.interface: expected text that is not empty",
+                    "hosts.a.interface: expected text, not empty",
                     "hosts.a.device_addresses.x: expected a whole number, found 'x'",
                     "hosts.a.device_addresses.0: expected text, found 1",
                 ],
@@ -297,13 +297,25 @@ class TestPlanOffline:
                 "Exit codes: 0 success",
             ],
         ),
-        ("init", ["DIR", "--example", "lab-qwq-3p1d", "Nothing that exists", "Example:"]),
-        ("check", ["FILE", "--image", "no host is touched", "Example: pd-deploy check"]),
+        (
+            "init",
+            [
+                "DIR",
+                "--example",
+                "lab-qwq-3p1d",
+                "Existing files are never overwritten",
+                "Example:",
+            ],
+        ),
+        (
+            "check",
+            ["FILE", "--image", "without connecting to any host", "Example: pd-deploy check"],
+        ),
         ("plan", ["FILE", "--facts", "device_addresses", "--format", "Example: pd-deploy plan"]),
         ("deploy", ["FILE", "--stage", "--dry-run", "PREFECT_API_URL", "Example: pd-deploy"]),
-        ("follow", ["Id of the flow run", "Exit code 0"]),
+        ("follow", ["flow run's id", "exit code is 0"]),
         ("credentials ssh", ["--private-key", "--known-hosts", "never given as", "Example:"]),
-        ("credentials registry", ["--username", "password is asked for", "Example:"]),
+        ("credentials registry", ["--username", "prompted for the password", "Example:"]),
         ("lab", ["up", "down", "status"]),
         ("lab up", ["pd-deploy lab up", "root", "--subnet"]),
         ("lab down", ["--name"]),

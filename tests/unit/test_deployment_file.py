@@ -128,10 +128,10 @@ class TestFile:
 
 # changes to the example → the problems they must give, as `key: start of message`
 BAD: list[tuple[dict[str, Any], list[str]]] = [
-    ({"name": "Bad Name"}, ["name: expected small letters, digits and '-' (at most 40, "]),
-    ({"name": "x" * 41}, ["name: expected small letters"]),
-    ({"name": 5}, ["name: expected small letters"]),
-    ({"name": "a\n"}, ["name: expected small letters"]),
+    ({"name": "Bad Name"}, ["name: expected lowercase letters, digits and '-' (at most 40, "]),
+    ({"name": "x" * 41}, ["name: expected lowercase letters"]),
+    ({"name": 5}, ["name: expected lowercase letters"]),
+    ({"name": "a\n"}, ["name: expected lowercase letters"]),
     ({"name": None, "image": None}, ["name: is missing", "image: is missing"]),
     ({"engine": "vlm"}, ["engine: expected 'omniinfer' or 'vllm', found 'vlm'"]),
     ({"pull": "maybe"}, ["pull: expected 'always' or 'never', found 'maybe'"]),
@@ -149,15 +149,15 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"container": {"names": {"prefil": "x"}}},
         ["container.names.prefil: is not a known key; did you mean prefill?"],
     ),
-    ({"ssh": {"password": "s3cret"}}, ["ssh.password: is not a known key; known are user, port"]),
+    ({"ssh": {"password": "s3cret"}}, ["ssh.password: is not a known key; expected user, port"]),
     ({"profile_settings": {}}, ["profile_settings: is not a key of a deployment file"]),
     ({"model": "x"}, ["model: expected a mapping, found 'x'"]),
     ({"model": {"max_len_prefill": "9"}}, ["model.max_len_prefill: expected a whole number"]),
     ({"model": {"max_len_prefill": True}}, ["model.max_len_prefill: expected a whole number"]),
     ({"model": {"max_len_decode": 0}}, ["model.max_len_decode: expected more than 0, found 0"]),
     ({"model": {"path": "models"}}, ["model.path: expected an absolute path"]),
-    ({"model": {"served_name": ""}}, ["model.served_name: expected text that is not empty"]),
-    ({"model": {"served_name": "a\nb"}}, ["model.served_name: expected text that is not empty"]),
+    ({"model": {"served_name": ""}}, ["model.served_name: expected text, not empty"]),
+    ({"model": {"served_name": "a\nb"}}, ["model.served_name: expected text, not empty"]),
     ({"hosts": {"a": "::1"}}, ["hosts.a.address: expected an IPv4 address"]),
     ({"hosts": {"a": "node-1.example"}}, ["hosts.a.address: expected an IPv4 address"]),
     ({"hosts": {"a": "10.0.0.1 "}}, ["hosts.a.address: expected an IPv4 address"]),
@@ -171,8 +171,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
             ],
         )
         for address, what in (
-            ("0.0.0.0", "stands for no machine"),
-            ("0.1.2.3", "stands for no machine"),
+            ("0.0.0.0", "is not an address of a machine"),
+            ("0.1.2.3", "is not an address of a machine"),
             ("127.0.0.1", "is a machine's own loopback, which no other machine can reach"),
             ("127.255.255.254", "is a machine's own loopback"),
             ("224.0.0.1", "is a multicast address"),
@@ -183,18 +183,24 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         )
     ),
     ({"hosts": {"a": 5}}, ["hosts.a: expected a mapping, found 5"]),
-    ({"hosts": {"A b": "10.0.0.3"}}, ["hosts.A b: expected small letters"]),
-    ({"hosts": {1: "10.0.0.3"}}, ["hosts.1: expected small letters"]),
+    ({"hosts": {"A b": "10.0.0.3"}}, ["hosts.A b: expected lowercase letters"]),
+    ({"hosts": {1: "10.0.0.3"}}, ["hosts.1: expected lowercase letters"]),
     ({"hosts": []}, ["hosts: expected a mapping, found []"]),
     ({"prefill": {"p0": {"devices": "0-7,7"}}}, ["prefill.p0.devices: expected each device once"]),
     ({"proxy": {"c0": {"port": 80}}}, ["proxy.c0.port: expected at least 1024, found 80"]),
     ({"proxy": {"c0": {"port": "7000"}}}, ["proxy.c0.port: expected a whole number"]),
     ({"proxy": {"c0": None}}, ["proxy: expected at least 1 entry, found {}"]),
     ({"proxy": {"c1": {"host": "a"}}}, ["proxy: expected at most 1 entry"]),
-    ({"proxy": {"c0": {"host": "z"}}}, ["proxy.c0.host: expected one of a, b, found z"]),
+    (
+        {"proxy": {"c0": {"host": "z"}}},
+        ["proxy.c0.host: expected one of the file's hosts (a, b), found z"],
+    ),
     (
         {"prefill": {"p0": {"host": "y"}, "p1": {"host": "z"}}},
-        ["prefill.p0.host: expected one of a, b", "prefill.p1.host: expected one of a, b"],
+        [
+            "prefill.p0.host: expected one of the file's hosts (a, b)",
+            "prefill.p1.host: expected one of the file's hosts (a, b)",
+        ],
     ),
     ({"container": {"shm_size": "5x"}}, ["container.shm_size: expected a size such as 500g"]),
     ({"container": {"shm_size": True}}, ["container.shm_size: expected a size such as 500g"]),
@@ -245,10 +251,19 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
             ({"host": None}, ": expected either `host` or `hosts`, found neither"),
             ({"host": None, "hosts": []}, ".hosts: expected at least 1 entry"),
             ({"host": None, "hosts": "ab"}, ".hosts: expected a list, found 'ab'"),
-            ({"host": None, "hosts": ["a", "a"]}, ": expected each of its hosts once, found a"),
-            ({"host": None, "hosts": ["a", "z"]}, ".hosts: expected one of a, b, found z"),
-            ({"devices": {"b": "0-7"}}, ": expected devices for its hosts (a), found them for b"),
-            ({"devices": {}}, ": expected devices for its hosts (a), found them for none"),
+            (
+                {"host": None, "hosts": ["a", "a"]},
+                ": expected each host once, found a more than once",
+            ),
+            (
+                {"host": None, "hosts": ["a", "z"]},
+                ".hosts: expected one of the file's hosts (a, b), found z",
+            ),
+            (
+                {"devices": {"b": "0-7"}},
+                ": expected devices for its hosts (a), found devices for b",
+            ),
+            ({"devices": {}}, ": expected devices for its hosts (a), found devices for none"),
             ({"devices": {1: "0-7"}}, ".devices: expected hosts of the file, found 1"),
             ({"devices": {"a": "7-0"}}, ".devices: expected a range that runs upwards, 0-7"),
             ({"container_devices": ["x"]}, ".container_devices.0: expected an absolute path"),
@@ -262,7 +277,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         for odd in ("x", 0, True, 1.5)
     ),
     *(
-        ({"decode_engine_id": odd}, ["decode_engine_id: expected kv-rank or a number from 0 on, "])
+        (
+            {"decode_engine_id": odd},
+            ["decode_engine_id: expected kv-rank or a number of at least 0, "],
+        )
         for odd in ("x", -1, True, 1.5)
     ),
     ({"upstream_source": "x"}, ["upstream_source: is not a key of a deployment file"]),
@@ -275,7 +293,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"smoke": {"max_tokens": "x"}, "smok": 1, "http_proxy": ""},
         [
-            "http_proxy: expected text without blanks",
+            "http_proxy: expected text without spaces",
             "smoke.max_tokens: expected a whole number, found 'x'",
             "smok: is not a known key; did you mean smoke?",
         ],

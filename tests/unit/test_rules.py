@@ -357,7 +357,9 @@ class TestProfiles:
     def test_compat_needs_a_profile_that_says_what_upstream_does(self, tmp_path: Path) -> None:
         path = self.file(tmp_path, "./sub/my.yaml", "engine: omniinfer\n")
         path.write_text(path.read_text() + "compat: upstream\n")
-        with pytest.raises(InvalidInput, match="compat: expected a profile that says"):
+        with pytest.raises(
+            InvalidInput, match="compat: expected a profile with a section `upstream`"
+        ):
             load_deployment(path)
 
     @pytest.mark.parametrize(

@@ -184,7 +184,9 @@ class TestPolicyOfAFile:
 
     @pytest.mark.parametrize("rest", [":latest", ":release_v0.5.0_0918_yes", "@sha256:" + "0" * 64])
     def test_that_cannot_be_recognised_says_what_to_write(self, rest: str) -> None:
-        with pytest.raises(InvalidInput, match=r"update: expected the family.*\n→ write `update: "):
+        with pytest.raises(
+            InvalidInput, match=r"update: expected a family of tags.*\n→ set `update: "
+        ):
             tags.policy_of(example.service({"image": IMAGE + rest}))
 
     def test_is_what_the_file_says_if_it_says_so(self) -> None:
@@ -214,7 +216,7 @@ class TestPolicyOfAFile:
             ),
             (
                 {"family": "branch-daily", "branch": "a/b"},
-                "update.branch: expected a branch as it stands in tags, found 'a/b'",
+                "update.branch: expected a branch as tags spell it, found 'a/b'",
             ),
             (
                 {"family": "pattern"},
