@@ -34,7 +34,8 @@ async def roll_out(
     """
     line, completion = Line(rollout.session.barrier, rollout), None
     try:
-        await run_stages(line, rollout, list(stages))
+        if rollout.changes or set(stages) != set(STAGES):
+            await run_stages(line, rollout, list(stages))
         if "server" in stages:
             completion = await prove_and_open(line, rollout)
             await line.together([promote.after(*line.ends)(rollout, str(run))])
@@ -111,7 +112,12 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
     """
     session, past = rollout.locked, rollout.history
     serves = past.record.serving == rollout.plan.generation
-    steps = [prune.after(*line.ends)(session, name, past) for name in rollout.plan.hosts]
+    gone = past.found - past.kept(session.deployment.keep)
+    steps = [
+        prune.after(*line.ends)(session, name, past)
+        for name in rollout.plan.hosts
+        if gone or rollout.changes or rollout.states[name].has_drafts
+    ]
     steps += [clear.after(*line.ends)(session, name, past) for name in session.former if serves]
     results = await asyncio.gather(*steps, return_exceptions=True)
     for result in results:
@@ -121,7 +127,7 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
     cleared = {session.hosts[r.host].address for r in reports if r.step == "clear"}
     cleared |= session.forgotten
     if len(reports) == len(results):
-        record = past.record.left(cleared).without(past.found - past.kept(session.deployment.keep))
+        record = past.record.left(cleared).without(gone)
         await promotion.write(rollout, record, besides=cleared)
     line.reports += reports
 

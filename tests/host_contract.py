@@ -8,6 +8,7 @@ a host in memory: so flows in memory meet what they would meet on a real host. A
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
+from hashlib import sha256
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -194,6 +195,31 @@ class FilesOfAHost:
             f"{place}/l/a.log": "line 998\nline 999\n",
             f"{place}/b.log": "x" * 100,
         }
+
+    async def test_tree_has_modes_and_digests_and_of_logs_only_directories(
+        self, host: Host, place: str
+    ) -> None:
+        root, logs = f"{place}/root", f"{place}/logs"
+        assert await host.facts.tree(root, logs) == {}
+        await host.make_dirs([f"{root}/1-a/p0", f"{logs}/1-a/p0/deeper"])
+        await host.write_files(
+            {
+                f"{root}/.record.json.0.tmp": File(b"{", 0o600),
+                f"{root}/1-a/p0/start.sh": File(b"exit 3\n", 0o700),
+                f"{root}/1-a/p0/a name": File(b"", 0o644),
+                f"{logs}/1-a/p0/x.log": File(b"log"),
+            }
+        )
+        tree = await host.facts.tree(root, logs)
+        files = {path: (s.mode, s.sha256) for path, s in tree.items() if not s.is_directory}
+        assert files == {
+            f"{root}/.record.json.0.tmp": (0o600, ""),
+            f"{root}/1-a/p0/start.sh": (0o700, sha256(b"exit 3\n").hexdigest()),
+            f"{root}/1-a/p0/a name": (0o644, sha256(b"").hexdigest()),
+        }
+        assert {path for path, s in tree.items() if s.is_directory} == {
+            root, f"{root}/1-a", f"{root}/1-a/p0", logs, f"{logs}/1-a", f"{logs}/1-a/p0",
+        }  # fmt: skip
 
 
 class Facts:

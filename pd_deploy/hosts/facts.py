@@ -4,10 +4,30 @@ import json
 import posixpath
 import re
 import shlex
+import stat
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pd_deploy.errors import FactsError
+
+# Directories with their mode, files with mode and sha256, three levels deep; of the second
+# directory, where others write, only directories. What goes away meanwhile is left out.
+TREE = r"""[ ! -d "$1" ] || {
+  find "$1/" -maxdepth 3 -xdev -exec stat -c '%f %n' {} + 2>/dev/null
+  find "$1/" -maxdepth 3 -xdev -mindepth 3 -type f -exec sha256sum {} + 2>/dev/null
+}
+[ ! -d "$2" ] || find "$2/" -maxdepth 2 -xdev -type d -exec stat -c '%f %n' {} + 2>/dev/null
+true"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is at a path: the bits of its mode, and of a file the sha256 of its content."""
+
+    is_directory: bool
+    mode: int
+    sha256: str = ""
 
 
 class Runner(Protocol):
@@ -65,6 +85,10 @@ class Facts:
         output = await self._host.output(["sh", "-c", MISSING, "sh", *paths])
         return output.split("\0")[:-1]
 
+    async def tree(self, directory: str, logs: str) -> dict[str, Seen]:
+        """What lies in a deployment's directory, and which directories in that of its logs."""
+        return parse_tree(await self._host.output(["sh", "-c", TREE, "sh", directory, logs]))
+
     async def listening_ports(self) -> dict[int, str]:
         """The TCP ports listened on, each with its holder's name ("" where it is not visible)."""
         output = await self._host.output(["ss", "-Hltnp"])
@@ -95,6 +119,20 @@ class Facts:
         )
         parts = output.split("\0")[:-1]
         return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def parse_tree(output: str) -> dict[str, Seen]:
+    """Path → what is there, from lines of `stat -c '%f %n'` and of `sha256sum`."""
+    tree: dict[str, Seen] = {}
+    for line in output.splitlines():
+        value, _, path = line.partition(" ")
+        path = posixpath.normpath(path.removeprefix(" "))
+        if re.fullmatch(r"[0-9a-f]{64}", value) and path in tree:
+            tree[path] = replace(tree[path], sha256=value)
+        elif re.fullmatch(r"[0-9a-f]{1,8}", value):
+            mode = int(value, 16)
+            tree[path] = Seen(stat.S_ISDIR(mode), stat.S_IMODE(mode))
+    return tree
 
 
 def parse_interface(output: str, address: str, where: str = "") -> str | None:

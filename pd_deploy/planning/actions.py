@@ -1,9 +1,11 @@
 """What a run would do, from the plan and what is on the hosts. Pure."""
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from pd_deploy.planning.plans import Action, HostPlan, Plan
+from pd_deploy.hosts.facts import Seen
+from pd_deploy.planning.plans import Action, HostPlan, Plan, PlannedFile
 from pd_deploy.records import generations
 from pd_deploy.records.generations import Containers
 
@@ -11,7 +13,7 @@ from pd_deploy.records.generations import Containers
 def with_actions(
     plan: Plan,
     containers: Containers,
-    known: Mapping[str, Collection[str]],
+    trees: Mapping[str, Mapping[str, Seen]],
     listening: Mapping[str, Collection[int]],
     stages: Sequence[str],
 ) -> Plan:
@@ -19,7 +21,7 @@ def with_actions(
 
     Args:
         containers: per host, the deployment's containers that exist.
-        known: per host, names of the generations whose files are there.
+        trees: per host, what lies in the deployment's directories, by path.
         listening: per host, the TCP ports that somebody listens on.
     """
     to_stop: defaultdict[str, list[str]] = defaultdict(list)
@@ -33,9 +35,9 @@ def with_actions(
         running = {s.name for s in states if s.status in generations.RUNNING} - set(stopping)
         actions = [Action(verb="stop", subject=container) for container in stopping]
         if "launch" in stages:
-            actions += _launch(host, {state.name for state in states})
-        if "ranktable" in stages and host.ranktables and plan.servers not in known.get(name, ()):
-            actions += [Action(verb="write", subject=file.path) for file in host.ranktables.files]
+            actions += _launch(host, {state.name for state in states}, trees.get(name, {}))
+        if "ranktable" in stages and host.ranktables:
+            actions += _write(host.ranktables.files, trees.get(name, {}))
         actions += _start(host, running, stages)
         if "server" in stages:
             actions += _open(host, running, listening.get(name, ()))
@@ -57,10 +59,18 @@ def _cleans(stages: Sequence[str]) -> bool:
     return "cleanup" in stages or "server" in stages
 
 
-def _launch(host: HostPlan, existing: set[str]) -> Iterator[Action]:
+def _write(files: Iterable[PlannedFile], tree: Mapping[str, Seen]) -> Iterator[Action]:
+    """Write the files that are not there as planned: missing, or changed by hand."""
+    for file in files:
+        sha256 = hashlib.sha256(file.content.encode()).hexdigest()
+        if tree.get(file.path) != Seen(False, int(file.mode, 8), sha256):
+            yield Action(verb="write", subject=file.path)
+
+
+def _launch(host: HostPlan, existing: set[str], tree: Mapping[str, Seen]) -> Iterator[Action]:
     for instance in host.instances.values():
+        yield from _write([instance.start_script], tree)
         if instance.container.name not in existing:
-            yield Action(verb="write", subject=instance.start_script.path)
             yield Action(verb="create", subject=instance.container.name)
 
 

@@ -1,11 +1,13 @@
 """One run's view of a service: the deployment, its hosts, what they said, and the plan."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pd_deploy.errors import OutOfOrder
 from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.hosts.facts import Seen
 from pd_deploy.planning import actions, plans
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, Release
@@ -18,7 +20,9 @@ from pd_deploy.steps.session import LockedSession, Session
 class HostState:
     """What a host says of itself and of this deployment on it. Read-only facts.
 
-    `others` are the running containers of other deployments.
+    Attributes:
+        others: the running containers of other deployments.
+        tree: what lies in the deployment's own directories, by path.
     """
 
     host: str
@@ -29,7 +33,13 @@ class HostState:
     containers: tuple[ContainerState, ...]
     others: tuple[ContainerState, ...]
     listening: frozenset[int]
+    tree: Mapping[str, Seen]
     past: HostRecords
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether a run was killed there while it wrote a file."""
+        return any(re.fullmatch(r".*/\.[^/]*\.tmp", path) for path in self.tree)
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,25 @@ class Rollout:
         """The deployment's past, with the record as it is now."""
         return replace(self.past, record=self.attempt.record)
 
-    @property
+    @cached_property
     def changes(self) -> bool:
-        """Whether anything is to be done at all."""
-        return any(host.actions for host in self.with_actions(plans.STAGES).hosts.values())
+        """Whether anything is to be done at all: a container does not run, a file is not as
+        planned, or a host lacks a directory or the generation's account of itself."""
+        planned = self.with_actions(plans.STAGES).hosts
+        noted = self.past.record.on(self.release.hosts.values()) is self.past.record
+        return (
+            not noted
+            or any(host.actions for host in planned.values())
+            or any(self._lacks(name) for name in planned)
+        )
+
+    def _lacks(self, host: str) -> bool:
+        state = self.states[host]
+        directories = self.plan.hosts[host].directories
+        there = all(path in state.tree for path in directories)
+        return not there or all(
+            release.generation != self.plan.generation for release in state.past.releases
+        )
 
     @cached_property
     def saved(self) -> Saved:
@@ -136,7 +161,7 @@ class Rollout:
         return actions.with_actions(
             self.plan,
             self.containers,
-            {name: survey.past.generations for name, survey in self.states.items()},
+            {name: survey.tree for name, survey in self.states.items()},
             {name: survey.listening for name, survey in self.states.items()},
             stages,
         )

@@ -55,10 +55,11 @@ async def survey(session: Session, name: str) -> HostState:
         HostError, TransientError: as the hosts layer raises them.
     """
     host, own = session.host(name), session.deployment.name
-    info, containers, past, interface, listening = await asyncio.gather(
+    info, containers, past, tree, interface, listening = await asyncio.gather(
         host.docker.info(),
         host.docker.containers({generations.DEPLOYMENT: ""}),
         history.read(host, session.root),
+        host.facts.tree(session.root, Layout.log_root_of(session.deployment)),
         host.facts.interface_of(host.address),
         host.facts.listening_ports(),
     )
@@ -76,6 +77,7 @@ async def survey(session: Session, name: str) -> HostState:
         containers=tuple(ours),
         others=tuple(others),
         listening=frozenset(listening),
+        tree=tree,
         past=past,
     )
 

@@ -3,6 +3,7 @@
 A command that is not in the table is an error: so nothing passes for done that was not.
 """
 
+import hashlib
 import json
 import posixpath
 from collections.abc import Callable, Sequence
@@ -82,6 +83,22 @@ def is_draft(path: str) -> bool:
     """Whether a file was being written."""
     name = posixpath.basename(path)
     return name.startswith(".") and name.endswith(".tmp")
+
+
+def _tree(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    root, logs = arguments
+    disk, lines = machine.disk, list[str]()
+    for directory, depth in ((root, 3), (logs, 2)):
+        paths = [directory] if disk.get(directory) else []
+        for path in [*paths, *disk.below(directory)]:
+            entry, level = disk.entries[path], path.removeprefix(directory).count("/")
+            if level > depth or (directory == logs and not entry.is_directory):
+                continue
+            kind = 0o040000 if entry.is_directory else 0o100000
+            lines.append(f"{kind | entry.mode:x} {path}")
+            if entry.content is not None and level == depth:
+                lines.append(f"{hashlib.sha256(entry.content).hexdigest()}  {path}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _missing(machine: Machine, arguments: Sequence[str], _: str) -> str:
@@ -224,6 +241,7 @@ def _script(name: str, script: str, answer: Answer, word: str = "sh", **more: bo
 
 TABLE = (
     _script("records", history.READ, _records),
+    _script("tree", facts.TREE, _tree),
     _script("drafts", tidy.DRAFTS, _drafts, changes=True),
     _script("missing paths", facts.MISSING, _missing),
     _script("disk", facts.FREE, _free),

@@ -1,12 +1,16 @@
 """What a dry run says it would do, from what the hosts said."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 
 import pytest
 
+from pd_deploy.config.models import Deployment
 from pd_deploy.errors import OutOfOrder
 from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.hosts.facts import Seen
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.planning import actions
@@ -62,12 +66,26 @@ def rollout(
             ),
             past=HostRecords(Record(), (), frozenset(known)),
             listening=frozenset(listening),
+            tree=tree(of, known)[host] if known else {},
         )
         for host in of.hosts
     }
     addresses = [Addresses(host, found) for host, found in example.addresses(of).items()]
     image = ResolvedImage(Choice(of.image, None, "the file's own"), example.IMAGE)
     return surveying.planned(session, list(states.values()), addresses, image, "a test")
+
+
+def tree(of: Deployment, known: list[str]) -> dict[str, dict[str, Seen]]:
+    """The files of a generation as they were planned."""
+    plan = example.plan({"name": of.name}, generations=known)
+    return {
+        name: {
+            file.path: Seen(False, int(file.mode, 8), sha256(file.content.encode()).hexdigest())
+            for file in host.files
+        }
+        for name, host in plan.hosts.items()
+        if plan.generation in known
+    } or {name: {} for name in plan.hosts}
 
 
 def verbs(of: Rollout, stages: Sequence[str] = STAGES) -> list[tuple[str, str, str]]:
@@ -98,6 +116,24 @@ def test_where_all_runs_there_is_nothing_to_do() -> None:
     of = rollout(dict.fromkeys(ALL, "running"), known=known)
     assert verbs(of) == []
     assert actions.as_markdown(of.with_actions(STAGES)).count("Nothing to do.") == 2
+
+
+def test_a_file_that_was_changed_by_hand_is_written_again() -> None:
+    known = [rollout({}).plan.generation]
+    of = rollout(dict.fromkeys(ALL, "running"), known=known)
+    for host, planned in of.plan.hosts.items():
+        seen = of.states[host].tree
+        for file in planned.files:
+            for change in ({"sha256": "0" * 64}, {"mode": 0o755}, {"is_directory": True}, None):
+                changed = (
+                    {**seen, file.path: replace(seen[file.path], **change)}
+                    if change
+                    else {path: found for path, found in seen.items() if path != file.path}
+                )
+                state = replace(of.states[host], tree=changed)
+                again = replace(of, states={**of.states, host: state})
+                assert verbs(again) == [(host, "write", file.path.rpartition("/")[2])]
+                assert again.changes
 
 
 def test_a_proxy_whose_port_is_closed_is_opened() -> None:

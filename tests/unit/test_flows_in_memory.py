@@ -1,6 +1,7 @@
 """The flows on hosts in memory: deploy, upgrade, the way back, and recovery from any moment."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from tests.memory.calls import Moment
-from tests.memory.machine import Faults
-from tests.memory.world import World
+from tests.memory.machine import Faults, Machine
+from tests.memory.world import NAME, ROOT, World
 
 
 @pytest.fixture
@@ -26,6 +27,64 @@ def test_a_deploy_serves_and_running_it_again_touches_nothing(world: World) -> N
     assert "nothing to do, nothing changed" in again.message
     assert world.state() == before
     world.assert_coherent()
+
+
+def test_a_run_that_has_nothing_to_do_goes_from_the_survey_to_the_proof(world: World) -> None:
+    assert world.run(deploy).completed
+    calls = world.run(deploy).moments
+    assert [m for m in calls if m.changes and "lease" not in m.what] == []
+    assert not [m for m in calls if m.what.startswith(("npu-smi", "disk", "missing paths"))]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda a: a.disk.put(script(a), b"sleep 1", 0o700),
+        lambda a: setattr(a.disk.entries[script(a)], "mode", 0o755),
+        lambda a: a.disk.remove(script(a)),
+        lambda a: a.disk.remove(ranktable(a)),
+        lambda a: a.disk.put(ranktable(a), b"{}"),
+        lambda a: a.disk.remove(f"{script(a).rpartition('/')[0].rpartition('/')[0]}/release.json"),
+        lambda a: a.disk.remove(f"/data/log_path/{NAME}"),
+        lambda a: a.disk.remove(f"{ROOT}/record.json"),
+        lambda a: a.disk.put(f"{ROOT}/.record.json.0123abcd.tmp", b"{"),
+        lambda a: a.end(next(a.running()), 137),
+        lambda a: a.containers.pop(next(a.running()).id),
+    ],
+    ids=[
+        "script changed", "mode changed", "script gone", "ranktable gone", "ranktable changed",
+        "release gone", "logs gone", "record gone", "draft left", "container ended",
+        "container gone",
+    ],
+)  # fmt: skip
+def test_what_is_not_as_it_was_left_is_put_right(
+    world: World, damage: Callable[[Machine], object]
+) -> None:
+    assert world.run(deploy).completed
+    serving, paths = world.serving(), set(world.machines["a"].disk.entries)
+    files = dict(world.machines["a"].disk.files(f"{ROOT}/{serving}"))
+    damage(world.machines["a"])
+    outcome = world.run(deploy)
+    assert outcome.completed
+    assert world.serving() == serving
+    assert set(world.machines["a"].disk.entries) == paths
+    again = dict(world.machines["a"].disk.files(f"{ROOT}/{serving}"))
+    assert {p: c for p, c in again.items() if not p.endswith("release.json")} == {
+        p: c for p, c in files.items() if not p.endswith("release.json")
+    }
+    assert world.machines["a"].disk.entries[script(world.machines["a"])].mode == 0o700
+    world.assert_coherent()
+    assert "nothing to do, nothing changed" in world.run(deploy).message
+
+
+def script(machine: Machine) -> str:
+    """A start script on a machine."""
+    return next(p for p, _ in machine.disk.files(ROOT) if p.endswith("/p0/start.sh"))
+
+
+def ranktable(machine: Machine) -> str:
+    """A ranktable on a machine."""
+    return next(p for p, _ in machine.disk.files(ROOT) if "/ranktables/" in p)
 
 
 def test_an_upgrade_and_a_rollback_move_the_whole_set(world: World) -> None:

@@ -232,6 +232,7 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
             containers=(),
             others=(),
             listening=frozenset(),
+            tree={},
             past=HostRecords(Record(), (), frozenset()),
         )
         for name in of.hosts
