@@ -9,7 +9,7 @@ from functools import partial
 from pd_deploy.errors import LeaseLost, PdDeployError
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
-from pd_deploy.records.releases import PLAN, RELEASE, Record
+from pd_deploy.records.releases import PLAN, RELEASE, History, Record
 from pd_deploy.steps import history
 from pd_deploy.steps.history import HostRecords
 from pd_deploy.steps.retry import retried
@@ -56,17 +56,16 @@ async def complete(session: LockedSession) -> list[str]:
     past = history.merged(known.values())
     hosts = [name for name in names if session.host(name).address in past.record.hosts]
     outcomes = await asyncio.gather(
-        *(_complete(session, name, known) for name in hosts), return_exceptions=True
+        *(_complete(session, name, known, past) for name in hosts), return_exceptions=True
     )
     _faults([session.host(name) for name in hosts], outcomes)
     return [path for written in outcomes if isinstance(written, list) for path in written]
 
 
 async def _complete(
-    session: LockedSession, name: str, known: Mapping[str, HostRecords]
+    session: LockedSession, name: str, known: Mapping[str, HostRecords], past: History
 ) -> list[str]:
     host, root, mine = session.host(name), session.root, known[name]
-    past = history.merged(known.values())
     written = []
     if mine.record.sequence < past.record.sequence:
         await _put_record(session, host, past.record)

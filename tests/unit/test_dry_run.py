@@ -64,7 +64,7 @@ def rollout(
                 for n, status in states.items()
                 if (session.topology.host_of(n) if n in session.topology.names else "b") == host
             ),
-            past=HostRecords(Record(), (), frozenset(known)),
+            past=HostRecords(Record(), (), frozenset(known), frozenset(known), True),
             listening=frozenset(listening),
             tree=tree(of, known)[host] if known else {},
         )

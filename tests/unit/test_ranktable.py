@@ -233,7 +233,7 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
             others=(),
             listening=frozenset(),
             tree={},
-            past=HostRecords(Record(), (), frozenset()),
+            past=HostRecords(Record(), (), frozenset(), frozenset(), True),
         )
         for name in of.hosts
     ]
