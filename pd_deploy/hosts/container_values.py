@@ -177,7 +177,7 @@ class PullMeter:
         self._layers: dict[str, tuple[int, int, bool]] = {}
 
     def read(self, message: Mapping[str, Any]) -> PullProgress:
-        """Takes one message of the engine; how far the pull is then."""
+        """Take one message of the engine; how far the pull is then."""
         status, layer = message.get("status", ""), message.get("id")
         if status.startswith("Digest: "):
             self.digest = status.removeprefix("Digest: ").strip()

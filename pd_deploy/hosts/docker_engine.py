@@ -101,7 +101,7 @@ class DockerEngine:
         auth: RegistryLogin | None = None,
         on_progress: Callable[[PullProgress], None] | None = None,
     ) -> Image:
-        """Pulls an image; its digest is the one the registry gave for `ref`.
+        """Pull an image; its digest is the one the registry gave for `ref`.
 
         Args:
             ref: `repository[:tag][@digest]`.
@@ -150,12 +150,12 @@ class DockerEngine:
         return str(found["Descriptor"]["digest"])
 
     async def tag(self, ref: str, name: str) -> None:
-        """Gives the image `ref` the further name `repository:tag`, so that no prune takes it."""
+        """Give the image `ref` the further name `repository:tag`, so that no prune takes it."""
         repository, tag = parse_repository_tag(name)
         await self._change(f"tag {ref} as {name}", lambda c: c.tag(ref, repository, tag))
 
     async def remove_image(self, name: str) -> None:
-        """Takes a name from an image, and the image with its last one, if no container uses it."""
+        """Take a name from an image, and the image with its last one, if no container uses it."""
 
         def remove(client: APIClient) -> None:
             # 409: a container still uses it, and its own removal comes first.
@@ -189,7 +189,7 @@ class DockerEngine:
         return await self._read(what, lambda c: state_of(c.inspect_container(container)))
 
     async def create(self, spec: ContainerSpec) -> str:
-        """Creates a container; returns its id.
+        """Create a container; return its id.
 
         Raises:
             ImageNotFound, NameTaken: as they say.
@@ -203,7 +203,7 @@ class DockerEngine:
         return str(created["Id"])
 
     async def start(self, container: str) -> None:
-        """Starts a container; nothing happens if it runs.
+        """Start a container; nothing happens if it runs.
 
         Raises:
             FileMissing: a device does not exist.
@@ -211,7 +211,7 @@ class DockerEngine:
         await self._change(f"start {container}", lambda c: c.start(container))
 
     async def stop(self, container: str, *, deployment: str, timeout: int = 30) -> None:
-        """Stops a container of the deployment; nothing happens if it does not run.
+        """Stop a container of the deployment; nothing happens if it does not run.
 
         Args:
             timeout: seconds between the stop signal and SIGKILL.
@@ -223,12 +223,12 @@ class DockerEngine:
         await self._long(f"stop {own.name}", lambda c: c.stop(own.id, timeout=timeout))
 
     async def kill(self, container: str, signal: str = "SIGKILL", *, deployment: str) -> None:
-        """Sends a signal to a container of the deployment; NotOurs as in `stop`."""
+        """Send a signal to a container of the deployment; NotOurs as in `stop`."""
         own = await self._own(container, deployment)
         await self._change(f"kill {own.name}", lambda c: c.kill(own.id, signal))
 
     async def remove(self, container: str, *, deployment: str, force: bool = False) -> bool:
-        """Removes a container of the deployment; False if it was gone. NotOurs as in `stop`."""
+        """Remove a container of the deployment; False if it was gone. NotOurs as in `stop`."""
         try:
             own = await self._own(container, deployment)
             await self._change(
@@ -239,7 +239,7 @@ class DockerEngine:
         return True
 
     async def wait(self, container: str, *, patience: float = PATIENCE_S) -> int:
-        """Waits until a container has ended; returns its exit code.
+        """Wait until a container has ended; return its exit code.
 
         Survives dropped connections and engine restarts: it looks again.
 
@@ -282,7 +282,7 @@ class DockerEngine:
         since: datetime | None = None,
         patience: float = PATIENCE_S,
     ) -> LogWait:
-        """Waits until a container's output has `text`, the container ends, or time is up.
+        """Wait until a container's output has `text`, the container ends, or time is up.
 
         Args:
             timeout: seconds.
@@ -306,7 +306,7 @@ class DockerEngine:
         return "timeout"
 
     async def aclose(self) -> None:
-        """Cuts all calls under way."""
+        """Cut all calls under way."""
         shared, self._shared = self._shared, None
         if shared:
             await shared[0].aclose()
@@ -332,7 +332,7 @@ class DockerEngine:
             return None
 
     async def _persist(self, look: Callable[[], Awaitable[T | None]], patience: float) -> T:
-        """Looks until there is an answer, through faults that pass."""
+        """Look until there is an answer, through faults that pass."""
         lost_at: float | None = None
         while True:
             try:
@@ -470,7 +470,7 @@ def _appears(chunks: Iterator[bytes], text: bytes) -> bool:
 def _reporter(
     on_progress: Callable[[PullProgress], None] | None,
 ) -> Callable[[PullProgress], None]:
-    """Hands progress from the pull's thread to the event loop, not too often."""
+    """Hand progress from the pull's thread to the event loop, not too often."""
     loop = asyncio.get_running_loop()
     last = 0.0
 

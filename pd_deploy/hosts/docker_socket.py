@@ -74,7 +74,7 @@ class DockerSocket:
             yield stream
 
     async def aclose(self) -> None:
-        """Closes the connections that were opened for `dial-stdio`."""
+        """Close the connections that were opened for `dial-stdio`."""
         for link in self._spares:
             await link.aclose()
 
@@ -128,7 +128,7 @@ class DockerSocket:
             self._streams[link] -= 1
 
     async def _diagnose(self) -> None:
-        """Raises what is wrong with the engine; returns if it answers on the host itself."""
+        """Raise what is wrong with the engine; return if it answers on the host itself."""
         command = shlex.join(["sh", "-c", DIAGNOSE, "sh", self._path])
         async with self._link.session(lambda connection: connection.run(command)) as result:
             verdict = str(result.stdout or "").strip()

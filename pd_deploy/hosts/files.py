@@ -40,7 +40,7 @@ class File:
 
 
 class Files:
-    """Reads and writes over one SFTP session.
+    """The files of a host, read and written over one SFTP session.
 
     Args:
         sftp: the session.
@@ -77,7 +77,7 @@ class Files:
         return True
 
     async def read(self, path: str) -> bytes | None:
-        """A file's content, None if there is none."""
+        """Read a file; None if there is none."""
         async with self._errors(path):
             try:
                 async with self._sftp.open(path, "rb") as file:
@@ -87,14 +87,14 @@ class Files:
                 return None
 
     async def make_dirs(self, paths: Iterable[str], mode: int) -> list[str]:
-        """Creates directories with their parents; returns those that were not there, sorted."""
+        """Create directories with their parents; return those that were not there, sorted."""
         created: list[str] = []
         for path in sorted(set(paths)):
             await self._make_dir(posixpath.normpath(path), mode, created)
         return sorted(created)
 
     async def remove_tree(self, path: str, below: str) -> bool:
-        """Removes what `path` names, if it lies strictly below `below`."""
+        """Remove what `path` names, if it lies strictly below `below`."""
         path = self._inside(path, below)
         async with self._errors(path, 1):
             try:
@@ -249,7 +249,7 @@ def sftp_error(exc: Exception, path: str, where: str) -> PdDeployError:
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Runs them at the same time; the first error stops the others and is raised as it is."""
+    """Run them at the same time; the first error stops the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]

@@ -110,7 +110,7 @@ class Host:
         check: bool = True,
         timeout: float = 60.0,
     ) -> CommandResult:
-        """Runs a command.
+        """Run a command.
 
         Args:
             argv: the command and its arguments; no shell interprets them. Never a secret: others
@@ -142,7 +142,7 @@ class Host:
         return (await self.run(argv)).stdout
 
     async def write_files(self, files: Mapping[str, File], *, dir_mode: int = 0o755) -> list[str]:
-        """Writes the files that differ in content or mode, each atomically.
+        """Write the files that differ in content or mode, each atomically.
 
         Args:
             files: absolute path → file.
@@ -165,16 +165,16 @@ class Host:
         return await self._with_files(lambda remote: remote.read(path))
 
     async def make_dirs(self, paths: Iterable[str], mode: int = 0o755) -> list[str]:
-        """Creates directories with their parents; returns those that did not exist before."""
+        """Create directories with their parents; return those that did not exist before."""
         return await self._with_files(lambda remote: remote.make_dirs(paths, mode))
 
     async def find_files(self, path: str) -> list[str]:
-        """Paths of all files below a directory, sorted; follows no links."""
+        """List all files below a directory by path, sorted; follow no links."""
         done = await self.run(["find", path, "-xdev", "-type", "f", "-print0"], check=False)
         return sorted(done.stdout.split("\0")[:-1])
 
     async def remove_tree(self, path: str, *, below: str) -> bool:
-        """Removes a file or directory that lies strictly below `below`; follows no links.
+        """Remove a file or directory that lies strictly below `below`; follow no links.
 
         Returns:
             False if it did not exist.
@@ -203,7 +203,7 @@ class Host:
             await tunnel.aclose()
 
     async def aclose(self) -> None:
-        """Cuts calls under way and closes the connection."""
+        """Cut calls under way and close the connection."""
         if session := self._sftp[1]:
             session.drop()
         try:
@@ -356,7 +356,7 @@ class Hosts(Mapping[str, Host]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes all hosts; a second cancellation does not leave connections behind."""
+        """Close all hosts; a second cancellation does not leave connections behind."""
         closing = asyncio.gather(*(host.aclose() for host in self.values()))
         await asyncio.shield(closing)
 

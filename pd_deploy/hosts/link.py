@@ -59,14 +59,14 @@ class Link:
     async def session(
         self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
     ) -> AsyncIterator[T]:
-        """Starts a session as `open` does and holds one of the connection's slots for it."""
+        """Start a session as `open` does and hold one of the connection's slots for it."""
         # Before it queues for a slot, so that all who queue learn at once of an unreachable host.
         await self._connection()
         async with self._slots:
             yield await self.open_session(start)
 
     async def open(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
-        """Starts something on the connection.
+        """Start something on the connection.
 
         If the connection turns out to be dead before anything started, it is re-made and the start
         is tried once more.
@@ -88,7 +88,7 @@ class Link:
     async def open_session(
         self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
     ) -> T:
-        """Starts a session as `open` does, without one of the slots that `session` counts."""
+        """Start a session as `open` does, without one of the slots that `session` counts."""
         # sshd counts a session for a moment after it has confirmed its end.
         deadline = time.monotonic() + SESSION_PATIENCE_S
         while True:
@@ -106,7 +106,7 @@ class Link:
         )
 
     async def aclose(self) -> None:
-        """Closes the connection; safe to call twice and while being cancelled."""
+        """Close the connection; safe to call twice and while being cancelled."""
         self._closed = True
         if self._connecting:
             self._connecting.cancel()
@@ -158,7 +158,7 @@ class Link:
         self._connections = []
 
     async def _connect(self) -> asyncssh.SSHClientConnection:
-        """Makes the jump host's connection, if any, then the host's own."""
+        """Make the jump host's connection, if any, then the host's own."""
         self._abandon()
         options = self._login.options(self._where) | self._keys.option()
         try:
@@ -218,7 +218,7 @@ class _NotStarted(Exception):
 
 
 def _retrieve(connecting: "asyncio.Task[asyncssh.SSHClientConnection]") -> None:
-    """Looks at the outcome, as those who waited for it may all be gone."""
+    """Look at the outcome, as those who waited for it may all be gone."""
     if not connecting.cancelled():
         connecting.exception()
 

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 async def in_thread(call: Callable[[], T], name: str) -> T:
-    """Runs a blocking call on its own daemon thread.
+    """Run a blocking call on its own daemon thread.
 
     asyncio's and concurrent.futures' pools join their threads when the process exits, so one call
     that hangs would keep it alive; and a blocked pool would starve the loop that has to forward

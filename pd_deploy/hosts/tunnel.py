@@ -28,15 +28,15 @@ class Writer(Protocol):
     """Where bytes go."""
 
     def write(self, data: bytes, /) -> None:
-        """Queues bytes."""
+        """Queue bytes."""
         ...
 
     async def drain(self) -> None:
-        """Waits until the queue has room."""
+        """Wait until the queue has room."""
         ...
 
     def close(self) -> None:
-        """Ends the stream."""
+        """End the stream."""
         ...
 
 
@@ -63,7 +63,7 @@ class Tunnel:
         """Why the last connection found no far end."""
 
     async def start(self) -> str:
-        """Listens; returns the socket's path."""
+        """Listen; return the socket's path."""
         # mkdtemp makes it 0700: the socket gives root on the host to whoever can connect.
         self._directory = Path(tempfile.mkdtemp(prefix="pd-"))
         path = self._directory / "engine.sock"
@@ -71,7 +71,7 @@ class Tunnel:
         return str(path)
 
     async def aclose(self) -> None:
-        """Cuts all connections and removes the socket; safe to call twice."""
+        """Cut all connections and remove the socket; safe to call twice."""
         if self._server:
             self._server.close()
         for task in self._joined:
