@@ -265,8 +265,10 @@ class Lease:
         changes nothing: nobody takes its lease without reaching it.
         """
         interval = self.lasts / RENEWALS
+        due = time.monotonic()
         while True:
-            await asyncio.sleep(interval)
+            due = max(due + interval, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
             if host.address not in self.numbers:
                 continue
             with contextlib.suppress(TransientError, HostError):
