@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import State, flow
 
 from pd_deploy.config.load import load_deployment
-from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
 from pd_deploy.flows import publish
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
@@ -66,8 +66,18 @@ async def deploy(
             rollout = await plan(session, image, str(run))
             return await publish.dry_run(rollout, chosen)
     async with locked_session(given, str(run), forget=forget or ()) as session:
-        rollout = await plan(session, image, str(run))
+        patience = given.gates.registry if run.scheduled else 0
+        rollout = await plan(session, image, str(run), patience)
         publish.found(rollout)
         if image == NEWEST and not rollout.changes:
             return publish.already_on(rollout)
-        return await roll_out(rollout, run, chosen, on_failure)
+        try:
+            return await roll_out(rollout, run, chosen, on_failure)
+        except PdDeployError as error:
+            # Registries remove builds, this one between two answers: another is the newest now.
+            gone = all(isinstance(fault, ImageNotFound) for fault in faults_of(error))
+            if image != NEWEST or not gone:
+                raise
+        again = await plan(session, image, str(run), patience)
+        publish.found(again)
+        return await roll_out(again, run, chosen, on_failure)

@@ -24,21 +24,22 @@ async def survey_hosts(session: Session) -> list[HostState]:
     return await fan_out(session.barrier, [survey(session, name) for name in session.hosts])
 
 
-async def plan(session: Session, image: str | None, run: str) -> Rollout:
+async def plan(session: Session, image: str | None, run: str, patience: float = 0) -> Rollout:
     """Read everything a plan needs, on all hosts at once, and make it.
 
     Args:
         image: the image that the run names.
         run: the run, and who or what started it.
+        patience: seconds to wait for a registry that is out of order.
     """
     states = await survey_hosts(session)
-    choice = await choose_image.after(*states)(session, states, image)
+    choice = await choose_image.after(*states)(session, states, image, patience)
     reading = [
         device_addresses.after(choice)(session, name) for name in surveying.with_addresses(session)
     ]
     looked_up: list[Any] = await fan_out(
         session.barrier,
-        [resolve_image.after(choice)(session, choice), fan_out(session.barrier, reading)],
+        [resolve_image.after(choice)(session, choice, patience), fan_out(session.barrier, reading)],
     )
     resolved, addresses = looked_up
     planning = make_plan.after(resolved, *addresses)

@@ -303,6 +303,11 @@ class RegistryUnavailable(TransientError):
     """The registry can't be reached, or answers that it is overloaded."""
 
 
+def faults_of(error: Exception) -> Sequence[Exception]:
+    """The faults that an error tells of: those of several steps, or itself."""
+    return error.faults if isinstance(error, SeveralFaults) else [error]
+
+
 def is_transient(exc: BaseException) -> bool:
     """Tell whether a retry may help: the rule for every retry in the project."""
     return isinstance(exc, TransientError)

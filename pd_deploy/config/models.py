@@ -321,12 +321,14 @@ class Gates(Model):
     """How long each wait may last, in seconds.
 
     `lease` is how long a run waits for another one that works on the deployment. `lease_lasts` is
-    how long that run may go without a sign of life before it counts as dead.
+    how long that run may go without a sign of life before it counts as dead. `registry` is how
+    long a scheduled run waits for a registry that is out of order; other runs fail at once.
     """
 
     connect: Seconds = 10
     lease: Seconds = 60  # longer than `lease_lasts`, so that a run outwaits one that died
     lease_lasts: Annotated[int, Field(ge=2, le=3600, strict=True)] = 30
+    registry: Seconds = 600  # registries are down for minutes when they are maintained, at night
     pull: Seconds = 3600  # images have tens of GB
     free: Seconds = 120  # the driver may hold a device for a while after its server ended
     prepare_proxy: Seconds = 900  # nginx may have to be downloaded and built

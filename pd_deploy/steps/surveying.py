@@ -4,9 +4,11 @@ Changes nothing.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from pd_deploy.config.fields import split_image
 from pd_deploy.engines.base import HostFacts, Layout
@@ -16,13 +18,17 @@ from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
 from pd_deploy.records.releases import Choice, History, Release
 from pd_deploy.registry import tags
-from pd_deploy.registry.client import newest, reach
+from pd_deploy.registry.client import Build, newest, reach
 from pd_deploy.registry.repository import repository_of
 from pd_deploy.steps import history
 from pd_deploy.steps.attempt import Attempt
 from pd_deploy.steps.history import HostRecords, Saved
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session, host_accesses
+
+T = TypeVar("T")
+
+ASK_AGAIN_S = 15.0  # a registry that is out of order is not asked more often
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,18 @@ def past_of(states: Iterable[HostState]) -> History:
 
 
 async def choose(
-    session: Session, states: Iterable[HostState], requested_image: str | None
+    session: Session,
+    states: Iterable[HostState],
+    requested_image: str | None,
+    patience: float = 0,
 ) -> Choice:
     """Decide which image a run takes; see `releases.choose`.
 
     `newest` is looked up in the registry by the file's update policy, from here or, where the
     registry can't be reached from here, through the proxy's host.
+
+    Args:
+        patience: seconds to wait for a registry that is out of order.
 
     Raises:
         ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
@@ -124,10 +136,14 @@ async def choose(
         return replace(choice, last_digest=past.last_digest(choice.chosen_image))
     policy, place = tags.policy_of(deployment), repository_of(deployment)
     via = session.host(session.topology.proxy.host)
-    async with reach(place, login=session.registry_login, via=via) as reached:
-        found = await newest(reached, policy, skip=past.record.quarantine)
+
+    async def look_up() -> Build:
+        async with reach(place, login=session.registry_login, via=via) as registry:
+            return await newest(registry, policy, skip=past.record.quarantine)
+
+    build = await _when_in_order(look_up, patience)
     rule = f"the newest build of family {tags.described(policy)} that is not in quarantine"
-    return Choice(f"{deployment.update_repository}:{found.tag}", found.digest, rule)
+    return Choice(f"{deployment.update_repository}:{build.tag}", build.digest, rule)
 
 
 def planned(
@@ -247,11 +263,14 @@ def _reads_addresses(session: Session, name: str) -> bool:
     return bool(devices and session.engine.read_addresses_command(devices))
 
 
-async def resolve_image(session: Session, choice: Choice) -> ResolvedImage:
+async def resolve_image(session: Session, choice: Choice, patience: float = 0) -> ResolvedImage:
     """Look up the digest behind a tag, so that every host runs the same bytes.
 
     It is asked through the proxy's host, because the controller may not reach the registry. With
     `pull: never` it is the id of the image that the hosts have.
+
+    Args:
+        patience: seconds to wait for a registry that is out of order.
 
     Raises:
         ImageNotFound: no such image, or with `pull: never` not on every host.
@@ -261,8 +280,21 @@ async def resolve_image(session: Session, choice: Choice) -> ResolvedImage:
     if deployment.pull == "never":
         return ResolvedImage(choice, await _present_everywhere(session, reference))
     name, _, digest = split_image(reference)
-    digest = digest or choice.digest or await _digest_of(session, choice, reference)
+    if not (digest := digest or choice.digest or ""):
+        digest = await _when_in_order(lambda: _digest_of(session, choice, reference), patience)
     return ResolvedImage(choice, f"{name}@{digest}")
+
+
+async def _when_in_order(ask: Callable[[], Awaitable[T]], patience: float) -> T:
+    """Ask a registry again while it is out of order, for `patience` seconds."""
+    begin = time.monotonic()
+    while True:
+        try:
+            return await ask()
+        except RegistryUnavailable:
+            if time.monotonic() - begin >= patience:
+                raise
+        await asyncio.sleep(ASK_AGAIN_S)
 
 
 async def _digest_of(session: Session, choice: Choice, reference: str) -> str:

@@ -1,5 +1,6 @@
 """On hosts in memory: stages one by one, runs at the same time, the newest image, and the end."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.flows.teardown import teardown
 from pd_deploy.planning.plans import STAGES
+from tests.memory.calls import Moment
 from tests.memory.machine import Faults
 from tests.memory.world import REPOSITORY, ROOT, World
 
@@ -106,6 +108,44 @@ class TestNewest:
         assert world.run(deploy, image="newest").error
         assert world.runs() == before
         assert world.run(deploy).completed
+        world.assert_coherent()
+
+    def test_a_night_waits_for_a_registry_under_maintenance(self, world: World) -> None:
+        assert world.run(deploy).completed
+        image, asked = world.push("20250801_1"), []
+        world.cluster.registry_down = True
+
+        def watch(moment: Moment) -> None:
+            """The registry comes back ten minutes after the night's first question."""
+            if not asked:
+                asked.append(world.cluster.clock.seconds())
+            if world.cluster.clock.seconds() > asked[0] + 590:
+                world.cluster.registry_down = False
+
+        assert world.run(deploy, image="newest", watch=watch).error, "nobody waits at the prompt"
+        asked.clear()
+        night = world.run(deploy, image="newest", watch=watch, due=datetime.now(UTC))
+        assert night.completed, night.error
+        (release,) = {c.config["Image"] for c in world.running().values()}
+        assert release.endswith(world.cluster.registry[image].digest)
+        world.assert_coherent()
+
+    def test_a_build_that_is_removed_before_it_is_pulled_gives_way_to_the_next(
+        self, world: World
+    ) -> None:
+        assert world.run(deploy).completed
+        image, removed = world.push("20250801_1"), world.push("20250801_2")
+        digest = world.cluster.registry[removed].digest
+
+        def watch(moment: Moment) -> None:
+            if moment.what.startswith("pull"):
+                for ref in (removed, f"{REPOSITORY}@{digest}"):
+                    world.cluster.registry.pop(ref, None)
+
+        night = world.run(deploy, image="newest", watch=watch)
+        assert night.completed, night.error
+        (release,) = {c.config["Image"] for c in world.running().values()}
+        assert release.endswith(world.cluster.registry[image].digest)
         world.assert_coherent()
 
 
