@@ -1,1 +1,1 @@
-"""`make bench`: what the control plane itself costs, by part, measured on a lab of its own."""
+"""`make bench`: measure the control plane's own time, by part, on a lab of its own."""

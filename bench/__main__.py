@@ -1,7 +1,7 @@
-"""`python -m bench`: bring a 3P1D up on a lab several times; how long took what.
+"""`python -m bench`: bring up a 3P1D on a lab several times, and print how long each part took.
 
-The control plane's own cost is the time of the flow run without the time in which only the engine
-was awaited. Everything that is started is taken down again.
+The control plane's own time is that of the flow run, less the time spent waiting for the engine
+alone. Everything that is started is taken down again.
 """
 
 import argparse
@@ -17,23 +17,23 @@ from bench.service import Upgrade, on_lab
 from bench.timeline import Measured
 from pd_deploy.lab import LabError
 
-EXPECTED_S = 8.0
-EXPECTED_REST_S = 3.0
+EXPECTED_S = 8.0  # own time of a run on clean hosts, on 2 idle cores
+EXPECTED_REST_S = 3.0  # downtime of an upgrade besides the engine's load time
 EXPECTED = f"expected on clean hosts: {EXPECTED_S:g} or less"
 ENGINE_MEANS = "from Docker's start of the last server to the last 200 on /health"
 MEANING = {
-    "connect": "log in; what was deployed before",
+    "connect": "log in, and read what was deployed before",
     "lock": "the lease on both hosts",
     "survey": "facts, containers, device addresses, image digest",
     "preflight": "paths, disk, devices and ports of both hosts",
     "image present": "look for the image",
-    "clean up": "look for what must stop first; devices and ports are free",
+    "clean up": "look for what must stop first; wait for devices and ports",
     "launch": "directories, start scripts, containers",
     "ranktable": "ranktable documents",
     "start": "decode, prefills and proxy, until the last server is started",
     "ready": "notice that all servers are ready",
     "open proxy": "let nginx open its port",
-    "smoke test": "completions through the proxy, and where their KV came from",
+    "smoke test": "completions through the proxy, and proof that KV was transferred",
     "promote": "record it, remove old generations",
     "between steps": "Prefect: task states, report, artifacts",
 }
@@ -50,7 +50,7 @@ class Result:
 
 
 def bench(runs: int) -> Result:
-    """Measures runs on clean hosts, each followed by one that finds nothing to do."""
+    """Measure runs on clean hosts, each followed by one that finds nothing to do."""
     _say("starting a lab and a Prefect server (a minute or two the first time)")
     with on_lab() as service:
         first = service.bring_up()
@@ -69,7 +69,7 @@ def bench(runs: int) -> Result:
 
 
 def table(result: Result) -> str:
-    """The result for people."""
+    """Format the result as a table for people."""
     own = statistics.median(run.own for run in result.runs)
     verdict = "met" if own <= EXPECTED_S else "MISSED"
     rows = [
@@ -89,16 +89,16 @@ def table(result: Result) -> str:
             "",
             *_upgrades(result.upgrades),
             "",
-            f"Before that the image was pulled onto both hosts at once, in {result.pull:.1f} s.",
-            "`run again` finds everything as it should be, changes nothing and proves the service.",
-            "A moment counts for the earliest step under way on any host: the parts add up to the",
-            "control plane's own time. Python's start and the import of Prefect come before.",
+            f"The image was pulled to both hosts beforehand, in {result.pull:.1f} s.",
+            "`run again` finds nothing to change, and proves the service.",
+            "Each moment counts for the earliest step under way on any host, so the parts add up",
+            "to the control plane's own time, without starting Python and importing Prefect.",
         ]
     )
 
 
 def as_json(result: Result) -> str:
-    """The result for programs, each run by itself; seconds."""
+    """Format the result for programs: each run by itself, in seconds."""
     return json.dumps(
         {
             "expected_own": EXPECTED_S,
@@ -106,19 +106,19 @@ def as_json(result: Result) -> str:
             "pull": result.pull,
             "runs": [dataclasses.asdict(run) | {"own": run.own} for run in result.runs],
             "again": [dataclasses.asdict(run) for run in result.again],
-            "upgrades": [dataclasses.asdict(one) for one in result.upgrades],
+            "upgrades": [dataclasses.asdict(upgrade) for upgrade in result.upgrades],
         },
         indent=2,
     )
 
 
 def main() -> int:
-    """The command; 0 when all runs went well."""
+    """Run the command; return 0 if all runs went well."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--runs", type=_at_least_one, default=3, help="how many (default 3)")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--runs", type=_at_least_one, default=3, help="how often (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     options = parser.parse_args()
-    # So that a polite kill takes the lab down as well.
+    # Take the lab down on SIGTERM as well.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = bench(options.runs)
@@ -126,20 +126,20 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench: interrupted; the lab is gone", file=sys.stderr)
+        print("bench: interrupted; the lab was taken down", file=sys.stderr)
         return 130
     print(as_json(result) if options.json else f"\n{table(result)}")
     return 0
 
 
 def _upgrades(upgrades: list[Upgrade]) -> list[str]:
-    down = statistics.median(one.down for one in upgrades)
-    rest = statistics.median(one.down - one.load for one in upgrades)
+    down = statistics.median(upgrade.down for upgrade in upgrades)
+    rest = statistics.median(upgrade.down - upgrade.load for upgrade in upgrades)
     verdict = "met" if rest <= EXPECTED_REST_S else "MISSED"
     return [
-        f"An upgrade, as a client that keeps asking sees it: {down:.1f} s without a completion, "
-        f"{rest:.1f} s",
-        f"besides the engine's load time (expected: {EXPECTED_REST_S:g} or less: {verdict}).",
+        f"During an upgrade, a client that keeps asking gets no completion for {down:.1f} s, of "
+        f"which {rest:.1f} s",
+        f"are not the engine's load time (expected: {EXPECTED_REST_S:g} or less: {verdict}).",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A client that keeps asking: how long was nobody served."""
+"""A client that keeps asking, and measures how long it gets no completion."""
 
 import threading
 import time
@@ -6,11 +6,11 @@ from typing import Self
 
 import httpx
 
-TIMEOUT_S = 10
+TIMEOUT_S = 10  # a completion takes milliseconds; during a cut-over the port refuses at once
 
 
 def completes(url: str, model: str = "qwen") -> bool:
-    """Whether the service at `url` (`http://host:port`) answers a request with a completion."""
+    """Tell whether the service at `url` (`http://host:port`) answers with a completion."""
     body = {"model": model, "max_tokens": 5, "prompt": "hello"}
     try:
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S, trust_env=False)
@@ -20,7 +20,7 @@ def completes(url: str, model: str = "qwen") -> bool:
 
 
 class Client:
-    """Asks for completions, one after the other.
+    """A client that asks for completions, one after the other.
 
     Attributes:
         gap: the longest time, in s, from the last completion before a failure to the first after.
@@ -45,7 +45,7 @@ class Client:
         self._thread.join()
 
     def served_again(self) -> bool:
-        """Waits a moment for a completion after a failure; whether there was one."""
+        """Wait for a completion after a failure; tell whether there was one."""
         return self._again.wait(TIMEOUT_S)
 
     def _ask(self) -> None:

@@ -1,4 +1,4 @@
-"""The documented 3P1D on a lab, deployed by the flow, with a Prefect server of its own."""
+"""The documented 3P1D on a lab, deployed by the flow and recorded by its own Prefect server."""
 
 import os
 import socket
@@ -31,16 +31,16 @@ BIN = Path(sys.executable).parent
 NAME = "pdbench"
 SUBNET = "10.80.0.0/24"
 BLOCK = "bench-ssh"
-POLL_S = 0.05
-RECORDS_TIMEOUT_S = 20
+POLL_S = 0.05  # the precision of what is measured, in s
+RECORDS_TIMEOUT_S = 20  # Prefect writes task runs in batches, a few seconds late
 CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 STARTED = '{{index .Config.Labels "pd-deploy.role"}} {{.State.StartedAt}}'
 
 
 @dataclass(frozen=True)
 class Upgrade:
-    """What an upgrade cost, in s: the client's time without a completion, and of it the time from
-    Docker's start of the last server until all were ready."""
+    """What an upgrade cost, in s: `down`, the client's time without a completion, and `load`, its
+    part from Docker's start of the last server until all were ready."""
 
     down: float
     load: float
@@ -82,7 +82,7 @@ class Service:
         self._processes.stop_all()
 
     def clean(self) -> None:
-        """Removes the service from the hosts; the image stays."""
+        """Remove the service from the hosts, except the image."""
         for host in self._lab.hosts.values():
             ids = host.run(CONTAINERS).stdout.split()
             if ids:
@@ -90,19 +90,19 @@ class Service:
             host.run(["rm", "-rf", "/var/lib/pd-deploy", "/data/log_path"])
 
     def bring_up(self) -> Measured:
-        """Runs the flow on clean hosts."""
+        """Run the flow on clean hosts."""
         with _Watch(self._health_urls()) as watch:
             self._run("pd-deploy", "deploy", self._file)
             ready = watch.all_answered()
         return measure(*self._records(), Span(self._last_start(), ready))
 
     def run_again(self) -> Measured:
-        """Runs the flow on a service that is as it should be."""
+        """Run the flow on a service that needs no change."""
         self._run("pd-deploy", "deploy", self._file)
         return measure(*self._records(), None)
 
     def upgrade(self, number: int) -> Upgrade:
-        """Runs the flow on a changed file while a client keeps asking."""
+        """Run the flow on a changed file while a client keeps asking."""
         document = yaml.safe_load(Path(self._file).read_text())
         document["settings"] = {"all": {"environment": {"BENCH": str(number)}}}
         Path(self._file).write_text(yaml.safe_dump(document))
@@ -130,7 +130,7 @@ class Service:
         return [f"http://{server}/health" for pod in built.pods for server in pod.servers]
 
     def _last_start(self) -> datetime:
-        """When Docker started the last server."""
+        """Return when Docker started the last server."""
         starts = []
         for host in self._lab.hosts.values():
             ids = host.run(CONTAINERS).stdout.split()
@@ -141,13 +141,13 @@ class Service:
         return max(starts)
 
     def _records(self) -> tuple[Span, list[tuple[str, Span]]]:
-        """The last flow run and its task runs, as Prefect's API has them."""
+        """Read the last flow run and its task runs from Prefect's API."""
         run = self._ask("flow_runs", {"sort": "START_TIME_DESC", "limit": 1})[0]
-        wanted = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+        of_the_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
         deadline = time.monotonic() + RECORDS_TIMEOUT_S
         while True:
-            # Task runs are recorded from events, which come in some time after the run's end.
-            tasks = self._ask("task_runs", wanted)
+            # Prefect records task runs from events, some of which arrive after the run's end.
+            tasks = self._ask("task_runs", of_the_run)
             if all(task["end_time"] for task in tasks) and any(
                 task["name"].startswith("smoke test") for task in tasks
             ):
@@ -155,19 +155,19 @@ class Service:
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"expected all task runs of {run['name']} to be recorded as ended within "
-                    f"{RECORDS_TIMEOUT_S} s, found {len(tasks)} of which not all are"
+                    f"{RECORDS_TIMEOUT_S} s, found {len(tasks)}, not all of them ended"
                 )
             time.sleep(POLL_S)
 
-    def _ask(self, what: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        answer = httpx.post(f"{self._api}/{what}/filter", json=body, trust_env=False, timeout=30)
-        found: list[dict[str, Any]] = answer.raise_for_status().json()
-        return found
+    def _ask(self, kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        answer = httpx.post(f"{self._api}/{kind}/filter", json=body, trust_env=False, timeout=30)
+        objects: list[dict[str, Any]] = answer.raise_for_status().json()
+        return objects
 
 
 @contextmanager
 def on_lab() -> Iterator[Service]:
-    """The service on a lab of its own; both are gone afterwards, whatever happened."""
+    """Give the service on a lab of its own; take both down afterwards in any case."""
     try:
         lab = Lab.up(NAME, SUBNET)
         with TemporaryDirectory(prefix="pd-bench-") as path, Service(lab, Path(path)) as service:
@@ -178,7 +178,7 @@ def on_lab() -> Iterator[Service]:
 
 
 class _Watch:
-    """Asks health endpoints, from the side of the engine, until each has answered once."""
+    """A watch on the servers' health endpoints, independent of the flow."""
 
     def __init__(self, urls: list[str]) -> None:
         self._left = list(urls)
@@ -195,9 +195,9 @@ class _Watch:
         self._thread.join()
 
     def all_answered(self) -> datetime:
-        """When the last of them answered for the first time."""
+        """Return when the last of them answered for the first time."""
         if self._left or self._last is None:
-            raise RuntimeError(f"expected a run that made all ready, but not {self._left}")
+            raise RuntimeError(f"expected all servers to be ready, found some not: {self._left}")
         return self._last
 
     def _watch(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a flow run went (pure)."""
+"""Which part of a flow run took how long. Pure."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class Span:
         return (self.end - self.start) / timedelta(seconds=1)
 
     def covers(self, moment: datetime) -> bool:
-        """Whether a moment lies in it."""
+        """Tell whether a moment lies in it."""
         return self.start <= moment < self.end
 
 
@@ -72,15 +72,15 @@ class Measured:
 
     @property
     def own(self) -> float:
-        """What the control plane itself cost."""
+        """The control plane's own time."""
         return self.wall - self.engine
 
 
 def part_of(task_run: str) -> str:
-    """The part of the run that a task run belongs to, by its name.
+    """Return the part of the run that a task run of that name belongs to.
 
     Raises:
-        ValueError: no part is known for it.
+        ValueError: `PARTS` has none for it.
     """
     for words, part in PARTS.items():
         if task_run.startswith(words):
@@ -89,10 +89,11 @@ def part_of(task_run: str) -> str:
 
 
 def measure(flow_run: Span, tasks: Sequence[tuple[str, Span]], engine: Span | None) -> Measured:
-    """Divides a flow run: every moment of it goes to exactly one part.
+    """Divide a flow run: count each moment for exactly one part.
 
-    While the engine loads it goes to the engine. Else to the earliest step of the runbook that is
-    still under way on any host: that one holds up the rest. Else to the time between steps.
+    While the engine loads, a moment counts for the engine; otherwise for the earliest step of the
+    runbook that is under way on any host, because the rest waits for it; otherwise for the time
+    between steps.
 
     Args:
         flow_run: from its start to its end.

@@ -1,1 +1,1 @@
-"""`make demo`: the main job from nothing to a verified completion, on the lab."""
+"""`make demo`: a whole deployment on the lab, from nothing to a verified completion."""

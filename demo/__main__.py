@@ -39,24 +39,24 @@ processes = Processes(HOME)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Holds off another demo of this checkout.
+    """Keep other demos of this checkout from running at the same time.
 
     Raises:
-        RuntimeError: another one is at work.
+        RuntimeError: another one is running.
     """
     with Path(__file__).open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RuntimeError("another one is at work here; wait until it ends") from error
+            raise RuntimeError("another demo is running here; wait until it ends") from error
         yield
 
 
 def up(deployment: str, *prepare: str) -> int:
-    """Everything up, the deployment run, its result; 0 when it completed.
+    """Start the lab, Prefect and a worker, run the deployment; return 0 if it completed.
 
     Args:
-        prepare: a command that the deployment needs once the lab is up.
+        prepare: a command to run before the deployment, once the lab is up.
     """
     if not processes.running("server"):
         host, port = "127.0.0.1", str(PORT)
@@ -66,6 +66,7 @@ def up(deployment: str, *prepare: str) -> int:
     run("pd-deploy", "lab", "up")
     if prepare:
         run(*prepare)
+    # The first start also creates the server's database; a busy machine needs a minute for it.
     processes.until("server", answers, 120)
     run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite", quiet=True)
     if not processes.running("worker"):
@@ -79,23 +80,23 @@ def up(deployment: str, *prepare: str) -> int:
         raise RuntimeError(f"expected the id of a flow run, found:\n{output}")
     followed = subprocess.run(["pd-deploy", "follow", flow_run[0]], env=ENV, check=False)
     print(f"\nLook around: http://127.0.0.1:{PORT}/runs/flow-run/{flow_run[0]}")
-    print("Again: the same command      Remove everything: make demo-down")
+    print("Run again: the same command      Remove everything: make demo-down")
     return followed.returncode
 
 
 def down() -> int:
-    """Everything gone but the lab's cache of Debian packages and images."""
+    """Remove everything, except the lab's cache of Debian packages and images."""
     ended = processes.stop_all()
     if ended:
         print(f"stopped Prefect {' and '.join(ended)}")
     run("pd-deploy", "lab", "down")
     shutil.rmtree(HOME, ignore_errors=True)
-    print("kept: packages and images for the next time; `pd-deploy lab down --purge` removes them")
+    print("kept packages and images for the next time; `pd-deploy lab down --purge` removes them")
     return 0
 
 
 def run(*argv: str, quiet: bool = False) -> str:
-    """Shows and runs a command; returns what it printed if `quiet`."""
+    """Print and run a command; if `quiet`, return its output instead of showing it."""
     print(f"$ {shlex.join(argv)}", flush=True)
     pipe, both = (subprocess.PIPE, subprocess.STDOUT) if quiet else (None, None)
     done = subprocess.run(
@@ -114,7 +115,7 @@ def run(*argv: str, quiet: bool = False) -> str:
 
 
 def answers() -> bool:
-    """Whether the Prefect server is up."""
+    """Tell whether the Prefect server is up."""
     try:
         with urllib.request.urlopen(f"{API}/health", timeout=2) as answer:  # noqa: S310
             return bool(answer.status == 200)
@@ -123,19 +124,19 @@ def answers() -> bool:
 
 
 def main() -> int:
-    """The command; what a failed or interrupted start left is taken down again."""
+    """Run the command; take down what a failed or interrupted start left."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("verb", choices=["up", "vllm", "down"])
     parser.add_argument("--prefills", type=int, choices=[1, 3], default=3)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     fresh = False
     try:
         with alone():
             fresh = not processes.running("server")
-            if given.verb == "down":
+            if arguments.verb == "down":
                 return down()
-            if given.verb == "vllm":
-                return up(f"lab-vllm-{given.prefills}p1d", "pd-deploy", "lab", "vllm")
+            if arguments.verb == "vllm":
+                return up(f"lab-vllm-{arguments.prefills}p1d", "pd-deploy", "lab", "vllm")
             return up("lab-qwq-3p1d")
     except (RuntimeError, KeyboardInterrupt) as error:
         print(f"demo: {str(error) or 'interrupted'}", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""What this machine must be for the lab. Runs before anything is installed: standard library only.
+"""What the lab requires of this machine. Runs before anything is installed: only the standard
+library is imported.
 
-Exits with 1 and one message that names everything that is missing.
+Exits with 1 and one message that lists everything that is missing.
 """
 
 import os
@@ -13,24 +14,24 @@ PORT = int(os.environ.get("PD_DEMO_PORT", "4200"))
 
 
 def missing(*, port: int | None) -> list[str]:
-    """What is missing, in words; empty when all is there.
+    """List what is missing, for people to read.
 
     Args:
-        port: where the Prefect server is to listen, if one is to be started.
+        port: the Prefect server's port, if one is to be started.
     """
-    found = []
+    lacking = []
     if sys.version_info[:2] != (3, 11):
-        found.append(f"Python 3.11 (found {sys.version.split()[0]})")
+        lacking.append(f"Python 3.11 (found {sys.version.split()[0]})")
     if os.geteuid() != 0:
-        found.append("root, for network namespaces and Docker engines (try: sudo make ...)")
+        lacking.append("root, for network namespaces and Docker engines (try: sudo make ...)")
     if not shutil.which("apt-get") or not Path("/etc/debian_version").exists():
-        found.append("Debian 12 (the lab's hosts and image are made of its packages)")
+        lacking.append("Debian 12 (the lab's hosts and image are made of its packages)")
     if port is not None and not _free(port):
-        found.append(
-            f"a free TCP port {port} for the Prefect server (something else listens there; "
-            "choose another with PD_DEMO_PORT=...)"
+        lacking.append(
+            f"a free TCP port {port} for the Prefect server (another program listens there; "
+            "choose another port with PD_DEMO_PORT=...)"
         )
-    return found
+    return lacking
 
 
 def _free(port: int) -> bool:

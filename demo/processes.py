@@ -1,4 +1,4 @@
-"""Background processes that outlive the command that started them, found again by their record."""
+"""Background processes that outlive the command that started them, and are recorded in a file."""
 
 import json
 import os
@@ -8,24 +8,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-STOP_TIMEOUT_S = 20
+STOP_TIMEOUT_S = 20  # a worker ends its flow run first
 POLL_S = 0.1
 
 
 class Processes:
-    """Processes of the demo, recorded with pid and start time so that no other is ever ended."""
+    """Processes of the demo, recorded by pid and start time so that no other is ever ended."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._record = directory / "processes.json"
 
     def running(self, name: str) -> bool:
-        """Whether the process of that name lives."""
+        """Tell whether the process of that name is alive."""
         pid, started = self._read().get(name, (0, ""))
         return bool(pid) and _started(pid) == started
 
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Starts a process in a session of its own, with a log file of its name."""
+        """Start a process in a session of its own, with a log file of its name."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         with (self._directory / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -39,7 +39,7 @@ class Processes:
         self._write(self._read() | {name: (process.pid, _started(process.pid))})
 
     def stop_all(self) -> list[str]:
-        """Ends all of them, each with its children; returns the names of those that lived."""
+        """End all of them, each with its children; return the names of those that were alive."""
         alive = [name for name in self._read() if self.running(name)]
         for name in reversed(alive):
             self._stop(name)
@@ -47,10 +47,10 @@ class Processes:
         return alive
 
     def until(self, name: str, condition: Callable[[], bool], timeout: float) -> None:
-        """Waits for a condition while a process lives.
+        """Wait for a condition while a process is alive.
 
         Raises:
-            RuntimeError: it ended, or the time is over; with the last lines of its log.
+            RuntimeError: the process ended, or the wait timed out; has the last lines of its log.
         """
         deadline = time.monotonic() + timeout
         while not condition():
@@ -86,7 +86,7 @@ class Processes:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in clock ticks since boot; empty if it is gone or a zombie."""
+    """Return when a process started, in clock ticks since boot; "" if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,8 +1,8 @@
 """Two simulated hosts on this machine, each with a real SSH server and a real Docker engine.
 
 A lab is a switch (which also runs the registry) and the hosts ``a`` and ``b``. Each of the three
-is one set of Linux namespaces with a root file system of its own; nothing of it touches the
-machine's own SSH server, Docker engine, firewall or files outside the lab's two directories.
+is one set of Linux namespaces with its own root file system. None of them touches the machine's own
+SSH server, Docker engine, firewall, or files outside the lab's two directories.
 """
 
 from pd_deploy.lab.errors import LabError

@@ -1,4 +1,4 @@
-"""A box: one set of namespaces with a root file system of its own, alive as long as its init."""
+"""A box: one set of namespaces with its own root file system, alive as long as its init process."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ class Box(BaseModel):
         """
         init = recorded_init(self.directory)
         if init is None:
-            raise LabError(f"{self.name} is off; `lab down` and `lab up` make a new lab")
+            raise LabError(f"{self.name} is off: run `pd-deploy lab down`, then `pd-deploy lab up`")
         return init.pid
 
     @property
@@ -69,7 +69,7 @@ class Box(BaseModel):
         return recorded_init(self.directory) is not None
 
     def path(self, inside: str) -> Path:
-        """Where the machine finds a path of the box."""
+        """Return where the machine finds a path of the box."""
         return Path(f"/proc/{self.init_pid}/root") / inside.lstrip("/")
 
     def start(self) -> "Starting":
@@ -87,7 +87,7 @@ class Box(BaseModel):
         return Starting(self, process)
 
     def command(self, argv: Sequence[str]) -> list[str]:
-        """The machine's command that runs ``argv`` in the box, and ends it when it is ended."""
+        """Return the machine's command that runs ``argv`` in the box; ending it ends ``argv``."""
         enter = ["nsenter", "--target", str(self.init_pid)]
         return [*enter, "-m", "-n", "-u", "-i", "-p", "setpriv", "--pdeathsig", "KILL", *argv]
 
@@ -100,10 +100,10 @@ class Box(BaseModel):
         env: dict[str, str] | None = None,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in the box as its root, with a bare environment plus ``env``.
+        """Run a command in the box as its root, in a minimal environment plus ``env``.
 
         Raises:
-            LabError: the box is off, or with ``check`` the command failed.
+            LabError: the box is off, or the command failed and ``check`` is set.
             subprocess.TimeoutExpired: it took longer than ``timeout`` seconds (it is ended).
         """
         stdin = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
@@ -117,9 +117,9 @@ class Box(BaseModel):
             timeout=timeout,
         )
         if check and done.returncode:
-            said = (done.stderr or done.stdout).strip()
+            output = (done.stderr or done.stdout).strip()
             raise LabError(
-                f"{self.name}: `{' '.join(argv)}` failed (exit {done.returncode}): {said}"
+                f"{self.name}: `{' '.join(argv)}` failed (exit {done.returncode}): {output}"
             )
         return done
 
@@ -137,7 +137,7 @@ class Box(BaseModel):
         )
 
     def start_daemon(self, argv: Sequence[str], log: str) -> None:
-        """Start a daemon in the box, its output going to the file ``log`` in the box."""
+        """Start a daemon in the box; append its output to the box's file ``log``."""
         script = 'log=$1; shift; exec "$@" >>"$log" 2>&1'
         detach = ["setsid", "--fork", "sh", "-c", script, "sh", log, *argv]
         # Without the death signal: a daemon outlives the process that started it.
@@ -152,7 +152,7 @@ class Box(BaseModel):
         )
 
     def kill(self) -> bool:
-        """End everything in the box at once, as a power failure does; False when it was off."""
+        """End everything in the box at once, like a power failure; return False if it was off."""
         return kill_recorded(self.directory)
 
     def _boot_environment(self) -> dict[str, str]:
@@ -179,7 +179,7 @@ class Starting:
         started = start_time(self.pid)
         if started is None:
             raise self._failed()
-        # Recorded before it goes on: from here on whoever finds the record can end it.
+        # Recorded before it goes on: from now on, any process can read the record and end it.
         init = Init(pid=self.pid, started=started)
         (box.directory / "init.json").write_text(init.model_dump_json())
 
@@ -187,7 +187,7 @@ class Starting:
         """Tell the box that its link is plugged in, and wait until it is up.
 
         Raises:
-            LabError: its start failed; the message holds what its start script said.
+            LabError: the box did not start; the message has the output of its start script.
         """
         stdin: IO[str] | None = self._process.stdin
         assert stdin is not None
@@ -205,20 +205,20 @@ class Starting:
         return line
 
     def _failed(self) -> LabError:
-        said = (self._box.directory / "boot.log").read_text().strip()
-        return LabError(f"{self._box.name} did not start: {said or 'no message'}")
+        output = (self._box.directory / "boot.log").read_text().strip()
+        return LabError(f"{self._box.name} did not start: {output or 'no message'}")
 
 
 def hardware_address(address: str) -> str:
-    """The MAC address that belongs to an IPv4 address (with prefix length).
+    """Derive a MAC address from an IPv4 address (with prefix length).
 
-    A box keeps it from one boot to the next, as a real host does: its neighbours remember it.
+    A box has the same one after each boot, as a real host does: its neighbours cache it.
     """
     return ":".join(["02", "00", *(f"{byte:02x}" for byte in IPv4Interface(address).packed)])
 
 
 def recorded_init(directory: Path) -> Init | None:
-    """The living init recorded in a box's directory, if any."""
+    """Read the init recorded in a box's directory; return None unless it is alive."""
     try:
         init = Init.model_validate_json((directory / "init.json").read_bytes())
     except (FileNotFoundError, ValueError):
@@ -227,7 +227,7 @@ def recorded_init(directory: Path) -> Init | None:
 
 
 def kill_recorded(directory: Path) -> bool:
-    """End the init recorded in a box's directory and with it the box; False when it was off."""
+    """End the init recorded in a box's directory, and so the box; return False if it was off."""
     init = recorded_init(directory)
     if init is None:
         return False

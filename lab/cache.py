@@ -1,4 +1,4 @@
-"""What is made once and used by every lab: the hosts' root file system and the image's base."""
+"""What all labs share: the hosts' root file system and the image's base, made once."""
 
 import fcntl
 import gzip
@@ -18,8 +18,8 @@ from pd_deploy.lab.system import clean_environment, remove_tree
 
 CACHE = Path("/var/cache/pd-deploy-lab")
 SUITE = "bookworm"
-# mmdebstrap's processes ignore polite signals and make mounts: in namespaces of their own they
-# all end, mounts included, when the process that started them ends or kills the first of them.
+# mmdebstrap's processes ignore SIGTERM and make mounts. In namespaces of their own they all end,
+# and their mounts go, when the process that started them ends or kills the first of them.
 CONFINED = (
     *("setpriv", "--pdeathsig", "KILL"),
     *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
@@ -38,12 +38,12 @@ HOST_PACKAGES = (
     "tini",
     "tzdata",
 )
-# What nobody reads on a simulated host costs time to unpack, there and at every image pull.
+# Nobody reads these on a simulated host, and unpacking them takes time at every image pull.
 SLIM = tuple(
     f"--dpkgopt=path-exclude=/usr/share/{unread}/*" for unread in ("doc", "info", "locale", "man")
 )
-# A locked password (!) would also shut out keys, because sshd runs without PAM; `*` does not.
-# Host keys are each host's own.
+# A locked password (!) would also refuse keys, because sshd runs without PAM; `*` does not.
+# Host keys are removed because each host gets its own.
 HOST_SETUP = """
 chroot "$1" useradd --create-home --shell /bin/bash --uid 1000 -p '*' --groups docker deployer
 chroot "$1" useradd --create-home --shell /bin/bash --uid 1001 -p '*' nodocker
@@ -62,7 +62,7 @@ class Base(BaseModel):
 
 
 class Cached(BaseModel):
-    """What the cache holds for one version of the package lists."""
+    """The cache's contents for one version of the package lists."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -73,7 +73,7 @@ class Cached(BaseModel):
 
 
 def prepare(image_packages: Sequence[str], say: Callable[[str], None]) -> Cached:
-    """Make what is missing of the cache, both parts at the same time.
+    """Make the parts that are missing in the cache, both at the same time.
 
     Raises:
         LabError: a part could not be made; the message names its log.
@@ -130,16 +130,16 @@ def _layer(base: Path) -> Layer:
 
 
 @contextmanager
-def locked(what: str) -> Iterator[None]:
-    """Let one process at a time do ``what``: start or stop one lab, or make the cache."""
+def locked(name: str) -> Iterator[None]:
+    """Let only one process at a time hold the lock of that name: of a lab, or of the cache."""
     CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (CACHE / f"{what}.lock").open("w") as lock:
+    with (CACHE / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def purge() -> bool:
-    """Delete the cache; False when there was none."""
+    """Delete the cache; return False if there was none."""
     return remove_tree(CACHE)
 
 
@@ -181,7 +181,7 @@ def _work_directory() -> Iterator[Path]:
     for remains in CACHE.glob("work-*"):
         remove_tree(remains)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=CACHE))
-    # The root's own processes (its apt user) have to get into it.
+    # The apt user inside the new root has to enter it.
     work.chmod(0o711)
     try:
         yield work
@@ -222,5 +222,5 @@ def _with_nginx(tar: Path, directory: Path) -> None:
 
 
 def key(*parts: str) -> str:
-    """A short name for whatever is made from these texts."""
+    """Return a short name for what is made from these texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""`pd-deploy lab`: two simulated hosts to try pd-deploy on."""
+"""`pd-deploy lab`: two simulated hosts on which to try pd-deploy."""
 
 import json
 import os
@@ -22,23 +22,23 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Two simulated NPU hosts on this machine, to try pd-deploy on without hardware.",
+    help="Simulate two NPU hosts on this machine, to try pd-deploy without hardware.",
 )
-Name = Annotated[str, typer.Option(help="Which lab; several can run side by side.")]
-Host = Annotated[str, typer.Argument(help="a or b.", metavar="HOST")]
+Name = Annotated[str, typer.Option(help="The lab's name; several can run side by side.")]
+Host = Annotated[str, typer.Argument(help="The host: a or b.", metavar="HOST")]
 
 
 @app.command()
 def up(
     name: Name = DEFAULT_NAME,
     subnet: Annotated[
-        str, typer.Option(help="Network of the lab: registry .1, hosts .11 and .12.")
+        str, typer.Option(help="The lab's network; the registry gets .1, the hosts .11 and .12.")
     ] = DEFAULT_SUBNET,
 ) -> None:
     """Start the lab: hosts a and b with SSH and Docker, and a registry with the stand-in image.
 
-    Needs root. The first time takes a minute or two (Debian packages are fetched once). A lab
-    that is up already is left as it is; the remains of a broken one are removed first.
+    Needs root. The first start takes a minute or two, because it downloads Debian packages. A lab
+    that is already up is kept; what is left of a broken one is removed first.
     """
     with _plain_errors():
         _print_access(Lab.up(name, subnet, say=_say))
@@ -48,8 +48,8 @@ def up(
 def vllm(name: Name = DEFAULT_NAME) -> None:
     """Prepare a running lab for vLLM itself, on this machine's CPUs.
 
-    Installs vLLM and vllm-router into a directory of their own (once, about 3 GB), makes a model
-    of 200 KB, and pushes the image that they run in to the lab's registry.
+    The first time, this installs vLLM and vllm-router in a directory of their own (about 3 GB) and
+    makes a model of 200 KB. It pushes the image that they run in to the lab's registry.
     """
     with _plain_errors():
         lab = Lab.load(name)
@@ -64,22 +64,22 @@ def vllm(name: Name = DEFAULT_NAME) -> None:
 def down(
     name: Name = DEFAULT_NAME,
     purge: Annotated[
-        bool, typer.Option(help="Also delete the cache that makes the next start quick.")
+        bool, typer.Option(help="Also delete the cache, which makes the next start fast.")
     ] = False,
 ) -> None:
-    """Stop the lab and remove everything of it from this machine, but for the cache."""
+    """Stop the lab, and remove everything of it from this machine except the cache."""
     with _plain_errors():
         removed = take_down(name, say=_say)
         if purge and purge_cache():
             _say(f"removed {cache.CACHE}")
         elif not removed:
-            _say(f"there is no lab {name}: nothing to remove")
+            _say(f"there is no lab {name}; nothing to remove")
 
 
 @app.command()
 def status(
     name: Name = DEFAULT_NAME,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Show the hosts and whether their SSH servers and Docker engines answer."""
     with _plain_errors():
@@ -99,10 +99,12 @@ def status(
 @app.command("exec", context_settings={"allow_interspersed_args": False})
 def exec_(
     host: Host,
-    command: Annotated[list[str], typer.Argument(help="What to run, after --.", metavar="CMD…")],
+    command: Annotated[
+        list[str], typer.Argument(help="The command and its arguments, after --.", metavar="CMD…")
+    ],
     name: Name = DEFAULT_NAME,
 ) -> None:
-    """Run a command inside a host as root, without SSH: `lab exec a -- docker ps`."""
+    """Run a command on a host as root, without SSH: `pd-deploy lab exec a -- docker ps`."""
     with _plain_errors():
         argv = _host(name, host).box.command(command)
     environment = {**INSIDE_ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb")}
@@ -111,7 +113,7 @@ def exec_(
 
 @app.command()
 def cut(host: Host, name: Name = DEFAULT_NAME) -> None:
-    """Unplug a host's network cable: what runs there goes on, but nobody reaches it."""
+    """Unplug a host's network cable: its processes keep running, but can't be reached."""
     with _plain_errors():
         _host(name, host).cut()
 
@@ -126,7 +128,7 @@ def mend(host: Host, name: Name = DEFAULT_NAME) -> None:
 def _host(name: str, host: str) -> LabHost:
     hosts = Lab.load(name).hosts
     if host not in hosts:
-        raise LabError(f"lab {name} has no host {host!r}: choose one of {', '.join(hosts)}")
+        raise LabError(f"expected a host of lab {name} ({', '.join(hosts)}), found {host!r}")
     return hosts[host]
 
 

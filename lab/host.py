@@ -1,4 +1,4 @@
-"""One simulated host: what happens to a real one can be done to it."""
+"""One simulated host, to which everything can be done that happens to a real one."""
 
 import http.client
 import json
@@ -56,7 +56,7 @@ class LabHost(BaseModel):
         """Run a command inside the host as root, without SSH.
 
         Raises:
-            LabError: the host is off, or with ``check`` the command failed.
+            LabError: the host is off, or the command failed and ``check`` is set.
             subprocess.TimeoutExpired: it took longer than ``timeout`` seconds (it is ended).
         """
         return self.box.run(argv, input=input, check=check, env=env, timeout=timeout)
@@ -68,11 +68,11 @@ class LabHost(BaseModel):
         return self.box.popen(argv, env=env)
 
     def path(self, inside: str) -> Path:
-        """Where the machine finds a file of the host (absolute symlinks lead astray)."""
+        """Return where the machine finds a file of the host (don't follow absolute symlinks)."""
         return self.box.path(inside)
 
     def cut(self) -> None:
-        """Unplug the host's network cable: its processes go on, nobody reaches it."""
+        """Unplug the host's network cable: its processes keep running, but can't be reached."""
         network.set_cable(self.name, "down", self.switch)
 
     def mend(self) -> None:
@@ -80,24 +80,24 @@ class LabHost(BaseModel):
         network.set_cable(self.name, "up", self.switch)
 
     def power_off(self) -> None:
-        """End everything on the host at once. Its disk keeps what was written."""
+        """End everything on the host at once; keep its disk."""
         self.box.kill()
 
     def power_on(self) -> None:
-        """Boot the host, with its disk as it was; returns when SSH and the engine answer.
+        """Boot the host with its old disk; return when SSH and the engine answer.
 
         Raises:
-            LabError: it is on already, or something of it did not start.
+            LabError: the host is already on, or a part of it did not start.
         """
         if self.on:
-            raise LabError(f"{self.box.name} is on already")
+            raise LabError(f"{self.box.name} is already on")
         self.boot()
         self.run(["rm", "-f", ENGINE_PID])
         self.start_sshd()
         self.start_engine()
 
     def boot(self) -> None:
-        """Start the host's namespaces and plug it in, without its daemons."""
+        """Start the host's namespaces and plug in its cable; start no daemons."""
         starting = self.box.start()
         # After a power failure the kernel takes a moment to remove the old cable.
         wait_until(f"the old cable of {self.name} to go", self._cable_gone, timeout=10)
@@ -110,15 +110,15 @@ class LabHost(BaseModel):
         wait_until(f"sshd on {self.address}:22", self.ssh_answers, timeout=10)
 
     def stop_sshd(self) -> None:
-        """Stop the SSH server and with it every open SSH connection."""
+        """Stop the SSH server, and close every open SSH connection."""
         self._stop(SSHD_PID)
-        # Connections are served by children of their own, which outlive the listener.
+        # Each connection has a child process of its own, which outlives the listener.
         sessions = self.run(["pgrep", "-x", "sshd"], check=False).stdout.split()
         if sessions:
             self.run(["kill", *sessions], check=False)
 
     def start_engine(self, wait: bool = True) -> None:
-        """Start the Docker engine; with ``wait`` return when its API answers."""
+        """Start the Docker engine; if ``wait`` is set, return when its API answers."""
         self.box.start_daemon(["dockerd"], ENGINE_LOG)
         if wait:
             self.wait_for_engine()
@@ -127,7 +127,7 @@ class LabHost(BaseModel):
         """Wait until the Docker engine's API answers.
 
         Raises:
-            LabError: it did not within 60 s; the message holds the end of its log.
+            LabError: it did not within 60 s; the message has the end of its log.
         """
         wait_until(
             f"the Docker engine of {self.box.name}",
@@ -137,11 +137,11 @@ class LabHost(BaseModel):
         )
 
     def stop_engine(self) -> None:
-        """Stop the Docker engine the way a service manager does; its containers end as well."""
+        """Stop the Docker engine as a service manager does; its containers end as well."""
         self._stop(ENGINE_PID)
 
     def ssh_answers(self) -> bool:
-        """Whether the host accepts connections to port 22."""
+        """Tell whether the host accepts connections to port 22."""
         try:
             with socket.create_connection((self.address, 22), timeout=1):
                 return True
@@ -149,19 +149,19 @@ class LabHost(BaseModel):
             return False
 
     def engine_answers(self) -> bool:
-        """Whether the host's Docker engine answers a ping."""
+        """Tell whether the host's Docker engine answers a ping."""
         return self._ask_engine("/_ping") is not None
 
     def containers(self) -> int | None:
-        """How many containers run on the host; None when its engine does not answer."""
+        """Count the containers that run on the host; return None if its engine does not answer."""
         answer = self._ask_engine("/containers/json")
         return None if answer is None else len(json.loads(answer))
 
     def _ask_engine(self, url: str) -> bytes | None:
         try:
-            with_socket = _UnixConnection(self.path(ENGINE_SOCKET))
-            with_socket.request("GET", url)
-            response = with_socket.getresponse()
+            connection = _UnixConnection(self.path(ENGINE_SOCKET))
+            connection.request("GET", url)
+            response = connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException, LabError):
             return None

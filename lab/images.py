@@ -1,6 +1,6 @@
-"""Stand-in images, put together layer by layer and pushed straight to the lab's registry.
+"""Stand-in images, assembled layer by layer and pushed to the lab's registry over HTTP.
 
-No engine is needed for it, and the same files always give the same digest.
+No Docker engine is needed, and the same files always give the same digest.
 """
 
 import gzip
@@ -43,33 +43,33 @@ class Repository:
         self._http = httpx.Client(base_url=f"http://{registry}/v2/{name}/", timeout=60)
 
     def push_blob(self, digest: str, content: bytes | Path) -> None:
-        """Store a blob unless the registry has it already."""
+        """Store a blob unless the registry already has it."""
         if self._http.head(f"blobs/{digest}").status_code == 200:
             return
-        place = self._checked(self._http.post("blobs/uploads/")).headers["location"]
+        location = self._checked(self._http.post("blobs/uploads/")).headers["location"]
         body = content if isinstance(content, bytes) else content.read_bytes()
         self._checked(
-            self._http.put(httpx.URL(place).copy_merge_params({"digest": digest}), content=body)
+            self._http.put(httpx.URL(location).copy_merge_params({"digest": digest}), content=body)
         )
 
     def push_manifest(self, tag: str, manifest: Mapping[str, Any]) -> str:
-        """Give a manifest a tag and return its digest."""
+        """Store a manifest under a tag; return its digest."""
         put = self._http.put(
             f"manifests/{tag}", content=_json(manifest), headers={"Content-Type": MANIFEST}
         )
         return str(self._checked(put).headers["docker-content-digest"])
 
     def manifest(self, tag: str) -> dict[str, Any]:
-        """The manifest a tag stands for.
+        """Fetch the manifest of a tag.
 
         Raises:
             LabError: there is no such tag.
         """
-        got = self._http.get(f"manifests/{tag}", headers={"Accept": MANIFEST})
-        return dict(self._checked(got).json())
+        response = self._http.get(f"manifests/{tag}", headers={"Accept": MANIFEST})
+        return dict(self._checked(response).json())
 
     def config(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """The image configuration a manifest names."""
+        """Fetch the image configuration that a manifest names."""
         return dict(self._checked(self._http.get(f"blobs/{manifest['config']['digest']}")).json())
 
     def _checked(self, response: httpx.Response) -> httpx.Response:
@@ -107,8 +107,8 @@ def push_variant(repository: Repository, source_tag: str, tag: str, tree: bytes)
 
 
 def tar_directory(directory: Path, links: Mapping[str, str]) -> bytes:
-    """A tar of a directory's files and of symbolic links (path in the image → target)."""
-    # No directories: those of the layers below keep their modes (/tmp, /root).
+    """Make a tar of a directory's files and of symbolic links (path in the image → target)."""
+    # Without directories, so that those of the layers below keep their modes (/tmp, /root).
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     files = [path for path in files if "__pycache__" not in path.parts]
     contents = [_entry(path.relative_to(directory), path.read_bytes()) for path in files]
@@ -120,7 +120,7 @@ def tar_directory(directory: Path, links: Mapping[str, str]) -> bytes:
 
 
 def tar_files(files: Mapping[str, str | bytes | None]) -> bytes:
-    """A tar of files by their path in the image; None removes a path that a layer below has."""
+    """Make a tar of files by their path in the image; None removes a path of a layer below."""
     contents = []
     for path, content in sorted(files.items()):
         relative = Path(path.lstrip("/"))

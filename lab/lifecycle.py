@@ -1,4 +1,4 @@
-"""A lab's life: up, found again, down."""
+"""Starting, loading and stopping a lab."""
 
 import os
 import re
@@ -35,7 +35,7 @@ IMAGE_LINKS = {
     "usr/local/nginx/modules/pd_handover.lua": "/usr/libexec/standin/pd_handover.lua",
     "usr/local/nginx/nginx": "/usr/sbin/nginx",
 }
-# Images of this age carry no nginx; one variant of the stand-in is like them.
+# Upstream's images of this age have no nginx; this variant of the stand-in has none either.
 TAG_WITHOUT_NGINX = f"{TAG}-nonginx"
 KEPT_NGINX = "usr/libexec/standin/nginx"  # what its build script installs
 CGROUPS = Path("/sys/fs/cgroup")
@@ -59,16 +59,18 @@ class Lab(BaseModel):
         """Find a lab that is up.
 
         Raises:
-            LabError: there is none of this name, or its record is damaged.
+            LabError: there is no lab of this name, or its record is damaged.
         """
         require_root()
         record = _directory(name) / "lab.json"
         try:
             return cls.model_validate_json(record.read_bytes())
         except FileNotFoundError:
-            raise LabError(f"there is no lab {name}: start it with `lab up`") from None
+            raise LabError(f"there is no lab {name}: start it with `pd-deploy lab up`") from None
         except ValidationError as error:
-            raise LabError(f"{record} is damaged ({error}): `lab down`, then `lab up`") from None
+            raise LabError(
+                f"{record} is damaged ({error}): run `pd-deploy lab down`, then `pd-deploy lab up`"
+            ) from None
 
     @classmethod
     def up(
@@ -79,46 +81,46 @@ class Lab(BaseModel):
         share: Iterable[Path] | None = None,
         say: Say = lambda _: None,
     ) -> "Lab":
-        """Start a lab, or find it running; remains of a broken one are removed first.
+        """Start a lab, or load a running one; remove what is left of a broken one first.
 
-        In a running lab cut cables are mended and changed stand-in images pushed.
+        In a running lab, cut cables are plugged in again and changed stand-in images are pushed.
 
         Args:
             subnet: hosts get .11 and .12 of it, the registry .1, the machine the last address.
-            share: paths of the machine that the hosts see, read-only, at the same places; by
+            share: paths of the machine that the hosts see, read-only, at the same paths; by
                 default this checkout and the running Python.
-            say: is told every step.
+            say: is called with a line about each step.
 
         Raises:
             LabError: not root, name or subnet taken, or a step failed; nothing is left behind.
         """
         require_root()
         _check_name(name)
-        wanted = network.parse_subnet(subnet)
+        network_address = network.parse_subnet(subnet)
         install_missing_packages(say)
         with cache.locked(name):
             running = _running(name)
             if running is not None:
-                return _reuse(running, wanted, say)
+                return _reuse(running, network_address, say)
             for removed in _remove(name):
-                say(f"removed remains: {removed}")
-            network.check_free(name, wanted)
+                say(f"removed what was left of a broken lab: {removed}")
+            network.check_free(name, network_address)
             shared = tuple(default_shares() if share is None else share)
             vllm.HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
             try:
-                return _start(name, wanted, shared, say)
+                return _start(name, network_address, shared, say)
             except BaseException:
                 _remove(name)
                 raise
 
     @property
     def registry(self) -> str:
-        """The registry, as it stands in front of an image's name."""
+        """The registry, as image names have it: HOST:PORT."""
         return _registry(self.subnet)
 
     @property
     def machine_address(self) -> str:
-        """Where the hosts reach this machine."""
+        """The address at which the hosts reach this machine."""
         return str(self.subnet[MACHINE])
 
     @property
@@ -138,7 +140,7 @@ class Lab(BaseModel):
 
     @property
     def password_file(self) -> Path:
-        """Holds the password of the user deployer."""
+        """The file with the password of the user deployer."""
         return self.directory / "deployer.password"
 
     @property
@@ -149,7 +151,7 @@ class Lab(BaseModel):
     def push_variant(
         self, tag: str, files: Mapping[str, str | bytes | None], source_tag: str = TAG
     ) -> str:
-        """Push the stand-in image, changed in some files, under another tag.
+        """Push the stand-in image with some files changed, under another tag.
 
         Args:
             files: path in the image → new content, or None to remove it.
@@ -170,7 +172,7 @@ class Lab(BaseModel):
         return f"{self.registry}/{repository}:{tag}"
 
     def healthy(self) -> bool:
-        """Whether every box is on and SSH, engines and registry answer."""
+        """Tell whether every box is on, and SSH, engines and registry answer."""
         boxes_on = self.switch.on and all(host.on for host in self.hosts.values())
         return (
             boxes_on
@@ -179,15 +181,15 @@ class Lab(BaseModel):
         )
 
     def down(self, say: Say = lambda _: None) -> list[str]:
-        """End the lab; only the cache stays. Returns what was removed."""
+        """Take the lab down, except the cache; return what was removed."""
         return take_down(self.name, say)
 
 
 def prepare(say: Say = lambda _: None) -> cache.Cached:
-    """What every lab is made of, made first if it is missing.
+    """Return what all labs share; make it first if it is missing.
 
     Raises:
-        LabError: not root, or it could not be made.
+        LabError: not root, or a part could not be made.
     """
     require_root()
     install_missing_packages(say)
@@ -196,7 +198,7 @@ def prepare(say: Say = lambda _: None) -> cache.Cached:
 
 
 def take_down(name: str, say: Say = lambda _: None) -> list[str]:
-    """End a lab, or remove the remains of a broken one. Returns what was removed.
+    """Take a lab down, or remove what is left of a broken one; return what was removed.
 
     Raises:
         LabError: not root, or something could not be removed.
@@ -205,29 +207,29 @@ def take_down(name: str, say: Say = lambda _: None) -> list[str]:
     _check_name(name)
     with cache.locked(name):
         removed = _remove(name)
-    for what in removed:
-        say(f"removed {what}")
+    for item in removed:
+        say(f"removed {item}")
     return removed
 
 
 def purge_cache() -> bool:
-    """Delete the cache; False when there was none.
+    """Delete the cache; return False if there was none.
 
     Raises:
-        LabError: a lab is left, and the cache is part of its hosts' file systems.
+        LabError: there is still a lab, and its hosts' file systems need the cache.
     """
     require_root()
     if STATE.exists():
-        left = ", ".join(sorted(path.name for path in STATE.iterdir()))
-        raise LabError(f"the cache is in use: first `lab down --name` each of {left}")
+        labs = ", ".join(sorted(path.name for path in STATE.iterdir()))
+        raise LabError(f"labs still use the cache ({labs}): run `pd-deploy lab down --name` first")
     return vllm.purge() | cache.purge()
 
 
 def default_shares() -> list[Path]:
-    """This checkout or installed package and the running Python, so that a host can run them as the
-    machine does, and what `lab.vllm` installs."""
+    """List the paths that hosts share by default: this checkout or installed package and the
+    running Python, so that hosts can run them, and what `lab.vllm` installs."""
     code = Path(__file__).resolve().parents[1]  # resolved: in a checkout, a link leads here
-    # /usr is the host's own: the system's Python is not shared but the host's used.
+    # Hosts have their own /usr, so they use their own system's Python.
     candidates = [code, Path(sys.prefix), Path(sys.base_prefix), vllm.HOME]
     candidates = [path for path in candidates if not path.is_relative_to("/usr")]
     return [
@@ -240,8 +242,8 @@ def default_shares() -> list[Path]:
 def _start(name: str, subnet: IPv4Network, shared: tuple[Path, ...], say: Say) -> Lab:
     began = time.monotonic()
 
-    def step(what: str) -> None:
-        say(f"{time.monotonic() - began:6.1f} s  {what}")
+    def step(progress: str) -> None:
+        say(f"{time.monotonic() - began:6.1f} s  {progress}")
 
     cached = prepare(step)
     directory = _directory(name)
@@ -261,7 +263,7 @@ def _start(name: str, subnet: IPv4Network, shared: tuple[Path, ...], say: Say) -
     for host in hosts.values():
         host.wait_for_engine()
     step("Docker engines up")
-    # The record comes last: a lab without one is half started.
+    # The record is written last: a lab without one has only half started.
     record = directory / "lab.json"
     _write_secret(record, lab.model_dump_json(indent=1))
     return lab
@@ -346,7 +348,7 @@ def _push_images(lab: Lab, cached: cache.Cached) -> dict[str, str]:
 
 
 def _running(name: str) -> Lab | None:
-    """The lab of this name if it works, a cable that was cut plugged in again."""
+    """Load the lab of this name, plug in its cables, and return it if it works."""
     try:
         lab = Lab.load(name)
         for host in lab.hosts.values():
@@ -357,25 +359,25 @@ def _running(name: str) -> Lab | None:
     return lab
 
 
-def _reuse(lab: Lab, wanted: IPv4Network, say: Say) -> Lab:
-    """Keep a running lab; push the stand-in images again if their files changed since."""
-    if lab.subnet != wanted:
+def _reuse(lab: Lab, subnet: IPv4Network, say: Say) -> Lab:
+    """Keep a running lab; push the stand-in images again if their files have changed."""
+    if lab.subnet != subnet:
         raise LabError(
-            f"lab {lab.name} is up on {lab.subnet}, not {wanted}: "
-            f"`lab down` first, or choose another --name"
+            f"lab {lab.name} is up on {lab.subnet}, not on {subnet}: "
+            "run `pd-deploy lab down` first, or choose another --name"
         )
-    say(f"lab {lab.name} is up already")
+    say(f"lab {lab.name} is already up")
     pushed = _push_images(lab, prepare(say))
     if pushed == lab.images:
         return lab
-    say("stand-in images changed and were pushed anew")
+    say("the stand-in images have changed; pushed them again")
     lab = lab.model_copy(update={"images": pushed})
     _write_secret(lab.directory / "lab.json", lab.model_dump_json(indent=1))
     return lab
 
 
 def _remove(name: str) -> list[str]:
-    """Remove whatever there is of a lab, complete or not."""
+    """Remove all that exists of a lab, complete or not."""
     directory = _directory(name)
     boxes = sorted(path.parent for path in directory.glob("*/init.json"))
     removed = [f"{name}-{box.name}" for box in boxes if kill_recorded(box)]
@@ -391,7 +393,7 @@ def _remove(name: str) -> list[str]:
 
 
 def _remove_cgroups(name: str) -> bool:
-    """Control groups outlive the engine that made them when it is killed."""
+    """Remove a lab's control groups, which outlive an engine that is killed."""
     tops = [*CGROUPS.glob(_cgroup(name)), *CGROUPS.glob(f"*/{_cgroup(name)}")]
     for top in tops:
         wait_until(f"control group {top} to be empty", partial(_rmdirs, top), timeout=10)
@@ -424,7 +426,7 @@ def _registry(subnet: IPv4Network) -> str:
 
 
 def _new_key(comment: str) -> seed.KeyPair:
-    # Takes long to load and only a new lab needs it.
+    # Slow to import, and only a new lab needs it.
     import asyncssh  # noqa: PLC0415
 
     key = asyncssh.generate_private_key("ssh-ed25519", comment)
@@ -447,6 +449,9 @@ def _cgroup(name: str) -> str:
 
 
 def _check_name(name: str) -> None:
-    # It is also the name of a network interface, of which the kernel allows 15 characters.
+    # It also names a network interface, for which the kernel allows 15 characters.
     if not re.fullmatch(r"[a-z][a-z0-9-]{0,14}", name):
-        raise LabError(f"lab name {name!r}: expected up to 15 of a-z, 0-9 and -, a letter first")
+        raise LabError(
+            "expected a lab name of up to 15 lowercase letters, digits and '-', starting with a "
+            f"letter; found {name!r}"
+        )

@@ -1,7 +1,7 @@
 """The lab's network: a bridge in the switch's namespace, a cable to each host and to the machine.
 
-The bridge does not live in the machine's own network namespace, so no firewall rule, forwarding
-setting or Docker engine of the machine concerns the lab's traffic, and no traffic leaves it.
+The bridge is not in the machine's own network namespace, so the machine's firewall rules,
+forwarding settings and Docker engine don't affect the lab's traffic, and no traffic leaves it.
 """
 
 import contextlib
@@ -14,17 +14,20 @@ from pd_deploy.lab.system import run
 
 
 def parse_subnet(text: str) -> IPv4Network:
-    """The lab's subnet.
+    """Parse the lab's subnet.
 
     Raises:
-        LabError: it is no IPv4 network of 32 to 65536 addresses.
+        LabError: it is not an IPv4 network of 32 to 65536 addresses.
     """
     try:
         subnet = IPv4Network(text)
     except ValueError as error:
-        raise LabError(f"subnet {text!r}: expected one like 10.77.0.0/24 ({error})") from None
+        raise LabError(
+            f"expected a subnet such as 10.77.0.0/24, found {text!r} ({error})"
+        ) from None
+    # At least 32 addresses: the hosts get .11 and .12, the machine the last one.
     if not 16 <= subnet.prefixlen <= 27:
-        raise LabError(f"subnet {text}: expected a prefix length from 16 to 27")
+        raise LabError(f"expected a subnet with a prefix length from 16 to 27, found {text}")
     return subnet
 
 
@@ -32,20 +35,20 @@ def check_free(link: str, subnet: IPv4Network) -> None:
     """Refuse a link name or a subnet that the machine already uses for something else.
 
     Raises:
-        LabError: naming the interface that is in the way.
+        LabError: names the interface that uses it.
     """
     for interface in json.loads(run(["ip", "-json", "address", "show"])):
         if interface["ifname"] == link:
             raise LabError(
-                f"network interface {link} exists and is not this lab's: "
-                f"choose another --name, or remove it with `ip link delete {link}`"
+                f"network interface {link} already exists and is not this lab's: "
+                f"choose another --name, or remove the interface with `ip link delete {link}`"
             )
     for route in json.loads(run(["ip", "-4", "-json", "route", "show", "table", "all"])):
         destination = route["dst"]
         if destination == "default" or route.get("type") == "broadcast":
             continue
         other = ip_network(destination, strict=False)
-        # Wider ones are default routes in disguise, as VPNs set them.
+        # Wider routes are default routes in disguise, as VPNs set them.
         if other.prefixlen >= 8 and other.overlaps(subnet):
             raise LabError(
                 f"subnet {subnet} overlaps {destination} on interface "
@@ -54,7 +57,7 @@ def check_free(link: str, subnet: IPv4Network) -> None:
 
 
 def plug_in_host(cable: str, host_pid: int, switch: Box) -> None:
-    """Connect a host's eth0 to the switch's bridge; there the cable's end is named ``cable``."""
+    """Connect a host's eth0 to the switch's bridge, where the interface is named ``cable``."""
     in_host = ["peer", "name", "eth0", "netns", str(host_pid)]
     at_switch = ["name", cable, "netns", str(switch.init_pid)]
     run(["ip", "link", "add", *at_switch, "type", "veth", *in_host])
@@ -62,7 +65,7 @@ def plug_in_host(cable: str, host_pid: int, switch: Box) -> None:
 
 
 def plug_in_machine(link: str, address: str, switch: Box) -> None:
-    """Give the machine an interface ``link`` with ``address`` (with prefix length) in the lab."""
+    """Give the machine an interface ``link`` in the lab; ``address`` has a prefix length."""
     at_switch = ["peer", "name", "machine", "netns", str(switch.init_pid)]
     run(["ip", "link", "add", "name", link, "type", "veth", *at_switch])
     in_switch(switch, "ip", "link", "set", "dev", "machine", "master", "eth0", "up")
@@ -71,25 +74,25 @@ def plug_in_machine(link: str, address: str, switch: Box) -> None:
 
 
 def set_cable(cable: str, state: str, switch: Box) -> None:
-    """Plug a host's cable at the switch in (``up``) or out (``down``)."""
+    """Plug a host's cable into the switch (``up``), or unplug it (``down``)."""
     in_switch(switch, "ip", "link", "set", "dev", cable, state)
 
 
 def unplug_machine(link: str) -> bool:
-    """Remove the machine's interface in the lab; False when it was already gone."""
+    """Remove the machine's interface in the lab; return False if it was already gone."""
     if not link_exists(link):
         return False
-    # It goes by itself, a moment after the switch's namespace; then there is none to delete.
+    # The kernel removes it soon after the switch's namespace, maybe before this command does.
     with contextlib.suppress(LabError):
         run(["ip", "link", "delete", link])
     return True
 
 
 def link_exists(link: str) -> bool:
-    """Whether the machine has a network interface of this name."""
+    """Tell whether the machine has a network interface of this name."""
     return any(i["ifname"] == link for i in json.loads(run(["ip", "-json", "link", "show"])))
 
 
 def in_switch(switch: Box, *argv: str) -> None:
-    """Run a command of the machine in the switch's network namespace."""
+    """Run one of the machine's commands in the switch's network namespace."""
     run(["nsenter", "--target", str(switch.init_pid), "--net", *argv])

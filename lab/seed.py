@@ -1,4 +1,4 @@
-"""The files that make a box this host and no other: its own read-only layer over the root."""
+"""The files that differ from box to box: a read-only layer over the shared root."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def _hosts_file(names: Mapping[str, str]) -> str:
 
 
 def _engine(registry: str, cgroup: str) -> dict[str, object]:
-    """The engine's configuration: containers use the host's network, so it makes none."""
+    """Build the Docker engine's configuration: no networks, as containers use the host's."""
     return {
         "bridge": "none",
         "iptables": False,
@@ -146,7 +146,7 @@ def _authorize(directory: Path, user: str, client_key: str) -> None:
 
 def _write(directory: Path, path: str, text: str, mode: int = 0o644) -> None:
     file = directory / path.lstrip("/")
-    # A layer's directories hide the modes of those below, hence 0755 whatever the umask says.
+    # A layer's directories hide the modes of those below, so set 0755 regardless of the umask.
     for parent in reversed(file.parents):
         if parent.is_relative_to(directory) and not parent.exists():
             parent.mkdir()

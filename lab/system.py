@@ -1,4 +1,4 @@
-"""What the lab needs of the machine: commands, processes, conditions to wait for, packages."""
+"""What the lab needs from the machine: commands, processes, waiting, packages."""
 
 import os
 import shutil
@@ -25,25 +25,25 @@ def run(argv: Sequence[str]) -> str:
     """Run a command on the machine and return its output.
 
     Raises:
-        LabError: it failed; the message holds the command and what it said.
+        LabError: it failed; the message has the command and its output.
     """
     done = subprocess.run(
         argv, capture_output=True, text=True, check=False, env=clean_environment()
     )
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        raise LabError(f"`{' '.join(argv)}` failed (exit {done.returncode}): {said}")
+        output = (done.stderr or done.stdout).strip()
+        raise LabError(f"`{' '.join(argv)}` failed (exit {done.returncode}): {output}")
     return done.stdout
 
 
 def clean_environment() -> dict[str, str]:
-    """Environment for the machine's tools: English messages, system commands on the path."""
+    """Make an environment for the machine's tools: English messages, system commands on PATH."""
     proxies = {k: v for k, v in os.environ.items() if k.lower().endswith("_proxy")}
     return {"PATH": SEARCH_PATH, "LC_ALL": "C.UTF-8", "HOME": "/root", **proxies}
 
 
 def wait_until(
-    what: str,
+    event: str,
     ready: Callable[[], bool],
     timeout: float,
     explain: Callable[[], str] = lambda: "",
@@ -51,19 +51,21 @@ def wait_until(
     """Wait at most ``timeout`` seconds until ``ready()``.
 
     Raises:
-        LabError: it did not happen; the message names ``what`` and ends with ``explain()``.
+        LabError: it timed out; the message names ``event`` and ends with ``explain()``.
     """
     deadline = time.monotonic() + timeout
     while not ready():
         if time.monotonic() > deadline:
-            raise LabError(f"waited {timeout:g} s in vain for {what}. {explain()}".rstrip())
+            raise LabError(
+                f"timed out after {timeout:g} s waiting for {event}. {explain()}".rstrip()
+            )
         time.sleep(0.03)
 
 
 def start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None when it is gone or a zombie.
+    """Return when a process started, in clock ticks since boot; None if it is gone or a zombie.
 
-    With the process id it names one process for good, although ids are used again.
+    Together with the process id it identifies a process for good, although ids are reused.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -74,19 +76,19 @@ def start_time(pid: int) -> int | None:
 
 
 def require_root() -> None:
-    """Refuse to go on without root, which namespaces and mounts need.
+    """Require root, which namespaces and mounts need.
 
     Raises:
-        LabError: the user is somebody else.
+        LabError: the user is not root.
     """
     if os.geteuid() != 0:
-        raise LabError("the lab makes namespaces and mounts: run it as root (sudo)")
+        raise LabError("the lab makes namespaces and mounts, so it needs root: use sudo")
 
 
 def install_missing_packages(
     say: Callable[[str], None], commands: Mapping[str, str] = COMMANDS
 ) -> None:
-    """Install the Debian packages of those commands that the machine lacks, by default the lab's.
+    """Install the Debian packages of the commands that the machine lacks, by default the lab's.
 
     Raises:
         LabError: the machine has no apt-get, or apt-get failed.
@@ -98,16 +100,16 @@ def install_missing_packages(
         return
     names = " ".join(missing)
     if not shutil.which("apt-get", path=SEARCH_PATH):
-        raise LabError(f"this machine lacks {names} and has no apt-get: install them by hand")
+        raise LabError(f"this machine lacks {names} and has no apt-get; install them yourself")
     say(f"installing {names}")
-    # Another apt-get, such as the nightly one, may be at work.
+    # Another apt-get, such as the nightly one, may be running.
     patiently = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
     run([*patiently, "update"])
     run([*patiently, "install", "-y", "--no-install-recommends", *missing])
 
 
 def mode_of(content: bytes) -> int:
-    """The mode of a file by its content: scripts (``#!``) and programs (ELF) are executable.
+    """Derive a file's mode from its content: scripts (``#!``) and programs (ELF) are executable.
 
     An installed package may have lost the modes that its files have in the repository.
     """
@@ -115,17 +117,17 @@ def mode_of(content: bytes) -> int:
 
 
 def mounts_below(directory: Path) -> list[str]:
-    """Mount points of the machine at or below a directory."""
+    """List the machine's mount points at or below a directory."""
     table = Path("/proc/self/mountinfo").read_text().splitlines()
     points = [line.split()[4] for line in table]
     return [point for point in points if Path(point).is_relative_to(directory)]
 
 
 def remove_tree(directory: Path) -> bool:
-    """Delete a directory that the lab made; False when there was none.
+    """Delete a directory that the lab made; return False if there was none.
 
     Raises:
-        LabError: something is mounted in it, so deleting could reach outside of it.
+        LabError: something is mounted in it, so deleting could affect files elsewhere.
     """
     if not directory.exists():
         return False

@@ -1,4 +1,4 @@
-"""Starts stand-in instances as plain processes: simulated hosts are loopback addresses."""
+"""Stand-in instances as plain processes; simulated hosts are loopback addresses."""
 
 import contextlib
 import http.client
@@ -77,10 +77,10 @@ class Instance:
         return self.process.wait(TIMEOUT_SECONDS)
 
     def stop(self) -> None:
-        """Stop the launcher and with it the server.
+        """Stop the launcher and its server.
 
-        A launcher that is interrupted while it starts its server, or was killed, leaves it behind:
-        whatever is left of its process group ends too.
+        A launcher that is killed, or interrupted while it starts its server, leaves the server
+        behind, so the rest of its process group is killed too.
         """
         if self.process is None:
             return
@@ -96,12 +96,12 @@ class Instance:
         os.kill(pid, signal.SIGKILL)
 
     def log(self) -> str:
-        """The server's log; empty before its start."""
+        """Read the server's log; empty before its start."""
         file = Path(self.args["--log-dir"]) / "server_0.log"
         return file.read_text() if file.exists() else ""
 
     def launcher_log(self) -> str:
-        """The launcher's log."""
+        """Read the launcher's log."""
         return (self.root / f"{self.name}.launcher.log").read_text()
 
     def set_faults(self, **faults: Any) -> None:
@@ -122,26 +122,26 @@ class Instance:
             return Answer(answer.status, answer.read().decode())
 
     def refuses_connections(self) -> bool:
-        """Whether nothing listens on the API port."""
+        """Tell whether nothing listens on the API port."""
         with socket.socket() as probe:
             return probe.connect_ex((self.host, self.api_port)) != 0
 
     def wait_ready(self) -> None:
-        """Wait until /health answers 200; fails with the log when the launcher ends."""
+        """Wait until /health answers 200; fail with the log if the launcher ends."""
         self.wait_for(lambda: not self.refuses_connections(), "the API port")
         assert self.request("/health").status == 200
 
-    def wait_for(self, condition: Any, what: str) -> None:
-        """Poll a condition, bounded."""
+    def wait_for(self, condition: Any, event: str) -> None:
+        """Wait for a condition; fail after a time, or if the launcher ends."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not condition():
             assert self.process is not None
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{self.name}: no {what}: {self.launcher_log()} {self.log()}")
+                raise AssertionError(f"{self.name}: no {event}: {self.launcher_log()} {self.log()}")
             time.sleep(0.03)
 
     def metric(self, name: str) -> float:
-        """The value of a metric with its labels as text."""
+        """Return the value of a metric; its name includes its labels."""
         for line in self.request("/metrics").text.splitlines():
             if line.rsplit(" ", 1)[0] == name:
                 return float(line.rsplit(" ", 1)[1])
@@ -167,7 +167,7 @@ class StandinSet:
         self.prefills = prefills
         self.decodes = decodes
         self.built = built
-        # An own loopback network per set, so that sets that run at the same time do not meet.
+        # Each set has its own loopback network, so that sets can run at the same time.
         self._network = f"127.{1 + secrets.randbelow(250)}.{secrets.randbelow(250)}"
         self._npu_prefix = f"standin-{secrets.token_hex(4)}"
         self._ports = _free_ports(3 * (prefills + decodes))
@@ -207,25 +207,25 @@ class StandinSet:
             instance.stop()
 
     def address(self, host: int) -> str:
-        """The address of a simulated host."""
+        """Return the address of a simulated host."""
         return f"{self._network}.{1 + host}"
 
     def root(self, host: int) -> Path:
-        """The root directory of a simulated host."""
+        """Return the root directory of a simulated host."""
         return self.directory / f"host{host}"
 
     def device_ids(self, name: str) -> list[int]:
-        """The physical device ids of an instance."""
+        """List the physical device ids of an instance."""
         first = self.places[name][1] * DEVICES_PER_INSTANCE
         return list(range(first, first + DEVICES_PER_INSTANCE))
 
     def local_path(self, name: str) -> Path:
-        """Where the instance's local ranktable lies."""
+        """Return the path of the instance's local ranktable."""
         return self.directory / "ranktables" / f"local_{name}.json"
 
     @property
     def global_path(self) -> Path:
-        """Where the global ranktable lies."""
+        """The path of the global ranktable."""
         return self.directory / "ranktables" / "global.json"
 
     def write_ranktables(self) -> None:
@@ -355,7 +355,7 @@ def _is_free(port: int) -> bool:
 
 
 def hand_over(prefill: Instance, decode: Instance, body: dict[str, Any]) -> Answer:
-    """What the proxy does: prefill one token, then decode with the KV parameters."""
+    """Do what the proxy does: prefill one token, then decode with the KV parameters."""
     headers = {"X_Request_Id": f"test-{time.monotonic_ns()}"}
     first = prefill.request("/v1/completions", body | {"max_tokens": 1, "stream": False}, **headers)
     assert first.status == 200, first.text
@@ -370,7 +370,7 @@ _HEAD = {"version": "1.0", "status": "completed"}
 def standin_set(
     directory: Path, prefills: int, decodes: int = 1, built: str | None = None
 ) -> Iterator[StandinSet]:
-    """A set that is stopped at the end."""
+    """Give a set of instances; stop it at the end."""
     instances = StandinSet(directory, prefills, decodes, built)
     try:
         yield instances

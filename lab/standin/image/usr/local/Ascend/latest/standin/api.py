@@ -21,7 +21,7 @@ from standin.scheduler import ClientGone
 
 
 class Api(ThreadingHTTPServer):
-    """Binds its port at once, but answers only after `server_activate` (all peers linked).
+    """A server that binds its port at once, but answers only after `server_activate` (all linked).
 
     Raises:
         OSError: the port is taken.
@@ -53,7 +53,7 @@ class Api(ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no event worth a traceback."""
+        """Log a client that hangs up, without a traceback."""
         print(f"WARNING connection of {client_address[0]} ended early", flush=True)
 
 
@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         return begins
 
     def end_headers(self) -> None:
-        """Say so when the connection ends with this answer."""
+        """Send a header that says so if the connection ends with this answer."""
         if self.close_connection:
             self.send_header("Connection", "close")
         super().end_headers()
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """One line per request in the server's log, as uvicorn writes them."""
+        """Write one line per request to the server's log, as uvicorn does."""
         client = ":".join(map(str, self.client_address))
         print(f"INFO:     {client} - {format % args}", flush=True)
 

@@ -62,7 +62,7 @@ class DecodeSide:
         """
         link = self._links.get(cluster_id) if isinstance(cluster_id, int) else None
         if link is None:
-            raise PullFailed(f"no link with cluster {cluster_id!r}, known are {sorted(self._links)}")
+            raise PullFailed(f"no link with cluster {cluster_id!r}, only with {sorted(self._links)}")
         if not isinstance(block_ids, list) or not all(type(i) is int for i in block_ids):
             raise PullFailed(f"remote_block_ids must be a list of numbers, found {block_ids!r}")
         kv = self._pull_with_retries(link, block_ids)
@@ -71,7 +71,7 @@ class DecodeSide:
         return kv
 
     def reads_other_heads(self, cluster_id: int) -> bool:
-        """Whether the KV of this cluster goes to the wrong ranks.
+        """Tell whether the KV of this cluster goes to the wrong ranks.
 
         In newer images kv_parallel_size is decode's tensor parallel size and decides which rank
         reads from which; nothing compares it, so a wrong value on either side shows only in the

@@ -9,7 +9,7 @@ from standin.rules import Refusal
 def chosen_devices(
     env: Environment, visible: list[int], tp: int, workers: int, server: Server
 ) -> list[int]:
-    """Physical ids in rank order.
+    """List the physical ids in rank order.
 
     A worker's place is local_rank + VLLM_DP_RANK_LOCAL * tp - SERVER_OFFSET (in devices), counted
     in ASCEND_RT_VISIBLE_DEVICES if that is set, else in the host's physical ids.
@@ -30,7 +30,7 @@ def chosen_devices(
 
 
 def inputs(env: Environment) -> str:
-    """The variables that decide it, for messages."""
+    """List the variables that decide it, for messages."""
     names = ("VLLM_DP_RANK_LOCAL", "SERVER_OFFSET", "ASCEND_RT_VISIBLE_DEVICES")
     return ", ".join(f"{name}={env[name]}" for name in names)
 

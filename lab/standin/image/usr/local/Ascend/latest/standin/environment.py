@@ -21,11 +21,11 @@ class Environment:
         return self._values[name]
 
     def number(self, name: str) -> int:
-        """The value of an integer variable."""
+        """Return the value of an integer variable."""
         return int(self._values[name])
 
     def switch(self, name: str) -> bool:
-        """Whether a 0/1 variable is on."""
+        """Tell whether a 0/1 variable is on."""
         return self._values[name] == "1"
 
 

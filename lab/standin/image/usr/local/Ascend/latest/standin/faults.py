@@ -34,7 +34,7 @@ class Faults:
         self._last = self._read()
 
     def now(self) -> dict[str, Any]:
-        """The settings in force; a half-written file leaves the last good ones."""
+        """Return the settings in force; after reading a half-written file, the last good ones."""
         try:
             self._last = self._read()
         except Refusal as refusal:
@@ -58,5 +58,5 @@ def _load(file: Path) -> dict[str, Any]:
         raise Refusal("faults", f"{file}: must be an object")
     unknown = sorted(content.keys() - DEFAULTS)
     if unknown:
-        raise Refusal("faults", f"{file}: unknown {unknown}, known are {sorted(DEFAULTS)}")
+        raise Refusal("faults", f"{file}: expected some of {sorted(DEFAULTS)}, found {unknown}")
     return content

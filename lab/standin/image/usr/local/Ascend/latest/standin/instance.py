@@ -1,4 +1,4 @@
-"""What this server is, from its options, environment and ranktables; refuses contradictions."""
+"""This server's identity, from its options, environment and ranktables, which must agree."""
 
 import argparse
 import os
@@ -45,12 +45,12 @@ class Instance:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether it produces KV."""
+        """Tell whether it produces KV."""
         return self.role == "prefill"
 
     @property
     def device_ids(self) -> list[int]:
-        """Physical ids of its devices in rank order."""
+        """List the physical ids of its devices in rank order."""
         return [device.device_id for device in self.devices]
 
 
@@ -58,7 +58,7 @@ def resolve(options: argparse.Namespace, env: Environment) -> Instance:
     """Build the instance, or say which rule its inputs break.
 
     Raises:
-        Refusal: naming the rule and the contract's section.
+        Refusal: names the rule and the contract's section.
     """
     _check_paths(options.model)
     visible = _device_list(env["ASCEND_RT_VISIBLE_DEVICES"])
@@ -106,7 +106,7 @@ def _check_paths(model: str) -> None:
 
 
 def _device_list(text: str) -> list[int]:
-    """The visible devices; none = all devices of the host."""
+    """Parse the visible devices; none = all devices of the host."""
     if not text:
         return []
     items = text.split(",")
@@ -233,7 +233,7 @@ def _check_prefill_sizes(prefills: list[Group]) -> None:
 def _share(
     options: argparse.Namespace, env: Environment, group: Group, server: Server
 ) -> tuple[list[Device], int]:
-    """This server's devices as the ranktable has them and the world rank of the first one."""
+    """Return this server's devices in the ranktable, and the world rank of the first one."""
     if env["ROLE"] == "prefill":
         return _prefill_share(options, group, server), 0
     tp = options.tensor_parallel_size
@@ -271,7 +271,7 @@ def _check_device_choice(
     server: Server,
     devices: list[Device],
 ) -> None:
-    """Refuse when the workers take other devices than the ranktable gives to their ranks."""
+    """Refuse if the workers take other devices than the ranktable gives their ranks."""
     chosen = chosen_devices(env, visible, options.tensor_parallel_size, len(devices), server)
     expected = [device.device_id for device in devices]
     if chosen != expected:

@@ -17,7 +17,7 @@ class KvStore:
         self._requests: dict[str, list[tuple[int, ...]]] = {}
 
     def keep(self, request_id: str, kv: bytes, tokens: int) -> list[int]:
-        """Keep a prompt's KV; returns the ids of its blocks."""
+        """Keep a prompt's KV; return the ids of its blocks."""
         with self._lock:
             first = self._next_block
             self._next_block += block_count(tokens)
@@ -29,12 +29,12 @@ class KvStore:
         return list(blocks)
 
     def read(self, blocks: list[int]) -> bytes | None:
-        """The KV of these blocks; None if it is not (or no longer) held."""
+        """Return the KV of these blocks; None if it is not (or no longer) held."""
         with self._lock:
             return self._kv.get(tuple(blocks))
 
     def release(self, request_id: str) -> bool:
-        """Free the blocks of a request; False if none are held under that id."""
+        """Free the blocks of a request; return False if none are held under that id."""
         with self._lock:
             freed = self._requests.pop(request_id, [])
             for blocks in freed:

@@ -39,7 +39,7 @@ class Metrics:
             self._values[key] = self._values.get(key, 0) + amount
 
     def render(self) -> str:
-        """The text of /metrics."""
+        """Write the text of /metrics."""
         with self._lock:
             values = sorted(self._values.items())
         lines: list[str] = []

@@ -24,14 +24,14 @@ _COMMA = len(_WORDS)  # as a token of an answer
 
 
 def tokenize(text: str) -> list[int]:
-    """Token ids of a text: words, numbers and punctuation marks."""
+    """Split a text into token ids: of words, numbers and punctuation marks."""
     body, ended, _ = text.partition(END_MARK) if text.endswith(END_MARK) else (text, "", "")
     ids = [_token_id(piece) for piece in _PIECES.findall(body)]
     return [*ids, _END] if ended else ids
 
 
 def kv_of(prompt_ids: list[int]) -> bytes:
-    """The KV cache a prefill of this prompt leaves behind."""
+    """Compute the KV cache that a prefill of this prompt leaves behind."""
     seed = ",".join(map(str, prompt_ids)).encode()
     kv = bytearray(hashlib.shake_256(seed).digest(BYTES_PER_TOKEN * len(prompt_ids)))
     ids = array("I", (token & 0xFFFF_FFFF for token in prompt_ids)).tobytes()
@@ -41,13 +41,13 @@ def kv_of(prompt_ids: list[int]) -> bytes:
 
 
 def other_heads(kv: bytes) -> bytes:
-    """What a decode reads whose ranks are paired with the wrong ones of prefill: every byte is
-    there, but each head finds its neighbour's."""
+    """Return what decode reads if its ranks are paired with the wrong ones of prefill: every byte
+    is there, but each head gets its neighbour's."""
     return kv[BYTES_PER_HEAD:] + kv[:BYTES_PER_HEAD]
 
 
 def block_count(tokens: int) -> int:
-    """KV blocks that many tokens fill."""
+    """Count the KV blocks that so many tokens fill."""
     return -(-tokens // BLOCK_SIZE)
 
 
@@ -62,7 +62,7 @@ class Output:
         self.length = 0 if at_once else (1 << 30 if ignore_eos else natural)  # tokens
 
     def token(self, position: int) -> int:
-        """Token id at a position of the answer."""
+        """Return the token id at a position of the answer."""
         if self._progression:
             last, step = self._progression
             ordinal, is_comma = divmod(position, 2)
@@ -73,7 +73,7 @@ class Output:
         return int.from_bytes(digest[:4], "big") % len(_WORDS)
 
     def text(self, token: int) -> str:
-        """A token's text."""
+        """Return a token's text."""
         if token == _COMMA:
             return ","
         return f" {token - _FIRST_NUMBER}" if token >= _FIRST_NUMBER else f" {_WORDS[token]}"
@@ -86,7 +86,7 @@ def _token_id(piece: str) -> int:
 
 
 def _progression(kv: bytes) -> tuple[int, int] | None:
-    """(last number, step) when the prompt ends in at least three numbers of equal distance."""
+    """Return (last number, step) if the prompt ends in at least three equally spaced numbers."""
     tail = [_id_in(kv, end) for end in range(len(kv), max(0, len(kv) - 6 * BYTES_PER_TOKEN),
                                              -BYTES_PER_TOKEN)]
     numbers: list[int] = []  # from the last one backwards
@@ -105,7 +105,7 @@ def _progression(kv: bytes) -> tuple[int, int] | None:
 
 
 def _id_in(kv: bytes, end: int) -> int:
-    """The id of the token whose KV ends there, as its head 0 has it."""
+    """Read the id of the token whose KV ends there, as its head 0 has it."""
     start = end - BYTES_PER_TOKEN
     return int.from_bytes(kv[start : start + _ID_BYTES], "little")
 

@@ -29,7 +29,7 @@ def hold(device_ids: list[int]) -> list[socket.socket]:
 
 
 def of_host() -> set[int]:
-    """Physical ids of the host's devices, as /etc/hccn.conf names them; empty without that file."""
+    """List the host's physical device ids from /etc/hccn.conf; none without that file."""
     try:
         text = Path(host_path("/etc/hccn.conf")).read_text()
     except OSError:

@@ -21,7 +21,7 @@ class _Link:
 
 
 class PrefillSide:
-    """Listens for decode's links and pulls, and on the ZMQ port for its releases."""
+    """Listeners for decode's links and pulls, and on the ZMQ port for its releases."""
 
     def __init__(self, instance: Instance, store: KvStore, faults: Faults, metrics: Metrics) -> None:
         self._instance = instance

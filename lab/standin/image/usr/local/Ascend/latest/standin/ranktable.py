@@ -42,12 +42,12 @@ class Group:
 
     @property
     def ranks(self) -> list[tuple[str, int]]:
-        """(server ip, physical device id) of every world rank."""
+        """List (server ip, physical device id) of every world rank."""
         return [(server.server_ip, i) for server in self.servers for i in server.device_ids]
 
 
 def read_local(path: str) -> Group:
-    """The instance's own file; the count is the string "1", or an integer in a merged file."""
+    """Read the instance's own file; the count is the string "1", or an integer in a merged file."""
     table = _load(path)
     servers = _servers(table, path)
     count = "1" if len(servers) == 1 else len(servers)
@@ -57,7 +57,7 @@ def read_local(path: str) -> Group:
 
 
 def read_global(path: str) -> tuple[list[Group], str]:
-    """All pods in file order with their cluster ids, and the file's digest.
+    """Read all pods in file order with their cluster ids, and the file's digest.
 
     Raises:
         Refusal: a wrong shape, a wrong type, or a device or device_ip that occurs twice.
@@ -81,7 +81,7 @@ def read_global(path: str) -> tuple[list[Group], str]:
 
 
 def reorder(group: Group, addresses: list[str]) -> Group:
-    """A decode pod in the order of its server IP list, ranks renumbered."""
+    """Sort a decode pod by its server IP list, and renumber its ranks."""
     found = [server.server_ip for server in group.servers]
     if sorted(found) != sorted(addresses):
         raise Refusal("decode-ips", f"list has {addresses}, ranktable group has {found}")

@@ -21,10 +21,10 @@ class BadRequest(Exception):
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
-    """The body as an object.
+    """Parse the body as an object.
 
     Raises:
-        BadRequest: it is no JSON object.
+        BadRequest: it is not a JSON object.
     """
     try:
         body = json.loads(raw)
@@ -36,14 +36,14 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 
 
 def check_model(body: dict[str, Any], served: str) -> None:
-    """A wrong model name is a 404, as in vLLM."""
+    """Answer a wrong model name with 404, as vLLM does."""
     name = body.get("model", served)
     if name != served:
         raise BadRequest(f"The model `{name}` does not exist.", 404)
 
 
 def to_request(body: dict[str, Any], chat: bool, request_id: str, max_model_len: int) -> Request:
-    """Tokens and limits of a completion.
+    """Read the tokens and limits of a completion.
 
     Raises:
         BadRequest: a missing or malformed field, or more tokens than max_model_len.

@@ -18,7 +18,7 @@ class Shape:
         }
 
     def whole(self, generation: Generation) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Build the body of an answer that is not streamed."""
         text = "".join(generation.texts)
         content: dict[str, Any] = {"text": text}
         if self._chat:
@@ -32,7 +32,7 @@ class Shape:
         }
 
     def chunks(self, generation: Generation, with_usage: bool) -> Any:
-        """The bodies of a streamed answer, one per token; the last may be the usage."""
+        """Yield the bodies of a streamed answer, one per token; the last may be the usage."""
         if self._chat:
             yield self._chunk({"delta": {"role": "assistant", "content": ""}}, None)
         for number, text in enumerate(generation.texts, start=1):
@@ -51,7 +51,7 @@ class Shape:
 
 
 def usage(generation: Generation) -> dict[str, int]:
-    """Token counts."""
+    """Count tokens."""
     prompt, completion = generation.prompt_tokens, generation.completion_tokens
     return {
         "prompt_tokens": prompt,
@@ -61,7 +61,7 @@ def usage(generation: Generation) -> dict[str, int]:
 
 
 def error(message: str, status: int) -> dict[str, Any]:
-    """An error body as vLLM 0.9 sends it."""
+    """Build an error body as vLLM 0.9 sends it."""
     kinds = {400: "BadRequestError", 404: "NotFoundError"}
     kind = kinds.get(status, "InternalServerError")
     return {"object": "error", "message": message, "type": kind, "param": None, "code": status}

@@ -24,5 +24,5 @@ class Refusal(Exception):
 
 
 def host_path(path: str) -> str:
-    """An absolute path of the host or container; STANDIN_ROOT moves it (for tests without root)."""
+    """Return an absolute path of the host or container; STANDIN_ROOT moves it, for tests."""
     return os.environ.get("STANDIN_ROOT", "") + path

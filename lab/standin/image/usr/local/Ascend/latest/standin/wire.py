@@ -25,7 +25,7 @@ def receive(stream: BinaryIO) -> dict[str, Any] | None:
 
 
 def bind(address: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet, so connecting to it is refused.
+    """Bind a socket that does not listen yet, so connections to it are refused.
 
     Raises:
         OSError: the address is not local or the port is taken.
