@@ -166,7 +166,7 @@ def _derived_environment(
     key: str, given: Iterable[str], derived: frozenset[str]
 ) -> Iterator[Finding]:
     for name in sorted(derived.intersection(given)):
-        message = "expected it not to be given: it follows from the topology"
+        message = "expected no such key: its value follows from the topology"
         yield "derived-environment", Problem(f"{key}.environment.{name}", message)
 
 
@@ -174,7 +174,7 @@ def _derived_arguments(
     key: str, given: Iterable[str], derived: frozenset[str]
 ) -> Iterator[Finding]:
     for name in sorted(derived.intersection(name.replace("_", "-") for name in given)):
-        message = "expected it not to be given: it follows from other keys of the file"
+        message = "expected no such key: its value follows from other keys of the file"
         yield "derived-arguments", Problem(f"{key}.arguments.{name}", message)
 
 
@@ -189,7 +189,9 @@ def _unused(deployment: Deployment) -> Iterator[Finding]:
     """List the keys in the file or its profile that would change nothing."""
     for key in engines.get(deployment.engine).UNUSED_KEYS:
         for path in _given(deployment, key.split(".")):
-            message = f"expected it not to be given: engine {deployment.engine} has no use for it"
+            message = (
+                f"expected no such key, because the engine {deployment.engine} does not use it"
+            )
             yield "engine-keys", Problem(path, message)
 
 
