@@ -8,6 +8,7 @@ from pd_deploy.cli.prefect_api import reached
 from pd_deploy.config.models import Deployment
 from pd_deploy.flows import survey
 from pd_deploy.flows.session import open_former, open_session
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records.releases import History
 from pd_deploy.steps import history
@@ -41,6 +42,6 @@ async def connected(deployment: Deployment) -> AsyncIterator[tuple[Session, Hist
     """Connect to a deployment's hosts, former ones included, and read its history."""
     async with open_session(deployment) as session:
         reading = [history.read(host, session.root) for host in session.hosts.values()]
-        recorded = history.merged(await asyncio.gather(*reading))
+        recorded = history.merged(await together(reading))
         await open_former(session, recorded)
         yield session, recorded

@@ -6,6 +6,7 @@ from pathlib import Path
 from pd_deploy.cli.hosts import connected
 from pd_deploy.cli.prefect_api import reached
 from pd_deploy.config.models import Deployment
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.steps import logs
 
 
@@ -19,7 +20,7 @@ async def _collect(deployment: Deployment, generation: str | None, to: Path | No
     async with connected(deployment) as (session, history):
         chosen = logs.chosen(history, generation)
         target = to or Path(f"{deployment.name}-{chosen}-logs")
-        await asyncio.gather(
-            *(logs.collect(session, name, history, chosen, target / name) for name in session.hosts)
+        await together(
+            logs.collect(session, name, history, chosen, target / name) for name in session.hosts
         )
         return target

@@ -6,6 +6,7 @@ a host in memory: so flows in memory meet what they would meet on a real host. A
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
 from hashlib import sha256
@@ -237,6 +238,8 @@ class Facts:
         assert await host.facts.ports_taken([PORT]) == {}
         with console.listening(PORT):
             taken = await host.facts.ports_taken([PORT, PORT + 1])
+            (pid,) = map(int, re.findall(r"\(pid (\d+)\)", taken[PORT]))
+            assert list(await host.facts.containers_of([pid, 1 << 30])) == [pid]
             assert list(taken) == [PORT]
             assert "(pid " in taken[PORT]
         assert await host.facts.ports_taken([PORT]) == {}
@@ -467,6 +470,35 @@ class Containers:
         assert caught.value.path == "/no/such/model"
         assert await host.facts.missing_paths(["/no/such/model"])
         assert await host.docker.containers({DEPLOYMENT_LABEL: OURS}) == []
+
+    async def test_mount_source_that_went_after_creation(self, host: Host, create: Create) -> None:
+        source = f"{PLACE}/went"
+        await host.make_dirs([source])
+        id = await create("true", mounts=(Mount(source=source, target="/model"),))
+        await host.remove_tree(source, below=PLACE)
+        with pytest.raises(errors.FileMissing) as caught:
+            await host.docker.start(id)
+        assert caught.value.path == source
+
+    async def test_a_name_of_ours_is_looked_up_by_label(
+        self, host: Host, create: Create, console: Console
+    ) -> None:
+        id = await create(name=f"{OURS}-named")
+        state = await host.docker.find(f"{OURS}-named", deployment=OURS)
+        assert state is not None
+        assert state.id == id
+        assert await host.docker.find(f"{OURS}-nobody", deployment=OURS) is None
+        console.run_container("theirs")
+        try:
+            with pytest.raises(errors.NameTaken, match="theirs"):
+                await host.docker.find("theirs", deployment=OURS)
+            everyone = {one.name: one for one in await host.docker.listed()}
+            assert everyone[f"{OURS}-named"].id == id
+            assert everyone[f"{OURS}-named"].labels[DEPLOYMENT_LABEL] == OURS
+            assert everyone[f"{OURS}-named"].status == "created"
+            assert everyone["theirs"].status == "running"
+        finally:
+            console.remove_container("theirs")
 
     async def test_missing_device(self, host: Host, create: Create) -> None:
         id = await create("true", devices=("/dev/davinci99",))

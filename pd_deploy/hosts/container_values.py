@@ -90,6 +90,20 @@ class ContainerState:
 
 
 @dataclass(frozen=True)
+class ListedContainer:
+    """A container of whoever, as the engine lists it."""
+
+    id: str
+    name: str
+    labels: dict[str, str]
+    status: str
+    image: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.id[:12]}, image {self.image}, {self.status})"
+
+
+@dataclass(frozen=True)
 class Image:
     """An image on a host; `digest` is `repository@sha256:…`, None if it never saw a registry.
 
@@ -154,6 +168,17 @@ def state_of(inspected: Mapping[str, Any]) -> ContainerState:
         image=config["Image"],
         oom_killed=bool(state.get("OOMKilled")),
         error=state.get("Error") or "",
+    )
+
+
+def listed(entry: Mapping[str, Any]) -> ListedContainer:
+    """A container from an entry of the Engine API's list."""
+    return ListedContainer(
+        id=entry["Id"],
+        name=(entry.get("Names") or [entry["Id"][:12]])[0].lstrip("/"),
+        labels=dict(entry.get("Labels") or {}),
+        status=entry["State"],
+        image=entry["Image"],
     )
 
 

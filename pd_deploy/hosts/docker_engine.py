@@ -18,28 +18,31 @@ from pd_deploy.errors import (
     ConnectionDropped,
     ContainerMissing,
     DockerRefused,
+    NameTaken,
     NotOurs,
     PdDeployError,
     TimedOut,
     TransientError,
 )
 from pd_deploy.hosts import docker_create
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import (
     DEPLOYMENT_LABEL,
     ContainerSpec,
     ContainerState,
     DockerInfo,
     Image,
+    ListedContainer,
     PullMeter,
     PullProgress,
     RegistryLogin,
     image_of,
+    listed,
     oci_architecture,
     state_of,
 )
 from pd_deploy.hosts.docker_errors import container_error, explanation, pull_error
 from pd_deploy.hosts.docker_socket import DockerSocket
-from pd_deploy.hosts.files import together
 from pd_deploy.hosts.settled import settled
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.hosts.tunnel import Tunnel
@@ -178,6 +181,29 @@ class DockerEngine:
         )
         states = await together(self._inspect_if_there(entry["Id"]) for entry in found)
         return sorted((state for state in states if state), key=lambda state: state.name)
+
+    async def listed(self) -> list[ListedContainer]:
+        """All containers, running or not, of whoever."""
+        entries = await self._read("list all containers", lambda c: c.containers(all=True))
+        return [listed(entry) for entry in entries]
+
+    async def find(self, name: str, *, deployment: str) -> ContainerState | None:
+        """The deployment's container with a name; None if nobody has the name.
+
+        Raises:
+            NameTaken: somebody else's container has it.
+        """
+        try:
+            state = await self.inspect(name)
+        except ContainerMissing:
+            return None
+        if state.labels.get(DEPLOYMENT_LABEL) != deployment:
+            raise name_taken(
+                ListedContainer(state.id, state.name, state.labels, state.status, state.image),
+                deployment,
+                self._where,
+            )
+        return state
 
     async def inspect(self, container: str) -> ContainerState:
         """A container by name or id.
@@ -435,6 +461,18 @@ class DockerEngine:
             host=self._where,
             hint="run again: what is done already is not done twice",
         )
+
+
+def name_taken(container: ListedContainer, deployment: str, where: str) -> NameTaken:
+    """The error for a container that has a name of the deployment's, and not its label."""
+    return NameTaken(
+        f"expected the name {container.name} to be free, or of a container of deployment "
+        f"{deployment}; found container {container} without the label "
+        f"{DEPLOYMENT_LABEL}={deployment}",
+        host=where,
+        hint=f"`docker rename {container.id[:12]} OTHER-NAME` or `docker rm {container.id[:12]}`, "
+        "then run again",
+    )
 
 
 def _new_client(path: str, version: str) -> APIClient:

@@ -107,7 +107,11 @@ _PULL = (
         "check name and tag",
     ),
 )
-_BIND = re.compile(r"bind source path does not exist: (\S+)")
+# At the creation, and at a start after it went.
+_BIND = re.compile(
+    r'(?:bind source path does not exist: |error mounting "(?=[^"]+" to rootfs.*no such file))'
+    r'([^\s"]+)'
+)
 _DEVICE = re.compile(r'(?:custom device "|error gathering device information.*? ")([^"]+)"')
 _GONE = re.compile(r"no such container|removal of container .* is already in progress", re.I)
 _NAME = re.compile(r'container name "/?([^"]+)" is already in use by container "?(\w{12})')

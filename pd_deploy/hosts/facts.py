@@ -47,6 +47,11 @@ ADDRESSES = ["ip", "-j", "-4", "addr"]
 # Paths go as arguments and come back ended by NUL, so that any name is safe.
 MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
 FREE = r"""p=$1; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; LC_ALL=C df -P -k -- "$p" """
+# A container's id is the last part of its processes' cgroup that looks like one.
+CONTAINERS = r"""for p; do
+  [ -d "/proc/$p" ] || continue
+  printf '%s %s\n' "$p" "$(grep -oE '[0-9a-f]{64}' "/proc/$p/cgroup" 2>/dev/null | tail -n 1)"
+done"""
 TAIL = r"""lines=$1; bytes=$2; shift 2
 show() {
   printf '%s\0' "$1"
@@ -98,6 +103,14 @@ class Facts:
         """Those of the ports that somebody listens on, each with its holder's name."""
         listening = await self.listening_ports()
         return {port: listening[port] for port in ports if port in listening}
+
+    async def containers_of(self, pids: Sequence[int]) -> dict[int, str]:
+        """The container that each process is in, by id, "" for none; ended ones are left out."""
+        if not pids:
+            return {}
+        output = await self._host.output(["sh", "-c", CONTAINERS, "sh", *map(str, pids)])
+        words = (line.partition(" ") for line in output.splitlines())
+        return {int(pid): container for pid, _, container in words}
 
     async def disk_free(self, path: str) -> int:
         """Bytes free for the SSH user where `path` is or would be."""

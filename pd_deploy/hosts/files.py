@@ -1,13 +1,12 @@
 """Files of a host, by SFTP."""
 
-import asyncio
 import contextlib
 import posixpath
 import secrets
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import asyncssh
 
@@ -246,16 +245,6 @@ def sftp_error(exc: Exception, path: str, where: str) -> PdDeployError:
     return disk_error(reason, path, where) or HostError(
         f"{path}: the SFTP server says only {reason!r}", host=where, hint="`dmesg` may say more"
     )
-
-
-async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run them at the same time; the first error stops the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(call) for call in calls]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -22,10 +22,11 @@ import asyncssh
 import httpx
 
 from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, TimedOut
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.docker_engine import DockerEngine
 from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.facts import Facts
-from pd_deploy.hosts.files import TRY, File, Files, sftp_error, together
+from pd_deploy.hosts.files import TRY, File, Files, sftp_error
 from pd_deploy.hosts.link import Link
 from pd_deploy.hosts.login import HostKeys, Login
 from pd_deploy.hosts.sftp import SftpSession

@@ -9,17 +9,19 @@ import httpx
 from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.errors import (
     Abandoned,
-    ContainerMissing,
+    HostError,
     InstanceDied,
     NotReady,
     OutOfOrder,
     WrongArchitecture,
 )
+from pd_deploy.hosts.concurrent import all_ended, task_group, together
 from pd_deploy.hosts.container_values import ContainerState, Image, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
+from pd_deploy.steps import host_faults
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
@@ -80,7 +82,7 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     if stopping:
         rollout.attempt.stopped = True
         rollout.attempt.downtime.begin()
-    await asyncio.gather(*(_stop(rollout.locked, host, state) for host, state in stopping))
+    await all_ended(_stop(rollout.locked, host, state) for host, state in stopping)
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
     return Report("clean up", instance, where, bool(stopping), detail)
@@ -215,14 +217,21 @@ def _why_it_may_run(outcome: BaseException | None) -> Exception | None:
     return Abandoned("its stop was cancelled")
 
 
-async def died(rollout: Rollout, instance: str) -> InstanceDied:
+async def died(rollout: Rollout, instance: str) -> InstanceDied | HostError:
     """Describe how an instance ended: exit code, the reason if it is known, and the last lines of
-    its logs."""
+    its logs.
+
+    Returns:
+        An error of the host if its devices, ports, disk or files tell why, else InstanceDied.
+    """
     host, state = rollout.session.host_of(instance), await require(rollout, instance)
     code = await host.docker.wait(state.id)
     state = await host.docker.inspect(state.id)
+    lines = await last_lines(rollout, instance)
+    if fault := await host_faults.of_instance(rollout, instance):
+        return _put_down_to(fault, f"ended with exit code {code}", lines, instance)
     return InstanceDied(
-        f"ended with exit code {code}{_cause(state, code)}\n{await last_lines(rollout, instance)}",
+        f"ended with exit code {code}{_cause(state, code)}\n{lines}",
         host=host.where,
         instance=instance,
         hint=f"the whole log is on the host: `docker logs {state.name}` and "
@@ -230,23 +239,42 @@ async def died(rollout: Rollout, instance: str) -> InstanceDied:
     )
 
 
+async def not_ready(
+    rollout: Rollout, instance: str, message: str, hint: str | None = None
+) -> NotReady | HostError:
+    """Describe an instance that is not ready in time; an error of its host as in `died`."""
+    lines = await last_lines(rollout, instance)
+    if fault := await host_faults.of_instance(rollout, instance):
+        return _put_down_to(fault, message, lines, instance)
+    host = rollout.session.host_of(instance)
+    return NotReady(f"{message}\n{lines}", host=host.where, instance=instance, hint=hint)
+
+
+def _put_down_to(fault: HostError, effect: str, lines: str, instance: str) -> HostError:
+    fault.message = f"{effect}; {fault.message}\n{lines}"
+    fault.instance = instance
+    return fault
+
+
 async def last_lines(rollout: Rollout, instance: str) -> str:
     """Read the end of an instance's output and log files since its last start, for messages."""
     host, state = rollout.session.host_of(instance), await require(rollout, instance)
-    output, files = await asyncio.gather(
-        host.docker.logs(state.id, tail=LOG_LINES, since=state.started_at),
-        host.facts.tail([rollout.plan.instance(instance).log_directory], lines=LOG_LINES),
-    )
-    shown = ["its last lines:", *(f"  | {line}" for line in output.splitlines())]
-    for path, text in files.items():
+    directory = rollout.plan.instance(instance).log_directory
+    async with task_group() as group:
+        output = group.create_task(
+            host.docker.logs(state.id, tail=LOG_LINES, since=state.started_at)
+        )
+        files = group.create_task(host.facts.tail([directory], lines=LOG_LINES))
+    shown = ["its last lines:", *(f"  | {line}" for line in output.result().splitlines())]
+    for path, text in files.result().items():
         shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
     return "\n".join(shown)
 
 
-async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | None:
+async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | HostError | None:
     """Return the error for an instance, or the proxy, that has ended or does so in `within` s."""
     names = rollout.session.topology.names
-    states = await asyncio.gather(*(require(rollout, name) for name in names))
+    states = await together(require(rollout, name) for name in names)
     ends = {
         asyncio.ensure_future(rollout.session.host_of(name).docker.wait(state.id)): name
         for name, state in zip(names, states, strict=True)
@@ -305,16 +333,14 @@ async def _stop(
 
 async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
     container = rollout.plan.instance(instance).container
-    try:
-        return await rollout.session.host_of(instance).docker.inspect(container.name)
-    except ContainerMissing:
-        return None
+    host, deployment = rollout.session.host_of(instance), rollout.session.deployment.name
+    return await host.docker.find(container.name, deployment=deployment)
 
 
 async def _require_ranktables(rollout: Rollout, name: str) -> None:
     host, ranktables = rollout.session.host(name), rollout.plan.hosts[name].ranktables
     files = ranktables.files if ranktables else []
-    contents = await asyncio.gather(*(host.read_file(file.path) for file in files))
+    contents = await together(host.read_file(file.path) for file in files)
     wrong = [
         file.path
         for file, content in zip(files, contents, strict=True)
@@ -368,9 +394,5 @@ async def _log_says(
     if said == "ended":
         raise await died(rollout, instance)
     if said == "timeout":
-        raise NotReady(
-            f"expected {text!r} in its log within {timeout:g} s, found nothing of it\n"
-            + await last_lines(rollout, instance),
-            host=host.where,
-            instance=instance,
-        )
+        message = f"expected {text!r} in its log within {timeout:g} s, found nothing of it"
+        raise await not_ready(rollout, instance, message)

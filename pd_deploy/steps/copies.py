@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from pd_deploy.errors import LeaseLost, PdDeployError
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.records.releases import PLAN, RELEASE, History, Record
@@ -44,11 +45,8 @@ async def complete(session: LockedSession) -> list[str]:
     known = dict(
         zip(
             names,
-            await asyncio.gather(
-                *(
-                    retried(partial(history.read, session.host(name), session.root))
-                    for name in names
-                )
+            await together(
+                retried(partial(history.read, session.host(name), session.root)) for name in names
             ),
             strict=True,
         )

@@ -1,9 +1,9 @@
 """Collecting logs: what containers printed, and the files that they wrote."""
 
-import asyncio
 from pathlib import Path
 
 from pd_deploy.errors import NoSuchGeneration
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History
@@ -40,7 +40,7 @@ async def collect(
         wanted.add(release.servers)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     ours = [c for c in containers if c.labels.get(generations.GENERATION) in wanted]
-    printed = await asyncio.gather(*(host.docker.logs(c.id, tail="all") for c in ours))
+    printed = await together(host.docker.logs(c.id, tail="all") for c in ours)
     written = []
     for container, text in zip(ours, printed, strict=True):
         written.append(to / container.labels[generations.INSTANCE] / "docker.log")

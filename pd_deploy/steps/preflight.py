@@ -1,14 +1,17 @@
 """What has to be true of a host before anything on it is changed."""
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
 from pd_deploy.errors import DiskFull, FileMissing, HostError, InUse, PortTaken
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
+from pd_deploy.steps.host_faults import Holder, holders
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 
@@ -26,14 +29,15 @@ async def preflight(rollout: Rollout, name: str) -> Report:
         HostError: several faults.
     """
     host = rollout.session.host(name)
-    checks = await asyncio.gather(
-        _paths(rollout, host, name),
-        _disk(rollout, host, name),
-        _devices(rollout, host, name),
-        _ports(rollout, host, name),
-    )
-    faults = [fault for faults_of_check in checks for fault in faults_of_check]
-    faults += _of_other_deployments(rollout, host, name)
+    checks = [_paths]
+    # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
+    # nothing that a disk with little room left would put at risk.
+    if not rollout.is_last_resort:
+        checks += [_disk, _devices, _ports]
+    found = await together(check(rollout, host, name) for check in checks)
+    faults = [fault for faults_of_check in found for fault in faults_of_check]
+    if not rollout.is_last_resort:
+        faults += _of_other_deployments(rollout, host, name)
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -46,48 +50,48 @@ async def preflight(rollout: Rollout, name: str) -> Report:
 async def until_free(rollout: Rollout, name: str) -> Report:
     """Wait until the devices and ports that stopped containers had are really free.
 
+    What a process of somebody else has taken meanwhile is not waited for, as long as there is a
+    generation to go back to.
+
     Raises:
         InUse: they are not within `gates.free`; says who holds them.
     """
-    session, host = rollout.session, rollout.session.host(name)
-    try:
-        async with asyncio.timeout(session.deployment.gates.free) as limit:
-            # An asyncio.Event can't be set from another machine
-            while busy := await _busy(rollout, host, name):  # noqa: ASYNC110
-                await asyncio.sleep(POLL_S)
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise InUse(
-            f"expected devices and ports to be free within {session.deployment.gates.free:g} s "
-            f"after the old generation stopped, found {', '.join(busy)}",
-            host=host.where,
-            hint="end what holds them, or raise gates.free",
-        ) from None
+    host, free = rollout.session.host(name), rollout.session.deployment.gates.free
+    begin = time.monotonic()
+    taken_since: float | None = None
+    while busy := await _busy(rollout, host, name):
+        now = time.monotonic()
+        strangers = [holder for holder in busy if holder.is_stranger]
+        taken_since = (taken_since or now) if strangers else None
+        if now - begin >= free:
+            raise _not_free(rollout, host, busy, f"within {free:g} s", "or raise gates.free")
+        if taken_since and now - taken_since >= STRANGER_S and not rollout.is_last_resort:
+            raise _not_free(rollout, host, strangers, "", "then run again")
+        await asyncio.sleep(POLL_S)
     return Report("free", name, name, False, "devices and ports are free")
 
 
 POLL_S = 0.25
+STRANGER_S = 3.0
+"""How long somebody else's process may hold a device or port: it may be a look of a moment."""
 
 
-async def _busy(rollout: Rollout, host: Host, name: str) -> list[str]:
+async def _busy(rollout: Rollout, host: Host, name: str) -> list[Holder]:
     """List who still has something that the servers about to start need."""
     starting = rollout.to_start(name)
     devices = {device for instance in starting for device in instance.devices}
     ports = {port for instance in starting for port in instance.ports}
-    users, taken = await asyncio.gather(
-        _users(rollout, host, devices), host.facts.ports_taken(sorted(ports))
+    return await holders(rollout, host, devices, ports)
+
+
+def _not_free(rollout: Rollout, host: Host, busy: Iterable[Holder], limit: str, hint: str) -> InUse:
+    when = "after the old generation stopped" if rollout.attempt.stopped else ""
+    words = ["expected devices and ports to be free", limit, when]
+    return InUse(
+        f"{' '.join(filter(None, words))}, found {', '.join(map(str, busy))}",
+        host=host.where,
+        hint=f"end what holds them, {hint}",
     )
-    busy = [f"device {device} with {user}" for device, user in sorted(users.items())]
-    return busy + [f"port {p} with {who or 'a process'}" for p, who in sorted(taken.items())]
-
-
-async def _users(rollout: Rollout, host: Host, devices: set[int]) -> dict[int, str]:
-    engine = rollout.session.engine
-    command = engine.device_users_command()
-    if not command or not devices:
-        return {}
-    return dict(engine.device_users(await host.output(command), sorted(devices), host.where))
 
 
 async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
@@ -129,7 +133,7 @@ async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
         ]
     if await host.docker.image(rollout.plan.pinned_image) is None:
         needed.append(("the image", state.docker_root, deployment.disk.image))
-    free = await asyncio.gather(*(host.facts.disk_free(path) for _, path, _ in needed))
+    free = await together(host.facts.disk_free(path) for _, path, _ in needed)
     return [
         DiskFull(
             f"expected {_shown(least, least)} free for {purpose} at {path}, "
@@ -149,28 +153,27 @@ def _shown(size: int, scale: int) -> str:
 async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     """Find devices in use by anything but this deployment's running containers."""
     wanted, ours = _labelled(rollout, name, generations.DEVICES)
-    users = await _users(rollout, host, wanted.keys() - ours)
     return [
         InUse(
-            f"expected device {device} to be free for {wanted[device]}, found {user} on it",
+            f"expected {holder.what} to be free for {wanted[holder.number]}, "
+            f"found {holder.who} on it",
             host=host.where,
             hint="end that process, or use other devices",
         )
-        for device, user in sorted(users.items())
+        for holder in await holders(rollout, host, wanted.keys() - ours, ())
     ]
 
 
 async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     wanted, ours = _labelled(rollout, name, generations.PORTS)
-    taken = await host.facts.ports_taken(sorted(wanted.keys() - ours))
     return [
         PortTaken(
-            f"expected port {port} to be free for {wanted[port]}, "
-            f"found that {holder or 'another process'} listens on it",
+            f"expected {holder.what} to be free for {wanted[holder.number]}, "
+            f"found that {holder.who} listens on it",
             host=host.where,
             hint="stop that process, or move the port in the deployment file",
         )
-        for port, holder in sorted(taken.items())
+        for holder in await holders(rollout, host, (), wanted.keys() - ours)
     ]
 
 
@@ -192,7 +195,8 @@ def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[H
     claims = [(_holder(state), _uses(state)) for state in rollout.states[name].others]
     for other in rollout.locked.lease.others.get(host.address, []):
         if other.age < rollout.session.deployment.gates.lease_lasts:
-            claims.append((f"{other.owner.run}, which is at work", _claimed(other.owner)))
+            run = f"{other.owner.run} of deployment {other.owner.deployment}"
+            claims.append((f"{run}, which is at work,", _claimed(other.owner)))
     for label in (generations.DEVICES, generations.PORTS):
         wanted, _ = _labelled(rollout, name, label)
         for holder, used in claims:

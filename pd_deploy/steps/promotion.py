@@ -1,10 +1,10 @@
 """Recording what is attempted, what serves and what failed, on the hosts."""
 
-import asyncio
 from collections.abc import Collection
 from datetime import UTC, datetime
 
 from pd_deploy.errors import InstanceDied, NotReady, PdDeployError, SeveralFaults, SmokeTestFailed
+from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
 from pd_deploy.steps import copies, history
 from pd_deploy.steps.report import Report
@@ -40,7 +40,7 @@ async def promote(rollout: Rollout, by: str) -> Report:
     Its image gets a local name on every host, which keeps it from a `docker image prune`.
     """
     session, generation = rollout.session, rollout.plan.generation
-    await asyncio.gather(*(_keep_image(rollout, name) for name in rollout.plan.hosts))
+    await all_ended(_keep_image(rollout, name) for name in rollout.plan.hosts)
     before = rollout.history.record
     record = before.promoted(generation, datetime.now(UTC), by)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()

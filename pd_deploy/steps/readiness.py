@@ -4,7 +4,7 @@ import asyncio
 
 import httpx
 
-from pd_deploy.errors import NotReady
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.host import Host
 from pd_deploy.steps import containers
 from pd_deploy.steps.report import Report
@@ -47,11 +47,10 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
         ended.result()
         raise await containers.died(rollout, instance)
     if not finished:
-        raise NotReady(
-            f"expected an answer on its health endpoint within {limit:g} s, found none\n"
-            + await containers.last_lines(rollout, instance),
-            host=host.where,
-            instance=instance,
+        raise await containers.not_ready(
+            rollout,
+            instance,
+            f"expected an answer on its health endpoint within {limit:g} s, found none",
             hint="raise gates.ready if it only needs longer",
         )
     healthy.result()
@@ -64,16 +63,7 @@ async def _healthy(rollout: Rollout, instance: str) -> None:
     member = next(m for m in pod.members if m.name == instance)
     answering = member if member.api_ports else pod.master
     host = rollout.session.host_of(answering.name)
-    waits = [
-        asyncio.ensure_future(_server_healthy(host, answering.address, port))
-        for port in answering.api_ports
-    ]
-    try:
-        await asyncio.gather(*waits)
-    finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+    await together(_server_healthy(host, answering.address, port) for port in answering.api_ports)
 
 
 async def _server_healthy(host: Host, address: str, port: int) -> None:

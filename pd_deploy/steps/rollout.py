@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.hosts.container_values import ContainerState, ListedContainer
 from pd_deploy.hosts.facts import Seen
 from pd_deploy.planning import actions, plans
 from pd_deploy.records import generations
@@ -23,6 +23,7 @@ class HostState:
     Attributes:
         others: the running containers of other deployments.
         tree: what lies in the deployment's own directories, by path.
+        strangers: all containers without this deployment's label.
     """
 
     host: str
@@ -35,6 +36,7 @@ class HostState:
     listening: frozenset[int]
     tree: Mapping[str, Seen]
     past: HostRecords
+    strangers: tuple[ListedContainer, ...] = ()
 
     @property
     def has_drafts(self) -> bool:
@@ -99,6 +101,13 @@ class Rollout:
         return not there or all(
             release.generation != self.plan.generation for release in state.past.releases
         )
+
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether there is nothing else to go back to: the service is down, and this is the
+        generation that is to serve."""
+        serving = self.history.record.serving
+        return bool(self.attempt.downtime.since) and serving == self.plan.generation
 
     @cached_property
     def saved(self) -> Saved:

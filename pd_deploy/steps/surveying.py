@@ -5,14 +5,22 @@ Changes nothing.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from pd_deploy.config.fields import split_image
 from pd_deploy.engines.base import HostFacts, Layout
-from pd_deploy.errors import FactsError, ImageNotFound, PdDeployError, RegistryUnavailable
+from pd_deploy.errors import (
+    FactsError,
+    ImageNotFound,
+    PdDeployError,
+    RegistryUnavailable,
+    SeveralFaults,
+)
+from pd_deploy.hosts.concurrent import task_group, together
+from pd_deploy.hosts.docker_engine import name_taken
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
@@ -61,14 +69,16 @@ async def survey(session: Session, name: str) -> HostState:
         HostError, TransientError: as the hosts layer raises them.
     """
     host, own = session.host(name), session.deployment.name
-    info, containers, past, tree, interface, listening = await asyncio.gather(
-        host.docker.info(),
-        host.docker.containers({generations.DEPLOYMENT: ""}),
-        history.read(host, session.root),
-        host.facts.tree(session.root, Layout.log_root_of(session.deployment)),
-        host.facts.interface_of(host.address),
-        host.facts.listening_ports(),
-    )
+    async with task_group() as group:
+        info = group.create_task(host.docker.info())
+        labelled = group.create_task(host.docker.containers({generations.DEPLOYMENT: ""}))
+        everyone = group.create_task(host.docker.listed())
+        past = group.create_task(history.read(host, session.root))
+        logs = Layout.log_root_of(session.deployment)
+        tree = group.create_task(host.facts.tree(session.root, logs))
+        interface_of = group.create_task(host.facts.interface_of(host.address))
+        listening = group.create_task(host.facts.listening_ports())
+    interface, containers = interface_of.result(), labelled.result()
     if interface is None:
         raise await _not_owned(host, name)
     ours = [c for c in containers if c.labels[generations.DEPLOYMENT] == own]
@@ -77,14 +87,17 @@ async def survey(session: Session, name: str) -> HostState:
     return HostState(
         host=name,
         interface=(entry and entry.interface) or interface,
-        architecture=info.architecture,
-        docker_version=info.version,
-        docker_root=info.root_dir,
+        architecture=info.result().architecture,
+        docker_version=info.result().version,
+        docker_root=info.result().root_dir,
         containers=tuple(ours),
         others=tuple(others),
-        listening=frozenset(listening),
-        tree=tree,
-        past=past,
+        listening=frozenset(listening.result()),
+        tree=tree.result(),
+        past=past.result(),
+        strangers=tuple(
+            c for c in everyone.result() if c.labels.get(generations.DEPLOYMENT) != own
+        ),
     )
 
 
@@ -191,6 +204,7 @@ def planned(
     )
     by_host = {survey.host: survey for survey in states}
     past = past.with_release(release)
+    _require_names(session, made.plan, by_host)
     return Rollout(
         session, by_host, past, made.plan, release, image.choice.rule, Attempt.begin(past.record)
     )
@@ -208,16 +222,39 @@ async def saved(session: Session, name: str) -> tuple[Session, Saved]:
 
 def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rollout:
     """Plan the rollout that brings a saved generation back as it was."""
-    past = past_of(states)
+    past, by_host = past_of(states), {survey.host: survey for survey in states}
+    _require_names(session, saved.plan, by_host)
     return Rollout(
         session,
-        {survey.host: survey for survey in states},
+        by_host,
         past,
         saved.plan,
         past.releases[saved.plan.generation],
         "as it was saved",
         Attempt.begin(past.record),
     )
+
+
+def _require_names(session: Session, plan: plans.Plan, states: Mapping[str, HostState]) -> None:
+    """Refuse a plan whose containers would have names that are somebody else's.
+
+    Raises:
+        NameTaken: the only one.
+        SeveralFaults: several of them.
+    """
+    planned = {
+        (name, instance.container.name)
+        for name, host in plan.hosts.items()
+        for instance in host.instances.values()
+    }
+    faults = [
+        name_taken(stranger, plan.deployment, session.host(name).where)
+        for name, state in states.items()
+        for stranger in state.strangers
+        if (name, stranger.name) in planned
+    ]
+    if faults:
+        raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
 
 
 async def states(session: Session) -> str:
@@ -232,7 +269,7 @@ async def states(session: Session) -> str:
         shown = ", ".join(f"{c.name} {c.status}" for c in found) or "no containers"
         return f"host {session.host(name).where}: {shown}"
 
-    return "; ".join(await asyncio.gather(*(of(name) for name in session.hosts)))
+    return "; ".join(await together(of(name) for name in session.hosts))
 
 
 def with_addresses(session: Session) -> list[str]:
@@ -312,12 +349,12 @@ async def _digest_of(session: Session, choice: Choice, reference: str) -> str:
 
 async def _all_have(session: Session, image: str) -> bool:
     names = session.deployment.hosts
-    return all(await asyncio.gather(*(session.host(name).docker.image(image) for name in names)))
+    return all(await together(session.host(name).docker.image(image) for name in names))
 
 
 async def _present_everywhere(session: Session, reference: str) -> str:
-    found = await asyncio.gather(
-        *(session.host(name).docker.image(reference) for name in session.deployment.hosts)
+    found = await together(
+        session.host(name).docker.image(reference) for name in session.deployment.hosts
     )
     ids = {
         name: image.id if image else None

@@ -3,10 +3,10 @@
 Only containers with the deployment's label and directories of its own are touched.
 """
 
-import asyncio
 from collections.abc import Iterable
 
 from pd_deploy.engines.base import Layout
+from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
@@ -81,7 +81,7 @@ async def _remove_containers(
         await session.may_change(host)
         await host.docker.remove(state.id, deployment=session.deployment.name)
 
-    await asyncio.gather(*(remove(state) for state in states))
+    await all_ended(remove(state) for state in states)
 
 
 async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerState]) -> None:
@@ -95,7 +95,7 @@ async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerS
         await host.docker.stop(state.id, deployment=deployment, timeout=seconds)
 
     for group in (by_role[True], by_role[False]):
-        await asyncio.gather(*(stop_one(state) for state in group))
+        await all_ended(stop_one(state) for state in group)
 
 
 async def _remove_generation(

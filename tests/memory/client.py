@@ -75,11 +75,19 @@ class MemoryClient:
         if not image.tags and not image.digests:
             del self._machine.images[image.id]
 
-    def containers(self, all: bool, filters: Mapping[str, list[str]]) -> list[dict[str, str]]:
+    def containers(
+        self, all: bool, filters: Mapping[str, list[str]] | None = None
+    ) -> list[dict[str, Any]]:
         self._machine.cluster.settle()
-        wanted = [label.partition("=") for label in filters["label"]]
+        wanted = [label.partition("=") for label in (filters or {"label": []})["label"]]
         return [
-            {"Id": one.id}
+            {
+                "Id": one.id,
+                "Names": [f"/{one.name}"],
+                "Image": one.config["Image"],
+                "Labels": one.labels,
+                "State": one.status,
+            }
             for one in self._machine.containers.values()
             if all or one.running
             if _has(one.labels, wanted)
@@ -128,6 +136,10 @@ class MemoryClient:
                 why = f'error gathering device information while adding custom device "{path}"'
                 one.error = f"{why}: no such file or directory"
                 raise _refused(500, one.error)
+        for mount in one.config["HostConfig"].get("Mounts", []):
+            if self._machine.disk.get(mount["Source"]) is None:
+                why = f'error mounting "{mount["Source"]}" to rootfs at "{mount["Target"]}"'
+                raise _refused(400, f"{why}: stat {mount['Source']}: no such file or directory")
         if not one.running:
             programs.start(self._machine, one)
 

@@ -124,6 +124,11 @@ def _tail(machine: Machine, arguments: Sequence[str], _: str) -> str:
     return shown
 
 
+def _containers(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    homes = machine.processes()
+    return "".join(f"{pid} {homes[int(pid)]}\n" for pid in arguments if int(pid) in homes)
+
+
 def _find(machine: Machine, arguments: Sequence[str], _: str) -> str:
     return "".join(f"{path}\0" for path, _ in machine.disk.files(arguments[0]))
 
@@ -135,8 +140,8 @@ def _addresses(machine: Machine, *_: object) -> str:
 
 def _listeners(machine: Machine, *_: object) -> str:
     return "".join(
-        f'LISTEN 0 128 {address}:{port} 0.0.0.0:* users:(("{name}",pid=17,fd=3))\n'
-        for address, port, name in machine.listeners()
+        f'LISTEN 0 128 {address}:{port} 0.0.0.0:* users:(("{name}",pid={pid},fd=3))\n'
+        for address, port, name, pid in machine.listeners()
     )
 
 
@@ -146,8 +151,8 @@ def _npus(machine: Machine, *_: object) -> str:
         npu, chip = divmod(device, 2)
         rows.append(f"| {npu} Ascend910 | OK | 185.1 36 0 / 0 |")
         rows.append(f"| {chip} {device} | 0000:{0x9D + device:02X}:00.0 | 0 0 / 0 3395 / 65536 |")
-    for device, user in machine.device_users().items():
-        rows.append(f"| {device // 2} {device % 2} | 4711 | {user} | 54815 |")
+    for device, (user, pid) in machine.device_users().items():
+        rows.append(f"| {device // 2} {device % 2} | {pid} | {user} | 54815 |")
     return "\n".join(rows)
 
 
@@ -245,6 +250,7 @@ TABLE = (
     _script("drafts", tidy.DRAFTS, _drafts, changes=True),
     _script("missing paths", facts.MISSING, _missing),
     _script("disk", facts.FREE, _free),
+    _script("containers of", facts.CONTAINERS, _containers),
     _script("tail", facts.TAIL, _tail),
     _script("try to write", files.TRY, _try_to_write),
     _script("lease", lease.SCRIPT, _lease, changes=True),

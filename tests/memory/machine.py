@@ -1,6 +1,7 @@
 """Machines with their images and containers; the cluster that they make, and its registry."""
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,6 +12,10 @@ from tests.memory.disk import Disk
 
 if TYPE_CHECKING:
     from tests.memory.programs import Program
+
+
+OUTSIDE = 17
+"""The process that holds what no container does."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,11 @@ class Container:
         return self.status == "running"
 
     @property
+    def pid(self) -> int:
+        """Of its main process."""
+        return 4000 + zlib.crc32(self.id.encode())
+
+    @property
     def run_id(self) -> str:
         """The present run of it: another one after each start."""
         return f"{self.id}/{self.runs}"
@@ -155,21 +165,25 @@ class Machine:
         for container in list(self.running()):
             self.end(container, 137)
 
-    def device_users(self) -> dict[int, str]:
-        """By device, who uses it."""
-        users = dict(self.held_devices)
+    def device_users(self) -> dict[int, tuple[str, int]]:
+        """By device, who uses it, with the process's id."""
+        users = {number: (name, OUTSIDE) for number, name in self.held_devices.items()}
         for one in self.running():
             if one.program:
-                users |= dict.fromkeys(one.program.devices, "python3.1")
+                users |= dict.fromkeys(one.program.devices, ("python3.1", one.pid))
         return users
 
-    def listeners(self) -> list[tuple[str, int, str]]:
-        """Addresses and ports that are listened on, and by whom."""
-        found = [("0.0.0.0", port, name) for port, name in self.held_ports.items()]
+    def listeners(self) -> list[tuple[str, int, str, int]]:
+        """Addresses and ports that are listened on, by whom, with the process's id."""
+        found = [("0.0.0.0", port, name, OUTSIDE) for port, name in self.held_ports.items()]
         for one in self.running():
             if one.program:
-                found += [(address, port, "python3") for address, port in one.program.bound()]
+                found += [(a, port, "python3", one.pid) for a, port in one.program.bound()]
         return found
+
+    def processes(self) -> dict[int, str]:
+        """The container that each process is in, by id, "" for none."""
+        return {OUTSIDE: "", **{one.pid: one.id for one in self.running()}}
 
 
 class Cluster:

@@ -71,6 +71,7 @@ class _Process:
         self.machine = machine
         self.container = container
         self.devices: frozenset[int] = frozenset()
+        self.ports: frozenset[int] = frozenset()
         self._ends: tuple[float, int] | None = None
         self.began = self.now()
 
@@ -90,7 +91,7 @@ class _Process:
             self._ends = self.now() + seconds, code
 
     def bound(self) -> set[tuple[str, int]]:
-        return set()
+        return {(ANYWHERE, port) for port in self.ports}
 
     def serving(self) -> set[tuple[str, int]]:
         return set()
@@ -215,7 +216,7 @@ class Server(_Process):
         self.ranktable = self.machine.disk.read(environment["GLOBAL_RANK_TABLE_FILE_PATH"])
         wanted = generations.numbers(self.container.labels[generations.DEVICES])
         taken = wanted & self.machine.device_users().keys()
-        ports = self._ports & {port for _, port, _ in self.machine.listeners()}
+        ports = self._ports & {port for _, port, *_ in self.machine.listeners()}
         if not self.ranktable:
             self.refuse("the global ranktable is missing")
         elif taken or ports:

@@ -7,7 +7,7 @@ is left out: its server, states and logs. Time is virtual, so waits and retries 
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,11 +32,12 @@ from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
 from pd_deploy.steps import surveying
+from tests.memory import programs
 from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock, VirtualLoop
 from tests.memory.commands import is_draft
 from tests.memory.host import MemoryHost
-from tests.memory.machine import Build, Cluster, Container, Faults, Machine
+from tests.memory.machine import Build, Cluster, Container, Faults, LocalImage, Machine
 from tests.memory.registry import reaching
 from tests.unit import example
 
@@ -177,6 +178,34 @@ class World:
         finally:
             loop.close()
 
+    def stranger(
+        self,
+        host: str,
+        name: str,
+        *,
+        ports: Iterable[int] = (),
+        devices: Iterable[int] = (),
+        labels: Mapping[str, str] | None = None,
+        seconds: float = 86_400,
+    ) -> Container:
+        """Run a container that is not this deployment's on a host, for so many seconds."""
+        machine = self.machines[host]
+        self.cluster.made += 1
+        container_id = f"{self.cluster.made:064x}"
+        config = {
+            "Image": "busybox:1",
+            "Cmd": ["sleep", str(seconds)],
+            "Labels": dict(labels or {}),
+        }
+        image = LocalImage("sha256:busybox", Build("sha256:busybox"))
+        container = Container(container_id, name, config, image)
+        machine.containers[container_id] = container
+        programs.start(machine, container)
+        assert isinstance(container.program, programs.Shell)
+        container.program.ports = frozenset(ports)
+        container.program.devices = frozenset(devices)
+        return container
+
     def pass_by(self, seconds: float) -> None:
         """Lets time pass on the hosts."""
         self.cluster.clock.pass_by(seconds)
@@ -260,8 +289,10 @@ class World:
             assert disk.read(f"{ROOT}/lease").split("\n")[1] == "", "the lease is still held"
             assert not [path for path, _ in disk.files("/") if is_draft(path)]
             kept = {n for n in disk.names(ROOT) if disk.entries[f"{ROOT}/{n}"].is_directory}
-            found = {c.labels[generations.GENERATION] for c in machine.containers.values()}
-            assert found <= kept
+            ours = [
+                c for c in machine.containers.values() if c.labels.get(DEPLOYMENT_LABEL) == NAME
+            ]
+            assert {c.labels[generations.GENERATION] for c in ours} <= kept
             assert len(kept) <= 2
         return serving
 

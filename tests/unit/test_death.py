@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 
 from pd_deploy.hosts.container_values import ContainerState, state_of
 from pd_deploy.hosts.host import Host, Hosts
-from pd_deploy.steps import containers
+from pd_deploy.steps import containers, host_faults
 from tests.unit.test_dry_run import rollout
 
 RUNNING = {
@@ -29,6 +30,9 @@ class Docker:
     async def inspect(self, container: str) -> ContainerState:
         return state_of(self.state)
 
+    async def find(self, name: str, **_: str) -> ContainerState:
+        return await self.inspect(name)
+
     async def wait(self, container: str) -> int:
         self.state = {**RUNNING, "State": self.ended}
         return int(self.ended["ExitCode"])
@@ -41,11 +45,15 @@ async def tail(*_: Any, **__: Any) -> dict[str, str]:
     return {}
 
 
+async def no_fault(*_: Any) -> None: ...
+
+
 async def message_of(docker: Docker) -> str:
     of = rollout({})
     host = SimpleNamespace(docker=docker, where="a (10.0.0.1)", facts=SimpleNamespace(tail=tail))
     of.session.hosts = Hosts.of({name: cast(Host, host) for name in of.session.deployment.hosts})
-    return str(await containers.died(of, "p0"))
+    with mock.patch.object(host_faults, "of_instance", no_fault):
+        return str(await containers.died(of, "p0"))
 
 
 @pytest.mark.parametrize(("code", "killed"), [(137, True), (0, True), (137, False), (0, False)])

@@ -310,7 +310,8 @@ class Told:
     def __init__(self, address: str, links: str) -> None:
         self.address, self.where, self.links = address, f"a ({address})", links
         self.facts = Facts(self)
-        self.docker = SimpleNamespace(info=self.nothing, containers=self.nothing)
+        none = self.nothing
+        self.docker = SimpleNamespace(info=none, containers=none, listed=none)
 
     async def output(self, argv: Sequence[str]) -> str:
         return self.links if argv[0] == "ip" else ""

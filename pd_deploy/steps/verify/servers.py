@@ -12,6 +12,7 @@ import httpx
 from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Counters
 from pd_deploy.errors import SmokeTestFailed
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import metrics
 from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
@@ -148,7 +149,7 @@ class Servers:
 
     async def counts(self) -> list[Counts]:
         """Counters of all, in the same order."""
-        return list(await asyncio.gather(*(server.counts() for server in self.all)))
+        return await together(server.counts() for server in self.all)
 
 
 @asynccontextmanager

@@ -1,0 +1,119 @@
+"""What of a host keeps a server from running: devices and ports that others hold, a full disk,
+files that are gone. Changes nothing.
+
+A server that ends because of these says nothing about its image.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pd_deploy.errors import ContainerMissing, DiskFull, FileMissing, HostError, InUse
+from pd_deploy.hosts.concurrent import task_group, together
+from pd_deploy.hosts.host import Host
+from pd_deploy.planning.plans import InstancePlan
+from pd_deploy.records import generations
+from pd_deploy.steps.rollout import Rollout
+
+FULL_BYTES = 1 << 20
+"""With less than this free, a disk is full: programs fail at their next write."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a device or a port.
+
+    Attributes:
+        what: e.g. `port 9000`.
+        number: of the device or port.
+        who: the process, and its container if it is in one.
+        is_stranger: whether it is known to live on, and to be none of this deployment's.
+    """
+
+    what: str
+    number: int
+    who: str
+    is_stranger: bool
+
+    def __str__(self) -> str:
+        return f"{self.what} with {self.who}"
+
+
+async def holders(
+    rollout: Rollout, host: Host, devices: Iterable[int], ports: Iterable[int]
+) -> list[Holder]:
+    """List who has devices and ports of a host."""
+    devices, ports = sorted(devices), sorted(ports)
+    async with task_group() as group:
+        users = group.create_task(device_users(rollout, host, devices))
+        taken = group.create_task(host.facts.ports_taken(ports))
+    found = [("device", *user) for user in sorted(users.result().items())]
+    found += [("port", *holder) for holder in sorted(taken.result().items())]
+    pids = sorted({pid for *_, who in found if (pid := _pid(who))})
+    homes = await host.facts.containers_of(pids)
+    containers = {id_: await _container(rollout, host, id_) for id_ in set(homes.values()) if id_}
+    holding = []
+    for kind, number, who in found:
+        pid = _pid(who)
+        name, is_ours = containers.get(homes.get(pid or 0, ""), ("", False))
+        shown = who.replace(")", f", container {name})") if name else who
+        is_stranger = pid in homes and not is_ours
+        holding.append(Holder(f"{kind} {number}", number, shown or "a process", is_stranger))
+    return holding
+
+
+async def device_users(rollout: Rollout, host: Host, devices: list[int]) -> dict[int, str]:
+    """List those of a host's devices that somebody uses, with whom the engine's tool names."""
+    engine = rollout.session.engine
+    command = engine.device_users_command()
+    if not command or not devices:
+        return {}
+    return dict(engine.device_users(await host.output(command), devices, host.where))
+
+
+async def of_instance(rollout: Rollout, instance: str) -> HostError | None:
+    """Find what keeps an instance from running that is its host's fault, and not its image's."""
+    host, plan = rollout.session.host_of(instance), rollout.plan.instance(instance)
+    async with task_group() as group:
+        held = group.create_task(holders(rollout, host, plan.devices, plan.ports))
+        full = group.create_task(_full(rollout, host))
+        missing = group.create_task(_missing(host, plan))
+    if strangers := [str(holder) for holder in held.result() if holder.is_stranger]:
+        return InUse(f"found {', '.join(strangers)}", host=host.where, hint="end what holds them")
+    if full.result():
+        return DiskFull(f"found no space left at {', '.join(full.result())}", host=host.where)
+    if missing.result():
+        return FileMissing(
+            f"found nothing at {', '.join(missing.result())}, which its container uses",
+            path=missing.result()[0],
+            host=host.where,
+        )
+    return None
+
+
+async def _container(rollout: Rollout, host: Host, container: str) -> tuple[str, bool]:
+    """Return a container's name, and whether it is this deployment's."""
+    try:
+        state = await host.docker.inspect(container)
+    except ContainerMissing:
+        return "", False
+    is_ours = state.labels.get(generations.DEPLOYMENT) == rollout.session.deployment.name
+    return state.name, is_ours
+
+
+async def _full(rollout: Rollout, host: Host) -> list[str]:
+    paths = rollout.session.deployment.paths
+    looked_at = sorted({paths.state, paths.logs})
+    free = await together(host.facts.disk_free(path) for path in looked_at)
+    return [path for path, left in zip(looked_at, free, strict=True) if left < FULL_BYTES]
+
+
+async def _missing(host: Host, plan: InstancePlan) -> list[str]:
+    sources = {mount.source for mount in plan.container.mounts}
+    devices = {device.partition(":")[0] for device in plan.container.devices}
+    return await host.facts.missing_paths(sorted(sources | devices))
+
+
+def _pid(who: str) -> int | None:
+    named = re.search(r"\(pid (\d+)\)", who)
+    return int(named[1]) if named else None
