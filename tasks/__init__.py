@@ -8,20 +8,23 @@ call of them, into `composed.py`.
 from pd_deploy.steps import containers, preflight, promotion, readiness, surveying, tidy
 from pd_deploy.steps.verify import smoke
 from pd_deploy.tasks import composed
-from pd_deploy.tasks.step import pure, step
+from pd_deploy.tasks.step import TO_ITS_END, pure, step
+
+LOOK_S = 15
+"""How long hosts are still looked at when another has failed: so all that is wrong is told."""
 
 # Look at the hosts, and plan
-connect = step("connect {name}")(surveying.connect)
+connect = step("connect {name}", grace=LOOK_S)(surveying.connect)
 lock = step("lock")(composed.lock)
-survey = step("survey {name}")(surveying.survey)
+survey = step("survey {name}", grace=LOOK_S)(surveying.survey)
 choose_image = step("choose image")(surveying.choose)
 resolve_image = step("resolve image")(surveying.resolve_image)
-device_addresses = step("device addresses {name}")(surveying.device_addresses)
+device_addresses = step("device addresses {name}", grace=LOOK_S)(surveying.device_addresses)
 make_plan = step("plan")(pure(surveying.planned))
 take_plan = step("saved plan")(pure(surveying.restored))
 
 # While the old generation serves
-check_host = step("preflight {name}")(preflight.preflight)
+check_host = step("preflight {name}", grace=LOOK_S)(preflight.preflight)
 pull_image = step("pull image {name}")(composed.pull)
 save = step("save {name}")(promotion.save)
 launch = step("launch {instance}")(containers.launch)
@@ -29,18 +32,18 @@ write_ranktables = step("ranktable {name}")(containers.write_ranktables)
 prepare_proxy = step("prepare proxy {instance}")(containers.prepare_proxy)
 
 # From the cut-over to the promotion
-clean_up = step("clean up {instance}")(containers.clean_up)
+clean_up = step("clean up {instance}", grace=TO_ITS_END)(containers.clean_up)
 until_free = step("free {name}")(preflight.until_free)
 start_server = step("start server {instance}")(containers.start_server)
 until_ready = step("ready {instance}")(readiness.until_ready)
 smoke_test = step("smoke test")(smoke.smoke_test)
 open_proxy = step("open proxy {instance}")(composed.open_proxy)
-promote = step("promote")(promotion.promote)
+promote = step("promote", grace=TO_ITS_END)(promotion.promote)
 
 # Remove what is not needed any more
-prune = step("prune {name}")(tidy.prune)
-clear = step("clear {name}")(tidy.clear)
-stop = step("stop {name}")(tidy.stop)
+prune = step("prune {name}", grace=TO_ITS_END)(tidy.prune)
+clear = step("clear {name}", grace=TO_ITS_END)(tidy.clear)
+stop = step("stop {name}", grace=TO_ITS_END)(tidy.stop)
 
 # What joins the steps of many hosts; its name says what is so from there on
 gate = step("{name}")(composed.gate)

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import inspect
+import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
@@ -15,10 +16,12 @@ from prefect.utilities.annotations import opaque, quote
 
 from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.records.releases import Choice
+from pd_deploy.steps.barrier import Barrier
 from pd_deploy.steps.history import HostRecords
 from pd_deploy.steps.report import Gate, Report
 from pd_deploy.steps.retry import RETRY_DELAYS_S
 from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import story
@@ -27,6 +30,8 @@ story.tell()
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+TO_ITS_END = math.inf
 
 Result = (
     Report
@@ -78,12 +83,16 @@ class Step(Generic[P, R]):
         )
 
 
-def step(run_name: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Step[P, R]]:
+def step(
+    run_name: str, *, grace: float = 0
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Step[P, R]]:
     """Make a step of a function: named after its subject, retried on transient faults, timed, with
-    what it has to say logged.
+    what it has to say logged. It gives up when another step of the run has failed.
 
     Args:
         run_name: name of the task run, with the function's parameters in braces.
+        grace: seconds for which it goes on when another has failed: looks at hosts, so that faults
+            of several are told together; `TO_ITS_END` for what must not be cut, such as a stop.
     """
 
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Step[P, R]:
@@ -91,7 +100,9 @@ def step(run_name: str) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Step[
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             begin = time.monotonic()
             try:
-                result = await function(*args, **kwargs)
+                barrier = _barrier(args)
+                work = function(*args, **kwargs)
+                result = await (barrier.unless_failed(work, grace) if barrier else work)
             except PdDeployError as error:
                 error.step = error.step or run_name.format(**_bound(function, args, kwargs))
                 raise
@@ -124,6 +135,13 @@ def pure(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
         return function(*args, **kwargs)
 
     return run
+
+
+def _barrier(args: Sequence[object]) -> Barrier | None:
+    """The barrier of the run that a step belongs to."""
+    of = args[0] if args else None
+    session = of.session if isinstance(of, Rollout) else of
+    return session.barrier if isinstance(session, Session) else None
 
 
 def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

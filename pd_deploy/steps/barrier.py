@@ -1,6 +1,7 @@
 """Where the steps of one run wait for each other."""
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
@@ -41,16 +42,26 @@ class Barrier:
             await self.unless_failed(self._open[gate].wait())
         return [self._shown[gate] for gate in gates]
 
-    async def unless_failed(self, work: Coroutine[Any, Any, T]) -> T:
+    async def unless_failed(self, work: Coroutine[Any, Any, T], grace: float = 0) -> T:
         """Wait for the result of some work; give up as soon as another step fails.
+
+        Args:
+            grace: seconds for which the work goes on all the same; `math.inf` for its end.
 
         Raises:
             Abandoned: another step failed first.
         """
+        if grace == math.inf:
+            return await work
+        if self._failed.is_set() and not grace:
+            work.close()
+            raise Abandoned(f"given up because {self._cause}")
         task = asyncio.ensure_future(work)
         failed = asyncio.ensure_future(self._failed.wait())
         try:
             await asyncio.wait({task, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if grace and not task.done():
+                await asyncio.wait({task}, timeout=grace)
             if task.done():
                 return task.result()
             raise Abandoned(f"given up because {self._cause}")

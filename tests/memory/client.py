@@ -24,6 +24,7 @@ class MemoryClient:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._stopping: dict[str, float] = {}
+        self._pulling: dict[str, float] = {}
 
     def info(self) -> dict[str, str]:
         return {"Driver": "overlay2", "DockerRootDir": "/var/lib/docker", "Architecture": "aarch64"}
@@ -46,7 +47,10 @@ class MemoryClient:
         return {"Descriptor": {"digest": self._build(ref).digest}}
 
     def pull(self, ref: str, **_: object) -> Iterator[dict[str, Any]]:
-        build = self._build(ref)
+        build, now = self._build(ref), self._machine.clock.seconds()
+        if now < self._pulling.setdefault(ref, now + self._machine.pulls_for):
+            raise NotYet
+        del self._pulling[ref]
         self._machine.pull(ref, build)
         yield {"status": f"Digest: {build.digest}"}
 

@@ -108,6 +108,7 @@ class Machine:
     Attributes:
         held_devices, held_ports: what processes outside of any container have, by name.
         answers_after: seconds that each command takes.
+        pulls_for: seconds that a pull takes.
     """
 
     def __init__(self, name: str, address: str, cluster: "Cluster") -> None:
@@ -120,6 +121,7 @@ class Machine:
         self.held_devices: dict[int, str] = {}
         self.held_ports: dict[int, str] = {}
         self.answers_after = 0.0
+        self.pulls_for = 0.0
 
     @property
     def clock(self) -> Clock:

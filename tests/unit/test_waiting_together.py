@@ -1,6 +1,7 @@
 """Steps that run together: one failure ends every wait at once, and is what gets reported."""
 
 import asyncio
+import math
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -88,6 +89,27 @@ class TestBarrier:
         with pytest.raises(asyncio.CancelledError):
             await soon(waiting)
         assert ended.is_set()
+
+    async def test_failure_ends_work_before_it_begins(self) -> None:
+        barrier = Barrier()
+        barrier.fail("d0 died")
+        with pytest.raises(Abandoned, match="d0 died"):
+            await soon(barrier.unless_failed(fails(PortTaken("7000"))))
+
+    async def test_work_with_grace_may_still_end(self) -> None:
+        barrier, gate = Barrier(), asyncio.Event()
+
+        async def work() -> str:
+            await gate.wait()
+            return "done"
+
+        looks = asyncio.ensure_future(barrier.unless_failed(work(), grace=600))
+        stops = asyncio.ensure_future(barrier.unless_failed(work(), grace=math.inf))
+        barrier.fail("d0 died")
+        with pytest.raises(Abandoned):
+            await soon(barrier.unless_failed(work(), grace=0.01))
+        gate.set()
+        assert await soon(looks) == await soon(stops) == "done"
 
 
 class TestFanOut:
