@@ -304,7 +304,7 @@ class RegistryUnavailable(TransientError):
 
 
 def faults_of(error: Exception) -> Sequence[Exception]:
-    """The faults that an error tells of: those of several steps, or itself."""
+    """List the faults that an error reports: those of several steps, or itself."""
     return error.faults if isinstance(error, SeveralFaults) else [error]
 
 

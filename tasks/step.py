@@ -61,7 +61,7 @@ class Step(Generic[P, R]):
         return await self._run((), args, kwargs)
 
     def after(self, *results: Result) -> Callable[P, Coroutine[Any, Any, R]]:
-        """The step as one that follows those with these results, which the run's graph shows."""
+        """Return the step as one that follows those with these results in the run's graph."""
 
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
             return await self._run(results, args, kwargs)

@@ -154,7 +154,7 @@ class PullProgress:
 
 
 def state_of(inspected: Mapping[str, Any]) -> ContainerState:
-    """A container's state from the Engine API's inspect answer."""
+    """Read a container's state from the Engine API's inspect answer."""
     state, config = inspected["State"], inspected["Config"]
     over = state["Status"] in ("exited", "dead")
     return ContainerState(
@@ -183,7 +183,7 @@ def listed(entry: Mapping[str, Any]) -> ListedContainer:
 
 
 def image_of(inspected: Mapping[str, Any], repository: str) -> Image:
-    """An image from the Engine API's inspect answer; its digest as `repository` knows it."""
+    """Read an image from the Engine API's inspect answer; its digest is that in `repository`."""
     digests = inspected.get("RepoDigests") or []
     own = [digest for digest in digests if digest.split("@")[0] == repository]
     return Image(

@@ -88,7 +88,7 @@ class DockerEngine:
         )
 
     async def image(self, ref: str) -> Image | None:
-        """The image `ref` as the host has it; None if it has not."""
+        """Return the image `ref` as the host has it; None if the host doesn't have it."""
 
         def look(client: APIClient) -> Image | None:
             try:
@@ -134,7 +134,7 @@ class DockerEngine:
         return replace(image, digest=f"{repository}@{meter.digest}")
 
     async def resolve(self, ref: str, auth: RegistryLogin | None = None) -> str:
-        """The digest (`sha256:…`) that the registry has for `ref` now; nothing is pulled.
+        """Ask the registry for the digest (`sha256:…`) of `ref`; pull nothing.
 
         Raises:
             ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
@@ -206,7 +206,7 @@ class DockerEngine:
         return state
 
     async def inspect(self, container: str) -> ContainerState:
-        """A container by name or id.
+        """Return the state of a container, by its name or id.
 
         Raises:
             ContainerMissing: there is none.
@@ -291,7 +291,7 @@ class DockerEngine:
     async def logs(
         self, container: str, tail: int | Literal["all"] = 50, *, since: datetime | None = None
     ) -> str:
-        """The last lines of a container's output, of those that came after `since`."""
+        """Read the last lines of a container's output, of those that came after `since`."""
         after = since.timestamp() if since else None
 
         def read(client: APIClient) -> str:
@@ -374,14 +374,14 @@ class DockerEngine:
                 return answer
 
     async def _read(self, what: str, call: Callable[[APIClient], T]) -> T:
-        """A call that changes nothing, so it is made again when its connection was lost."""
+        """Make a call that changes nothing; make it again if its connection is lost."""
         try:
             return await self._do(what, call)
         except ConnectionDropped:
             return await self._do(what, call)
 
     async def _change(self, what: str, call: Callable[[APIClient], T]) -> T:
-        """A short call that changes the host: a cancelled caller waits for its end."""
+        """Make a short call that changes the host; if cancelled, wait for its end."""
         return await settled(self._do(what, call))
 
     async def _do(self, what: str, call: Callable[[APIClient], T]) -> T:
@@ -396,7 +396,7 @@ class DockerEngine:
         call: Callable[[APIClient], T],
         refused: Callable[[sdk.APIError], PdDeployError] | None = None,
     ) -> T:
-        """A call that may last: on a tunnel of its own, which is cut when it is cancelled."""
+        """Make a call that may last, on a tunnel of its own; if cancelled, cut the tunnel."""
         _, shared = await self._client()
         async with self._tunnel() as (tunnel, path):
             with self._errors(what, tunnel, refused):
@@ -495,7 +495,7 @@ def _inspect_image(client: APIClient, ref: str) -> Image:
 
 
 def _appears(chunks: Iterator[bytes], text: bytes) -> bool:
-    """Whether `text` comes in the output before its end."""
+    """Tell whether `text` comes in the output before its end."""
     rest = b""
     for chunk in chunks:
         rest += chunk

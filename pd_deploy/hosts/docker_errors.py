@@ -118,7 +118,7 @@ _NAME = re.compile(r'container name "/?([^"]+)" is already in use by container "
 
 
 def container_error(exc: sdk.APIError, what: str, where: str) -> PdDeployError:
-    """The error for a refused call about a container; `what` says what was tried."""
+    """Make the error for a refused call about a container; `what` says what was tried."""
     text = explanation(exc)
     if found := _BIND.search(text):
         return _missing_path(found[1], f"{what}: the mount's source", where)
@@ -138,7 +138,7 @@ def container_error(exc: sdk.APIError, what: str, where: str) -> PdDeployError:
 
 
 def pull_error(text: str, ref: str, where: str) -> PdDeployError:
-    """The error for a pull of `ref` that failed with the engine's message `text`."""
+    """Make the error for a pull of `ref` that failed with the engine's message `text`."""
     for meaning in _PULL:
         if re.search(meaning.signs, text, re.I):
             said = f"{meaning.says.format(ref=ref)} ({_short(text)})"
@@ -147,7 +147,7 @@ def pull_error(text: str, ref: str, where: str) -> PdDeployError:
 
 
 def explanation(exc: sdk.APIError) -> str:
-    """The engine's own words."""
+    """Return the engine's own words."""
     return str(exc.explanation or exc)
 
 

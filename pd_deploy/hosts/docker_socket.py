@@ -58,7 +58,7 @@ class DockerSocket:
 
     @contextlib.asynccontextmanager
     async def stream(self) -> AsyncIterator[Stream]:
-        """A stream to the Docker engine.
+        """Open a stream to the Docker engine.
 
         Raises:
             DockerAccessDenied, DockerMissing, DockerDown: the engine can't be had.
@@ -111,11 +111,11 @@ class DockerSocket:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[Link]:
-        """A link with room for one stream more.
+        """Reserve room for one more stream on a link.
 
-        Links of their own, as streams may last and would block the host's commands. The room is
-        taken before anything is awaited: a short call that queued behind lasting ones, all meant
-        for the same last place, would never come to its turn.
+        Streams have their own links, because they may last and would block the host's commands. The
+        room is taken before anything is awaited: otherwise a short call could queue behind lasting
+        ones for the same last slot, and never get its turn.
         """
         link = next((one for one in self._spares if self._streams[one] < MAX_SESSIONS), None)
         if link is None:

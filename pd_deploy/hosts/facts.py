@@ -39,7 +39,7 @@ class Runner(Protocol):
         ...
 
     async def output(self, argv: Sequence[str]) -> str:
-        """The standard output of a command."""
+        """Return the standard output of a command."""
         ...
 
 
@@ -71,15 +71,15 @@ class Facts:
         self._host = host
 
     async def interface_of(self, address: str) -> str | None:
-        """The network interface that owns an IPv4 address; None if none does.
+        """Find the network interface that owns an IPv4 address; return None if none does.
 
-        A loopback interface is none: nothing reaches another host through it.
+        Loopback interfaces don't count: nothing reaches another host through them.
         """
         output = await self._host.output(ADDRESSES)
         return parse_interface(output, address, self._host.where)
 
     async def loopback_of(self, address: str) -> str | None:
-        """The loopback interface that owns an IPv4 address; None if none does."""
+        """Find the loopback interface that owns an IPv4 address; return None if none does."""
         output = await self._host.output(ADDRESSES)
         return parse_loopback(output, address, self._host.where)
 
@@ -91,11 +91,11 @@ class Facts:
         return output.split("\0")[:-1]
 
     async def tree(self, directory: str, logs: str) -> dict[str, Seen]:
-        """What lies in a deployment's directory, and which directories in that of its logs."""
+        """List what is in a deployment's directory, and the directories in that of its logs."""
         return parse_tree(await self._host.output(["sh", "-c", TREE, "sh", directory, logs]))
 
     async def listening_ports(self) -> dict[int, str]:
-        """The TCP ports listened on, each with its holder's name ("" where it is not visible)."""
+        """List the TCP ports listened on, each with its process's name ("" if not visible)."""
         output = await self._host.output(["ss", "-Hltnp"])
         return parse_listeners(output, self._host.where)
 
@@ -120,7 +120,7 @@ class Facts:
     async def tail(
         self, paths: Sequence[str], lines: int = 20, max_bytes: int = 16384
     ) -> dict[str, str]:
-        """The last lines of log files; a directory stands for the files in it.
+        """Read the last lines of log files; a directory stands for the files in it.
 
         Args:
             paths: files and directories; those that do not exist are left out.
@@ -149,19 +149,19 @@ def parse_tree(output: str) -> dict[str, Seen]:
 
 
 def parse_interface(output: str, address: str, where: str = "") -> str | None:
-    """The interface with `address` in the output of `ip -j -4 addr`, loopback left out."""
+    """Find the interface with `address` in the output of `ip -j -4 addr`; ignore loopback."""
     owners = _owners(output, address, where)
     return next((name for name, loopback in owners if not loopback), None)
 
 
 def parse_loopback(output: str, address: str, where: str = "") -> str | None:
-    """The loopback interface with `address` in the output of `ip -j -4 addr`."""
+    """Find the loopback interface with `address` in the output of `ip -j -4 addr`."""
     owners = _owners(output, address, where)
     return next((name for name, loopback in owners if loopback), None)
 
 
 def _owners(output: str, address: str, where: str) -> list[tuple[str, bool]]:
-    """The interfaces with an address, each with whether it is a loopback one."""
+    """List the interfaces with an address, each with whether it is a loopback one."""
     try:
         return [
             (str(link["ifname"]), link["ifname"] == "lo" or "LOOPBACK" in link.get("flags", []))

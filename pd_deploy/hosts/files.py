@@ -203,7 +203,7 @@ class Files:
 
 
 def disk_error(said: str, path: str, where: str) -> HostError | None:
-    """The error for a file that its disk did not take, by what the system said of it."""
+    """Make the error for a file that its disk did not take, from the system's message."""
     said = said.lower()
     if "no space left" in said:
         return DiskFull(
@@ -226,7 +226,7 @@ def disk_error(said: str, path: str, where: str) -> HostError | None:
 
 
 def sftp_error(exc: Exception, path: str, where: str) -> PdDeployError:
-    """What an SFTP server's answer means for `path`."""
+    """Make the error that an SFTP server's answer means for `path`."""
     reason = exc.reason if isinstance(exc, asyncssh.SFTPError) else str(exc)
     if isinstance(exc, asyncssh.SFTPNoSuchFile | asyncssh.SFTPNoSuchPath):
         return FileMissing(f"{path} does not exist", path=path, host=where)

@@ -139,7 +139,7 @@ class Host:
         return done
 
     async def output(self, argv: Sequence[str]) -> str:
-        """The standard output of a command that succeeds; raises as `run` does."""
+        """Return the standard output of a command that succeeds; raise as `run` does."""
         return (await self.run(argv)).stdout
 
     async def write_files(self, files: Mapping[str, File], *, dir_mode: int = 0o755) -> list[str]:
@@ -162,7 +162,7 @@ class Host:
         return sorted(filter(None, written))
 
     async def read_file(self, path: str) -> bytes | None:
-        """A file's content; None if it does not exist."""
+        """Read a file's content; return None if it does not exist."""
         return await self._with_files(lambda remote: remote.read(path))
 
     async def make_dirs(self, paths: Iterable[str], mode: int = 0o755) -> list[str]:
@@ -190,10 +190,11 @@ class Host:
     async def http(
         self, address: str, port: int, *, tls: ssl.SSLContext = _NO_TLS
     ) -> AsyncIterator[httpx.AsyncClient]:
-        """An HTTP client whose requests all go to a port as the host sees it, over SSH.
+        """Give an HTTP client whose requests all go to a port as the host sees it, over SSH.
 
-        Where the server forwards no TCP connections it goes straight from here or, to a loopback
-        address of the host, through a command on it. Without `tls` only plain HTTP is possible.
+        If the SSH server forwards no TCP connections, it connects directly from this machine or,
+        for a loopback address of the host, through a command there. Without `tls`, only plain HTTP
+        is possible.
         """
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
@@ -242,7 +243,7 @@ class Host:
 
     @contextlib.asynccontextmanager
     async def _relayed(self, address: str, port: int) -> AsyncIterator[Stream]:
-        """A stream to a port that only the host itself reaches, by way of a command there."""
+        """Open a stream to a port that only the host itself reaches, through a command there."""
         command = shlex.join(["bash", "-c", RELAY, "bash", address, str(port)])
         async with self._link.session(
             lambda connection: connection.create_process(command, encoding=None)
@@ -274,7 +275,7 @@ class Host:
             ) from None
 
     async def _sftp_of(self, connection: asyncssh.SSHClientConnection) -> SftpSession:
-        """The connection's one SFTP session: each has a process on the host."""
+        """Return the connection's one SFTP session; each session costs a process on the host."""
         known, session = self._sftp
         if session is None or known is not connection or not session.usable:
             if session:
@@ -363,9 +364,9 @@ class Hosts(Mapping[str, Host]):
 
 
 def _bounded(argv: Sequence[str], timeout: float) -> str:
-    """The command as a shell takes it, ended by the host itself if nobody waits any more.
+    """Write the command for a shell, so that the host itself ends it if nobody waits any more.
 
-    sshd lets a command run on when its connection is lost, and passes no signals on for root.
+    sshd lets a command run on when its connection is lost, and passes on no signals for root.
     """
     return shlex.join(["timeout", "-k", "5", f"{timeout + 1:.1f}", *argv])
 

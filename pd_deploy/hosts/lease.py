@@ -318,7 +318,7 @@ class Lease:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from any other, for `Owner`."""
+    """Return what identifies this process, for `Owner`."""
     return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
@@ -332,7 +332,7 @@ def _held(holder: Owner | None, age: int) -> str:
 
 
 def _is_gone(holder: Owner) -> bool:
-    """Whether the owner's process has provably ended: it was on this very machine and boot."""
+    """Tell whether the owner's process has provably ended: it was on this very machine and boot."""
     return holder.machine == _machine() and _started(holder.pid) != holder.started
 
 
@@ -352,7 +352,7 @@ def _started(pid: int) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of a lease, and empty ones for those that it lacks."""
+    """Split a lease into its lines; add empty ones for those that it lacks."""
     return [*text.split("\n"), "", "", "", ""]
 
 

@@ -100,7 +100,7 @@ class Link:
                 await asyncio.sleep(SESSION_POLL_S)
 
     def dropped(self, what: str) -> ConnectionDropped:
-        """The error for a call that was under way when the connection went."""
+        """Make the error for a call that was under way when the connection was lost."""
         return ConnectionDropped(
             what, host=self._where, hint="check the network, then run again: nothing is done twice"
         )

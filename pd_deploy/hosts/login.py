@@ -132,7 +132,7 @@ class HostKeys:
         return options
 
     def error(self, reason: str) -> HostKeyMismatch:
-        """The error for the key that was refused last."""
+        """Make the error for the key that was refused last."""
         if self._refused is None:
             return HostKeyMismatch(
                 f"its host key is refused ({reason})",
@@ -204,7 +204,7 @@ class HostKeys:
 
 
 def known_hosts_line(address: str, port: int, key: asyncssh.SSHKey) -> str:
-    """The line of known_hosts that makes `key` the known one for `address`."""
+    """Write the line of known_hosts that makes `key` the known one for `address`."""
     name = address if port == 22 else f"[{address}]:{port}"
     algorithm, data = key.export_public_key("openssh").decode().split()[:2]
     return f"{name} {algorithm} {data}"

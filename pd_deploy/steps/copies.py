@@ -90,7 +90,7 @@ async def _complete(
 async def _saved(
     session: LockedSession, generation: str, known: Mapping[str, HostRecords]
 ) -> bytes | None:
-    """The saved plan of a generation, from a host that has it."""
+    """Read a generation's saved plan from a host that has it."""
     path = f"{session.root}/{generation}/{PLAN}"
     for name, records in known.items():
         if generation in records.plans:
@@ -115,7 +115,7 @@ async def _put(session: LockedSession, host: Host, path: str, content: bytes) ->
 
 
 def _faults(hosts: Iterable[Host], outcomes: Iterable[object]) -> dict[str, PdDeployError]:
-    """The faults of hosts that got no copy, told; what is no host's fault is raised."""
+    """Collect and log the faults of hosts that got no copy; raise what is no host's fault."""
     faults = {}
     for host, outcome in zip(hosts, outcomes, strict=True):
         if not isinstance(outcome, BaseException):

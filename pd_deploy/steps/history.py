@@ -108,7 +108,7 @@ class Saved(BaseModel):
 
 
 def _ranktables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The ranktables' files in a saved plan."""
+    """List the ranktables' files in a saved plan."""
     hosts = document["plan"]["hosts"].values()
     return [file for host in hosts for file in (host["ranktables"] or {}).get("files", [])]
 

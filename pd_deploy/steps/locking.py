@@ -10,7 +10,7 @@ from pd_deploy.steps.session import LockedSession, Session
 
 
 def lease_for(session: Session, run: str, flow_run: str) -> Lease:
-    """A lease, not yet taken, for a run on a session; `flow_run` is its id at the server."""
+    """Make a lease, not yet taken, for a run on a session; `flow_run` is its id at the server."""
     owner = Owner(deployment=session.deployment.name, run=run, flow_run=flow_run, **this_process())
     return Lease(session.root, owner, session.deployment.gates.lease_lasts)
 
@@ -42,7 +42,7 @@ async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report
 
 
 def _claim(session: Session, owner: Owner, host: str) -> Owner:
-    """What the run is going to use on a host."""
+    """Add what the run is going to use on a host."""
     topology = session.topology
     instances = [i for i in topology.instances if i.host == host]
     ports = [port for i in instances for port in i.ports.values()]

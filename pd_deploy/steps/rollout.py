@@ -166,7 +166,7 @@ class Rollout:
         return sorted(names & {proxy}), sorted(names - {proxy})
 
     def with_actions(self, stages: Sequence[str]) -> plans.Plan:
-        """The plan with what the stages would change on each host."""
+        """Add to the plan what the stages would change on each host."""
         return actions.with_actions(
             self.plan,
             self.containers,

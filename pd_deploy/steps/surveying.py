@@ -119,7 +119,7 @@ async def _not_owned(host: Host, name: str) -> FactsError:
 
 
 def past_of(states: Iterable[HostState]) -> History:
-    """The deployment's history from what all hosts know, containers included."""
+    """Merge the deployment's history from what all hosts know, containers included."""
     states = list(states)
     past = history.merged(survey.past for survey in states)
     labelled = {c.labels.get(generations.GENERATION, "") for s in states for c in s.containers}
@@ -211,7 +211,7 @@ def planned(
 
 
 async def saved(session: Session, name: str) -> tuple[Session, Saved]:
-    """A kept generation, and the session as it was for it; survey that one for `restored`.
+    """Read a kept generation, and the session as it was for it; survey that one for `restored`.
 
     Raises:
         NoSuchGeneration: it is not kept.
@@ -258,7 +258,7 @@ def _require_names(session: Session, plan: plans.Plan, states: Mapping[str, Host
 
 
 async def states(session: Session) -> str:
-    """What runs on every host, in words, for messages; a host out of reach is named as such."""
+    """Describe what runs on every host, for messages; name a host that can't be reached as such."""
 
     async def of(name: str) -> str:
         label = {generations.DEPLOYMENT: session.deployment.name}
@@ -273,7 +273,7 @@ async def states(session: Session) -> str:
 
 
 def with_addresses(session: Session) -> list[str]:
-    """The hosts whose devices have network addresses that the engine needs to know."""
+    """List the hosts whose devices have network addresses that the engine needs to know."""
     return [name for name in session.deployment.hosts if _reads_addresses(session, name)]
 
 
@@ -335,7 +335,7 @@ async def _when_in_order(ask: Callable[[], Awaitable[T]], patience: float) -> T:
 
 
 async def _digest_of(session: Session, choice: Choice, reference: str) -> str:
-    """The digest that the registry has for a tag; without a registry, how to go on without one."""
+    """Return a tag's digest in the registry; if that can't be reached, say how to go on without."""
     host = session.host(session.topology.proxy.host)
     try:
         return await host.docker.resolve(reference, session.registry_login)

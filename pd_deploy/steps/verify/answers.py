@@ -50,7 +50,7 @@ async def ask(
     timeout: float,
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
-    """The answer to a completion or a chat.
+    """Ask for a completion or a chat; return the answer.
 
     Args:
         timeout: seconds without a byte of the answer.
@@ -76,8 +76,8 @@ async def _posted(
     timeout: float,
     headers: Mapping[str, str] | None,
 ) -> httpx.Response:
-    """The response; asked once more on a new connection when the first one is lost, because
-    servers close idle connections just when they are used again."""
+    """Post a request; post it again on a new connection if the first one is lost, because servers
+    may close an idle connection just when it is used again."""
     send = functools.partial(client.post, url, json=body, timeout=timeout, headers=headers)
     try:
         try:
@@ -89,7 +89,7 @@ async def _posted(
 
 
 def whole(text: str, chat: bool, seconds: float) -> Answer:
-    """An answer that came in one piece.
+    """Parse an answer that came in one piece.
 
     Raises:
         NoAnswer, ValueError, LookupError, TypeError, AttributeError: it is no completion.
@@ -102,7 +102,7 @@ def whole(text: str, chat: bool, seconds: float) -> Answer:
 
 
 def streamed(text: str, chat: bool, seconds: float) -> Answer:
-    """An answer that came in pieces; see `whole`."""
+    """Parse an answer that came in pieces; see `whole`."""
     chunks = list(_chunks(text.splitlines()))
     choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
     said = "".join(_said(one["delta"]) if chat else one["text"] for one in choices)
@@ -120,7 +120,7 @@ def _chunks(lines: Iterable[str]) -> Iterator[Any]:
 
 
 def _said(message: Mapping[str, Any]) -> str:
-    """The content of a message; a model that reasons says its thoughts in a field of their own."""
+    """Return a message's content; a reasoning model has its thoughts in a field of their own."""
     parts = (message.get(key) for key in ("reasoning_content", "reasoning", "content"))
     return "".join(part for part in parts if isinstance(part, str))
 

@@ -107,7 +107,7 @@ async def hand_over(
 
 
 async def ask_alone(engine: Engine, decode: Server, body: Mapping[str, Any]) -> Answer:
-    """What a decode answers to a prompt without any prefill's KV.
+    """Ask a decode to answer a prompt without any prefill's KV.
 
     Raises:
         NoAnswer: it can't, or does not want to.
@@ -151,7 +151,7 @@ async def _exchange(
 
 
 def way_of(prefill: str, decode: str, prompt_tokens: int | None, since: Counts) -> Handover | None:
-    """The way of a request's KV, from what decode counted; None if that can't be told. Pure."""
+    """Tell where a request's KV came from, by decode's counts; None if that is unknown. Pure."""
     if prompt_tokens is None or since.kv_tokens is None:
         return None
     return Handover(

@@ -11,7 +11,7 @@ Samples = Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
 
 
 def parse(text: str) -> Samples:
-    """The samples of a page of metrics; what is none is left out."""
+    """Parse the samples of a page of metrics; leave out what is none."""
     found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
     for line in text.split("\n"):
         for name, labels, value in _samples(line):
@@ -20,7 +20,7 @@ def parse(text: str) -> Samples:
 
 
 def total(pages: Iterable[Samples], counter: Counter) -> float | None:
-    """The sum of a counter's samples over some servers; None where none of them has it."""
+    """Sum a counter's samples over some servers; return None if none of them has it."""
     samples = [sample for page in pages for sample in page.get(counter.name, ())]
     wanted = dict(counter.labels).items()
     chosen = [value for labels, value in samples if wanted <= labels.items()]
@@ -28,10 +28,10 @@ def total(pages: Iterable[Samples], counter: Counter) -> float | None:
 
 
 def _samples(line: str) -> list[tuple[str, Mapping[str, str], float]]:
-    """What a line says; nothing where it is a comment or no sample.
+    """Parse the samples of a line; none if it is a comment, or not a sample.
 
-    The parser gets line by line: a line that it refuses would cost it the rest of the page, and
-    the type of a counter would change the names of its samples.
+    The parser gets one line at a time: after a line that it refuses it would drop the rest of the
+    page, and a counter's type would change the names of its samples.
     """
     try:
         families = list(text_string_to_metric_families(line))

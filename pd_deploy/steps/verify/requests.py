@@ -37,7 +37,7 @@ def completion(deployment: Deployment, proxy: Proxy) -> tuple[str, dict[str, Any
 
 
 def prompt(deployment: Deployment, text: str, max_tokens: int) -> dict[str, Any]:
-    """The body of a completion of a text, the same at every time it is asked."""
+    """Build the body of a completion request, always the same for the same text."""
     return {
         "model": deployment.model.served_name,
         "prompt": text,
@@ -47,7 +47,7 @@ def prompt(deployment: Deployment, text: str, max_tokens: int) -> dict[str, Any]
 
 
 def of_check(deployment: Deployment, check: SmokeCheck, longest: int, seed: str) -> Question:
-    """What a check asks.
+    """Build the request that a check sends.
 
     Args:
         longest: tokens of the longest prompt that the service can serve, answer included.

@@ -43,7 +43,7 @@ class Counts:
         return self.served > 0 and self.kv_tokens != 0 and self.kv_bytes != 0
 
     def since(self, before: "Counts") -> "Counts":
-        """What was counted after `before`. Some servers show a counter only once it has counted."""
+        """Subtract `before`, which may lack counters: some servers show one only once it counts."""
         return Counts(
             _grown(self.served, before.served),
             _grown(self.kv_tokens, before.kv_tokens),
@@ -111,7 +111,7 @@ class Server:
         )
 
     async def counted_since(self, before: Counts) -> Counts:
-        """What it has counted since `before`, once a request is counted completely."""
+        """Return what it has counted since `before`, once a request is counted completely."""
 
         async def since() -> Counts:
             return (await self.counts()).since(before)
@@ -122,7 +122,7 @@ class Server:
         return found
 
     def failed(self, message: str, hint: str | None = None) -> SmokeTestFailed:
-        """The error for what was found at this server."""
+        """Make the error for what was found at this server."""
         return SmokeTestFailed(
             message,
             host=self.where,
@@ -131,7 +131,7 @@ class Server:
         )
 
     def refused(self, expected: str, found: NoAnswer) -> SmokeTestFailed:
-        """The error for an answer that did not come."""
+        """Make the error for an answer that did not come."""
         return self.failed(f"expected {expected} from {self.url}{COMPLETIONS}, found {found}")
 
 
@@ -154,7 +154,7 @@ class Servers:
 
 @asynccontextmanager
 async def reached(session: Session) -> AsyncIterator[Servers]:
-    """The service's API servers, each through its own host."""
+    """Connect to the service's API servers, each through its own host."""
     async with AsyncExitStack() as stack:
         servers = [
             Server(
@@ -178,8 +178,8 @@ async def reached(session: Session) -> AsyncIterator[Servers]:
 async def counted(
     read: Callable[[], Awaitable[T]], enough: Callable[[T], bool], patience: float
 ) -> T:
-    """What `read` gives once it is enough, or when time is up: servers count a request a little
-    later than they answer it.
+    """Call `read` until its result is enough, or time is up, and return the result: servers count a
+    request a little later than they answer it.
 
     Args:
         patience: seconds.

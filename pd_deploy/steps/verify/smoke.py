@@ -182,7 +182,7 @@ class Entrance:
     is_open: bool
 
     async def completion(self, body: Mapping[str, Any]) -> Answer:
-        """A completion, as a client asks for one.
+        """Ask for a completion as a client does.
 
         Raises:
             SmokeTestFailed: none came.
@@ -196,7 +196,7 @@ class Entrance:
         return answer
 
     async def handed_over(self, servers: Servers) -> tuple[Answer, Evidence]:
-        """The completion that proves the service, and the way of its KV.
+        """Ask for the completion that proves the service; return it, and where its KV came from.
 
         Raises:
             SmokeTestFailed: none came, or the proxy does not pass KV on.
@@ -282,7 +282,7 @@ class Entrance:
 def way_through(
     servers: Servers, prompt_tokens: int | None, since: Sequence[Counts]
 ) -> Handover | None:
-    """The way of a request through the proxy, from what all servers counted. Pure."""
+    """Tell which way a request took through the proxy, by what all servers counted. Pure."""
     if prompt_tokens is None:
         return None
     count = len(servers.prefill)
@@ -356,7 +356,7 @@ async def _as_expected(
 async def _as_decode_alone(
     session: Session, servers: Servers, exchanges: Sequence[Exchange]
 ) -> list[str]:
-    """Compares with what decode answers by itself, where no check knows the right answer."""
+    """Compare answers with decode's own, where no check knows the right answer."""
     decode = servers.decode[0]
     alone: dict[str, str] = {}
     for prompt in dict.fromkeys(one.prompt for one in exchanges):
@@ -386,7 +386,7 @@ async def _as_decode_alone(
 
 
 async def _alike(session: Session, exchanges: Sequence[Exchange]) -> list[str]:
-    """Compares the prefills by the answers to one prompt."""
+    """Compare the prefills by their answers to one prompt."""
     answers = _texts(exchanges)
     prompt = exchanges[0].prompt if exchanges else ""
     found = verdict.difference(prompt, answers)

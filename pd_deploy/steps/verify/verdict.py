@@ -36,7 +36,7 @@ class Difference:
 
 
 def difference(prompt: str, answers: Mapping[str, Sequence[str]]) -> Difference | None:
-    """The first difference among the answers to a prompt, by prefill; None if all are equal.
+    """Find the first difference among the answers to a prompt, by prefill; None if all are equal.
 
     A prefill that differs from itself is named before two that differ from each other.
     """
@@ -52,12 +52,12 @@ def difference(prompt: str, answers: Mapping[str, Sequence[str]]) -> Difference 
 
 
 def fits(pattern: str, text: str) -> bool:
-    """Whether an answer has what a check expects."""
+    """Tell whether an answer has what a check expects."""
     return re.search(pattern, text) is not None
 
 
 def strays(handed_over: Mapping[str, str], alone: Mapping[str, str]) -> bool:
-    """Whether no answer by a prefill's KV is the one that decode gives without it.
+    """Tell whether no answer by a prefill's KV is the one that decode gives without it.
 
     One prompt may well go another way, because the two compute in another order; that all of them
     do is what other KV looks like.
