@@ -1,1 +1,1 @@
-"""The runbooks: which step follows which."""
+"""The runbooks: the order of steps, and what follows a failure."""

@@ -1,4 +1,4 @@
-"""What the Prefect server is told of runs whose process is gone."""
+"""Telling the Prefect server about runs whose process is gone."""
 
 import asyncio
 from uuid import UUID
@@ -11,14 +11,14 @@ from prefect.states import Crashed
 
 from pd_deploy.hosts.lease import Owner
 
-PATIENCE_S = 20
+PATIENCE_S = 20  # for the Prefect server; the hosts stay locked meanwhile
 
 
 async def bury(owner: Owner, taker: str) -> None:
-    """Crash a run whose lease ran out, if its server still takes it for alive.
+    """Mark a run whose lease expired as crashed, if its server still shows it as running.
 
-    Otherwise it says "Running" for good, and those that wait for its place in the queue do so
-    until Prefect notices, for minutes. Only an attempt: the hosts do not depend on it.
+    Otherwise the runs queued behind it wait for minutes, until Prefect notices. Errors are only
+    logged, because the hosts do not depend on it.
 
     Args:
         owner: whose lease it was.
@@ -38,7 +38,7 @@ async def bury(owner: Owner, taker: str) -> None:
 
 
 async def untouched(resource: str) -> str:
-    """Why a run can't have changed a host; empty when it may have, or nobody knows.
+    """Say why a run can't have changed a host; return "" if it may have, or that is unknown.
 
     Args:
         resource: the run as events name it, `prefect.flow-run.ID`.
@@ -52,7 +52,7 @@ async def untouched(resource: str) -> str:
 
 
 def why_untouched(run: FlowRun) -> str:
-    """See `untouched`."""
+    """Say why a run can't have changed a host; see `untouched`."""
     if not run.run_count:
         return f"run {run.name!r} never started"
     if run.parameters.get("dry_run"):

@@ -32,20 +32,20 @@ async def deploy(
     on_failure: OnFailure = "rollback",
     forget: list[str] | None = None,
 ) -> State[None]:
-    """Brings a service up: prefill, decode and proxy on their hosts, proven by a completion.
+    """Bring a service up: prefill, decode and proxy on their hosts; prove it with a completion.
 
-    Each step looks first and changes only what is not as it should be, so running it again is
-    safe. When a new generation fails, the one before serves again.
+    Each step looks first and changes only what differs from the file, so it is safe to run again.
+    If a new generation fails, the previous one serves again.
 
     Args:
         file: the deployment file, relative to the directory of prefect.yaml.
-        image: an image to run instead of the file's own; `newest` for the newest of the file's
-            update policy. Without it the promoted image stays, unless the file's has changed.
+        image: an image to use instead of the file's; `newest` for the newest one under the file's
+            update policy. By default, the promoted image stays, unless the file's has changed.
         stages: run only these, in the order cleanup, launch, ranktable, proxy, server.
-        dry_run: report per host what would be done, and change nothing.
+        dry_run: report what would be done on each host, and change nothing.
         on_failure: rollback, or keep the failed generation as it is, for inspection.
-        forget: addresses of hosts that have left the file and are gone for good, so that what the
-            deployment left there can't be removed.
+        forget: addresses of hosts that were removed from the file and are gone for good, so that
+            they can't be cleaned up.
     """
     run, given = this_run(), load_deployment(Path(file))
     if run.late > given.window:

@@ -1,4 +1,4 @@
-"""Running steps together, and what happens when some of them fail."""
+"""Running steps at the same time, and what happens if some of them fail."""
 
 import asyncio
 from collections.abc import Awaitable, Iterable
@@ -11,10 +11,9 @@ T = TypeVar("T")
 
 
 async def fan_out(barrier: Barrier, steps: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of steps that run together, in their order.
+    """Run steps at the same time; return their results in order.
 
-    When one fails, the others that wait for something give up; all of them have ended before this
-    raises.
+    If one fails, those that wait for something give up. All of them have ended before this raises.
 
     Raises:
         Exception: the one fault, if there is only one.

@@ -1,4 +1,4 @@
-"""Steps one after another, on many hosts at once: what they report, and what the next wait for."""
+"""Steps in sequence, each on many hosts at once: their reports, and what the next ones wait for."""
 
 from collections.abc import Awaitable, Iterable
 
@@ -23,19 +23,19 @@ class Line:
         self.ends: tuple[Result, ...] = after
 
     async def together(self, steps: Iterable[Awaitable[Report]]) -> None:
-        """Run steps together; where there are any, they are the line's new ends."""
+        """Run steps at the same time; if there are any, they become the line's new ends."""
         reports = await fan_out(self.barrier, steps)
         self.reports += reports
         self.ends = tuple(reports) or self.ends
 
     async def branches(self, branches: Iterable[Awaitable["Line"]]) -> None:
-        """Run lines together, each with steps of its own; their ends are this one's."""
+        """Run lines at the same time, each with its own steps; their ends become this one's."""
         lines = [line for line in await fan_out(self.barrier, branches) if line.reports]
         self.reports += [report for line in lines for report in line.reports]
         self.ends = tuple(end for line in lines for end in line.ends) or self.ends
 
     def branch(self, *after: Result) -> "Line":
-        """A line that begins where this one is, and after further steps."""
+        """Start a line where this one is now, and after further steps."""
         return Line(self.barrier, *self.ends, *after)
 
     async def joined(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Removing old generations by hand."""
+"""Removing old generations on request."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from pd_deploy.tasks import prune as prune_host
 
 @flow(name="pd-prune", flow_run_name=publish.run_name, persist_result=False)
 async def prune(file: str) -> State[None]:
-    """Removes all generations but the one that serves, the last good ones and the youngest.
+    """Remove old generations, except the one that serves, the last good ones and the latest.
 
-    How many good ones are kept is the file's `keep`. Every run does the same at its end.
+    The file's `keep` says how many good ones stay. Every deployment ends with this step.
 
     Args:
         file: the deployment file.

@@ -22,7 +22,7 @@ from pd_deploy.steps.verify.smoke import Completion
 
 
 def run_name() -> str:
-    """A flow run's name: the deployment file and the time, in the order of history."""
+    """Name a flow run after its deployment file and time, so that names sort by time."""
     parameters = runtime.flow_run.parameters
     started = runtime.flow_run.scheduled_start_time
     what = "dry run" if parameters.get("dry_run") else "-".join(parameters.get("stages") or [])
@@ -31,7 +31,7 @@ def run_name() -> str:
 
 
 def found(rollout: Rollout) -> None:
-    """Logs what the run works on, and why with this image."""
+    """Log what the run works on, and why it uses this image."""
     plan, serving = rollout.plan, rollout.history.record.serving
     get_run_logger().info(
         "%s: generation %s of %s (%s) on %s; serving is %s",
@@ -45,7 +45,7 @@ def found(rollout: Rollout) -> None:
 
 
 def skipped(run: Run, deployment: Deployment) -> State[None]:
-    """The last word of a scheduled run whose time is over."""
+    """End a scheduled run that started too late."""
     return Completed(
         message=f"skipped, as it started {short(run.late)} after its time, and `update.window` of "
         f"{deployment.name} is {short(deployment.window)}; nothing was touched. Start it by hand, "
@@ -54,7 +54,7 @@ def skipped(run: Run, deployment: Deployment) -> State[None]:
 
 
 def short(span: timedelta) -> str:
-    """A time span in hours and minutes, or in seconds if it is less than a minute."""
+    """Write a time span in hours and minutes, or in seconds if it is less than a minute."""
     minutes = round(span.total_seconds()) // 60
     hours = f"{minutes // 60} h" if minutes >= 60 else ""
     rest = f"{minutes % 60} min" if minutes % 60 else ""
@@ -62,7 +62,7 @@ def short(span: timedelta) -> str:
 
 
 def already_on(rollout: Rollout) -> State[None]:
-    """The last word of a run that found nothing newer."""
+    """End a run that found nothing newer."""
     release = rollout.release
     return Completed(
         message=f"Already on {release.chosen_image} ({release.digest[:19]}), "
@@ -71,7 +71,7 @@ def already_on(rollout: Rollout) -> State[None]:
 
 
 async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
-    """Shows per host what the stages would do."""
+    """Show what the stages would do on each host."""
     plan = rollout.with_actions(stages)
     for name, host in plan.hosts.items():
         for action in host.actions:
@@ -88,7 +88,7 @@ async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
 async def success(
     rollout: Rollout, reports: Iterable[Report], completion: Completion | None
 ) -> State[None]:
-    """Publishes the report of a run that went well; returns the run's last word."""
+    """Publish the report of a run that went well; return its final state."""
     reports = list(reports)
     changed = sum(report.changed for report in reports)
     what = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
@@ -106,7 +106,7 @@ async def success(
 async def failure(
     rollout: Rollout, error: BaseException, stopped: Mapping[str, Exception | None]
 ) -> None:
-    """Publishes why a run failed, and what was stopped because of it."""
+    """Publish why a run failed, and what was stopped because of it."""
     done = [name for name, fault in stopped.items() if fault is None]
     if done:
         get_run_logger().warning("stopped %s again; containers and logs are kept", ", ".join(done))
@@ -123,12 +123,12 @@ async def rolled_back(
     reports: Sequence[Report],
     completion: Completion,
 ) -> None:
-    """Publishes that a run failed and that the generation before serves again."""
+    """Publish that a run failed and that the previous generation serves again."""
     await _publish(rollout, f"**Rolled back:**\n\n```\n{error}\n```", reports, completion)
 
 
 async def listing(past: History) -> None:
-    """Publishes the deployment's releases."""
+    """Publish the deployment's releases."""
     await acreate_table_artifact(
         key=f"{_key()}-releases",
         table=[dict(row) for row in releases.table(past)],
@@ -221,5 +221,5 @@ def _file() -> str:
 
 
 def _key() -> str:
-    """Artifact keys take small letters, digits and dashes."""
+    """Derive an artifact's key, which may have lowercase letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", Path(_file()).stem.lower()).strip("-") or "deployment"

@@ -1,4 +1,4 @@
-"""After a run that ended in the middle: back to a coherent generation."""
+"""Repairing what an interrupted run left behind."""
 
 from pathlib import Path
 
@@ -17,21 +17,21 @@ from pd_deploy.flows.survey import restore, survey_hosts
 from pd_deploy.steps import surveying
 from pd_deploy.tasks import stop
 
-PATIENCE_S = 24 * 3600
+PATIENCE_S = 24 * 3600  # nobody watches an automation, and no run lasts a day
 
 
 @flow(name="pd-recover", flow_run_name=publish.run_name, persist_result=False)
 async def recover(file: str, after: str | None = None) -> State[None]:
-    """Finds out from the hosts what serves or is to, and makes it so.
+    """Repair what an interrupted run left behind, so that the promoted generation serves.
 
-    A generation that was promoted is completed; one that was not is stopped, and the one before
-    serves again. Where all is well, nothing is touched. Where nothing was ever promoted, whatever
-    an interrupted run left is stopped.
+    A generation that was promoted is completed; one that was not is stopped, and the previous one
+    serves again. If all is well, nothing is touched. If nothing was ever promoted, what the
+    interrupted run started is stopped.
 
     Args:
-        file: the deployment file; says which deployment, and how its hosts are reached.
-        after: the run that was interrupted, as `prefect.flow-run.ID`; an automation gives it. Then
-            another run that works on the deployment is waited for as long as it takes.
+        file: the deployment file of the service to repair.
+        after: the interrupted run, as `prefect.flow-run.ID`; set by an automation. Then this run
+            waits up to a day for any other run that works on the deployment.
     """
     run, given = this_run(), load_deployment(Path(file))
     if after:

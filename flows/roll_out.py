@@ -1,4 +1,4 @@
-"""Carrying a rollout out: to the end, or back to the generation that served before."""
+"""Carrying out a rollout: to its end, or back to the generation that served before."""
 
 import asyncio
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ OnFailure = Literal["rollback", "keep"]
 async def roll_out(
     rollout: Rollout, run: Run, stages: Sequence[Stage] = STAGES, on_failure: OnFailure = "rollback"
 ) -> State[None]:
-    """Make a generation serve, or put back what served before.
+    """Make a generation serve, or bring back what served before.
 
     Raises:
         RolledBack: it failed, and the generation before serves again.
@@ -54,7 +54,7 @@ async def abort(
     stages: Sequence[Stage],
     on_failure: OnFailure,
 ) -> None:
-    """Stop what the run has started, record why, and go back where there is a way back."""
+    """Stop what the run has started, record why, and go back if that is possible."""
     if on_failure == "keep" and isinstance(error, Exception):
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
         await promotion.note_failure(rollout, error, str(run))
@@ -76,7 +76,7 @@ async def abort(
 
 
 async def roll_back(failed: Rollout, error: BaseException, generation: str) -> None:
-    """Bring the generation before back; raise in any case, as the run has failed all the same."""
+    """Bring the previous generation back; raise in any case, as the run has still failed."""
     what = f"new generation {failed.plan.generation} failed {_at(error)}because {_why(error)}"
     get_run_logger().error("%s; going back to %s", what, generation)
     try:
@@ -106,9 +106,9 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str) -> N
 
 
 async def tidy_up(line: Line, rollout: Rollout) -> None:
-    """Remove old generations, and everything from hosts that the deployment has left.
+    """Remove old generations, and everything on hosts that the deployment no longer uses.
 
-    What can't be removed is logged and left for the next run, as the service is up.
+    What can't be removed is logged and left for the next run, because the service is up.
     """
     session, past = rollout.locked, rollout.history
     serves = past.record.serving == rollout.plan.generation

@@ -1,4 +1,4 @@
-"""Back to a generation that served before."""
+"""Bringing back a generation that served before."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from pd_deploy.steps import surveying
 
 @flow(name="pd-rollback", flow_run_name=publish.run_name, persist_result=False)
 async def rollback(file: str, generation: str | None = None) -> State[None]:
-    """Brings a kept generation back as it was, with its own image, scripts and ranktables.
+    """Bring back a generation that served before, with its own image, scripts and ranktables.
 
-    It passes the same gates as any other; if it fails, what serves now serves again.
+    It has to pass the same checks as a new one. If it fails, what serves now is started again.
 
     Args:
-        file: the deployment file; says which deployment, and how its hosts are reached.
-        generation: one that `pd-deploy releases` lists; without it, the good one before.
+        file: the deployment file of the service.
+        generation: one that `pd-deploy releases` lists; by default, the previous good one.
     """
     run, given = this_run(), load_deployment(Path(file))
     async with locked_session(
@@ -36,7 +36,7 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
 
 
 def target(past: History, generation: str | None) -> Release:
-    """The release to go back to.
+    """Choose the release to go back to.
 
     Raises:
         NoSuchGeneration: it is not kept, or there is no good one before.

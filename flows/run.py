@@ -1,4 +1,4 @@
-"""The run itself: its name, its page in the UI, and who or what started it."""
+"""The flow run itself: its name, its page in the UI, and who or what started it."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -9,7 +9,7 @@ from prefect.context import FlowRunContext
 
 @dataclass(frozen=True)
 class Run:
-    """A flow run, as others are told of it.
+    """A flow run, as messages and records name it.
 
     Attributes:
         late: how long after its scheduled time it started, if a schedule started it.
@@ -27,7 +27,7 @@ class Run:
 
 
 def this_run() -> Run:
-    """The flow run that this code is part of."""
+    """Return the flow run that this code is part of."""
     context = FlowRunContext.get()
     flow_run = context.flow_run if context else None
     assert flow_run is not None

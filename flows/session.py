@@ -1,4 +1,4 @@
-"""From the deployment file to connected hosts: the secrets' way from blocks to logins."""
+"""From the deployment file to connected hosts: load credentials from blocks, log in, lock."""
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -33,12 +33,12 @@ _COMMANDS: dict[type[Block], str] = {
 async def open_session(
     deployment: Deployment, forget: Iterable[str] = ()
 ) -> AsyncIterator[Session]:
-    """The deployment's hosts, with the credentials of its blocks; closed at the end.
+    """Give the deployment's hosts, with the credentials of its blocks; close them at the end.
 
-    Nothing is connected before the first step asks.
+    Connections are made when the first step needs them.
 
     Raises:
-        InvalidInput: a block does not exist; all of them at once.
+        InvalidInput: blocks that do not exist, all at once.
     """
     blocks = await _load_blocks(deployment)
     hosts = [
@@ -56,7 +56,7 @@ async def locked_session(
     also: Callable[[History], Iterable[HostAccess]] = lambda _: (),
     forget: Iterable[str] = (),
 ) -> AsyncIterator[LockedSession]:
-    """The deployment's hosts and those it had before, locked for this run.
+    """Connect to the deployment's hosts, former ones included, and lock them for this run.
 
     Args:
         run: the run, for those who find the hosts locked.
@@ -76,20 +76,20 @@ async def locked_session(
 
 
 def patient(deployment: Deployment, seconds: float) -> Deployment:
-    """A deployment for whose leases a run waits longer than somebody at the prompt would."""
+    """Let a run wait longer for the deployment's leases than somebody at a prompt would."""
     gates = deployment.gates.model_copy(update={"lease": max(seconds, deployment.gates.lease)})
     return deployment.model_copy(update={"gates": gates})
 
 
 async def connected(session: Session) -> History:
-    """Connects to all hosts; what was deployed on them before."""
+    """Connect to all hosts; return what was deployed on them before."""
     return history.merged(
         await fan_out(session.barrier, [connect(session, name) for name in list(session.hosts)])
     )
 
 
 async def open_former(session: Session, past: History, also: Iterable[HostAccess] = ()) -> None:
-    """Adds the hosts that former generations may have left something on; see `locked_session`."""
+    """Add hosts on which former generations may have left something; see `locked_session`."""
     known = {host.address for host in session.hosts.values()} | session.forgotten
     for place in (*past.record.hosts.values(), *also):
         if place.address not in known:

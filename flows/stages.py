@@ -1,5 +1,5 @@
-"""The steps of a rollout in their order: what is done while the old generation still serves, the
-cut-over, and what follows it."""
+"""The steps of a rollout in order: those while the old generation still serves, the cut-over, and
+those after it."""
 
 import time
 
@@ -25,8 +25,8 @@ from pd_deploy.tasks import (
 
 
 async def run_stages(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
-    """Run the stages. Nothing old stops before every host has passed its checks and has all that
-    the new generation needs."""
+    """Run the stages. Stop nothing old before every host has passed its checks and has everything
+    that the new generation needs."""
     await prepare_all(line, rollout, stages)
     await stop_old(line, rollout, stages)
     if "server" in stages:
@@ -36,7 +36,7 @@ async def run_stages(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
 
 
 async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
-    """Do all that can be done while the old generation serves."""
+    """Do everything that can be done while the old generation serves."""
     hosts = list(rollout.plan.hosts)
     await line.together(check_host.after(*line.ends)(rollout, host) for host in hosts)
     await line.joined("hosts checked")
@@ -65,7 +65,7 @@ async def create(line: Line, rollout: Rollout, host: str, stages: list[Stage]) -
 
 
 async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
-    """Cut over: stop what must not run any longer, the proxy first, then the servers."""
+    """Cut over: stop what must no longer run, the proxy first, then the servers."""
     if "cleanup" in stages:
         proxies, servers = rollout.to_clean_up()
     elif "server" in stages:
@@ -93,7 +93,7 @@ async def serve_all(line: Line, rollout: Rollout) -> None:
 
 
 async def serve(line: Line, rollout: Rollout, instance: str, first: tuple[str, ...]) -> Line:
-    """Start a server when those have started that it has to follow; wait until it is ready."""
+    """Start a server after those that it has to follow; wait until it is ready."""
     followed = await line.barrier.passed([_started(rollout, first)] if first else [])
     branch = line.branch(*followed)
     await branch.together([start_server.after(*branch.ends)(rollout, instance)])
@@ -103,7 +103,7 @@ async def serve(line: Line, rollout: Rollout, instance: str, first: tuple[str, .
 
 
 async def all_started(line: Line, rollout: Rollout, servers: tuple[str, ...]) -> Line:
-    """Open one gate for all that start after the same servers."""
+    """Open one gate for all instances that start after the same servers."""
     name = _started(rollout, servers)
     join = Line(line.barrier, *await line.barrier.passed(servers))
     await join.joined(name)
@@ -128,7 +128,7 @@ async def prove_and_open(line: Line, rollout: Rollout) -> Completion:
 
 
 async def prepare(line: Line, rollout: Rollout) -> Line:
-    """Prepare the proxy: its port stays closed."""
+    """Prepare the proxy; keep its port closed."""
     proxy = rollout.session.topology.proxy.name
     await line.together([prepare_proxy.after(*line.ends)(rollout, proxy)])
     return line

@@ -1,6 +1,6 @@
-"""What the hosts say, and the plan made of it. Nothing is changed.
+"""Surveying the hosts, and making a plan. Nothing is changed.
 
-`deploy` goes this way in a flow run, `pd-deploy plan` without one.
+`deploy` uses it in a flow run, `pd-deploy plan` without one.
 """
 
 from typing import Any
@@ -20,12 +20,12 @@ from pd_deploy.tasks import (
 
 
 async def survey_hosts(session: Session) -> list[HostState]:
-    """Ask all hosts at once what they are, what runs there and what was deployed there."""
+    """Read from all hosts at once what they are, what runs there and what was deployed there."""
     return await fan_out(session.barrier, [survey(session, name) for name in session.hosts])
 
 
 async def plan(session: Session, image: str | None, run: str, patience: float = 0) -> Rollout:
-    """Read everything a plan needs, on all hosts at once, and make it.
+    """Read everything that a plan needs, on all hosts at once, and make it.
 
     Args:
         image: the image that the run names.

@@ -1,4 +1,4 @@
-"""What people switched on or off at the server, for `prefect deploy`, which would set it anew."""
+"""Schedules and automations as people switched them; `prefect deploy` alone would reset them."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from prefect.exceptions import ObjectNotFound
 
 
 async def as_left(deployment: str) -> dict[str, Any]:
-    """Look up how a deployment's switches stand; a step of `build` in prefect.yaml.
+    """Look up what of a deployment is switched on; a step of `build` in prefect.yaml.
 
-    `prefect deploy` writes a schedule's `active` as it stands in prefect.yaml, and makes all
-    automations anew. So these take `{{ schedule }}` and `{{ automations.NAME }}` from here.
+    `prefect deploy` sets a schedule's `active` to what prefect.yaml says, and creates all
+    automations again. So prefect.yaml uses `{{ schedule }}` and `{{ automations.NAME }}` from here.
 
     Args:
         deployment: the flow and the deployment, as in `pd-deploy/qwq-3p1d`.
@@ -21,14 +21,14 @@ async def as_left(deployment: str) -> dict[str, Any]:
     """
     async with get_client() as client:
         try:
-            known = await client.read_deployment_by_name(deployment)
+            deployed = await client.read_deployment_by_name(deployment)
         except ObjectNotFound:
             return _switches({}, schedule=False)
-        resource = f"prefect.deployment.{known.id}"
+        resource = f"prefect.deployment.{deployed.id}"
         automations = await client.read_resource_related_automations(resource)
         return _switches(
-            {one.name.split()[-1]: one.enabled for one in automations},
-            schedule=any(one.active for one in known.schedules),
+            {automation.name.split()[-1]: automation.enabled for automation in automations},
+            schedule=any(schedule.active for schedule in deployed.schedules),
         )
 
 

@@ -1,4 +1,4 @@
-"""Removing a deployment."""
+"""Removing a deployment from its hosts."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from pd_deploy.tasks import clear, stop
 
 @flow(name="pd-teardown", flow_run_name=publish.run_name, persist_result=False)
 async def teardown(file: str) -> State[None]:
-    """Removes a deployment completely, and only it: containers, files, logs and its images.
+    """Remove a deployment from its hosts: containers, files, logs and images, and nothing else.
 
     Args:
-        file: the deployment file; says which deployment, and how its hosts are reached.
+        file: the deployment file of the service.
     """
     given = load_deployment(Path(file))
     async with locked_session(given, str(this_run())) as session:

@@ -1,5 +1,5 @@
-"""Steps that are more than one call of `pd_deploy.steps`: they log while they are at work, or join
-other steps."""
+"""Steps that are more than one call of `pd_deploy.steps`: they log while they work, or join other
+steps."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 async def gate(name: str) -> Gate:
-    """Join steps: what comes next waits for this gate in place of each of them."""
+    """Join steps: what comes next waits for this gate instead of each of them."""
     return Gate(name)
 
 
@@ -31,14 +31,14 @@ async def pull(rollout: Rollout, name: str) -> Report:
 
 
 async def open_proxy(rollout: Rollout, instance: str) -> Report:
-    """Open the proxy's port to clients, and ask as one of them."""
+    """Open the proxy's port to clients, and send a request as a client would."""
     report = await containers.open_proxy(rollout)
     await smoke.answers_clients(rollout)
     return report
 
 
 def _every_tenth() -> Callable[[PullProgress], None]:
-    """Log a pull's progress when another tenth of the known bytes has come."""
+    """Log a pull's progress at each tenth of the known bytes."""
     logger, logged = get_run_logger(), 0
 
     def log(progress: PullProgress) -> None:

@@ -73,8 +73,8 @@ class Step(Generic[P, R]):
     ) -> R:
         if FlowRunContext.get() is None:
             return await self.task.fn(*args, **kwargs)
-        # Prefect walks through all that a task is given, in search of other tasks' results. It is
-        # kept out of a run's state, which is large, and told here what there is to find.
+        # Prefect searches all arguments of a task for other tasks' results. `quote` keeps it out of
+        # a run's state, which is large; `wait_for` names the results.
         run = cast(Callable[..., Coroutine[Any, Any, R]], self.task)
         return await run(
             *map(quote, args),
@@ -86,8 +86,8 @@ class Step(Generic[P, R]):
 def step(
     run_name: str, *, grace: float = 0
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Step[P, R]]:
-    """Make a step of a function: named after its subject, retried on transient faults, timed, with
-    what it has to say logged. It gives up when another step of the run has failed.
+    """Make a step of a function: name it after its subject, retry it on transient faults, time it,
+    and log its result. It gives up when another step of the run has failed.
 
     Args:
         run_name: name of the task run, with the function's parameters in braces.
@@ -128,7 +128,7 @@ def step(
 
 
 def pure(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """Make of a function that waits for nothing one that can be a step."""
+    """Turn a function that waits for nothing into one that can be a step."""
 
     @functools.wraps(function)
     async def run(*args: P.args, **kwargs: P.kwargs) -> R:

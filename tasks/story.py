@@ -1,4 +1,4 @@
-"""Logs that tell the story: what Prefect repeats of it is left out."""
+"""Readable logs of runs: without the lines in which Prefect repeats what our own say."""
 
 import logging
 
@@ -19,8 +19,8 @@ _REPEATS = (
 
 
 class _Story(logging.Filter):
-    """Drop the last state of each run, which our own line or the error tells better; show an error
-    of ours as its message, once: a traceback says nothing about a host."""
+    """A filter that drops each run's final state, which our own line or the error tells better, and
+    shows an error of ours once, as its message: a traceback says nothing about a host."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -34,7 +34,7 @@ class _Story(logging.Filter):
 
 
 def tell() -> None:
-    """Have Prefect's loggers tell only the story."""
+    """Add the filter to Prefect's loggers."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         if not any(isinstance(present, _Story) for present in logger.filters):
@@ -42,7 +42,7 @@ def tell() -> None:
 
 
 def log(result: object) -> None:
-    """Log what a step's result says."""
+    """Log a step's result."""
     logger = get_run_logger()
     match result:
         case Report(detail=detail, seconds=seconds):
