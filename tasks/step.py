@@ -138,7 +138,7 @@ def pure(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
 
 
 def _barrier(args: Sequence[object]) -> Barrier | None:
-    """The barrier of the run that a step belongs to."""
+    """Return the barrier of the run that a step belongs to."""
     of = args[0] if args else None
     session = of.session if isinstance(of, Rollout) else of
     return session.barrier if isinstance(session, Session) else None

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose first error stops the other tasks and is raised as it is."""
+    """Give a task group whose first error stops the other tasks and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group

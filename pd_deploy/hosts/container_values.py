@@ -172,7 +172,7 @@ def state_of(inspected: Mapping[str, Any]) -> ContainerState:
 
 
 def listed(entry: Mapping[str, Any]) -> ListedContainer:
-    """A container from an entry of the Engine API's list."""
+    """Read a container from an entry of the Engine API's list."""
     return ListedContainer(
         id=entry["Id"],
         name=(entry.get("Names") or [entry["Id"][:12]])[0].lstrip("/"),

@@ -188,7 +188,7 @@ class DockerEngine:
         return [listed(entry) for entry in entries]
 
     async def find(self, name: str, *, deployment: str) -> ContainerState | None:
-        """The deployment's container with a name; None if nobody has the name.
+        """Find the deployment's container by its name; return None if no container has it.
 
         Raises:
             NameTaken: somebody else's container has it.
@@ -464,7 +464,7 @@ class DockerEngine:
 
 
 def name_taken(container: ListedContainer, deployment: str, where: str) -> NameTaken:
-    """The error for a container that has a name of the deployment's, and not its label."""
+    """Make the error for a container that has a name of the deployment's, but not its label."""
     return NameTaken(
         f"expected the name {container.name} to be free, or of a container of deployment "
         f"{deployment}; found container {container} without the label "

@@ -105,7 +105,7 @@ class Facts:
         return {port: listening[port] for port in ports if port in listening}
 
     async def containers_of(self, pids: Sequence[int]) -> dict[int, str]:
-        """The container that each process is in, by id, "" for none; ended ones are left out."""
+        """Find the container's id of each process, "" for none; leave out processes that ended."""
         if not pids:
             return {}
         output = await self._host.output(["sh", "-c", CONTAINERS, "sh", *map(str, pids)])
