@@ -9,7 +9,9 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.flows import survey
 from pd_deploy.flows.session import open_former, open_session
 from pd_deploy.hosts.concurrent import together
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.planning.plans import STAGES, Plan
+from pd_deploy.records import generations
 from pd_deploy.records.releases import History
 from pd_deploy.steps import history
 from pd_deploy.steps.session import Session
@@ -26,12 +28,14 @@ def plan(deployment: Deployment, image: str | None) -> Plan:
         return asyncio.run(survey_hosts())
 
 
-def read_history(deployment: Deployment) -> History:
-    """Read from the hosts what was deployed, and what became of it."""
+def read_history(deployment: Deployment) -> tuple[History, list[ContainerState]]:
+    """Read from the hosts what was deployed and what became of it, and which containers run."""
+    label = {generations.DEPLOYMENT: deployment.name}
 
-    async def read() -> History:
-        async with connected(deployment) as (_, recorded):
-            return recorded
+    async def read() -> tuple[History, list[ContainerState]]:
+        async with connected(deployment) as (session, recorded):
+            states = await together(h.docker.containers(label) for h in session.hosts.values())
+            return recorded, [s for host in states for s in host if s.status in generations.RUNNING]
 
     with reached():
         return asyncio.run(read())

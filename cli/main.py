@@ -277,9 +277,11 @@ def releases(
     service = _load(file)
     from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
-    history = hosts.read_history(service)
+    history, running = hosts.read_history(service)
     record = history.record
-    typer.echo(record.model_dump_json(indent=2) if as_json else show.release_table(history))
+    typer.echo(
+        record.model_dump_json(indent=2) if as_json else show.release_table(history, running)
+    )
 
 
 @app.command()

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
-from pd_deploy.records import releases
+from pd_deploy.records import generations, releases
 from pd_deploy.records.releases import History
 
 
@@ -64,9 +65,14 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def release_table(history: History) -> str:
+def release_table(history: History, running: Sequence[ContainerState]) -> str:
     """Print the releases as a table, and the images in quarantine."""
-    rows = releases.table(history)
+    rows = releases.table(
+        history, {state.labels.get(generations.GENERATION, "") for state in running}
+    )
+    if not rows and running:
+        names = ", ".join(f"{state.name} of image {state.image}" for state in running)
+        return f"no host knows what was deployed, but these containers run: {names}"
     if not rows:
         return "nothing has been deployed yet"
     lines = table([tuple(rows[0]), *(tuple(row.values()) for row in rows)])

@@ -1,5 +1,6 @@
 """Repairing what an interrupted run left behind."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from prefect import State, flow
@@ -7,14 +8,19 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from pd_deploy.config.load import load_deployment
+from pd_deploy.errors import NothingServes, PdDeployError
 from pd_deploy.flows import publish
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session, patient
-from pd_deploy.flows.survey import restore, survey_hosts
+from pd_deploy.flows.survey import plan, restore, survey_hosts
+from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.records import generations
 from pd_deploy.steps import surveying
+from pd_deploy.steps.rollout import HostState, Rollout
+from pd_deploy.steps.session import LockedSession
 from pd_deploy.tasks import stop
 
 PATIENCE_S = 24 * 3600  # nobody watches an automation, and no run lasts a day
@@ -26,7 +32,8 @@ async def recover(file: str, after: str | None = None) -> State[None]:
 
     A generation that was promoted is completed; one that was not is stopped, and the previous one
     serves again. If all is well, nothing is touched. If nothing was ever promoted, what the
-    interrupted run started is stopped.
+    interrupted run started is stopped. If the hosts have lost the record of what was deployed, a
+    whole generation that runs is recorded again; anything else that runs is left alone.
 
     Args:
         file: the deployment file of the service to repair.
@@ -39,14 +46,62 @@ async def recover(file: str, after: str | None = None) -> State[None]:
             return Completed(message=f"skipped, as {why}; nothing was touched")
         given = patient(given, PATIENCE_S)
     async with locked_session(given, str(run)) as session:
-        past = surveying.past_of(await survey_hosts(session))
+        states = await survey_hosts(session)
+        past = surveying.past_of(states)
+        if running := surveying.unrecorded(states):
+            return await roll_out(await written_down(session, running, str(run)), run)
         if past.serving is None:
-            get_run_logger().info("no generation was ever promoted; stopping what runs")
-            stopped = await fan_out(
-                session.barrier, [stop(session, name) for name in session.hosts]
-            )
-            what = ", ".join(one.detail for one in stopped if one.changed) or "nothing ran"
-            return Completed(message=f"No generation to go back to: {what}")
+            return await stop_all(session, states)
         rollout = await restore(session, past.serving.generation)
         publish.found(rollout)
         return await roll_out(rollout, run)
+
+
+async def written_down(
+    session: LockedSession, running: list[tuple[str, ContainerState]], run: str
+) -> Rollout:
+    """Plan to write down what runs, if it is a whole generation of the file.
+
+    Raises:
+        Unrecorded: it is not, or the file was changed since.
+    """
+    images = {surveying.image_of(state) for _, state in running}
+    why: Exception | None = None
+    try:
+        rollout = await plan(session, images.pop(), run)
+    except PdDeployError as error:
+        why = error
+    else:
+        if not images and rollout.all_run:
+            get_run_logger().warning(
+                "no host knows what was deployed, but all of generation %s runs; writing it down",
+                rollout.plan.generation,
+            )
+            return rollout
+    raise surveying.lost(session, running) from why
+
+
+async def stop_all(session: LockedSession, states: Iterable[HostState]) -> State[None]:
+    """Stop what runs, as there is nothing to go back to.
+
+    Raises:
+        NothingServes: clients could reach it.
+    """
+    get_run_logger().info("no generation was ever promoted; stopping what runs")
+    proxy = session.topology.proxy
+    was_open = any(
+        proxy.port in state.listening
+        and any(
+            c.labels.get(generations.ROLE) == "proxy" and c.status in generations.RUNNING
+            for c in state.containers
+        )
+        for state in states
+    )
+    stopped = await fan_out(session.barrier, [stop(session, name) for name in session.hosts])
+    what = ", ".join(one.detail for one in stopped if one.changed) or "nothing ran"
+    if was_open:
+        raise NothingServes(
+            f"no generation was ever promoted, so there is none to go back to: {what}",
+            hint="`pd-deploy deploy FILE` brings the service up",
+        )
+    return Completed(message=f"No generation to go back to: {what}")

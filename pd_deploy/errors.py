@@ -33,6 +33,8 @@
      │   ├─ Abandoned                 given up because something else failed
      │   ├─ SmokeTestFailed           the service answers, but not as it should
      │   ├─ NoSuchGeneration          a generation that is not kept
+     │   ├─ Unrecorded                containers run of which no host has a record any more
+     │   ├─ NothingServes             what served was stopped, and there is nothing to go back to
      │   ├─ RolledBack                a generation failed, and the previous one serves again
      │   └─ RollbackFailed            a generation failed, and the previous one does not come back
      └─ TransientError            worth a retry
@@ -265,6 +267,14 @@ class SmokeTestFailed(ServiceError):
 
 class NoSuchGeneration(ServiceError):
     """The generation is not kept, or not one that ever served."""
+
+
+class Unrecorded(ServiceError):
+    """Containers of the deployment run, and no host knows any more what was deployed."""
+
+
+class NothingServes(ServiceError):
+    """What clients could reach was stopped, and there is no generation to go back to."""
 
 
 class RolledBack(ServiceError):

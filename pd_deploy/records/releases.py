@@ -7,7 +7,7 @@ a copy, so that it outlives any of them.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
@@ -267,10 +267,14 @@ def local_tag(deployment: str, generation: str) -> str:
     return f"pd-deploy/{deployment}:{generation}"
 
 
-def table(history: History) -> Sequence[Mapping[str, str]]:
-    """List the releases as rows, the youngest first."""
+def table(history: History, running: Collection[str] | None = None) -> Sequence[Mapping[str, str]]:
+    """List the releases as rows, the youngest first.
+
+    Args:
+        running: the generations of which containers run, if that was looked at.
+    """
     releases = sorted(history.releases.values(), key=_age, reverse=True)
-    return [_row(history, release) for release in releases]
+    return [_row(history, release, running) for release in releases]
 
 
 def _age(release: Release) -> Generation:
@@ -279,12 +283,13 @@ def _age(release: Release) -> Generation:
     return parsed
 
 
-def _row(history: History, release: Release) -> Mapping[str, str]:
+def _row(history: History, release: Release, running: Collection[str] | None) -> Mapping[str, str]:
     outcome = history.record.outcomes.get(release.generation)
     serves = history.record.serving == release.generation
     result: str = outcome.result if outcome else "unfinished"
     if serves:
-        result = "serving"
+        runs = running is None or {release.generation, release.servers} <= set(running)
+        result = "serving" if runs else "promoted, does not run"
     if release.digest in history.record.quarantine:
         result += ", image quarantined"
     return {

@@ -132,6 +132,11 @@ class Rollout:
         instances = self.plan.hosts[host].instances.values() if host in self.plan.hosts else ()
         return [instance for instance in instances if instance.container.name not in running]
 
+    @property
+    def all_run(self) -> bool:
+        """Whether all of its containers run, and nothing else does."""
+        return not self.stopping and not any(map(self.to_start, self.plan.hosts))
+
     def may_prepare_early(self) -> bool:
         """Whether the proxy can be prepared while the old one still serves."""
         proxy = self.plan.instance(self.session.topology.proxy.name)

@@ -18,8 +18,10 @@ from pd_deploy.errors import (
     PdDeployError,
     RegistryUnavailable,
     SeveralFaults,
+    Unrecorded,
 )
 from pd_deploy.hosts.concurrent import task_group, together
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.docker_engine import name_taken
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plans
@@ -126,6 +128,35 @@ def past_of(states: Iterable[HostState]) -> History:
     return releases.merge([past.record], past.releases.values(), past.found | labelled)
 
 
+def unrecorded(states: Iterable[HostState]) -> list[tuple[str, ContainerState]]:
+    """List the deployment's running containers, with their host, if no host knows any more what
+    was deployed. A run writes its record before it makes a container, so that was lost."""
+    states = list(states)
+    past = past_of(states)
+    if past.serving or (past.record.sequence and not past.record.serving):
+        return []
+    return [(s.host, c) for s in states for c in s.containers if c.status in generations.RUNNING]
+
+
+def lost(session: Session, running: Iterable[tuple[str, ContainerState]]) -> Unrecorded:
+    """The error for containers that run of which no host has a record."""
+    running = list(running)
+    shown = ", ".join(f"{state.name} on {host}" for host, state in running)
+    images = " or ".join(sorted({image_of(state) for _, state in running}))
+    return Unrecorded(
+        f"expected a record of what was deployed below {session.root}, found none on any host, "
+        f"but these containers run: {shown}. They are left alone",
+        hint=f"`pd-deploy deploy FILE --image {images}`, with FILE as it was then, writes down "
+        "what runs and touches nothing; `pd-deploy teardown FILE` removes it",
+    )
+
+
+def image_of(state: ContainerState) -> str:
+    """The image of a container as a run would name it: with its tag, and by digest."""
+    named = state.labels.get(generations.IMAGE, state.image).partition("@")[0]
+    return f"{named}@{state.image.rpartition('@')[2]}" if "@" in state.image else named
+
+
 async def choose(
     session: Session,
     states: Iterable[HostState],
@@ -145,6 +176,9 @@ async def choose(
     """
     past, deployment = past_of(states), session.deployment
     if requested_image != tags.NEWEST:
+        states = list(states)
+        if requested_image is None and (running := unrecorded(states)):
+            raise lost(session, running)
         choice = releases.choose(deployment.image, requested_image, past.serving)
         return replace(choice, last_digest=past.last_digest(choice.chosen_image))
     policy, place = tags.policy_of(deployment), repository_of(deployment)
