@@ -3,7 +3,8 @@
 from prefect.blocks.core import Block
 from pydantic import Field, SecretStr
 
-from pd_deploy.hosts.login import Jump, Login
+from pd_deploy.errors import AuthenticationFailed, HostKeyMismatch
+from pd_deploy.hosts.login import HostKeys, Jump, Login
 
 
 class SshCredentials(Block):
@@ -61,6 +62,19 @@ class SshCredentials(Block):
             trust_on_first_use=self.trust_on_first_use,
             jump=jump,
         )
+
+    def unusable(self) -> dict[str, str]:
+        """Say of the key and the known hosts why they can't be used, by field, if they can't."""
+        login, reasons = self.login(user="root", port=22), {}
+        for field, check in (
+            ("private_key", login.options),
+            ("known_hosts", lambda where: HostKeys(where, login).option()),
+        ):
+            try:
+                check("")
+            except (AuthenticationFailed, HostKeyMismatch) as error:
+                reasons[field] = f"{error.message}; {error.hint}"
+        return reasons
 
 
 def _reveal(secret: SecretStr | None) -> str | None:

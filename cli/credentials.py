@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import SecretStr
 
+from pd_deploy.config import text_files
 from pd_deploy.errors import InvalidInput, Problem
 
 app = typer.Typer(
@@ -59,8 +60,15 @@ def ssh(
         jump_user=jump_user,
         jump_port=jump_port,
     )
-    # Report a key that can't be read now, not in tonight's run.
-    block.login(user="root", port=22).options(str(private_key))
+    files = {"private_key": private_key, "known_hosts": known_hosts}
+    unusable = block.unusable()
+    if unusable:
+        raise InvalidInput(
+            [
+                Problem(f"--{k.replace('_', '-')}", f"{files[k]}: {why}")
+                for k, why in unusable.items()
+            ]
+        )
     save(block, name)
 
 
@@ -92,9 +100,4 @@ def _secret(text: str | None) -> SecretStr | None:
 
 
 def _content(option: str, path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput([Problem(option, f"{path} cannot be read: {error}")]) from error
+    return None if path is None else text_files.read(path.expanduser(), option)

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pd_deploy import engines
+from pd_deploy.config import text_files
 from pd_deploy.config.fields import Address, Text, Word
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.problems import problems_of
@@ -71,10 +72,6 @@ def make_plan(deployment: Deployment, path: Path) -> plans.Plan:
 
 def _read(path: Path) -> FactsFile:
     try:
-        return FactsFile.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InvalidInput(
-            [Problem("", f"cannot be read: {error.strerror}")], source=str(path)
-        ) from error
+        return FactsFile.model_validate_json(text_files.read(path))
     except ValidationError as error:
         raise InvalidInput(problems_of(error, FactsFile), source=str(path)) from error

@@ -20,6 +20,7 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import Plan
+from pd_deploy.registry import tags
 from pd_deploy.registry.tags import NEWEST
 
 FAILED, INVALID, INTERRUPTED = 1, 2, 130
@@ -72,7 +73,12 @@ class OnFailure(StrEnum):
 
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file (YAML).")]
-Image = Annotated[str | None, typer.Option(help="Use this image instead of the file's.")]
+Image = Annotated[
+    str | None,
+    typer.Option(
+        help="Use this image instead of the file's; `newest` for the newest of its update policy."
+    ),
+]
 
 
 def _print_version(requested: bool) -> None:
@@ -160,10 +166,13 @@ def plan(
 
     Example: pd-deploy plan qwq-3p1d.yaml --format json
     """
-    service = load_deployment(file, image=image)
+    service = _load(file, image)
     if host is not None and host not in service.hosts:
         message = f"expected one of the file's hosts ({', '.join(service.hosts)}), found {host}"
         raise InvalidInput([Problem("--host", message)])
+    if facts and image == NEWEST:
+        message = "expected an image by name with --facts, as no registry is asked; found newest"
+        raise InvalidInput([Problem("--image", message)])
     made = (
         facts_file.make_plan(service, facts)
         if facts
@@ -211,8 +220,7 @@ def deploy(
     Example: pd-deploy deploy qwq-3p1d.yaml
     """
     _load(file)
-    if image not in (None, NEWEST):
-        _load(file, image)
+    _load(file, image)
     from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
     from pd_deploy.flows.deploy import deploy as flow  # noqa: PLC0415  as above
 
@@ -385,8 +393,13 @@ def main() -> NoReturn:
 
 
 def _load(file: Path, image: str | None = None) -> Deployment:
-    """Load a file's deployment; check its values, and the topology that they make."""
-    service = load_deployment(file, image=image)
+    """Load a file's deployment; check its values, and the topology that they make.
+
+    Which image is the newest only the registry knows: for that, check the file's policy.
+    """
+    service = load_deployment(file, image=None if image == NEWEST else image)
+    if image == NEWEST:
+        tags.policy_of(service)
     placement.build(service)
     return service
 
@@ -397,7 +410,6 @@ def _fail(error: PdDeployError | str, code: int) -> NoReturn:
 
 
 def _plan_on_hosts(service: Deployment, image: str | None) -> Plan:
-    placement.build(service)
     from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
 
     return hosts.plan(service, image)

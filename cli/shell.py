@@ -44,12 +44,12 @@ def _names(planned: HostPlan) -> list[str]:
 
 
 def _write(file: PlannedFile) -> list[str]:
-    target = shlex.quote(file.path)
-    return [
-        f"install -m {file.mode} /dev/stdin {target} <<'{_END}'",
-        file.content.removesuffix("\n"),
-        _END,
-    ]
+    target, content = shlex.quote(file.path), file.content.removesuffix("\n")
+    end = _END
+    # A line of the content must not end the here-document: the lines after it would be commands.
+    while end in content:
+        end += "_"
+    return [f"install -m {file.mode} /dev/stdin {target} <<'{end}'", content, end]
 
 
 def _wrapped(argv: list[str]) -> str:

@@ -6,13 +6,11 @@ from typing import Any
 
 import yaml
 
+from pd_deploy.config import text_files
 from pd_deploy.errors import InvalidInput, Problem
 
 Document = dict[str, Any]
 
-MAX_BYTES = (
-    1 << 20
-)  # a deployment file has some 10 kB; this stops a wrong path, such as a disk image
 # Tagged values such as `!!int ""` or `!!bool x` make the YAML library raise other errors.
 _UNREADABLE = (
     yaml.YAMLError,
@@ -121,20 +119,9 @@ def _resolved(path: Path, named_in: Path) -> Path:
 
 
 def _parse(path: Path) -> Document:
-    if path.exists() and not path.is_file():
-        raise _invalid(path, "", "expected a file, found a directory or a device")
+    text = text_files.read(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _invalid(
-                path, "", f"expected a file of at most {MAX_BYTES} bytes, found a larger one"
-            )
-        document = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
-    except OSError as error:
-        raise _invalid(path, "", f"cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise _invalid(
-            path, "", f"expected UTF-8 text, found other bytes at offset {error.start}"
-        ) from error
+        document = yaml.load(text, _StrictLoader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise _invalid(path, "", f"not valid YAML: {where}{error.problem}") from error

@@ -4,6 +4,8 @@ that asks for the same. Pure.
 A row of `OPTIONS` is an option of both.
 """
 
+import csv
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,8 +140,11 @@ def _mount(mount: Mount) -> dict[str, Any]:
 
 
 def _mount_words(mount: Mount) -> str:
-    mode = ",readonly" if mount.read_only else ""
-    return f"type=bind,source={mount.source},target={mount.target}{mode}"
+    words = ["type=bind", f"source={mount.source}", f"target={mount.target}"]
+    line = io.StringIO()
+    # Docker reads the option as a line of CSV; unquoted, a comma in a path would begin an option.
+    csv.writer(line).writerow([*words, *(["readonly"] if mount.read_only else [])])
+    return line.getvalue().removesuffix("\r\n")
 
 
 def _device(device: str) -> dict[str, str]:

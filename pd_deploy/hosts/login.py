@@ -2,6 +2,7 @@
 
 import getpass
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,8 +197,10 @@ class HostKeys:
         try:
             return asyncssh.import_known_hosts(text)
         except ValueError as exc:
+            # What follows is the line itself, of whatever file it was.
+            reason = str(exc).partition(":")[0]
             raise HostKeyMismatch(
-                f"the known_hosts text can't be read ({exc})",
+                f"the known_hosts text can't be read ({reason})",
                 host=self._where,
                 hint="give lines as ssh-keyscan prints them",
             ) from None
@@ -218,5 +221,8 @@ def _remember(line: str) -> None:
     path = _own_known_hosts()
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.touch(mode=0o600)
-    with path.open("a") as known:
-        known.write(line + "\n")
+    with path.open("ab+") as known:
+        known.seek(max(0, known.seek(0, os.SEEK_END) - 1))
+        # A last line that has no end would take in the new one, and neither could be read.
+        start = "" if known.read() in (b"", b"\n") else "\n"
+        known.write(f"{start}{line}\n".encode())

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from pd_deploy.cli import hosts, shell
 from pd_deploy.cli import main as cli
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement
-from pd_deploy.planning.plans import Plan
+from pd_deploy.planning.plans import Plan, PlannedFile
 from tests.unit import example
 
 
@@ -193,6 +194,66 @@ def test_missing_file_is_2(call: Any, tmp_path: Path) -> None:
     assert "none.yaml: 1 problem\n  cannot be read: No such file or directory" in done.err
 
 
+@pytest.mark.parametrize("format", ["text", "json", "shell"])
+def test_a_plan_of_the_newest_image_is_what_the_registry_says(
+    call: Any, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    asked = []
+
+    def plan(service: Deployment, image: str | None) -> Plan:
+        asked.append((service.image, image))
+        return example.plan()
+
+    monkeypatch.setattr(hosts, "plan", plan)
+    done = call("plan", example.FILE, "--image", "newest", "--format", format)
+    assert (done.code, done.err) == (0, "")
+    assert example.IMAGE in done.out
+    assert asked == [(load_deployment(example.FILE).image, "newest")]
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "deploy"])
+def test_no_newest_image_of_a_tag_that_belongs_to_no_family(
+    call: Any, tmp_path: Path, command: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"extends: {example.FILE}\nimage: registry.example/omniinfer:mine\n"
+        "kv_parallel_size: decode-tensor-parallel\n"
+    )
+    assert call("check", path).code == 0
+    done = call(command, path, "--image", "newest")
+    assert (done.code, done.out) == (2, "")
+    assert "update: expected a family of tags, found the tag mine" in done.err
+
+
+def test_no_newest_image_offline(call: Any, facts: Path) -> None:
+    done = call("plan", example.FILE, "--facts", facts, "--image", "newest")
+    assert (done.code, done.out) == (2, "")
+    assert "--image: expected an image by name with --facts" in done.err
+
+
+@pytest.mark.parametrize("content", [f"{shell._END}\nrm -rf /\n{shell._END}_", "a\nb", "$(id)\n"])
+def test_no_content_leaves_its_file_in_a_printed_script(tmp_path: Path, content: str) -> None:
+    """The script would run the lines that follow the end of a here-document."""
+    path = tmp_path / "a file's"
+    lines = shell._write(PlannedFile(path=str(path), content=content, mode="600"))
+    done = subprocess.run(
+        ["sh", "-eu"], input="\n".join(lines), capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert path.read_text().rstrip("\n") == content.rstrip("\n")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/dev/zero", "/none", "/" + "x" * 5000])
+def test_a_key_that_cannot_be_used_is_2_when_it_is_saved(call: Any, path: str) -> None:
+    """And so are known hosts; nothing is saved, and no content is shown."""
+    for option in ("--private-key", "--known-hosts"):
+        done = call("credentials", "ssh", "x", option, path)
+        assert (done.code, done.out) == (2, "")
+        assert f"{option}: {path}: " in done.err
+        assert "root:" not in done.err
+
+
 class TestPlanOffline:
     def test_json_is_the_plan(self, call: Any, facts: Path) -> None:
         done = call("plan", example.FILE, "--facts", facts, "--format", "json")
@@ -228,7 +289,7 @@ class TestPlanOffline:
         [
             ("{", ["not valid JSON: EOF"]),
             ("[]", ["expected "]),
-            ("\udcff", ["not valid JSON"]),
+            ("\udcff", ["expected UTF-8 text"]),
             ("{}", ["hosts: is missing"]),
             ('{"hosts": {}}', ["hosts.a: is missing", "hosts.b: is missing"]),
             (
@@ -278,7 +339,10 @@ class TestPlanOffline:
         for path in (tmp_path, tmp_path / "none.json"):
             done = call("plan", example.FILE, "--facts", path)
             assert done.code == 2
-            assert f"{path}: 1 problem\n  cannot be read: " in done.err
+            expected = (
+                "expected a file, found a dir" if path.is_dir() else "cannot be read: No such"
+            )
+            assert f"{path}: 1 problem\n  {expected}" in done.err
 
 
 @pytest.mark.parametrize(

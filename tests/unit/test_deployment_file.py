@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pd_deploy.config import yaml_files
+from pd_deploy.config import text_files, yaml_files
 from pd_deploy.config.fields import parse_devices, parse_size, split_image
 from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.config.models import Deployment
@@ -69,7 +69,7 @@ class TestFile:
             ("a: !!bool maybe\n", "not valid YAML"),
             ("a: !!timestamp x\n", "not valid YAML"),
             ("a: !!python/object:os.system x\n", "not valid YAML: line 1"),
-            ("# " + "x" * yaml_files.MAX_BYTES, "expected a file of at most"),
+            ("# " + "x" * text_files.MAX_BYTES, "expected a file of at most"),
             ("extends: x.yaml\n", "extend each other in a circle: x.yaml → x.yaml"),
             ("extends: gone.yaml\n", "gone.yaml: 1 problem\n  cannot be read: No such file"),
             ("extends: [a]\n", "extends: expected the path of a file, found ['a']"),

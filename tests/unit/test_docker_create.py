@@ -4,6 +4,7 @@ A field of ContainerSpec without an option fails here, and so does a new field t
 below, an option that the docs lack, and a key of the file that reaches no container.
 """
 
+import csv
 import re
 from typing import Any
 
@@ -111,3 +112,14 @@ def test_every_key_of_the_file_reaches_the_command(key: str) -> None:
     )
     generation = re.compile(r"1-[0-9a-f]{8}")
     assert generation.sub("", " ".join(before)) != generation.sub("", " ".join(after))
+
+
+@pytest.mark.parametrize(
+    "path", ["/data,readonly", '/a"b', '/"', "/ x", "/a,bind-propagation=shared", "/a\nb", "/ä"]
+)
+def test_a_path_is_one_field_of_a_mount_however_it_is_written(path: str) -> None:
+    """Docker takes the fields of `--mount` apart as CSV."""
+    spec = PLAIN.model_copy(update={"mounts": (Mount(source=path, target=f"{path}/in"),)})
+    command = docker_create.command(spec)
+    (fields,) = csv.reader([command[command.index("--mount") + 1]], strict=True)
+    assert fields == ["type=bind", f"source={path}", f"target={path}/in"]

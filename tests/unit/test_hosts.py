@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import asyncssh
@@ -13,7 +14,7 @@ from docker import errors as sdk
 
 from pd_deploy import errors
 from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
-from pd_deploy.hosts import docker_create
+from pd_deploy.hosts import docker_create, login
 from pd_deploy.hosts.container_values import (
     ContainerSpec,
     Mount,
@@ -431,3 +432,18 @@ class TestThreads:
         assert await in_thread(lambda: 1, "x") == 1
         with pytest.raises(ZeroDivisionError):
             await in_thread(lambda: 1 // 0, "x")
+
+
+@pytest.mark.parametrize("before", ["", "# mine", "# mine\n", "# mine\n\n"])
+def test_a_key_that_is_remembered_gets_a_line_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Also where the last line of known_hosts has no end."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    known = tmp_path / ".ssh/known_hosts"
+    known.write_text(before)
+    for line in ("first", "second"):
+        login._remember(line)
+    assert known.read_text().split() == [*before.split(), "first", "second"]
+    assert known.read_text().splitlines()[-2:] == ["first", "second"]
