@@ -21,6 +21,6 @@ async def _collect(deployment: Deployment, generation: str | None, to: Path | No
         chosen = logs.chosen(history, generation)
         target = to or Path(f"{deployment.name}-{chosen}-logs")
         await together(
-            logs.collect(session, name, history, chosen, target / name) for name in session.hosts
+            logs.collect(session, name, history, chosen, target) for name in session.hosts
         )
         return target

@@ -18,7 +18,7 @@ import pytest
 from pd_deploy import errors
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerSpec, Mount
 from pd_deploy.hosts.files import File
-from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.host import PART_BYTES, Host
 from pd_deploy.hosts.lease import Lease, Owner, this_process
 
 OURS = "host-contract"
@@ -136,6 +136,16 @@ class FilesOfAHost:
             assert len(content) in sizes
             assert len(set(content)) == 1
         assert await writing == [path]
+
+    @pytest.mark.parametrize("size", [0, 1, PART_BYTES, PART_BYTES + 1])
+    async def test_a_large_file_comes_in_parts(self, host: Host, place: str, size: int) -> None:
+        content = (b"0123456789" * (size // 10 + 1))[:size]
+        await host.write_files({f"{place}/file": File(content)})
+        parts = [part async for part in host.read_in_parts(f"{place}/file")]
+        assert b"".join(parts) == content
+        assert all(len(part) <= PART_BYTES for part in parts)
+        with pytest.raises(errors.FileMissing):
+            await anext(host.read_in_parts(f"{place}/none"))
 
     async def test_missing_things_are_none(self, host: Host, place: str) -> None:
         assert await host.read_file(f"{place}/no") is None
@@ -399,6 +409,7 @@ class Containers:
             docker.start(id),
             docker.inspect(id),
             docker.logs(id),
+            docker.copy_log(id, print),
             docker.stop(id, deployment=OURS),
             docker.kill(id, deployment=OURS),
         ):
@@ -434,6 +445,9 @@ class Containers:
         assert await docker.wait_log(id, "last", 30, since=since) == "seen"
         assert await docker.logs(id, "all", since=since) == "run\nlast\n"
         assert await docker.logs(id, "all") == "run\nlast\nrun\nlast\n"
+        parts: list[bytes] = []
+        await docker.copy_log(id, parts.append)  # ends, although the container runs
+        assert b"".join(parts) == b"run\nlast\nrun\nlast\n"
 
     async def test_wait_log_ends_with_the_container_or_in_time(
         self, host: Host, create: Create

@@ -299,6 +299,15 @@ class DockerEngine:
 
         return await self._read(f"logs of {container}", read)
 
+    async def copy_log(self, container: str, write: Callable[[bytes], object]) -> None:
+        """Hand all of a container's output to `write`, bit by bit, on a thread of its own."""
+
+        def copy(client: APIClient) -> None:
+            for part in client.logs(container, stream=True, follow=False):
+                write(part)
+
+        await self._long(f"log of {container}", copy)
+
     async def wait_log(
         self,
         container: str,

@@ -85,6 +85,12 @@ class Files:
             except asyncssh.SFTPNoSuchFile:
                 return None
 
+    async def read_part(self, path: str, offset: int, size: int) -> bytes:
+        """Read so many bytes of a file from an offset on, fewer at its end, none beyond it."""
+        async with self._errors(path), self._sftp.open(path, "rb") as file:
+            content: bytes = await file.read(size, offset)
+            return content
+
     async def make_dirs(self, paths: Iterable[str], mode: int) -> list[str]:
         """Create directories with their parents; return those that were not there, sorted."""
         created: list[str] = []

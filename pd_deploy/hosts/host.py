@@ -35,6 +35,7 @@ from pd_deploy.hosts.tunnel import Stream, Tunnel
 T = TypeVar("T")
 
 STDERR_TAIL = 2000
+PART_BYTES = 4 << 20
 SFTP_OPEN_TIMEOUT_S = 60.0
 # Trusts nobody. httpx would read the machine's certificates for every client, 40 ms on the event
 # loop, though SSH is what secures these requests.
@@ -165,6 +166,17 @@ class Host:
         """Read a file's content; return None if it does not exist."""
         return await self._with_files(lambda remote: remote.read(path))
 
+    async def read_in_parts(self, path: str) -> AsyncIterator[bytes]:
+        """Yield a file's content in parts; only one is in memory at a time.
+
+        Raises:
+            FileMissing: it does not exist.
+        """
+        offset = 0
+        while part := await self._read_part(path, offset):
+            yield part
+            offset += len(part)
+
     async def make_dirs(self, paths: Iterable[str], mode: int = 0o755) -> list[str]:
         """Create directories with their parents; return those that did not exist before."""
         return await self._with_files(lambda remote: remote.make_dirs(paths, mode))
@@ -252,6 +264,9 @@ class Host:
                 yield process.stdout, process.stdin
             finally:
                 process.close()
+
+    async def _read_part(self, path: str, offset: int) -> bytes:
+        return await self._with_files(lambda remote: remote.read_part(path, offset, PART_BYTES))
 
     async def _write(self, path: str, file: File) -> str | None:
         return path if await self._with_files(lambda remote: remote.write(path, file)) else None

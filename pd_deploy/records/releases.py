@@ -6,6 +6,7 @@ the proxy's host first, by one atomic rename: that is the moment of promotion. T
 a copy, so that it outlives any of them.
 """
 
+import posixpath
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from pd_deploy.errors import NotOurs
 from pd_deploy.records.generations import Generation, latest
 
 RELEASE = "release.json"
@@ -68,6 +70,23 @@ class Release(_Frozen):
     def digest(self) -> str:
         """`sha256:…` of its image."""
         return digest_of(self.pinned_image)
+
+    def log_root(self, deployment: str) -> str:
+        """Return the directory with the logs of all deployments, as the file said then.
+
+        Raises:
+            NotOurs: `logs` is another place than pd-deploy puts logs in. What a release says is
+                read from hosts, and used on all of them.
+        """
+        root = self.logs.removesuffix(f"/{deployment}/{self.generation}")
+        is_plain = self.logs.startswith("/") and posixpath.normpath(self.logs) == self.logs
+        if root == self.logs or not is_plain or not Generation.parse(self.generation):
+            raise NotOurs(
+                f"expected the logs of generation {self.generation!r} in a directory "
+                f"{deployment}/{self.generation}, found {self.logs!r} in its {RELEASE}",
+                hint=f"look at who changed {RELEASE} on any of the hosts, and put it right",
+            )
+        return root
 
 
 class Outcome(_Frozen):

@@ -17,6 +17,9 @@ from pd_deploy.steps.session import LockedSession
 # Left by a run that was killed while it wrote.
 DRAFTS = r"""[ ! -d "$1" ] || find "$1" -xdev -type f -name '.*.tmp' -print -delete"""
 
+# Removes a directory that is empty, and no other.
+RMDIR = ("rmdir", "--")
+
 
 async def prune(session: LockedSession, name: str, history: History) -> Report:
     """Remove old generations from a host: containers, files, logs, and the images that no kept
@@ -48,10 +51,11 @@ async def clear(session: LockedSession, name: str, history: History) -> Report:
     await _remove_containers(session, host, containers)
     images = {release.pinned_image for release in history.releases.values()}
     await _remove_images(session, host, sorted(history.found), images)
-    logs = {release.logs.rpartition("/")[0] for release in history.releases.values()}
-    for path in sorted({*logs, Layout.log_root_of(session.deployment)}):
-        await session.may_change(host)
-        await host.remove_tree(path, below=path.rpartition("/")[0])
+    for release in history.releases.values():
+        await _remove_logs(session, host, release)
+    await session.may_change(host)
+    logs = Layout.log_root_of(session.deployment)
+    await host.remove_tree(logs, below=session.deployment.paths.logs)
     await session.may_change(host)
     # Last, as the lease lies in it.
     session.lease.forget(host)
@@ -102,10 +106,23 @@ async def _remove_generation(
     session: LockedSession, host: Host, history: History, name: str
 ) -> None:
     if release := history.releases.get(name):
-        await session.may_change(host)
-        await host.remove_tree(release.logs, below=release.logs.rpartition("/")[0])
+        await _remove_logs(session, host, release)
     await session.may_change(host)
     await host.remove_tree(f"{session.root}/{name}", below=session.root)
+
+
+async def _remove_logs(session: LockedSession, host: Host, release: Release) -> None:
+    """Remove a generation's logs; of a former place for logs also the directory, once it is empty.
+
+    Raises:
+        NotOurs: the release says that they are where pd-deploy puts no logs.
+    """
+    root = release.log_root(session.deployment.name)
+    await session.may_change(host)
+    await host.remove_tree(release.logs, below=root)
+    if root != session.deployment.paths.logs:
+        await session.may_change(host)
+        await host.run([*RMDIR, f"{root}/{session.deployment.name}"], check=False)
 
 
 async def _remove_images(

@@ -186,7 +186,7 @@ class MemoryClient:
         self,
         name: str,
         *,
-        since: float | None,
+        since: float | None = None,
         tail: int | str = "all",
         stream: bool = False,
         follow: bool = False,
@@ -194,12 +194,14 @@ class MemoryClient:
         one = self._find(name)
         lines = [line for when, line in one.log if since is None or when.timestamp() >= since]
         kept = lines if tail == "all" else lines[-int(tail) :]
-        return self._followed(one, kept) if stream else "".join(kept).encode()
+        if stream:
+            return self._streamed(kept, lasts=follow and one.running)
+        return "".join(kept).encode()
 
-    def _followed(self, one: Container, lines: list[str]) -> Iterator[bytes]:
+    def _streamed(self, lines: list[str], *, lasts: bool) -> Iterator[bytes]:
         for line in lines:
             yield line.encode()
-        if one.running:
+        if lasts:
             raise NotYet
 
     def _find(self, name: str) -> Container:

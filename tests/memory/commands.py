@@ -129,6 +129,16 @@ def _containers(machine: Machine, arguments: Sequence[str], _: str) -> str:
     return "".join(f"{pid} {homes[int(pid)]}\n" for pid in arguments if int(pid) in homes)
 
 
+def _rmdir(machine: Machine, arguments: Sequence[str], _: str) -> str | CommandResult:
+    (path,) = arguments
+    found = machine.disk.get(path)
+    if found is None or not found.is_directory or machine.disk.below(path):
+        return CommandResult(1, "", f"rmdir: failed to remove '{path}'\n")
+    machine.disk.may_change(path)
+    machine.disk.remove(path)
+    return ""
+
+
 def _find(machine: Machine, arguments: Sequence[str], _: str) -> str:
     return "".join(f"{path}\0" for path, _ in machine.disk.files(arguments[0]))
 
@@ -265,6 +275,7 @@ TABLE = (
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
     Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
     Command("find", ("find",), _find),
+    Command("rmdir", tidy.RMDIR, _rmdir, changes=True),
     # What the contract of hosts asks for.
     Command("cat", ("cat",), lambda _, __, given: given),
     Command("false", ("false",), lambda *_: CommandResult(1, "", "")),

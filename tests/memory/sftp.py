@@ -145,9 +145,10 @@ class _OpenFile:
         self._machine = machine
         self._session = session
 
-    async def read(self) -> bytes:
+    async def read(self, size: int = -1, offset: int | None = None) -> bytes:
         await self._session.answered()
-        return self._entry.content or b""
+        rest = (self._entry.content or b"")[offset or 0 :]
+        return rest if size < 0 else rest[:size]
 
     async def write(self, content: bytes) -> None:
         with _answering():

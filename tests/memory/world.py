@@ -7,14 +7,14 @@ is left out: its server, states and logs. Time is virtual, so waits and retries 
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 from uuid import uuid4
 
@@ -40,6 +40,8 @@ from tests.memory.host import MemoryHost
 from tests.memory.machine import Build, Cluster, Container, Faults, LocalImage, Machine
 from tests.memory.registry import reaching
 from tests.unit import example
+
+T = TypeVar("T")
 
 NAME = "qwq-3p1d"
 ROOT = f"/var/lib/pd-deploy/{NAME}"
@@ -205,6 +207,15 @@ class World:
         container.program.ports = frozenset(ports)
         container.program.devices = frozenset(devices)
         return container
+
+    def asked(self, call: Coroutine[Any, Any, T]) -> T:
+        """What a call returns that reads from the hosts without a flow run."""
+        loop = VirtualLoop(self.cluster.clock)
+        try:
+            with _without_prefect(self, Calls()):
+                return loop.run_until_complete(call)
+        finally:
+            loop.close()
 
     def pass_by(self, seconds: float) -> None:
         """Lets time pass on the hosts."""

@@ -1,11 +1,13 @@
 """On hosts in memory: stages one by one, runs at the same time, the newest image, and the end."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pd_deploy.errors import LeaseHeld, NoSuchGeneration
+from pd_deploy.errors import LeaseHeld, NoSuchGeneration, NotOurs
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.prune import prune
 from pd_deploy.flows.recover import recover
@@ -184,6 +186,46 @@ class TestTheEnd:
             assert not [path for path, _ in machine.disk.files("/") if "qwq-3p1d" in path]
         assert world.run(deploy).completed
         world.assert_coherent()
+
+    def test_teardown_takes_logs_from_a_former_place_for_logs(self, world: World) -> None:
+        assert world.run(deploy).completed
+        world.change(paths={"logs": "/data/elsewhere"})
+        assert world.run(deploy).completed
+        others = "/data/log_path/another/1-0123abcd/p0/server_0.log"
+        world.machines["a"].disk.put(others, b"")
+        assert world.run(teardown).completed
+        for name, machine in world.machines.items():
+            left = [path for path in machine.disk.entries if "qwq-3p1d" in path]
+            assert [path for path in left if not path.startswith("/data/models")] == []
+            assert (others in machine.disk.entries) is (name == "a")
+
+    @pytest.mark.parametrize("end", [prune, teardown], ids=["prune", "teardown"])
+    @pytest.mark.parametrize(
+        "logs",
+        ["/etc", "/", "", "-delete", "/data/{0}", "/data/log_path/{0}/..", "/../etc/{0}", "x/{0}"],
+    )  # fmt: skip
+    def test_nothing_is_removed_where_a_changed_release_leads(
+        self, world: World, logs: str, end: Any
+    ) -> None:
+        """One host's file would otherwise say what to remove on another."""
+        world.change(keep=2)
+        for tag in ("20250722_27", "20250722_28", "20250722_29"):
+            assert world.run(deploy, image=world.push(tag)).completed
+        world.change(keep=1)
+        first = min(n for n in world.machines["a"].disk.names(ROOT) if n.startswith("1-"))
+        for machine in world.machines.values():
+            machine.disk.put(f"/etc/{first}/passwd", b"root")
+        release = f"{ROOT}/{first}/release.json"
+        disk = world.machines["a"].disk
+        document = json.loads(disk.read(release)) | {"logs": logs.format(first)}
+        for machine in world.machines.values():
+            machine.disk.put(release, json.dumps(document).encode(), 0o600)
+        outcome = world.run(end)
+        assert isinstance(outcome.error, NotOurs)
+        assert "found '" + logs.format(first) in str(outcome.error)
+        for machine in world.machines.values():
+            assert machine.disk.read(f"/etc/{first}/passwd") == "root"
+            assert machine.disk.get(f"/data/log_path/qwq-3p1d/{first}")
 
     def test_rollback_to_what_is_not_kept_names_those_that_are(self, world: World) -> None:
         assert world.run(deploy).completed

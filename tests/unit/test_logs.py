@@ -1,0 +1,90 @@
+"""`pd-deploy logs` on hosts in memory: what a host says does not lead out of the directory here."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pd_deploy.cli import logs
+from pd_deploy.config.load import load_deployment
+from pd_deploy.errors import FactsError, PdDeployError
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.hosts.host import PART_BYTES, Host
+from pd_deploy.records import generations
+from pd_deploy.steps.logs import local_path
+from tests.memory.world import NAME, World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    assert world.run(deploy).completed
+    return world
+
+
+def log_directory(world: World) -> str:
+    return f"/data/log_path/{NAME}/{world.serving()}"
+
+
+def collected(world: World, to: Path) -> set[str]:
+    """The files that came, by their paths below the directory."""
+    world.asked(logs._collect(load_deployment(world.path), None, to))
+    return {str(path.relative_to(to)) for path in to.rglob("*") if path.is_file()}
+
+
+def test_each_hosts_files_are_copied_whole(world: World, tmp_path: Path) -> None:
+    large = b"0123456789abcdef" * (PART_BYTES // 16 + 1)
+    world.machines["a"].disk.put(f"{log_directory(world)}/p0/server_0.log", large)
+    files = collected(world, tmp_path / "logs")
+    printed = {f"{host}/docker.log" for host in ("a/p0", "a/p1", "a/c0", "b/p2", "b/d0")}
+    assert files == printed | {"a/p0/server_0.log"}
+    assert (tmp_path / "logs/a/p0/server_0.log").read_bytes() == large
+    assert "starting prefill p0" in (tmp_path / "logs/a/p0/docker.log").read_text()
+
+
+@pytest.mark.parametrize("path", ["/etc/cron.d/x", "{0}/../../x", "{0}//etc/x", "{0}/p0/./x"])
+def test_no_file_of_a_host_leads_out_of_the_directory(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Its `find` may print what it likes."""
+    named = path.format(log_directory(world))
+
+    async def find_files(_: Host, __: str) -> list[str]:
+        return [named]
+
+    monkeypatch.setattr(Host, "find_files", find_files)
+    with pytest.raises(FactsError) as caught:
+        collected(world, tmp_path / "in/logs")
+    assert "expected a name for a file or directory of logs, found " in str(caught.value)
+    assert {p.name for p in (tmp_path / "in").rglob("*") if p.is_file()} <= {"docker.log"}
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "qwq-3p1d.yaml"}
+
+
+@pytest.mark.parametrize("instance", ["../x", "/etc/x", "..", ".", "", "a/../../x", "x\0"])
+def test_no_label_of_a_container_leads_out_of_the_directory(
+    world: World, tmp_path: Path, instance: str
+) -> None:
+    container = next(world.machines["a"].running())
+    container.config["Labels"][generations.INSTANCE] = instance
+    with pytest.raises(FactsError, match="expected a name for a file or directory of logs"):
+        collected(world, tmp_path / "in/logs")
+    assert {p.name for p in tmp_path.iterdir()} <= {"in", "qwq-3p1d.yaml"}
+
+
+def test_no_name_of_a_former_host_leads_out_of_the_directory(tmp_path: Path) -> None:
+    host: Any = SimpleNamespace(where="x")
+    for name in ("../x", "/x", ".."):
+        with pytest.raises(FactsError):
+            local_path(host, tmp_path, name)
+
+
+@pytest.mark.parametrize("taken", ["a", "a/p0/server_0.log/x", "a/p0/docker.log/x"])
+def test_what_cannot_be_written_here_is_told_without_a_traceback(
+    world: World, tmp_path: Path, taken: str
+) -> None:
+    world.machines["a"].disk.put(f"{log_directory(world)}/p0/server_0.log", b"x")
+    (tmp_path / "logs" / taken).parent.mkdir(parents=True)
+    (tmp_path / "logs" / taken).touch()
+    with pytest.raises(PdDeployError, match=r"can't write .*by `--to`"):
+        collected(world, tmp_path / "logs")
