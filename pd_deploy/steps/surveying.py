@@ -139,7 +139,7 @@ def unrecorded(states: Iterable[HostState]) -> list[tuple[str, ContainerState]]:
 
 
 def lost(session: Session, running: Iterable[tuple[str, ContainerState]]) -> Unrecorded:
-    """The error for containers that run of which no host has a record."""
+    """Make the error for containers that run of which no host has a record."""
     running = list(running)
     shown = ", ".join(f"{state.name} on {host}" for host, state in running)
     images = " or ".join(sorted({image_of(state) for _, state in running}))
@@ -152,7 +152,7 @@ def lost(session: Session, running: Iterable[tuple[str, ContainerState]]) -> Unr
 
 
 def image_of(state: ContainerState) -> str:
-    """The image of a container as a run would name it: with its tag, and by digest."""
+    """Name a container's image as a run would: with its tag, and by digest."""
     named = state.labels.get(generations.IMAGE, state.image).partition("@")[0]
     return f"{named}@{state.image.rpartition('@')[2]}" if "@" in state.image else named
 
