@@ -360,8 +360,8 @@ def _length(body: Mapping[str, Any]) -> int:
 
 def _text(prompt: str, count: int, heads: str) -> str:
     """Continues numbers of equal distance if the KV is the prompt's own; else some words."""
-    numbers = [int(found) for found in re.findall(r"\d+", prompt)]
-    if prompt.endswith(",") and len(numbers) > 2 and not heads:
+    numbers = [int(found) for found in re.findall(r"\d+", prompt)] if prompt.endswith(",") else []
+    if len(numbers) > 2 and not heads:
         step = numbers[-1] - numbers[-2]
         return ",".join(f" {numbers[-1] + step * (i + 1)}" for i in range(max(count // 2, 1)))
     digest = hashlib.sha256(f"{heads}{prompt}".encode()).digest()

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.logging import disable_run_logger
 
+from pd_deploy.config import yaml_files
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
 from pd_deploy.flows import publish, session
@@ -349,7 +351,7 @@ async def _carried_out(
     moments = tuple(calls.moments)
     if killed.done():
         work.cancel()
-        await asyncio.wait({work})
+        await asyncio.gather(work, return_exceptions=True)
         return Outcome(killed=True, moments=moments)
     killed.cancel()
     if work.cancelled():
@@ -390,10 +392,24 @@ def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
             (publish, "acreate_table_artifact", nowhere),
             (time, "monotonic", world.cluster.clock.seconds),
             (surveying, "reach", reaching(world.cluster)),
+            (yaml_files, "_parse", _parsed),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         stack.enter_context(disable_run_logger())
         yield
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """A YAML file's document; each content is parsed once, as that is slow."""
+    return copy.deepcopy(_document(path, path.read_bytes()))
+
+
+_parse = yaml_files._parse
+
+
+@cache
+def _document(path: Path, _content: bytes) -> dict[str, Any]:
+    return _parse(path)
 
 
 async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs: Any) -> Any:

@@ -6,6 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def imported_for_good() -> None:
+    """Keep the collector off what has been imported: most of all objects, and they stay."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left_over(request: pytest.FixtureRequest) -> Iterator[None]:
     """Collect what killed and cancelled runs in memory leave behind when their module ends.
