@@ -185,10 +185,10 @@ def listed(entry: Mapping[str, Any]) -> ListedContainer:
 def image_of(inspected: Mapping[str, Any], repository: str) -> Image:
     """Read an image from the Engine API's inspect answer; its digest is that in `repository`."""
     digests = inspected.get("RepoDigests") or []
-    own = [digest for digest in digests if digest.split("@")[0] == repository]
+    in_repository = [digest for digest in digests if digest.split("@")[0] == repository]
     return Image(
         id=inspected["Id"],
-        digest=own[0] if own else None,
+        digest=in_repository[0] if in_repository else None,
         tags=tuple(inspected.get("RepoTags") or ()),
         architecture=inspected.get("Architecture") or "",
     )

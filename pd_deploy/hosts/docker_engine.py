@@ -52,10 +52,10 @@ LogWait = Literal["seen", "ended", "timeout"]
 
 # Short calls at once per host; each has a thread while it runs.
 MAX_CALLS = 8
-CALL_TIMEOUT_S = 60
+CALL_TIMEOUT_S = 60  # the SDK's own; an engine that removes large containers is slow to answer
 POLL_S = 0.5
-PATIENCE_S = 60.0
-PROGRESS_EVERY_S = 1.0
+PATIENCE_S = 60.0  # for an engine that restarts while one waits
+PROGRESS_EVERY_S = 1.0  # the engine reports each layer many times a second
 
 _BROKEN = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
 

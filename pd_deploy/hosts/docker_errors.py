@@ -22,7 +22,7 @@ from pd_deploy.errors import (
 
 
 class _Meaning(NamedTuple):
-    """What a failed pull means whose text matches `signs`; `{ref}` in `says` is the image."""
+    """The meaning of a failed pull whose text matches `signs`; `{ref}` in `says` is the image."""
 
     signs: str
     error: type[PdDeployError]
@@ -30,7 +30,7 @@ class _Meaning(NamedTuple):
     hint: str
 
 
-# The first that matches counts. The texts are those of Docker Engine 20.10 and 27.
+# The first match counts. The texts are those of Docker Engine 20.10 and 27.
 _PULL = (
     _Meaning("no space left", DiskFull, "no space left to pull {ref}", "docker image prune"),
     _Meaning(
@@ -55,14 +55,14 @@ _PULL = (
     _Meaning(
         "toomanyrequests|too many requests|http 429",
         RegistryUnavailable,
-        "the registry of {ref} answers that it gets too many requests",
-        "wait, then run again; with credentials a registry may allow more",
+        "the registry of {ref} limits the number of requests",
+        "wait, then run again; a registry may allow more with credentials",
     ),
     _Meaning(
         "connection refused",
         RegistryUnavailable,
-        "nothing listens where the registry of {ref} should",
-        "check the registry's address and port, and that it runs",
+        "the registry of {ref} refuses connections",
+        "check the registry's address and port, and that the registry is running",
     ),
     _Meaning(
         "no such host|server misbehaving|name resolution",
@@ -85,29 +85,29 @@ _PULL = (
     _Meaning(
         "byte range request|verification failed|eof|connection reset|broken pipe",
         RegistryUnavailable,
-        "the download of {ref} broke off, or came damaged",
+        "the download of {ref} was interrupted or damaged",
         "run again; if it happens again, look for a proxy between the host and the registry",
     ),
     _Meaning(
         "timeout|timed out|deadline exceeded|no route to host|network is unreachable",
         RegistryUnavailable,
         "the registry of {ref} does not answer",
-        "check that the host reaches the registry",
+        "check that the host can reach the registry",
     ),
     _Meaning(
         "invalid character|error unmarshalling|error parsing http",
         RegistryMisconfigured,
-        "what answers for the registry of {ref} is no registry",
-        "check its address and port; a web page in its place may be a network's login page",
+        "expected a registry for {ref}, but the server that answers is no registry",
+        "check its address and port; in some networks, a sign-in page answers for every server",
     ),
     _Meaning(
         "manifest unknown|no such image|manifest for|name unknown|not found",
         ImageNotFound,
-        "{ref} is not in its registry",
-        "check name and tag",
+        "{ref} is not in the registry",
+        "check the image's name and tag",
     ),
 )
-# At the creation, and at a start after it went.
+# When a container is created, or started after the path was removed.
 _BIND = re.compile(
     r'(?:bind source path does not exist: |error mounting "(?=[^"]+" to rootfs.*no such file))'
     r'([^\s"]+)'
@@ -120,15 +120,15 @@ _NAME = re.compile(r'container name "/?([^"]+)" is already in use by container "
 def container_error(exc: sdk.APIError, what: str, where: str) -> PdDeployError:
     """Make the error for a refused call about a container; `what` says what was tried."""
     text = explanation(exc)
-    if found := _BIND.search(text):
-        return _missing_path(found[1], f"{what}: the mount's source", where)
-    if (found := _DEVICE.search(text)) and "no such file" in text:
-        return _missing_path(found[1], f"{what}: the device", where)
-    if found := _NAME.search(text):
+    if mount := _BIND.search(text):
+        return _missing_path(mount[1], f"{what}: the mount's source", where)
+    if (device := _DEVICE.search(text)) and "no such file" in text:
+        return _missing_path(device[1], f"{what}: the device", where)
+    if name := _NAME.search(text):
         return NameTaken(
-            f"{what}: the name {found[1]} belongs to container {found[2]} already",
+            f"{what}: the name {name[1]} already belongs to container {name[2]}",
             host=where,
-            hint=f"look at it with `docker inspect {found[2]}` and remove it if it is left over",
+            hint=f"look at it with `docker inspect {name[2]}`, and remove it if it is not needed",
         )
     if "no such image" in text.lower():
         return ImageNotFound(f"{what}: {text}", host=where, hint="pull the image first")
@@ -141,8 +141,8 @@ def pull_error(text: str, ref: str, where: str) -> PdDeployError:
     """Make the error for a pull of `ref` that failed with the engine's message `text`."""
     for meaning in _PULL:
         if re.search(meaning.signs, text, re.I):
-            said = f"{meaning.says.format(ref=ref)} ({_short(text)})"
-            return meaning.error(said, host=where, hint=meaning.hint)
+            message = f"{meaning.says.format(ref=ref)} ({_short(text)})"
+            return meaning.error(message, host=where, hint=meaning.hint)
     return DockerRefused(f"pulling {ref} failed: {_short(text)}", host=where)
 
 
@@ -165,7 +165,7 @@ def _other(text: str, status: int | None, what: str, where: str) -> PdDeployErro
         return DiskFull(
             f"{what}: the engine's disk is full ({_short(text)})",
             host=where,
-            hint="docker system df shows by what",
+            hint="`docker system df` shows what uses it",
         )
     if "read-only file system" in text.lower():
         return DiskReadOnly(
@@ -174,7 +174,9 @@ def _other(text: str, status: int | None, what: str, where: str) -> PdDeployErro
             hint="`dmesg` says why, such as disk errors",
         )
     if status == 503:
-        return DockerDown(f"{what}: {_short(text)}", host=where, hint="systemctl status docker")
+        return DockerDown(
+            f"{what}: {_short(text)}", host=where, hint="look at `systemctl status docker`"
+        )
     return DockerRefused(f"{what}: the Docker engine says {_short(text)!r}", host=where)
 
 

@@ -18,7 +18,7 @@ from pd_deploy.hosts.tunnel import Stream
 
 log = logging.getLogger(__name__)
 
-EXIT_TIMEOUT_S = 1.0
+EXIT_TIMEOUT_S = 1.0  # the status follows the output at once, if the connection is up
 
 # sshd answers "open failed" alike when forwarding is off, the socket is missing, access is denied
 # and nobody listens; so the host is asked which one it is.

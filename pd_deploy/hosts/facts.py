@@ -176,30 +176,30 @@ def _owners(output: str, address: str, where: str) -> list[tuple[str, bool]]:
 
 
 def parse_listeners(output: str, where: str = "") -> dict[int, str]:
-    """Port → holder in the output of `ss -Hltnp`."""
+    """Parse port → holder in the output of `ss -Hltnp`."""
     listeners: dict[int, str] = {}
     for line in output.splitlines():
-        found = re.match(r"LISTEN\s+\d+\s+\d+\s+\S+:(\d+)\s+\S+\s*(?:users:\(\((.*)\)\))?", line)
-        if not found:
+        socket = re.match(r"LISTEN\s+\d+\s+\d+\s+\S+:(\d+)\s+\S+\s*(?:users:\(\((.*)\)\))?", line)
+        if not socket:
             raise _unreadable("ss -Hltnp", "LISTEN lines", line, where)
-        holder = re.match(r'"([^"]*)",pid=(\d+)', found[2] or "")
+        holder = re.match(r'"([^"]*)",pid=(\d+)', socket[2] or "")
         name = f"{holder[1]} (pid {holder[2]})" if holder else ""
-        listeners[int(found[1])] = name or listeners.get(int(found[1]), "")
+        listeners[int(socket[1])] = name or listeners.get(int(socket[1]), "")
     return listeners
 
 
 def parse_disk_free(output: str, where: str = "") -> int:
-    """Free bytes in the output of `df -P -k`."""
+    """Parse the free bytes in the output of `df -P -k`."""
     lines = output.splitlines()
-    found = re.match(r".*\s\d+\s+\d+\s+(\d+)\s+\d+%\s", lines[1]) if len(lines) == 2 else None
-    if not found:
+    disk = re.match(r".*\s\d+\s+\d+\s+(\d+)\s+\d+%\s", lines[1]) if len(lines) == 2 else None
+    if not disk:
         raise _unreadable("df -P -k", "a header and one line", output, where)
-    return int(found[1]) * 1024
+    return int(disk[1]) * 1024
 
 
-def _unreadable(command: str, expected: str, found: str, where: str) -> FactsError:
+def _unreadable(command: str, expected: str, output: str, where: str) -> FactsError:
     return FactsError(
-        f"`{command}`: expected {expected}, found {found[:200]!r}",
+        f"`{command}`: expected {expected}, found {output[:200]!r}",
         host=where or None,
-        hint="run it on the host by hand",
+        hint="run the command on the host to see why",
     )

@@ -34,9 +34,9 @@ from pd_deploy.hosts.tunnel import Stream, Tunnel
 
 T = TypeVar("T")
 
-STDERR_TAIL = 2000
-PART_BYTES = 4 << 20
-SFTP_OPEN_TIMEOUT_S = 60.0
+STDERR_TAIL = 2000  # characters; a message has to stay readable
+PART_BYTES = 4 << 20  # of a file that is streamed: bounds the memory, for few round trips
+SFTP_OPEN_TIMEOUT_S = 60.0  # a host under load takes long to start a process
 # Trusts nobody. httpx would read the machine's certificates for every client, 40 ms on the event
 # loop, though SSH is what secures these requests.
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

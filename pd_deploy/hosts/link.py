@@ -23,10 +23,10 @@ T = TypeVar("T")
 # sshd's MaxSessions is 10 by default; one is for all files, two are left for whoever shares the
 # connection with us.
 MAX_SESSIONS = 7
-KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_INTERVAL_S = 5  # with the count: a host that went away is noticed after some 15 s
 KEEPALIVE_COUNT = 3
-CLOSE_TIMEOUT_S = 5.0
-SESSION_PATIENCE_S = 5.0
+CLOSE_TIMEOUT_S = 5.0  # a host that went away does not confirm the end
+SESSION_PATIENCE_S = 5.0  # sshd frees a session within milliseconds, unless it is very busy
 SESSION_POLL_S = 0.02
 
 

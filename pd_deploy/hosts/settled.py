@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SETTLE_S = 10.0
+SETTLE_S = 10.0  # most calls take less than a second; a cancelled run must end in reasonable time
 
 
 async def settled(call: Coroutine[Any, Any, T]) -> T:

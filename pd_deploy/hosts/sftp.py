@@ -12,9 +12,9 @@ from pd_deploy.hosts.settled import retrieve
 
 T = TypeVar("T")
 
-CALL_TIMEOUT_S = 120.0
-CLEAN_UP_S = 5.0
-MOST_WAITS = 100
+CALL_TIMEOUT_S = 120.0  # for many small files on a slow disk, not for large ones
+CLEAN_UP_S = 5.0  # to remove one draft of a file
+MOST_WAITS = 100  # far more than a clean-up has; only bounds the loop
 
 
 class SftpSession:

@@ -13,7 +13,7 @@ import asyncssh
 
 from pd_deploy.errors import PdDeployError
 
-CHUNK = 65536
+CHUNK = 65536  # bytes; more than an SSH packet carries
 
 
 class Reader(Protocol):

@@ -27,9 +27,9 @@ from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import LockedSession
 
-LOG_LINES = 20
-ABORT_TIMEOUT_S = 10
-CONNECT_S = 5.0
+LOG_LINES = 20  # of a server that ended, in the error: enough for a traceback's end
+ABORT_TIMEOUT_S = 10  # between SIGINT and SIGKILL: what never served has no requests to finish
+CONNECT_S = 5.0  # to a port on the host's own network
 
 
 async def pull(

@@ -10,8 +10,8 @@ from pd_deploy.steps import containers
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 
-POLL_INTERVAL_S = 0.25
-PROBE_TIMEOUT_S = 5.0
+POLL_INTERVAL_S = 0.25  # a server that is ready, or ended, is noticed within this time
+PROBE_TIMEOUT_S = 5.0  # a server that compiles graphs answers slowly
 PATIENCE_S = 5.0
 """How long a host may be away before the step says so and is retried."""
 

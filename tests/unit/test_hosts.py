@@ -254,12 +254,12 @@ class TestEngineErrors:
         ("text", "says"),
         [
             ("received unexpected HTTP status: 503 Service Unavailable", "under maintenance"),
-            ("dial tcp 10.0.0.9:443: connect: connection refused", "nothing listens"),
+            ("dial tcp 10.0.0.9:443: connect: connection refused", "refuses connections"),
             ("dial tcp: lookup r.example: no such host", "can't resolve the name"),
             ("tls: first record does not look like a TLS handshake", "speaks plain HTTP"),
-            ("expected HTTP 206 from byte range request", "broke off"),
+            ("expected HTTP 206 from byte range request", "was interrupted"),
             ("error unmarshalling content: invalid character '<' looking for", "is no registry"),
-            ("error parsing HTTP 429 response body: invalid character 'm'", "too many requests"),
+            ("error parsing HTTP 429 response body: invalid character 'm'", "limits the number"),
         ],
     )
     def test_a_registrys_fault_is_told_as_what_it_is(self, text: str, says: str) -> None:

@@ -55,7 +55,7 @@ COUNTERS = Counters(
 
 _LAUNCHER_SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill", "enable-mtp")
 _LAUNCHER_OPTIONS = ("block-size", "num-speculative-tokens")
-_RAY_JOIN_TIMEOUT_S = 300
+_RAY_JOIN_TIMEOUT_S = 300  # hosts start at the same time, but may be busy with their images
 _NGINX = "nginx-1.24.0"
 _RAY_ENVIRONMENT: dict[str, Scalar] = {
     "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": 1,
