@@ -1,6 +1,7 @@
 """`pd-deploy`: check, plan and deploy a service, follow a run, and run the lab.
 
-Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid.
+Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid, 130 interrupted by Ctrl-C,
+143 by SIGTERM.
 """
 
 import os
@@ -23,7 +24,7 @@ from pd_deploy.planning.plans import Plan
 from pd_deploy.registry import tags
 from pd_deploy.registry.tags import NEWEST
 
-FAILED, INVALID, INTERRUPTED = 1, 2, 130
+FAILED, INVALID = 1, 2
 
 # For the temporary server that Prefect starts when none is configured. It may need longer than
 # Prefect's 20 s on a busy machine, and sends no telemetry. What the user has set takes precedence.
@@ -38,7 +39,8 @@ app = typer.Typer(
     help="Deploy prefill/decode-disaggregated LLM inference on bare-metal hosts.\n\n"
     "Start with `init` (copies an example), then `check` (is the file valid?), `plan` (what would "
     "change?) and `deploy`.\n\n"
-    "Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid.",
+    "Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid, 130 interrupted by "
+    "Ctrl-C, 143 by SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -211,7 +213,8 @@ def deploy(
 ) -> None:
     """Bring a service up, and prove it with a completion.
 
-    If the new generation fails, the one that served before is started again.
+    If the new generation fails, the one that served before is started again. The same happens on
+    Ctrl-C and SIGTERM, if it was already stopped; a second one ends the run at once.
 
     This runs the same flow as `prefect deployment run`, but in this process. If no Prefect server
     is configured (PREFECT_API_URL), a temporary one is started. It is safe to run again: only what
@@ -387,8 +390,6 @@ def main() -> NoReturn:
         _fail(error, INVALID)
     except PdDeployError as error:
         _fail(error, FAILED)
-    except KeyboardInterrupt:
-        _fail("interrupted → `pd-deploy recover FILE` repairs what the run left", INTERRUPTED)
     sys.exit(0)
 
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Coroutine, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import typer
@@ -20,9 +21,12 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
+from prefect.exceptions import TerminationSignal
+from prefect.settings import get_current_settings
 
 from pd_deploy.cli.prefect_api import ServerLost, reached
 from pd_deploy.errors import PdDeployError
+from pd_deploy.flows.interrupts import Ending, ending
 
 POLL_INTERVAL_S = 0.5
 MAX_TASKS = 200
@@ -34,17 +38,53 @@ _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗
 def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
     """Runs a flow in this process; 0 when it completed, 1 when it failed.
 
+    A signal ends it with 128 and its number, as a shell would say.
+
     Raises:
         PdDeployError: what it failed of.
     """
+    end = Ending()
+    former = signal.signal(signal.SIGTERM, lambda number, _: _interrupt(end, number))
     try:
         with reached():
-            return asyncio.run(_here(flow, parameters))
+            _start_temporary_server()
+            return asyncio.run(_here(flow, parameters, end))
     except ServerLost as error:
         typer.echo(f"pd-deploy: {error}", err=True)
+        code = _last_word(end.state, end) if end.state else _interrupted(end) or 1
         sys.stdout.flush()
         # At a normal exit Prefect offers each event of the run to the dead server, for minutes.
-        os._exit(1)
+        os._exit(code)
+    except (KeyboardInterrupt, asyncio.CancelledError, TerminationSignal):
+        hint = f"`pd-deploy recover {parameters['file']}` repairs what the run left"
+        typer.echo(f"pd-deploy: interrupted → {hint}", err=True)
+        return _interrupted(end) or 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _interrupt(end: Ending, number: int) -> NoReturn:
+    end.signals.append(number)
+    raise KeyboardInterrupt
+
+
+def _interrupted(end: Ending) -> int:
+    """The exit code after signals; 0 if none came."""
+    return 128 + end.signals[0] if end.signals else 0
+
+
+def _start_temporary_server() -> None:
+    """Start the server that Prefect brings when none is set up, out of the reach of Ctrl-C.
+
+    A terminal sends it to all processes of a command, but the run still needs its server.
+    """
+    if get_current_settings().api.url:
+        return
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def follow(flow_run: UUID) -> int:
@@ -53,12 +93,15 @@ def follow(flow_run: UUID) -> int:
         return asyncio.run(_follow(flow_run))
 
 
-async def _here(flow: Flow[..., Coroutine[Any, Any, Any]], parameters: dict[str, Any]) -> int:
+async def _here(
+    flow: Flow[..., Coroutine[Any, Any, Any]], parameters: dict[str, Any], end: Ending
+) -> int:
+    ending.set(end)
     state: State[Any] = await flow(**parameters, return_state=True)
-    error = await state.aresult(raise_on_failure=False)
+    error = None if state.is_cancelled() else await state.aresult(raise_on_failure=False)
     if isinstance(error, PdDeployError):
         raise error
-    return _last_word(state)
+    return _last_word(state, end)
 
 
 async def _follow(flow_run: UUID) -> int:
@@ -121,6 +164,8 @@ def _line(when: datetime, task: TaskRun, state: State[object]) -> str:
     return line
 
 
-def _last_word(state: State[object]) -> int:
+def _last_word(state: State[Any], end: Ending | None = None) -> int:
     typer.echo(f"{state.name}: {state.message}", err=not state.is_completed())
-    return 0 if state.is_completed() else 1
+    if state.is_completed():
+        return 0
+    return (_interrupted(end) if end else 0) or 1

@@ -7,6 +7,7 @@ from prefect import State, flow
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
 from pd_deploy.flows import publish
+from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import (
@@ -24,6 +25,7 @@ from pd_deploy.registry.tags import NEWEST
 
 
 @flow(name="pd-deploy", flow_run_name=publish.run_name, persist_result=False)
+@interruptible(left="nothing on the hosts was changed")
 async def deploy(
     file: str,
     image: str | None = None,

@@ -1,7 +1,7 @@
 """Running steps at the same time, and what happens if some of them fail."""
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import TypeVar
 
 from pd_deploy.errors import Abandoned, SeveralFaults
@@ -19,7 +19,14 @@ async def fan_out(barrier: Barrier, steps: Iterable[Awaitable[T]]) -> list[T]:
         Exception: the one fault, if there is only one.
         SeveralFaults: several.
     """
-    results = await asyncio.gather(*(_guarded(barrier, s) for s in steps), return_exceptions=True)
+    steps = list(steps)
+    try:
+        work = [_guarded(barrier, step) for step in steps]
+        results = await asyncio.gather(*work, return_exceptions=True)
+    finally:
+        for step in steps:
+            if isinstance(step, Coroutine):
+                step.close()  # also where it was cancelled before it began
     faults = [fault for result in results for fault in _faults(result)]
     causes = [fault for fault in faults if not isinstance(fault, Abandoned)] or faults[:1]
     causes = list({(type(cause), str(cause)): cause for cause in causes}.values())

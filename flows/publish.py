@@ -1,24 +1,29 @@
 """What a run shows in the UI: log lines, a report and a table under stable keys, its last word."""
 
+import asyncio
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from prefect import State, runtime
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.logging import get_run_logger
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 
 from pd_deploy.config.models import Deployment
-from pd_deploy.flows.run import Run
+from pd_deploy.flows.run import Run, remedy
 from pd_deploy.planning import actions
+from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
+
+PATIENCE_S = 10
 
 
 def run_name() -> str:
@@ -76,11 +81,12 @@ async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
     for name, host in plan.hosts.items():
         for action in host.actions:
             get_run_logger().info("%s: would %s %s", name, action.verb, action.subject)
-    await acreate_markdown_artifact(
+    artifact = acreate_markdown_artifact(
         key=f"{_key()}-dry-run",
         markdown=actions.as_markdown(plan),
         description=f"What a run of {_file()} would do",
     )
+    await _if_the_server_takes_it(artifact)
     changes = sum(len(host.actions) for host in plan.hosts.values())
     return Completed(message=f"Dry run: {changes} changes; nothing was touched")
 
@@ -117,6 +123,39 @@ async def failure(
     await _publish(rollout, f"**Failed:**\n\n```\n{reason}\n```", [], None)
 
 
+def interrupted(rollout: Rollout, stages: Sequence[str]) -> State[None]:
+    """Make the last word of a run that was cancelled when there was nothing to go back to."""
+    serving = rollout.history.record.serving
+    if not rollout.attempt.stopped:
+        what = "the service was not touched" if serving else "nothing was running before"
+    elif set(stages) != set(STAGES):
+        what = f"only some stages were run, so nothing was brought back: run {remedy()}"
+    elif serving:
+        what = f"{serving} itself was to serve again, and is not proven to: run {remedy()}"
+    else:
+        what = "nothing serves, and no generation did before"
+    started = ", ".join(sorted(rollout.attempt.started))
+    return Cancelled(message=f"Interrupted; {what}" + (f"; {started} may run" if started else ""))
+
+
+def interrupted_late(rollout: Rollout) -> State[None]:
+    """Make the last word of a run that was cancelled when its work was done."""
+    return Cancelled(
+        message=f"Interrupted after generation {rollout.plan.generation} was brought up; old ones "
+        "may be left, which the next run removes"
+    )
+
+
+def ended_at_once(rollout: Rollout) -> State[None]:
+    """Make the last word of a run that was cancelled again while it undid what it had done."""
+    serving = rollout.history.record.serving
+    does = f"makes {serving} serve" if serving else "stops what was left"
+    return Cancelled(
+        message="Interrupted again, so ended at once, and nobody knows what serves: "
+        f"{remedy()} {does}"
+    )
+
+
 async def rolled_back(
     rollout: Rollout,
     error: Exception,
@@ -129,11 +168,7 @@ async def rolled_back(
 
 async def listing(past: History) -> None:
     """Publish the deployment's releases."""
-    await acreate_table_artifact(
-        key=f"{_key()}-releases",
-        table=[dict(row) for row in releases.table(past)],
-        description=f"Releases of {_file()}",
-    )
+    await _if_the_server_takes_it(_listing(past))
 
 
 async def _publish(
@@ -142,17 +177,41 @@ async def _publish(
     reports: Sequence[Report],
     completion: Completion | None,
 ) -> None:
-    await acreate_markdown_artifact(
+    report = acreate_markdown_artifact(
         key=f"{_key()}-report",
         markdown=_report(rollout, headline, reports, completion),
         description=f"Last run of {_file()}",
     )
-    await acreate_table_artifact(
+    instances = acreate_table_artifact(
         key=f"{_key()}-instances",
         table=_instances(rollout),
         description=f"Instances of {_file()}",
     )
-    await listing(rollout.history)
+    await _if_the_server_takes_it(report, instances, _listing(rollout.history))
+
+
+def _listing(past: History) -> Coroutine[Any, Any, object]:
+    return acreate_table_artifact(
+        key=f"{_key()}-releases",
+        table=[dict(row) for row in releases.table(past)],
+        description=f"Releases of {_file()}",
+    )
+
+
+async def _if_the_server_takes_it(*artifacts: Coroutine[Any, Any, object]) -> None:
+    """Publish artifacts, if that is possible in `PATIENCE_S`.
+
+    They decide nothing: what a run did to its hosts is so, whether its server hears of it or not,
+    and meanwhile others wait for the hosts' leases.
+    """
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            for fault in await asyncio.gather(*artifacts, return_exceptions=True):
+                if isinstance(fault, Exception):
+                    raise fault
+    except Exception as fault:
+        why = str(fault) or f"no answer within {PATIENCE_S} s"
+        get_run_logger().warning("the Prefect server did not take this run's report: %s", why)
 
 
 def _report(

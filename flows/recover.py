@@ -12,6 +12,7 @@ from pd_deploy.errors import NothingServes, PdDeployError
 from pd_deploy.flows import publish
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session, patient
@@ -27,6 +28,7 @@ PATIENCE_S = 24 * 3600  # nobody watches an automation, and no run lasts a day
 
 
 @flow(name="pd-recover", flow_run_name=publish.run_name, persist_result=False)
+@interruptible(left="what it stopped stays stopped; run it again")
 async def recover(file: str, after: str | None = None) -> State[None]:
     """Repair what an interrupted run left behind, so that the promoted generation serves.
 

@@ -6,9 +6,11 @@ from typing import Literal
 
 from prefect import State
 from prefect.logging import get_run_logger
+from prefect.states import Cancelled
 
 from pd_deploy.errors import RollbackFailed, RolledBack
 from pd_deploy.flows import publish
+from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
 from pd_deploy.flows.run import Run
 from pd_deploy.flows.stages import prove_and_open, run_stages
@@ -27,6 +29,10 @@ async def roll_out(
 ) -> State[None]:
     """Make a generation serve, or bring back what served before.
 
+    Returns:
+        The run's last state: Completed, or Cancelled if it was interrupted, with what became of the
+        service.
+
     Raises:
         RolledBack: it failed, and the generation before serves again.
         RollbackFailed: it failed, and so did the way back.
@@ -39,12 +45,60 @@ async def roll_out(
         if "server" in stages:
             completion = await prove_and_open(line, rollout)
             await line.together([promote.after(*line.ends)(rollout, str(run))])
-    except BaseException as error:
-        await abort(rollout, error, run, stages, on_failure)
+    except Exception as error:
+        if interrupted := await undo(rollout, error, run, stages, on_failure):
+            return interrupted
         raise
-    if completion:
-        await tidy_up(line, rollout)
-    return await publish.success(rollout, line.reports, completion)
+    except asyncio.CancelledError as error:
+        return await undo_interrupted(rollout, error, run, stages)
+    try:
+        if completion:
+            await tidy_up(line, rollout)
+        return await publish.success(rollout, line.reports, completion)
+    except asyncio.CancelledError:
+        return publish.interrupted_late(rollout)
+
+
+async def undo_interrupted(
+    rollout: Rollout, error: asyncio.CancelledError, run: Run, stages: Sequence[Stage]
+) -> State[None]:
+    """Undo an attempt that was cancelled; return the run's last state."""
+    if not goes_on(rollout):
+        return publish.ended_at_once(rollout)
+    get_run_logger().warning(
+        "interrupted; stopping what generation %s started", rollout.plan.generation
+    )
+    try:
+        if ended := await undo(rollout, error, run, stages, "rollback"):
+            return ended
+    except (RolledBack, RollbackFailed) as outcome:
+        get_run_logger().warning("%s", outcome)
+        return Cancelled(message=str(outcome))
+    return publish.interrupted(rollout, stages)
+
+
+async def undo(
+    rollout: Rollout,
+    error: BaseException,
+    run: Run,
+    stages: Sequence[Stage],
+    on_failure: OnFailure,
+) -> State[None] | None:
+    """Do what follows a failed or cancelled attempt, as `abort`.
+
+    When it is cancelled for the first time, it goes on from its beginning: all that it does looks
+    first. The second time, everything ends.
+
+    Returns:
+        The run's last state if it was interrupted and did not end as it should, else None.
+    """
+    while True:
+        try:
+            await abort(rollout, error, run, stages, on_failure)
+            return None
+        except asyncio.CancelledError:
+            if not goes_on(rollout):
+                return publish.ended_at_once(rollout)
 
 
 async def abort(
@@ -55,7 +109,7 @@ async def abort(
     on_failure: OnFailure,
 ) -> None:
     """Stop what the run has started, record why, and go back if that is possible."""
-    if on_failure == "keep" and isinstance(error, Exception):
+    if on_failure == "keep":
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
         await promotion.note_failure(rollout, error, str(run))
         await publish.failure(rollout, error, {})
@@ -66,25 +120,23 @@ async def abort(
         await promotion.note_failure(rollout, error, str(run))
     except Exception as fault:
         get_run_logger().warning("why it failed could not be recorded: %s", fault)
-    to_undo = (
-        isinstance(error, Exception) and rollout.attempt.stopped and set(stages) == set(STAGES)
-    )
+    to_undo = rollout.attempt.stopped and set(stages) == set(STAGES)
     if to_undo and before and before.generation != rollout.plan.generation:
-        await roll_back(rollout, error, before.generation)
+        await roll_back(rollout, error, before.generation, run)
     else:
         await publish.failure(rollout, error, stopped)
 
 
-async def roll_back(failed: Rollout, error: BaseException, generation: str) -> None:
+async def roll_back(failed: Rollout, error: BaseException, generation: str, run: Run) -> None:
     """Bring the previous generation back; raise in any case, as the run has still failed."""
-    what = f"new generation {failed.plan.generation} failed {_at(error)}because {_why(error)}"
+    what = f"new generation {failed.plan.generation} {_end(error)}"
     get_run_logger().error("%s; going back to %s", what, generation)
     try:
         back = await restore(failed.session, generation)
         line = Line(back.session.barrier, back)
         await run_stages(line, back, list(STAGES))
         completion = await prove_and_open(line, back)
-        await promotion.note_opened(back)
+        await promotion.note_back(back, str(run))
     except Exception as fault:
         states = await surveying.states(failed.session)
         raise RollbackFailed(
@@ -132,9 +184,12 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
     line.reports += reports
 
 
-def _at(error: BaseException) -> str:
+def _end(error: BaseException) -> str:
+    if isinstance(error, asyncio.CancelledError):
+        return "was stopped, as the run was interrupted"
     step = getattr(error, "step", None)
-    return f"at `{step}` " if step else ""
+    at = f"at `{step}` " if step else ""
+    return f"failed {at}because {_why(error)}"
 
 
 def _why(error: BaseException) -> str:

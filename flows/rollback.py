@@ -7,6 +7,7 @@ from prefect import State, flow
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.flows import publish
+from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session
@@ -16,6 +17,7 @@ from pd_deploy.steps import surveying
 
 
 @flow(name="pd-rollback", flow_run_name=publish.run_name, persist_result=False)
+@interruptible(left="nothing on the hosts was changed")
 async def rollback(file: str, generation: str | None = None) -> State[None]:
     """Bring back a generation that served before, with its own image, scripts and ranktables.
 

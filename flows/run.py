@@ -38,3 +38,8 @@ def this_run() -> Run:
     now = datetime.now(UTC)
     due = flow_run.expected_start_time if scheduled else None
     return Run(flow_run.name, url or "", started_by, scheduled, now - (due or now))
+
+
+def remedy() -> str:
+    """Name the command that repairs what this run may leave."""
+    return f"`pd-deploy recover {runtime.flow_run.parameters.get('file', 'FILE')}`"

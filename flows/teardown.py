@@ -8,6 +8,7 @@ from prefect.states import Completed
 from pd_deploy.config.load import load_deployment
 from pd_deploy.flows import publish
 from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session
 from pd_deploy.flows.survey import survey_hosts
@@ -16,6 +17,7 @@ from pd_deploy.tasks import clear, stop
 
 
 @flow(name="pd-teardown", flow_run_name=publish.run_name, persist_result=False)
+@interruptible(left="what it removed is gone; run it again")
 async def teardown(file: str) -> State[None]:
     """Remove a deployment from its hosts: containers, files, logs and images, and nothing else.
 

@@ -29,6 +29,7 @@ from pd_deploy.hosts.facts import Facts
 from pd_deploy.hosts.files import TRY, File, Files, sftp_error
 from pd_deploy.hosts.link import Link
 from pd_deploy.hosts.login import HostKeys, Login
+from pd_deploy.hosts.settled import carried_out
 from pd_deploy.hosts.sftp import SftpSession
 from pd_deploy.hosts.tunnel import Stream, Tunnel
 
@@ -370,7 +371,7 @@ class Hosts(Mapping[str, Host]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.aclose()
+        await carried_out(self.aclose)
 
     async def aclose(self) -> None:
         """Close all hosts; a second cancellation does not leave connections behind."""

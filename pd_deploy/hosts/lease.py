@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, PdDeployError, TransientError
 from pd_deploy.hosts.files import disk_error
 from pd_deploy.hosts.host import Host
-from pd_deploy.hosts.settled import settled
+from pd_deploy.hosts.settled import carried_out, settled
 
 POLL_S = 0.5
 RENEWALS = 4
@@ -136,6 +136,7 @@ class Lease:
         dead: runs that held one of the leases without renewing it.
         asked: addresses of hosts that were asked for theirs; it is given back there.
         watchers: told when a lease is lost.
+        renewing: the task that renews the lease of each host.
     """
 
     root: str
@@ -148,6 +149,7 @@ class Lease:
     asked: set[str] = field(default_factory=set)
     watchers: list[Callable[[str], None]] = field(default_factory=list)
     lost: PdDeployError | None = None
+    renewing: "dict[Host, asyncio.Task[None]]" = field(default_factory=dict)
 
     async def take(
         self,
@@ -197,24 +199,33 @@ class Lease:
 
         Each host has a task of its own: one that is slow keeps no other waiting.
         """
-        renewing = [asyncio.ensure_future(self._keep(host)) for host in hosts.values()]
+        self.renewing = {host: asyncio.ensure_future(self._keep(host)) for host in hosts.values()}
         try:
             yield
         finally:
-            for task in renewing:
-                task.cancel()
-            await asyncio.gather(*renewing, return_exceptions=True)
-            await settled(self.release(hosts))
+            await carried_out(lambda: self._give_back(hosts))
+
+    def renew_again(self) -> None:
+        """Go on renewing where that was cancelled, as it is with everything on the event loop."""
+        for host, task in self.renewing.items():
+            if task.done() or task.cancelling():
+                self.renewing[host] = asyncio.ensure_future(self._keep(host))
 
     async def release(self, hosts: Mapping[str, Host]) -> None:
         """Give back the leases taken; where that can't be done they die of age."""
         taken = [host for host in hosts.values() if host.address in self.asked]
         self.numbers.clear()
-        self.asked.clear()
         await asyncio.gather(
             *(self._call(host, "release", timeout=RELEASE_TIMEOUT_S) for host in taken),
             return_exceptions=True,
         )
+        self.asked.clear()
+
+    async def _give_back(self, hosts: Mapping[str, Host]) -> None:
+        for task in self.renewing.values():
+            task.cancel()
+        await asyncio.gather(*self.renewing.values(), return_exceptions=True)
+        await self.release(hosts)
 
     async def _take(
         self, host: Host, claim: Owner, deadline: float, waiting: Callable[[str], None]

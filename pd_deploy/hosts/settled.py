@@ -1,7 +1,7 @@
 """Calls whose effect has to be known, whatever becomes of their caller."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,6 +26,21 @@ async def settled(call: Coroutine[Any, Any, T]) -> T:
         finally:
             work.cancel()
         raise
+
+
+async def carried_out(end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Carry out what ends a piece of work, though it be cancelled once.
+
+    Whoever cancels it then asks for the end that this is. Where the call itself was cancelled, it
+    is made once more.
+
+    Args:
+        end: may be called twice.
+    """
+    try:
+        await settled(end())
+    except asyncio.CancelledError:
+        await end()
 
 
 def retrieve(work: "asyncio.Task[Any]") -> None:

@@ -49,14 +49,17 @@ class Attempt:
     Attributes:
         record: the deployment's record as it was read, or as this run has last written it.
         downtime: since when clients can't connect, and until when.
-        started: instances that this run has started.
+        started: instances that this run has started, and not stopped again.
         stopped: whether this run has stopped anything that ran: from then on a failure is undone.
+        interrupted: whether the run was cancelled; it undoes what it did, unless that is cancelled
+            as well.
     """
 
     record: Record
     downtime: Downtime
     started: set[str] = field(default_factory=set)
     stopped: bool = False
+    interrupted: bool = False
 
     @classmethod
     def begin(cls, record: Record) -> "Attempt":

@@ -208,7 +208,9 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
         *(retried(partial(_stop_instance, rollout, name)) for name in names),
         return_exceptions=True,
     )
-    return {name: _why_it_may_run(outcome) for name, outcome in zip(names, outcomes, strict=True)}
+    told = {name: _why_it_may_run(outcome) for name, outcome in zip(names, outcomes, strict=True)}
+    rollout.attempt.started -= {name for name, fault in told.items() if fault is None}
+    return told
 
 
 def _why_it_may_run(outcome: BaseException | None) -> Exception | None:

@@ -53,9 +53,12 @@ async def promote(rollout: Rollout, by: str) -> Report:
     return Report("promote", generation, where, changed, detail)
 
 
-async def note_opened(rollout: Rollout) -> None:
-    """Record that clients are served again."""
-    await write(rollout, rollout.history.record.opened())
+async def note_back(rollout: Rollout, by: str) -> None:
+    """Record that the generation before serves again, also where the other was promoted already."""
+    if rollout.history.record.serving == rollout.plan.generation:
+        await write(rollout, rollout.history.record.opened())
+    else:
+        await promote(rollout, by)
 
 
 async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
@@ -65,7 +68,7 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
         result=result,
         when=datetime.now(UTC),
         by=by,
-        reason=f"{_step(error)}{error or type(error).__name__}",
+        reason=f"{_step(error)}{error}" if result == "failed" else "the run was cancelled",
     )
     await write(rollout, rollout.history.record.ended(rollout.plan.generation, outcome))
 

@@ -5,6 +5,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from pd_deploy.errors import TimedOut
+
+HANG_S = 60
+"""After which the SSH connection gives up a call, or the Docker engine's client."""
+
 
 class Killed(BaseException):
     """The run's process is gone: nothing it asks for is done any more."""
@@ -31,26 +36,31 @@ class Calls:
         moments: those that have passed.
         watch: told of each; what it raises, the call raises.
         dead: whether the run was killed.
+        hangs: whether the call at a moment is not answered, until it is given up.
     """
 
     def __init__(self) -> None:
         self.moments: list[Moment] = []
         self.watch: Callable[[Moment], None] = lambda _: None
         self.dead = False
+        self.hangs: Callable[[Moment], bool] = lambda _: False
 
     @asynccontextmanager
     async def passing(self, host: str, what: str, *, changes: bool) -> AsyncIterator[None]:
         """Around what a call does: the moments before and after it."""
-        self._pass(host, what, changes, after=False)
+        await self._pass(host, what, changes, after=False)
         # Others come in between, as on a real connection.
         await asyncio.sleep(0)
         if self.dead:
             raise Killed
         yield
-        self._pass(host, what, changes, after=True)
+        await self._pass(host, what, changes, after=True)
 
-    def _pass(self, host: str, what: str, changes: bool, *, after: bool) -> None:
+    async def _pass(self, host: str, what: str, changes: bool, *, after: bool) -> None:
         if self.dead:
             raise Killed
         self.moments.append(Moment(len(self.moments) + 1, host, what, changes, after))
         self.watch(self.moments[-1])
+        if self.hangs(self.moments[-1]):
+            await asyncio.sleep(HANG_S)
+            raise TimedOut(f"no answer within {HANG_S} s", host=host)

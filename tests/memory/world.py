@@ -7,7 +7,7 @@ is left out: its server, states and logs. Time is virtual, so waits and retries 
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from prefect.logging import disable_run_logger
 from pd_deploy.config import yaml_files
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
-from pd_deploy.flows import publish, session
+from pd_deploy.flows import interrupts, publish, session
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
@@ -65,18 +65,19 @@ in_step = ContextVar("in_step", default=False)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the message of its last state, or what it raised; `killed` and `cancelled`
-    runs have neither."""
+    """How a run ended: the message of its last state, or what it raised; `killed` ones have
+    neither."""
 
     message: str = ""
     error: BaseException | None = None
     killed: bool = False
+    cancelled: bool = False
     moments: tuple[Moment, ...] = ()
 
     @property
     def completed(self) -> bool:
         """Whether it went well."""
-        return self.error is None and not self.killed
+        return self.error is None and not self.killed and not self.cancelled
 
 
 class World:
@@ -131,7 +132,10 @@ class World:
         watch: Callable[[Moment], None] | None = None,
         kill_at: int = 0,
         cancel_at: int = 0,
+        cancel_again_at: int = 0,
         cancel_all_at: int = 0,
+        hang_at: int = 0,
+        artifacts: Callable[..., Awaitable[None]] | None = None,
         due: datetime | None = None,
         **parameters: Any,
     ) -> Outcome:
@@ -140,20 +144,23 @@ class World:
         Args:
             watch: told of each moment; what it raises, the call there raises.
             kill_at: number of the moment at which its process is killed.
-            cancel_at: at which it is cancelled.
+            cancel_at, cancel_again_at: at which it is cancelled.
             cancel_all_at: at which everything on its event loop is cancelled.
+            hang_at: at which a call is not answered, until it is given up.
+            artifacts: what publishes them, in place of a server that takes all.
             due: when a schedule wanted it to start.
         """
         loop, calls = VirtualLoop(self.cluster.clock), Calls()
+        calls.hangs = lambda moment: moment.number == hang_at
         try:
-            with _without_prefect(self, calls):
+            with _without_prefect(self, calls, artifacts):
                 outcome = loop.run_until_complete(
                     _carried_out(
                         _flow_run(flow, file=str(self.path), due=due, **parameters),
                         calls,
                         watch or (lambda _: None),
                         kill_at,
-                        cancel_at,
+                        (cancel_at, cancel_again_at),
                         cancel_all_at,
                     )
                 )
@@ -170,7 +177,7 @@ class World:
             work = [
                 _carried_out(
                     _flow_run(flow, **{"file": str(self.path), **parameters}),
-                    calls, lambda _: None, 0, 0, 0,
+                    calls, lambda _: None, 0, (), 0,
                 )
                 for flow, parameters in runs
             ]  # fmt: skip
@@ -328,7 +335,7 @@ async def _carried_out(
     calls: Calls,
     watch: Callable[[Moment], None],
     kill_at: int,
-    cancel_at: int,
+    cancel_at: tuple[int, ...],
     cancel_all_at: int,
 ) -> Outcome:
     harness = asyncio.current_task()
@@ -337,7 +344,7 @@ async def _carried_out(
 
     def passes(moment: Moment) -> None:
         watch(moment)
-        if moment.number == cancel_at:
+        if moment.number in cancel_at:
             work.cancel()
         if moment.number == cancel_all_at:
             for task in asyncio.all_tasks() - {harness}:
@@ -358,7 +365,8 @@ async def _carried_out(
         return Outcome(error=asyncio.CancelledError(), moments=moments)
     if error := work.exception():
         return Outcome(error=error, moments=moments)
-    return Outcome(str(work.result().message), moments=moments)
+    state = work.result()
+    return Outcome(str(state.message), cancelled=state.is_cancelled(), moments=moments)
 
 
 def _let_go(loop: asyncio.AbstractEventLoop) -> None:
@@ -372,7 +380,9 @@ def _let_go(loop: asyncio.AbstractEventLoop) -> None:
 
 
 @contextmanager
-def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
+def _without_prefect(
+    world: World, calls: Calls, artifacts: Callable[..., Awaitable[None]] | None = None
+) -> Iterator[None]:
     """Tasks run in place, artifacts go nowhere, hosts are in memory, time is the hosts'."""
 
     def host(name: str, address: str, *_: object, **__: object) -> MemoryHost:
@@ -388,8 +398,9 @@ def _without_prefect(world: World, calls: Calls) -> Iterator[None]:
             (Task, "__call__", _run_in_place),
             (session, "Host", host),
             (session, "bury", buried),
-            (publish, "acreate_markdown_artifact", nowhere),
-            (publish, "acreate_table_artifact", nowhere),
+            (interrupts, "SIGNALS", ()),
+            (publish, "acreate_markdown_artifact", artifacts or nowhere),
+            (publish, "acreate_table_artifact", artifacts or nowhere),
             (time, "monotonic", world.cluster.clock.seconds),
             (surveying, "reach", reaching(world.cluster)),
             (yaml_files, "_parse", _parsed),

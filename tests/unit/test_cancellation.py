@@ -137,6 +137,6 @@ def test_everything_cancelled_while_files_are_read_ends_the_run_and_frees_the_le
     looks = {moment.what.partition(" ")[0]: moment for moment in moments if not moment.changes}
     for moment in looks.values():
         twin = world.twin()
-        assert twin.run(deploy, image=image, cancel_all_at=moment.number).error
+        assert twin.run(deploy, image=image, cancel_all_at=moment.number).cancelled
         for machine in twin.machines.values():
             assert machine.disk.read(f"{ROOT}/lease").split("\n")[1] == "", str(moment)

@@ -1,0 +1,131 @@
+"""Requests to end a run: Ctrl-C, Prefect's cancel, `kill`. Each cancels the flow's task.
+
+The first one ends what the run does; what it has to undo it undoes then. Another one ends that.
+"""
+
+import asyncio
+import functools
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, ParamSpec
+
+from prefect import State
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled
+
+from pd_deploy.flows.run import remedy
+from pd_deploy.steps.rollout import Rollout
+
+P = ParamSpec("P")
+Runbook = Callable[P, Coroutine[Any, Any, State[None]]]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Ending:
+    """How a run ends, for the command that runs it.
+
+    Attributes:
+        signals: that came while it ran.
+        state: its last state, which its server may not know.
+    """
+
+    signals: list[int] = field(default_factory=list)
+    state: State[None] | None = None
+
+
+ending: ContextVar[Ending] = ContextVar("ending")
+"""Of the run in this context, where somebody wants to know."""
+
+
+def interruptible(left: str) -> Callable[[Runbook[P]], Runbook[P]]:
+    """Have a flow's function end by itself when it is asked to end, as Cancelled.
+
+    Args:
+        left: what became of the hosts when it was cancelled in a part that undoes nothing.
+    """
+
+    def decorate(runbook: Runbook[P]) -> Runbook[P]:
+        @functools.wraps(runbook)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> State[None]:
+            end = ending.get(Ending())
+            with _signals_cancel_this_task(end.signals):
+                try:
+                    end.state = await runbook(*args, **kwargs)
+                except asyncio.CancelledError:
+                    end.state = Cancelled(message=f"Interrupted; {left}")
+                finally:
+                    _uncancel()
+                return end.state
+
+        return run
+
+    return decorate
+
+
+def goes_on(rollout: Rollout) -> bool:
+    """Tell whether a run that was cancelled may still undo what it did: after the first time.
+
+    Its task is uncancelled, and leases are renewed again if that was cancelled as well.
+    """
+    task, attempt = asyncio.current_task(), rollout.attempt
+    again = attempt.interrupted or (task is not None and task.cancelling() > 1)
+    attempt.interrupted = True
+    _uncancel()
+    rollout.locked.lease.renew_again()
+    return not again
+
+
+@contextmanager
+def _signals_cancel_this_task(seen: list[int]) -> Iterator[None]:
+    """Have each signal cancel this task, and it alone, for as long as the body runs.
+
+    Prefect's handler raises an exception wherever the process is just then: in the event loop it
+    cancels every task there, in a callback it is lost. Prefect notices that its own is not there,
+    and sends its signal all the same.
+
+    Args:
+        seen: gets the number of each.
+    """
+    task, loop, logger = asyncio.current_task(), asyncio.get_running_loop(), get_run_logger()
+    assert task is not None
+    hint = remedy()
+
+    def interrupt(number: int) -> None:
+        seen.append(number)
+        name = signal.Signals(number).name
+        if len(seen) == 1:
+            logger.warning(
+                "%s: this run ends what it does, and goes back to what served before if it has "
+                "stopped that; another one ends it at once (then run %s)",
+                name,
+                hint,
+            )
+        else:
+            logger.warning("%s again: this run ends at once; then run %s", name, hint)
+        task.cancel()
+
+    def handler(number: int, _: FrameType | None) -> None:
+        loop.call_soon_threadsafe(interrupt, number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    replaced: dict[int, Any] = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in replaced.items():
+            signal.signal(number, former)
+
+
+def _uncancel() -> None:
+    task = asyncio.current_task()
+    while task is not None and task.cancelling():
+        task.uncancel()
