@@ -32,10 +32,10 @@ lint: ready-dev ## Format, lint and type checks.
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 
-bench: ready    ## What the control plane itself costs, by part.
+bench: ready    ## Measure the control plane's own time, by part.
 	@$(BIN)/python -m bench
 
-lock:           ## Resolve the dependencies anew.
+lock:           ## Update the lock files.
 	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras --extra build -o requirements.lock pyproject.toml
 	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras --extra build --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
 

@@ -11,7 +11,7 @@ from pd_deploy.config import text_files
 from pd_deploy.errors import InvalidInput, Problem
 
 app = typer.Typer(
-    help="Save the credentials that a deployment file names as Prefect blocks.",
+    help="Save credentials as Prefect blocks.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -110,11 +110,12 @@ def init(
         str, typer.Option(help=f"One of {', '.join(scaffolding.examples())}.")
     ] = "qwq-3p1d",
 ) -> None:
-    """Make a directory to deploy from: a deployment file, prefect.yaml and a README.
+    """Make a directory to deploy from.
 
-    Choose the example that is closest to your service, and edit its file; the README lists the
-    next commands. Examples named lab-… need no hardware: they run on the simulated hosts of
-    `pd-deploy lab up`. Existing files are never overwritten.
+    It gets a deployment file, a prefect.yaml and a README. Choose the example that is closest
+    to your service, and edit its file; the README lists the next commands. Examples named lab-…
+    need no hardware: they run on the simulated hosts of `pd-deploy lab up`. Existing files are
+    never overwritten.
 
     Example: pd-deploy init my-service --example qwq-3p1d
     """
@@ -162,9 +163,10 @@ def plan(
         ),
     ] = None,
 ) -> None:
-    """Show exactly what a deployment would do on each host; change nothing.
+    """Show what a deployment would do on each host.
 
-    Prints container settings, commands, environment, and every file with its path and content.
+    Changes nothing. Prints container settings, commands, environment, and every file with its
+    path and content.
 
     Example: pd-deploy plan qwq-3p1d.yaml --format json
     """
@@ -265,7 +267,10 @@ def rollback(
 
 @app.command()
 def recover(file: File) -> None:
-    """Repair what an interrupted run left behind, so that the promoted generation serves.
+    """Repair what an interrupted run left behind.
+
+    A promoted generation is completed; one that was not is stopped, and the previous one serves
+    again.
 
     Example: pd-deploy recover qwq-3p1d.yaml
     """
@@ -281,7 +286,9 @@ def releases(
     file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """List the generations, latest first: date, image, who deployed it, what became of it.
+    """List the generations, the latest first.
+
+    Each has its date, its image, who deployed it, and what became of it.
 
     Example: pd-deploy releases qwq-3p1d.yaml
     """
@@ -306,9 +313,10 @@ def logs(
         typer.Option(metavar="DIR", help="Copy to this directory; by default, to a new one here."),
     ] = None,
 ) -> None:
-    """Collect a generation's logs from all hosts in one directory, even after a failure.
+    """Collect a generation's logs from all hosts.
 
-    DIR/HOST/INSTANCE/ gets what the container printed, and the log files of the server or proxy.
+    Works after a failure, too. DIR/HOST/INSTANCE/ gets what the container printed, and the log
+    files of the server or proxy.
 
     Example: pd-deploy logs qwq-3p1d.yaml --to ./logs
     """
@@ -320,9 +328,10 @@ def logs(
 
 @app.command()
 def prune(file: File) -> None:
-    """Remove old generations, except the one that serves, the last good ones and the latest.
+    """Remove old generations.
 
-    `keep` in the file says how many good ones stay. Every deployment ends with this step.
+    The one that serves, the last good ones and the latest stay; `keep` in the file says how many
+    good ones. Every deployment ends with this step.
 
     Example: pd-deploy prune qwq-3p1d.yaml
     """
@@ -338,7 +347,9 @@ def teardown(
     file: File,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask for confirmation.")] = False,
 ) -> None:
-    """Remove a deployment from its hosts: containers, files, logs and images, and nothing else.
+    """Remove a deployment from its hosts.
+
+    Removes its containers, files, logs and images, and nothing else.
 
     Example: pd-deploy teardown qwq-3p1d.yaml --yes
     """
@@ -373,7 +384,7 @@ def follow(
     }
 )
 def lab(context: typer.Context) -> None:
-    """Simulate two NPU hosts on this machine, to try pd-deploy without hardware."""
+    """Simulate two NPU hosts on this machine."""
     # The lab's own imports would make `check` half as slow again.
     from pd_deploy.lab.cli import app as commands  # noqa: PLC0415
 
