@@ -439,15 +439,37 @@ class Containers:
         assert await docker.wait_log(id, "last", 30) == "seen"
         assert await docker.logs(id, 1) == "last\n"
         await docker.stop(id, deployment=OURS, timeout=5)
-        since = (await docker.inspect(id)).finished_at
+        since, end = (await docker.inspect(id)).finished_at, await docker.log_end(id)
+        assert end.endswith(" last")
         assert await docker.logs(id, "all", since=since) == ""
+        assert await docker.wait_log(id, "run", 30) == "seen"
+        assert await docker.wait_log(id, "last", 30, after=end) == "ended"
         await docker.start(id)
         assert await docker.wait_log(id, "last", 30, since=since) == "seen"
+        assert await docker.wait_log(id, "last", 30, after=end) == "seen"
         assert await docker.logs(id, "all", since=since) == "run\nlast\n"
         assert await docker.logs(id, "all") == "run\nlast\nrun\nlast\n"
         parts: list[bytes] = []
         await docker.copy_log(id, parts.append)  # ends, although the container runs
         assert b"".join(parts) == b"run\nlast\nrun\nlast\n"
+
+    async def test_output_after_a_place_in_a_long_log(self, host: Host, create: Create) -> None:
+        """A place that was rotated away leaves all that there is."""
+        docker = host.docker
+        said = "; ".join(f"echo {number}" for number in range(300))
+        id = await create("sh", "-c", f"echo first; {said}; echo last; exit 0")
+        assert await docker.log_end(id) == ""
+        await docker.start(id)
+        await docker.wait(id)
+        assert await docker.wait_log(id, "first", 30, after="") == "seen"
+        end = await docker.log_end(id)
+        await docker.start(id)
+        await docker.wait(id)
+        for text in ("first", "42", "last"):
+            assert await docker.wait_log(id, text, 30, after=end) == "seen"
+            assert await docker.wait_log(id, text, 30, after="1999-12-31 none") == "seen"
+        end = await docker.log_end(id)
+        assert await docker.wait_log(id, "last", 30, after=end) == "ended"
 
     async def test_wait_log_ends_with_the_container_or_in_time(
         self, host: Host, create: Create

@@ -54,6 +54,8 @@ LogWait = Literal["seen", "ended", "timeout"]
 MAX_CALLS = 8
 CALL_TIMEOUT_S = 60  # the SDK's own; an engine that removes large containers is slow to answer
 POLL_S = 0.5
+LOG_POLL_S = 0.25  # a start is over soon
+LOG_LINES = 100  # more than come between two looks, as a rule
 PATIENCE_S = 60.0  # for an engine that restarts while one waits
 PROGRESS_EVERY_S = 1.0  # the engine reports each layer many times a second
 
@@ -308,12 +310,29 @@ class DockerEngine:
 
         await self._long(f"log of {container}", copy)
 
+    async def log_end(self, container: str) -> str:
+        """Return the place where a container's output ends so far, for `wait_log`: the last line
+        with its time, "" while there is none."""
+        return "".join((await self._timed_lines(container, 1))[-1:])
+
+    async def has_said(
+        self,
+        container: str,
+        text: str,
+        *,
+        after: str | None = None,
+        since: datetime | None = None,
+    ) -> bool:
+        """Tell whether a container's output has `text`; what counts is as in `wait_log`."""
+        return any(text in line for line in await self._lines(container, after, since))
+
     async def wait_log(
         self,
         container: str,
         text: str,
         timeout: float,
         *,
+        after: str | None = None,
         since: datetime | None = None,
         patience: float = PATIENCE_S,
     ) -> LogWait:
@@ -321,19 +340,24 @@ class DockerEngine:
 
         Args:
             timeout: seconds.
-            since: only output after this counts.
+            after: only output after this place counts, whatever the host's clock says meanwhile.
+            since: only output after this time counts; for whoever knows no place.
             patience: as in `wait`.
         """
-        after = since.timestamp() if since else None
+        place = after
 
-        async def look() -> LogWait:
-            seen = await self._long(
-                f"logs of {container}",
-                lambda c: _appears(
-                    c.logs(container, stream=True, follow=True, since=after), text.encode()
-                ),
-            )
-            return "seen" if seen else "ended"
+        async def look() -> LogWait | None:
+            nonlocal place
+            running = (await self.inspect(container)).running
+            lines = await self._lines(container, place, since)
+            if any(text in line for line in lines):
+                return "seen"
+            if lines:
+                place = lines[-1]
+            if not running:
+                return "ended"
+            await asyncio.sleep(LOG_POLL_S)
+            return None
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
@@ -347,6 +371,36 @@ class DockerEngine:
             await shared[0].aclose()
             shared[1].close()
         await self._socket.aclose()
+
+    async def _lines(self, container: str, place: str | None, since: datetime | None) -> list[str]:
+        """Read the output that follows a place, in the log's own order: as many lines from its end
+        as it takes, or all that are left when the place has been rotated away."""
+        if not place:
+            return await self._timed_lines(container, "all", since if place is None else None)
+        count = LOG_LINES
+        while True:
+            lines = await self._timed_lines(container, count)
+            # The line at the place may have gone on since.
+            there = [number for number, line in enumerate(lines) if line.startswith(place)]
+            if there:
+                return lines[there[-1] + 1 :]
+            if len(lines) < count:
+                return lines
+            count *= 8
+
+    async def _timed_lines(
+        self, container: str, tail: int | Literal["all"], since: datetime | None = None
+    ) -> list[str]:
+        """Read the last lines of a container's output, each with the time that Docker gave it."""
+        after = since.timestamp() if since else None
+
+        def read(client: APIClient) -> str:
+            logs = client.logs(container, tail=tail, since=after, timestamps=True)
+            return str(logs.decode(errors="replace"))
+
+        return [
+            line for line in (await self._read(f"logs of {container}", read)).split("\n") if line
+        ]
 
     async def _own(self, container: str, deployment: str) -> ContainerState:
         state = await self.inspect(container)
@@ -501,17 +555,6 @@ def _login(auth: RegistryLogin | None) -> dict[str, str]:
 def _inspect_image(client: APIClient, ref: str) -> Image:
     inspected = client.inspect_image(ref)  # type: ignore[no-untyped-call]
     return image_of(inspected, parse_repository_tag(ref)[0])
-
-
-def _appears(chunks: Iterator[bytes], text: bytes) -> bool:
-    """Tell whether `text` comes in the output before its end."""
-    rest = b""
-    for chunk in chunks:
-        rest += chunk
-        if text in rest:
-            return True
-        rest = rest[-len(text) :]
-    return False
 
 
 def _reporter(

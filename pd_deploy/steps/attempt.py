@@ -50,6 +50,7 @@ class Attempt:
         record: the deployment's record as it was read, or as this run has last written it.
         downtime: since when clients can't connect, and until when.
         started: instances that this run has started, and not stopped again.
+        log_ends: by id of each container that this run has started: where its log ended before.
         stopped: whether this run has stopped anything that ran: from then on a failure is undone.
         interrupted: whether the run was cancelled; it undoes what it did, unless that is cancelled
             as well.
@@ -58,6 +59,7 @@ class Attempt:
     record: Record
     downtime: Downtime
     started: set[str] = field(default_factory=set)
+    log_ends: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
     interrupted: bool = False
 

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from functools import partial
+from typing import TypedDict
 
 import httpx
 
@@ -164,20 +166,20 @@ async def let_smoke_test_in(rollout: Rollout) -> str:
         The address where its port answers on its host.
     """
     session, name = rollout.session, rollout.session.topology.proxy.name
-    host, state = session.host_of(name), await require(rollout, name)
+    state = await require(rollout, name)
     if state.status not in generations.RUNNING:
         await prepare_proxy(rollout, name)
         state = await require(rollout, name)
     elif await _clients_can_connect(rollout):
         return session.topology.proxy.address
-    if session.engine.PROVING not in await host.docker.logs(state.id, since=state.finished_at):
+    if not await _is_proving(rollout, state):
         await _log_says(
             rollout, name, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
         )
         await _one_step_on(rollout, state)
         await _log_says(rollout, name, state, session.engine.OPEN, session.deployment.gates.start)
         # Scripts that older versions of pd-deploy have saved open to clients at once.
-        if session.engine.PROVING not in await host.docker.logs(state.id, since=state.finished_at):
+        if not await _is_proving(rollout, state):
             return session.topology.proxy.address
     return PROVING_ADDRESS
 
@@ -364,6 +366,7 @@ async def _write(host: Host, files: Iterable[PlannedFile]) -> list[str]:
 
 async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None:
     host = rollout.session.host_of(instance)
+    rollout.attempt.log_ends[state.id] = await host.docker.log_end(state.id)
     await rollout.locked.may_change(host)
     rollout.attempt.started.add(instance)
     await host.docker.start(state.id)
@@ -387,14 +390,34 @@ async def _clients_can_connect(rollout: Rollout) -> bool:
     return True
 
 
+async def _is_proving(rollout: Rollout, state: ContainerState) -> bool:
+    """Tell whether the proxy has opened to the smoke test since its last start."""
+    docker = rollout.session.host_of(rollout.session.topology.proxy.name).docker
+    proving = rollout.session.engine.PROVING
+    return await docker.has_said(state.id, proving, **_last_start(rollout, state))
+
+
 async def _log_says(
     rollout: Rollout, instance: str, state: ContainerState, text: str, timeout: float
 ) -> None:
     """Wait for a text in the container's log since its last start."""
     host = rollout.session.host_of(instance)
-    said = await host.docker.wait_log(state.id, text, timeout, since=state.finished_at)
+    said = await host.docker.wait_log(state.id, text, timeout, **_last_start(rollout, state))
     if said == "ended":
         raise await died(rollout, instance)
     if said == "timeout":
         message = f"expected {text!r} in its log within {timeout:g} s, found nothing of it"
         raise await not_ready(rollout, instance, message)
+
+
+class _LastStart(TypedDict):
+    after: str | None
+    since: datetime | None
+
+
+def _last_start(rollout: Rollout, state: ContainerState) -> _LastStart:
+    """Say from where on a container's log is of its last start: of a start of this run by where it
+    ended before. Of another run's only the time is known, which a clock set back may make wrong."""
+    ended, started = state.finished_at, state.started_at
+    since = min(ended, started) if ended and started else ended
+    return {"after": rollout.attempt.log_ends.get(state.id), "since": since}

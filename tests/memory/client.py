@@ -188,21 +188,18 @@ class MemoryClient:
         *,
         since: float | None = None,
         tail: int | str = "all",
+        timestamps: bool = False,
         stream: bool = False,
         follow: bool = False,
     ) -> Any:
-        one = self._find(name)
-        lines = [line for when, line in one.log if since is None or when.timestamp() >= since]
-        kept = lines if tail == "all" else lines[-int(tail) :]
-        if stream:
-            return self._streamed(kept, lasts=follow and one.running)
-        return "".join(kept).encode()
-
-    def _streamed(self, lines: list[str], *, lasts: bool) -> Iterator[bytes]:
-        for line in lines:
-            yield line.encode()
-        if lasts:
-            raise NotYet
+        assert not follow, "nobody follows"
+        lines = [
+            f"{when.isoformat()} {line}" if timestamps else line
+            for when, line in self._find(name).log
+            if since is None or when.timestamp() >= since
+        ]
+        kept = [line.encode() for line in (lines if tail == "all" else lines[-int(tail) :])]
+        return iter(kept) if stream else b"".join(kept)
 
     def _find(self, name: str) -> Container:
         self._machine.cluster.settle()

@@ -220,6 +220,28 @@ def test_a_clock_set_back_keeps_no_recovery_waiting(world: World) -> None:
     world.assert_coherent()
 
 
+@pytest.mark.parametrize("when", ["stop ", "start "])
+def test_clocks_set_back_at_a_cut_over_keep_nobody_waiting(world: World, when: str) -> None:
+    """After each stop, or after each start: on the way there, and on the way back to containers
+    whose logs know later times."""
+    assert world.run(deploy).completed
+    first, good = world.serving(), world.push("20250723_1")
+
+    def watch(moment: Moment) -> None:
+        if moment.what.startswith(when) and moment.after:
+            world.cluster.clock.step(-3600)
+
+    before = world.cluster.clock.seconds()
+    bad = world.run(
+        deploy, image=world.push("20250724_1", {"d0": Faults(garbage=True)}), watch=watch
+    )
+    assert "The service is back on generation" in str(bad.error)
+    assert world.assert_coherent() == first
+    assert world.run(deploy, image=good, watch=watch).completed
+    assert world.assert_coherent() != first
+    assert world.cluster.clock.seconds() - before < 60
+
+
 @pytest.mark.parametrize("flow", [deploy, prune, teardown])
 def test_a_run_looks_at_its_lease_before_each_change(upgraded: World, flow: Any) -> None:
     """On each host it has looked at least as often as it has changed anything."""
