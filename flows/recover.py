@@ -1,6 +1,7 @@
 """Repairing what an interrupted run left behind."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from prefect import State, flow
@@ -8,20 +9,21 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from pd_deploy.config.load import load_deployment
-from pd_deploy.errors import NothingServes, PdDeployError
+from pd_deploy.errors import HostAway, NothingServes, PdDeployError
 from pd_deploy.flows import publish
+from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
-from pd_deploy.flows.run import this_run
-from pd_deploy.flows.session import locked_session, patient
+from pd_deploy.flows.run import Run, this_run
+from pd_deploy.flows.session import locked, open_session, patient
 from pd_deploy.flows.survey import plan, restore, survey_hosts
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.records import generations
 from pd_deploy.steps import surveying
 from pd_deploy.steps.rollout import HostState, Rollout
-from pd_deploy.steps.session import LockedSession
+from pd_deploy.steps.session import LockedSession, Session
 from pd_deploy.tasks import stop
 
 PATIENCE_S = 24 * 3600  # nobody watches an automation, and no run lasts a day
@@ -47,7 +49,20 @@ async def recover(file: str, after: str | None = None) -> State[None]:
         if why := await untouched(after):
             return Completed(message=f"skipped, as {why}; nothing was touched")
         given = patient(given, PATIENCE_S)
-    async with locked_session(given, str(run)) as session:
+    async with open_session(given) as opened:
+        try:
+            return await with_all_hosts(
+                opened.hosts, given.gates.away, partial(_recovered, opened, run)
+            )
+        except HostAway as error:
+            error.message += f"\n{await surveying.states(opened)}"
+            raise
+
+
+async def _recovered(opened: Session, run: Run) -> State[None]:
+    """Recover from what is there; the waits of an earlier attempt have nothing to do with it."""
+    anew = Session(opened.deployment, opened.hosts, opened.registry_login)
+    async with locked(anew, str(run)) as session:
         states = await survey_hosts(session)
         past = surveying.past_of(states)
         if running := surveying.unrecorded(states):

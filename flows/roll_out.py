@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from prefect import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
-from pd_deploy.errors import RollbackFailed, RolledBack
+from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack
 from pd_deploy.flows import publish
+from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
 from pd_deploy.flows.run import Run
@@ -19,6 +21,7 @@ from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.steps import containers, promotion, surveying
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import clear, promote, prune
 
 OnFailure = Literal["rollback", "keep"]
@@ -129,24 +132,33 @@ async def abort(
 
 async def roll_back(failed: Rollout, error: BaseException, generation: str, run: Run) -> None:
     """Bring the previous generation back; raise in any case, as the run has still failed."""
+    session = failed.session
+    hosts, seconds = session.hosts, session.deployment.gates.away
+    away = await hosts_away(hosts)
     what = f"new generation {failed.plan.generation} {_end(error)}"
+    what = "; ".join([what, *(f"meanwhile {fault}" for fault in away.values())])
     get_run_logger().error("%s; going back to %s", what, generation)
+    attempts: list[Rollout] = []
     try:
-        back = await restore(failed.session, generation)
-        line = Line(back.session.barrier, back)
-        await run_stages(line, back, list(STAGES))
-        completion = await prove_and_open(line, back)
-        await promotion.note_back(back, str(run))
+        back, line, completion = await with_all_hosts(
+            hosts, seconds, partial(_serve_again, failed, generation, attempts)
+        )
     except Exception as fault:
-        states = await surveying.states(failed.session)
+        if attempts:
+            await containers.stop_started(attempts[-1])
+        states = await surveying.states(session)
         raise RollbackFailed(
             f"{what}; generation {generation} does not come back either, because {_why(fault)}\n"
             f"Nothing serves. {states}",
             hint="look at these logs, mend the cause, and run `pd-deploy recover FILE`",
         ) from error
     image = ""
-    if await promotion.quarantine(back, failed, error):
-        image = f"; its image {failed.release.chosen_image} is in quarantine"
+    try:
+        note = partial(_note_way_back, back, failed, None if away else error, str(run))
+        if await with_all_hosts(hosts, seconds, note):
+            image = f"; its image {failed.release.chosen_image} is in quarantine"
+    except PdDeployError as fault:
+        get_run_logger().error("not recorded that %s serves: %s", generation, fault)
     await tidy_up(line, back)
     raised = RolledBack(
         f"{what}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}",
@@ -155,6 +167,28 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
     )
     await publish.rolled_back(back, raised, line.reports, completion)
     raise raised from error
+
+
+async def _serve_again(
+    failed: Rollout, generation: str, attempts: list[Rollout]
+) -> tuple[Rollout, Line, Completion]:
+    """Bring a generation back from what is there; add the attempt to those made so far."""
+    back = await restore(failed.session, generation)
+    if attempts:
+        # What an earlier attempt has opened was closed by this run all the same.
+        back.attempt.stopped = True
+    attempts.append(back)
+    line = Line(back.session.barrier, back)
+    await run_stages(line, back, list(STAGES))
+    return back, line, await prove_and_open(line, back)
+
+
+async def _note_way_back(
+    back: Rollout, failed: Rollout, error: BaseException | None, by: str
+) -> bool:
+    """Record that clients are served again; tell whether the failed image is in quarantine."""
+    await promotion.note_back(back, by)
+    return error is not None and await promotion.quarantine(back, failed, error)
 
 
 async def tidy_up(line: Line, rollout: Rollout) -> None:

@@ -63,16 +63,24 @@ async def locked_session(
         also: further hosts that the run needs, from the deployment's past.
         forget: addresses of former hosts that are gone for good.
     """
-    async with open_session(deployment, forget) as session:
-        past = await connected(session)
-        await open_former(session, past, also(past))
-        lease = locking.lease_for(session, run, str(runtime.flow_run.id))
-        locked = LockedSession.of(session, lease)
-        async with lease.held(locked.hosts):
-            await lock(locked)
-            for owner in {one.flow_run: one for one in lease.dead}.values():
-                await bury(owner, run)
-            yield locked
+    async with open_session(deployment, forget) as session, locked(session, run, also) as taken:
+        yield taken
+
+
+@asynccontextmanager
+async def locked(
+    session: Session, run: str, also: Callable[[History], Iterable[HostAccess]] = lambda _: ()
+) -> AsyncIterator[LockedSession]:
+    """Lock the hosts of a session; see `locked_session`."""
+    past = await connected(session)
+    await open_former(session, past, also(past))
+    lease = locking.lease_for(session, run, str(runtime.flow_run.id))
+    taken = LockedSession.of(session, lease)
+    async with lease.held(taken.hosts):
+        await lock(taken)
+        for owner in {one.flow_run: one for one in lease.dead}.values():
+            await bury(owner, run)
+        yield taken
 
 
 def patient(deployment: Deployment, seconds: float) -> Deployment:

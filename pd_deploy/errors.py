@@ -32,6 +32,7 @@
      │   ├─ OutOfOrder                a stage is run before the one that it depends on
      │   ├─ Abandoned                 given up because something else failed
      │   ├─ SmokeTestFailed           the service answers, but not as it should
+     │   ├─ HostAway                  a host was not back in time for the way back
      │   ├─ NoSuchGeneration          a generation that is not kept
      │   ├─ Unrecorded                containers run of which no host has a record any more
      │   ├─ NothingServes             what served was stopped, and there is nothing to go back to
@@ -263,6 +264,10 @@ class Abandoned(ServiceError):
 
 class SmokeTestFailed(ServiceError):
     """The service answers, but not as it should."""
+
+
+class HostAway(ServiceError):
+    """A host was away for longer than the way back waits for it."""
 
 
 class NoSuchGeneration(ServiceError):

@@ -47,6 +47,9 @@ class Console(Protocol):
     def make_read_only(self, directory: str) -> None:
         """Mount it again, read-only."""
 
+    def unplugged(self) -> AbstractContextManager[object]:
+        """Pull the host's network cable meanwhile."""
+
     def listening(self, port: int) -> AbstractContextManager[object]:
         """Have a process listen on a port meanwhile."""
 
@@ -108,6 +111,26 @@ class Commands:
     async def test_slow_command_times_out(self, host: Host) -> None:
         with pytest.raises(errors.TimedOut, match=r"`sleep 600` did not end within 0\.2 s"):
             await host.run(["sleep", "600"], timeout=0.2)
+
+
+class Connections:
+    async def test_an_unplugged_host(self, host: Host, create: Create, console: Console) -> None:
+        """A call under way is lost; the next one finds no host; then all goes on as before."""
+        id = await create("sh", "-c", "trap '' TERM; echo deaf; sleep 600")
+        await host.docker.start(id)
+        assert await host.docker.wait_log(id, "deaf", 30) == "seen"
+        before = host.connects
+        stop = asyncio.ensure_future(host.docker.stop(id, deployment=OURS, timeout=600))
+        await host.run(["cat"], input="under way, or nearly so")
+        with console.unplugged():
+            with pytest.raises(errors.TransientError):
+                await stop
+            with pytest.raises(errors.HostUnreachable):
+                await host.run(["cat"])
+            with pytest.raises(errors.HostUnreachable):
+                await host.read_file("/etc/hostname")
+        assert (await host.docker.inspect(id)).running
+        assert host.connects == before + 1
 
 
 class FilesOfAHost:

@@ -322,7 +322,8 @@ class Gates(Model):
 
     `lease` is how long a run waits for another one that works on the deployment. `lease_lasts` is
     how long that run may go without a sign of life before it counts as dead. `registry` is how
-    long a scheduled run waits for a registry that is out of order; other runs fail at once.
+    long a scheduled run waits for a registry that is out of order; other runs fail at once. `away`
+    is how long a rollback after a failure, or a recovery, waits for hosts that are away.
     """
 
     connect: Seconds = 10
@@ -335,6 +336,7 @@ class Gates(Model):
     start: Seconds = 60
     ready: Seconds = 1800  # as long as servers wait for each other (HCCL_CONNECT_TIMEOUT)
     smoke: Seconds = 120
+    away: Seconds = 600  # a server with accelerators takes minutes to start again
 
 
 class Disk(Model):

@@ -57,6 +57,14 @@ class Console:
         self.box.run(["mount", "-o", "remount,ro", directory])
 
     @contextmanager
+    def unplugged(self) -> Iterator[None]:
+        self.box.cut()
+        try:
+            yield
+        finally:
+            self.box.mend()
+
+    @contextmanager
     def listening(self, port: int) -> Iterator[None]:
         process = self.box.popen(["python3", "-c", LISTEN.format(port)])
         try:
@@ -86,7 +94,8 @@ def console(lab: Lab) -> Console:
 @pytest.fixture
 async def host(lab: Lab) -> AsyncIterator[Host]:
     key, known = lab.ssh_key.read_text(), lab.known_hosts.read_text()
-    host = Host("a", lab.hosts["a"].address, Login("root", private_key=key, known_hosts=known))
+    login = Login("root", private_key=key, known_hosts=known)
+    host = Host("a", lab.hosts["a"].address, login, connect_timeout=3)
     yield host
     await host.aclose()
 
@@ -99,6 +108,9 @@ async def image(host: Host, lab: Lab) -> str:
 
 
 class TestCommands(host_contract.Commands): ...
+
+
+class TestConnections(host_contract.Connections): ...
 
 
 class TestFiles(host_contract.FilesOfAHost): ...

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import httpx
 from docker import errors as sdk
 
-from pd_deploy.errors import PdDeployError
+from pd_deploy.errors import ConnectionDropped, HostUnreachable, PdDeployError
 from pd_deploy.hosts.docker_engine import DockerEngine
 from pd_deploy.hosts.host import CommandResult, Host
 from pd_deploy.hosts.login import Login
@@ -32,11 +32,53 @@ CHANGES = ("create", "start", "stop", "kill", "remove", "tag", "pull")
 class MemoryHost(Host):
     """A `Host` without SSH. What it shares with the real one: all but the transport."""
 
-    def __init__(self, name: str, machine: Machine, calls: Calls | None = None) -> None:
-        super().__init__(name, machine.address, Login("root"))
+    def __init__(
+        self,
+        name: str,
+        machine: Machine,
+        calls: Calls | None = None,
+        connect_timeout: float = 10.0,
+    ) -> None:
+        super().__init__(name, machine.address, Login("root"), connect_timeout=connect_timeout)
         self.machine = machine
         self.calls = calls or Calls()
         self.docker = MemoryEngine(self)
+        self._connected = False
+        self._connects = 0
+
+    @property
+    def connects(self) -> int:
+        """How often the connection was made."""
+        return self._connects
+
+    @asynccontextmanager
+    async def passing(self, what: str, *, changes: bool) -> AsyncIterator[None]:
+        """Around what a call does: the moments before and after it, if it gets there and back."""
+        await self.reached(what)
+        async with self.calls.passing(self.machine.name, what, changes=changes):
+            await self.reached(what)
+            yield
+        await self.reached(what)
+
+    async def reached(self, what: str) -> None:
+        """Wait for an unplugged machine as a connection does, or as one that is to be made.
+
+        Raises:
+            ConnectionDropped: it took too long.
+            HostUnreachable: so it did, without a connection.
+        """
+        now = self.machine.clock.seconds
+        deadline = now() + (self.machine.silence if self._connected else self._connect_timeout)
+        while self.machine.unplugged:
+            if now() >= deadline:
+                if not self._connected:
+                    raise HostUnreachable("no SSH connection", host=self.where)
+                self._connected = False
+                raise ConnectionDropped(f"the connection was lost: {what}", host=self.where)
+            await asyncio.sleep(min(max(deadline - now(), LOOK_EVERY_S), 1))
+        if not self._connected:
+            self._connected = True
+            self._connects += 1
 
     @asynccontextmanager
     async def http(  # type: ignore[override]
@@ -55,7 +97,7 @@ class MemoryHost(Host):
     async def _sftp_session(self) -> SftpSession:
         _, session = self._sftp
         if session is None or not session.usable:
-            client: Any = MemorySftp(self.machine, self.calls)
+            client: Any = MemorySftp(self)
             session = SftpSession(client, self.where)
             self._sftp = None, session
         return session
@@ -67,7 +109,7 @@ class MemoryHost(Host):
             what = f"lease {argv[5]}"
         async with asyncio.timeout(timeout):
             await asyncio.sleep(self.machine.answers_after)
-        async with self.calls.passing(self.machine.name, what, changes=command.changes):
+        async with self.passing(what, changes=command.changes):
             return commands.run(command, self.machine, argv, data or b"")
 
 
@@ -88,7 +130,8 @@ class MemoryEngine(DockerEngine):
             return await self._long(what, call)
         except asyncio.CancelledError:
             # The request is out: the engine carries it out all the same.
-            if not self._host.calls.dead and self._changes(what):
+            gone = self._host.calls.dead or self._host.machine.unplugged
+            if not gone and self._changes(what):
                 with contextlib.suppress(sdk.APIError):
                     call(self._api)
             raise
@@ -102,8 +145,7 @@ class MemoryEngine(DockerEngine):
         call: Callable[[Any], T],
         refused: Callable[[sdk.APIError], PdDeployError] | None = None,
     ) -> T:
-        machine = self._host.machine.name
-        async with self._host.calls.passing(machine, what, changes=self._changes(what)):
+        async with self._host.passing(what, changes=self._changes(what)):
             while True:
                 with self._errors(what, self._no_tunnel, refused):
                     try:
@@ -111,6 +153,7 @@ class MemoryEngine(DockerEngine):
                     except NotYet:
                         pass
                 await asyncio.sleep(LOOK_EVERY_S)
+                await self._host.reached(what)
 
 
 class _Transport(httpx.AsyncBaseTransport):
@@ -126,7 +169,7 @@ class _Transport(httpx.AsyncBaseTransport):
         machine, path = self._host.machine, request.url.path
         what = shlex.join([request.method, f"{self._address}:{self._port}{path}"])
         try:
-            async with self._host.calls.passing(machine.name, what, changes=False):
+            async with self._host.passing(what, changes=False):
                 program = machine.cluster.listener(machine, self._address, self._port)
                 if program is None:
                     raise httpx.ConnectError("connection refused")

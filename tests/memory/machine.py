@@ -1,6 +1,7 @@
 """Machines with their images and containers; the cluster that they make, and its registry."""
 
 import hashlib
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ class Machine:
         held_devices, held_ports: what processes outside of any container have, by name.
         answers_after: seconds that each command takes.
         pulls_for: seconds that a pull takes.
+        silence: seconds after which a connection without an answer counts as lost.
+        unplugged_until: when its cable is plugged in again, by the clock's seconds.
     """
 
     def __init__(self, name: str, address: str, cluster: "Cluster") -> None:
@@ -122,6 +125,8 @@ class Machine:
         self.held_ports: dict[int, str] = {}
         self.answers_after = 0.0
         self.pulls_for = 0.0
+        self.silence = 15.0
+        self.unplugged_until = 0.0
 
     @property
     def clock(self) -> Clock:
@@ -166,6 +171,19 @@ class Machine:
         """Power goes and comes: nothing runs."""
         for container in list(self.running()):
             self.end(container, 137)
+
+    def unplug(self, seconds: float = math.inf) -> None:
+        """Takes its network away for so long; what runs there goes on."""
+        self.unplugged_until = self.clock.seconds() + seconds
+
+    def plug_in(self) -> None:
+        """Gives it back."""
+        self.unplugged_until = 0.0
+
+    @property
+    def unplugged(self) -> bool:
+        """Whether nobody reaches it now."""
+        return self.clock.seconds() < self.unplugged_until
 
     def device_users(self) -> dict[int, tuple[str, int]]:
         """By device, who uses it, with the process's id."""
@@ -225,6 +243,8 @@ class Cluster:
     def listener(self, machine: Machine, address: str, port: int) -> "Program | None":
         """The program that takes requests at an address and port of a machine."""
         self.settle()
+        if machine.unplugged:
+            return None
         for one in machine.running():
             if one.program and {(address, port), ("0.0.0.0", port)} & one.program.serving():
                 return one.program

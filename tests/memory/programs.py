@@ -234,8 +234,9 @@ class Server(_Process):
         """Links with all peers at once; one that was linked before takes no second link."""
         peers = [
             container.program
-            for _, container in self.machine.cluster.running()
+            for machine, container in self.machine.cluster.running()
             if isinstance(container.program, Server)
+            and not machine.unplugged
             and container.program.ranktable == self.ranktable
             and container.image.build == self.container.image.build
         ]

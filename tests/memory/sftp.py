@@ -5,22 +5,25 @@ import posixpath
 import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 import asyncssh
 
-from tests.memory.calls import Calls
 from tests.memory.disk import Entry
 from tests.memory.machine import Machine
+
+if TYPE_CHECKING:
+    from tests.memory.host import MemoryHost
 
 
 class MemorySftp:
     """An SFTP session. Errors are those that OpenSSH's server answers: of a disk that is full or
     read-only it says nothing but "Failure"."""
 
-    def __init__(self, machine: Machine, calls: Calls) -> None:
-        self._machine = machine
-        self._disk = machine.disk
-        self._calls = calls
+    def __init__(self, host: "MemoryHost") -> None:
+        self._host = host
+        self._machine = host.machine
+        self._disk = host.machine.disk
         # As asyncssh's: when it is cancelled nobody gets an answer any more.
         self._reader = asyncio.ensure_future(asyncio.Event().wait())
 
@@ -36,7 +39,7 @@ class MemorySftp:
 
     @asynccontextmanager
     async def _passing(self, what: str, *, changes: bool) -> AsyncIterator[None]:
-        async with self._calls.passing(self._machine.name, what, changes=changes):
+        async with self._host.passing(what, changes=changes):
             with _answering():
                 if changes:
                     self._disk.may_change(what.partition(" ")[2])
@@ -69,6 +72,7 @@ class MemorySftp:
 
     async def stat(self, path: str) -> asyncssh.SFTPAttrs:
         """Kind, mode and size."""
+        await self._host.reached(f"stat {path}")
         found = self._need(path)
         kind = stat.S_IFDIR if found.is_directory else stat.S_IFREG
         return asyncssh.SFTPAttrs(permissions=kind | found.mode, size=len(found.content or b""))
@@ -77,11 +81,13 @@ class MemorySftp:
 
     async def realpath(self, path: str) -> str:
         """The path itself: there are no links."""
+        await self._host.reached(f"realpath {path}")
         self._need(path)
         return posixpath.normpath(path)
 
     async def isdir(self, path: str) -> bool:
         """Whether there is such a directory."""
+        await self._host.reached(f"stat {path}")
         found = self._disk.get(path)
         return found is not None and found.is_directory
 
@@ -96,6 +102,7 @@ class MemorySftp:
 
     async def chmod(self, path: str, mode: int) -> None:
         """Sets a mode."""
+        await self._host.reached(f"chmod {path}")
         self._need(path).mode = mode
 
     async def posix_rename(self, old: str, new: str) -> None:

@@ -52,6 +52,12 @@ class Console:
         self.machine.disk.volumes[directory].read_only = True
 
     @contextmanager
+    def unplugged(self) -> Iterator[None]:
+        self.machine.unplug()
+        yield
+        self.machine.plug_in()
+
+    @contextmanager
     def listening(self, port: int) -> Iterator[None]:
         self.machine.held_ports[port] = "somebody"
         yield
@@ -83,7 +89,8 @@ def machine() -> Machine:
 
 @pytest.fixture
 async def host(machine: Machine) -> AsyncIterator[Host]:
-    host = MemoryHost("a", machine)
+    host = MemoryHost("a", machine, connect_timeout=0.1)
+    machine.silence = 0.2
     yield host
     await host.aclose()
 
@@ -101,6 +108,9 @@ async def image(host: Host, console: Console) -> str:
 
 
 class TestCommands(host_contract.Commands): ...
+
+
+class TestConnections(host_contract.Connections): ...
 
 
 class TestFiles(host_contract.FilesOfAHost): ...

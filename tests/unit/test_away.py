@@ -1,0 +1,132 @@
+"""A host that is away while the service is brought back is waited for. On hosts in memory."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pd_deploy.flows import away
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.recover import recover
+from tests.memory.calls import Moment
+from tests.memory.machine import Faults, Machine
+from tests.memory.world import INSTANCES, ROOT, World
+
+BAD = {"d0": Faults(garbage=True)}
+AWAY_S = 120.0
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    assert world.run(deploy).completed
+    return world
+
+
+def way_back(world: World, image: str) -> list[Moment]:
+    """The calls that a run makes once the new generation has failed, until the old one opens."""
+    moments = world.twin().run(deploy, image=image).moments
+    read = next(m for m in moments if m.what == f"read {ROOT}/{world.serving()}/plan.json")
+    begin = [m for m in moments[: read.number] if "POST" in m.what][-1]
+    end = [m for m in moments if m.what.startswith("kill ")][-1]
+    return list(moments[begin.number : end.number])
+
+
+def unplugged(machine: Machine) -> None:
+    machine.unplug(AWAY_S)
+
+
+def powered_off(machine: Machine) -> None:
+    machine.reboot()
+    machine.unplug(AWAY_S)
+
+
+def at(moment: Moment, world: World, fault: Callable[[Machine], None]) -> Callable[[Moment], None]:
+    def watch(passed: Moment) -> None:
+        if passed.number == moment.number:
+            fault(world.machines[moment.host])
+
+    return watch
+
+
+@pytest.mark.parametrize("fault", [unplugged, powered_off])
+def test_a_way_back_waits_for_a_host_that_is_away_from_any_moment(
+    world: World, fault: Callable[[Machine], None]
+) -> None:
+    """And then brings the service back."""
+    first, image = world.serving(), world.push("20250724_1", BAD)
+    moments = way_back(world, image)
+    assert len(moments) > 100
+    for moment in moments[::41]:
+        twin = world.twin()
+        begin = twin.cluster.clock.seconds()
+        outcome = twin.run(deploy, image=image, watch=at(moment, twin, fault))
+        assert "The service is back on generation" in str(outcome.error), (
+            f"{moment}: {outcome.error}"
+        )
+        twin.pass_by(AWAY_S)
+        assert set(twin.running()) == INSTANCES, moment
+        assert twin.serving() == first, moment
+        assert twin.completes(), moment
+        assert twin.cluster.clock.seconds() - begin < 3 * AWAY_S, moment
+
+
+@pytest.mark.parametrize("fault", [unplugged, powered_off])
+def test_a_recovery_waits_for_a_host_that_is_away(
+    world: World, fault: Callable[[Machine], None]
+) -> None:
+    """When it begins, and from any moment of it."""
+    first, image = world.serving(), world.push("20250724_1", BAD)
+    world.run(deploy, image=image, kill_at=way_back(world, image)[0].number)
+    world.pass_by(5)
+    moments = list(world.twin().run(recover).moments)
+    opened = [number for number, m in enumerate(moments) if m.what.startswith("kill ")][-1]
+    for moment in moments[:opened:61]:
+        twin = world.twin()
+        outcome = twin.run(recover, watch=at(moment, twin, fault))
+        assert outcome.completed, f"{moment}: {outcome.error}"
+        twin.pass_by(AWAY_S)
+        assert twin.serving() == first, moment
+        assert twin.completes(), moment
+
+
+@pytest.mark.parametrize("host", ["a", "b"])
+def test_after_its_bound_a_way_back_says_for_which_host_it_waited_and_what_runs(
+    world: World,
+    host: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the run has started is stopped where that can be done. Then a recovery brings it back;
+    while the host is away, it says the same."""
+    monkeypatch.setattr(away, "get_run_logger", lambda: logging.getLogger("of.a.run"))
+    world.change(gates={"away": 30})
+    first, image = world.serving(), world.push("20250724_1", BAD)
+    moment = way_back(world, image)[0]
+
+    def unplug(passed: Moment) -> None:
+        if passed.number == moment.number:
+            world.machines[host].unplug()
+
+    failed = world.run(deploy, image=image, watch=unplug)
+    again = world.run(recover)
+    where = world.machines[host].address
+    for outcome in (failed, again):
+        said = str(outcome.error)
+        expected = f"host {host} ({where}): expected it to be back within 30 s (gates.away)"
+        assert expected in said
+        assert "no SSH connection" in said
+        assert "run `pd-deploy recover FILE`" in said
+        other = {"a": "omni-infer-decode_d0_2", "b": "omni-infer-prefill_p0_2"}[host]
+        assert re.search(rf"{other}-\w+ exited", said)
+    waiting = f"waiting for at most 30 s (gates.away) for host {host} ({where}): "
+    assert caplog.text.count(waiting) == 2
+    here = world.machines["b" if host == "a" else "a"]
+    assert not list(here.running())
+    # It is back while a recovery waits for it.
+    world.machines[host].unplug(75)
+    assert world.run(recover).completed
+    assert caplog.messages[-1] == "all hosts are back; going on"
+    assert world.assert_coherent() == first
