@@ -36,7 +36,7 @@ _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗
 
 
 def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
-    """Runs a flow in this process; 0 when it completed, 1 when it failed.
+    """Run a flow in this process; return 0 if it completed, 1 if it failed.
 
     A signal ends it with 128 and its number, as a shell would say.
 
@@ -69,7 +69,7 @@ def _interrupt(end: Ending, number: int) -> NoReturn:
 
 
 def _interrupted(end: Ending) -> int:
-    """The exit code after signals; 0 if none came."""
+    """Return the exit code after signals; 0 if none came."""
     return 128 + end.signals[0] if end.signals else 0
 
 
@@ -88,7 +88,7 @@ def _start_temporary_server() -> None:
 
 
 def follow(flow_run: UUID) -> int:
-    """Prints a run's steps as they happen; 0 when it completed, 1 otherwise."""
+    """Print a run's steps as they happen; return 0 if it completed, 1 otherwise."""
     with reached():
         return asyncio.run(_follow(flow_run))
 
@@ -124,7 +124,7 @@ async def _follow(flow_run: UUID) -> int:
 
 
 async def _ahead(client: PrefectClient, run: FlowRun) -> str:
-    """The runs because of which one has to wait in Prefect's queue, in words."""
+    """Describe the runs for which this one has to wait in Prefect's queue."""
     same = DeploymentFilter(
         id=DeploymentFilterId(any_=[run.deployment_id] if run.deployment_id else [])
     )
@@ -140,7 +140,7 @@ async def _ahead(client: PrefectClient, run: FlowRun) -> str:
 
 
 def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> bool:
-    """Prints what has changed since the last look, oldest first; whether anything has."""
+    """Print what has changed since the last look, oldest first; tell whether anything has."""
     changed = [
         (task.state.timestamp, task)
         for task in tasks
