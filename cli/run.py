@@ -22,9 +22,8 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.exceptions import TerminationSignal
-from prefect.settings import get_current_settings
 
-from pd_deploy.cli.prefect_api import ServerLost, reached
+from pd_deploy.cli.prefect_api import ServerLost, served
 from pd_deploy.errors import PdDeployError
 from pd_deploy.flows.interrupts import Ending, ending
 
@@ -46,8 +45,7 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
     end = Ending()
     former = signal.signal(signal.SIGTERM, lambda number, _: _interrupt(end, number))
     try:
-        with reached():
-            _start_temporary_server()
+        with served():
             return asyncio.run(_here(flow, parameters, end))
     except ServerLost as error:
         typer.echo(f"pd-deploy: {error}", err=True)
@@ -73,23 +71,9 @@ def _interrupted(end: Ending) -> int:
     return 128 + end.signals[0] if end.signals else 0
 
 
-def _start_temporary_server() -> None:
-    """Start the server that Prefect brings when none is set up, out of the reach of Ctrl-C.
-
-    A terminal sends it to all processes of a command, but the run still needs its server.
-    """
-    if get_current_settings().api.url:
-        return
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        get_client(sync_client=True)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
 def follow(flow_run: UUID) -> int:
     """Print a run's steps as they happen; return 0 if it completed, 1 otherwise."""
-    with reached():
+    with served():
         return asyncio.run(_follow(flow_run))
 
 

@@ -4,7 +4,7 @@ import json
 import shlex
 
 from pd_deploy import engines
-from pd_deploy.config.models import Deployment
+from pd_deploy.config.models import DOCKER_SOCKET, Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.hosts import docker_create
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
@@ -25,6 +25,7 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
         f"# {made.deployment}, generation {made.generation}: run this as root on host {host} "
         f"({planned.address})",
         "set -eu",
+        *_engine(deployment.hosts[host].docker_socket),
         "",
         shlex.join(["docker", "pull", made.pinned_image]),
         shlex.join(["mkdir", "-p", *planned.directories]),
@@ -37,6 +38,12 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
     if host == placed.proxy.host:
         lines += ["", *_open(deployment, placed, made)]
     return "\n".join(lines) + "\n"
+
+
+def _engine(socket: str) -> list[str]:
+    return (
+        [] if socket == DOCKER_SOCKET else [f"export DOCKER_HOST={shlex.quote(f'unix://{socket}')}"]
+    )
 
 
 def _names(planned: HostPlan) -> list[str]:

@@ -1,5 +1,6 @@
 """From the deployment file to connected hosts: load credentials from blocks, log in, lock."""
 
+import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -115,7 +116,14 @@ async def _former(name: str, place: HostAccess, deployment: Deployment) -> Host:
 def _host(
     name: str, place: HostAccess, block: SshCredentials | None, deployment: Deployment
 ) -> Host:
-    return Host(name, place.address, _login(place, block), connect_timeout=deployment.gates.connect)
+    return Host(
+        name,
+        place.address,
+        _login(place, block),
+        ssh_address=place.ssh_address,
+        docker_socket=place.docker_socket,
+        connect_timeout=deployment.gates.connect,
+    )
 
 
 async def _load_blocks(deployment: Deployment) -> dict[str, SshCredentials]:
@@ -151,6 +159,8 @@ async def _registry_login(deployment: Deployment) -> RegistryLogin | None:
 async def _load(kind: type[B], name: str, key: str) -> B:
     try:
         block = await kind.aload(name)
+    except json.JSONDecodeError:
+        raise  # what answers is no Prefect server
     except ValueError as error:
         raise InvalidInput(
             [

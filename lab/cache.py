@@ -35,6 +35,7 @@ HOST_PACKAGES = (
     "openssh-server",
     "procps",
     "python3",
+    "tcsh",
     "tini",
     "tzdata",
 )

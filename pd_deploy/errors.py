@@ -5,6 +5,8 @@
      ├─ HostError                 a host refuses, and will again until somebody changes something
      │   ├─ AuthenticationFailed      user, key or password not accepted
      │   ├─ HostKeyMismatch           the host's key is unknown or has changed
+     │   ├─ NoShell                   the user's login shell runs no commands
+     │   ├─ NoSftp                    the SSH server offers no SFTP
      │   ├─ DockerAccessDenied        the SSH user may not talk to the Docker engine
      │   ├─ DockerMissing             no Docker engine is installed where one is expected
      │   ├─ ImageNotFound             the image or tag does not exist
@@ -133,6 +135,14 @@ class AuthenticationFailed(HostError):
 
 class HostKeyMismatch(HostError):
     """The host's key is unknown or differs from the known one."""
+
+
+class NoShell(HostError):
+    """The user's login shell ends without running the command that it is given."""
+
+
+class NoSftp(HostError):
+    """The SSH server offers no SFTP, and the host has no SFTP server that could be run."""
 
 
 class DockerAccessDenied(HostError):

@@ -57,6 +57,7 @@ from pd_deploy.config.fields import (
 
 # Keys of the model that no document gives: they come from the profile's own.
 DERIVED = ("profile_settings", "upstream_source")
+DOCKER_SOCKET = "/var/run/docker.sock"
 EngineName = Literal["omniinfer", "vllm"]
 
 
@@ -83,6 +84,12 @@ class Ssh(Model):
     user: Text | None = None
     port: Port = 22
     credentials: Text | None = None
+
+
+class HostSsh(Ssh):
+    """How to reach one host; `address` is the one to log in at, by default the host's own."""
+
+    address: Word | None = None
 
 
 class Registry(Model):
@@ -166,7 +173,8 @@ class HostEntry(Model):
 
     address: HostAddress
     interface: Text | None = None
-    ssh: Ssh | None = None
+    ssh: HostSsh | None = None
+    docker_socket: AbsolutePath = DOCKER_SOCKET
 
 
 class MountEntry(Model):

@@ -133,6 +133,7 @@ class DockerInfo:
     version: str
     root_dir: str
     architecture: str
+    remaps_users: bool = False
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class DockerEngine:
             version=version["Version"],
             root_dir=info["DockerRootDir"],
             architecture=oci_architecture(info["Architecture"]),
+            remaps_users=any("name=userns" in each for each in info.get("SecurityOptions") or ()),
         )
 
     async def image(self, ref: str) -> Image | None:

@@ -2,9 +2,7 @@
 
 import contextlib
 import logging
-import shlex
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 
 from pd_deploy.errors import (
     DockerAccessDenied,
@@ -13,7 +11,8 @@ from pd_deploy.errors import (
     PdDeployError,
     SessionRefused,
 )
-from pd_deploy.hosts.link import MAX_SESSIONS, Link
+from pd_deploy.hosts.link import Link
+from pd_deploy.hosts.sessions import Sessions
 from pd_deploy.hosts.tunnel import Stream
 
 log = logging.getLogger(__name__)
@@ -37,19 +36,20 @@ class DockerSocket:
 
     Args:
         link: the host's connection.
-        spare_link: makes further connections, for `dial-stdio` beyond one connection's sessions.
+        commands: runs commands on the host.
+        spares: sessions for `dial-stdio`, on connections of their own: streams may last, and would
+            block the host's commands.
         path: the Docker socket on the host.
         where: the host's name for messages.
         user: the SSH user, for messages.
     """
 
     def __init__(
-        self, link: Link, spare_link: Callable[[], Link], path: str, where: str, user: str
+        self, link: Link, commands: Sessions, spares: Sessions, path: str, where: str, user: str
     ) -> None:
         self._link = link
-        self._spare_link = spare_link
-        self._spares: list[Link] = []
-        self._streams: Counter[Link] = Counter()
+        self._commands = commands
+        self._spares = spares
         self._path = path
         self._where = where
         self._user = user
@@ -75,8 +75,7 @@ class DockerSocket:
 
     async def aclose(self) -> None:
         """Close the connections that were opened for `dial-stdio`."""
-        for link in self._spares:
-            await link.aclose()
+        await self._spares.aclose()
 
     @contextlib.asynccontextmanager
     async def _forwarded(self) -> AsyncIterator[Stream]:
@@ -94,44 +93,20 @@ class DockerSocket:
 
     @contextlib.asynccontextmanager
     async def _dialled(self) -> AsyncIterator[Stream]:
-        command = shlex.join(["docker", "-H", f"unix://{self._path}", "system", "dial-stdio"])
-        with self._room() as link:
-            async with link.session(
-                lambda connection: connection.create_process(command, encoding=None)
-            ) as process:
-                try:
-                    yield process.stdout, process.stdin
-                    # Its status comes after the end of its output.
-                    with contextlib.suppress(TimeoutError):
-                        await process.wait(timeout=EXIT_TIMEOUT_S)
-                finally:
-                    process.close()
-                if process.exit_status:
-                    await self._diagnose()
-
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[Link]:
-        """Reserve room for one more stream on a link.
-
-        Streams have their own links, because they may last and would block the host's commands. The
-        room is taken before anything is awaited: otherwise a short call could queue behind lasting
-        ones for the same last slot, and never get its turn.
-        """
-        link = next((one for one in self._spares if self._streams[one] < MAX_SESSIONS), None)
-        if link is None:
-            link = self._spare_link()
-            self._spares.append(link)
-        self._streams[link] += 1
-        try:
-            yield link
-        finally:
-            self._streams[link] -= 1
+        command = ["docker", "-H", f"unix://{self._path}", "system", "dial-stdio"]
+        async with self._spares.process(command) as process:
+            yield process.stdout, process.stdin
+            # Its status comes after the end of its output.
+            with contextlib.suppress(TimeoutError):
+                await process.wait(timeout=EXIT_TIMEOUT_S)
+            process.close()
+            if process.exit_status:
+                await self._diagnose()
 
     async def _diagnose(self) -> None:
         """Raise what is wrong with the engine; return if it answers on the host itself."""
-        command = shlex.join(["sh", "-c", DIAGNOSE, "sh", self._path])
-        async with self._link.session(lambda connection: connection.run(command)) as result:
-            verdict = str(result.stdout or "").strip()
+        async with self._commands.process(["sh", "-c", DIAGNOSE, "sh", self._path]) as process:
+            verdict = (await process.stdout.read()).decode(errors="replace").strip()
         if verdict != "up":
             raise self._error(verdict)
 
@@ -151,7 +126,8 @@ class DockerSocket:
         return DockerDown(
             f"no Docker engine answers at {self._path}",
             host=self._where,
-            hint="look at `systemctl status docker` and start it",
+            hint="look at `systemctl status docker` and start it; if its socket is elsewhere, say "
+            "where in `docker_socket` of the host",
         )
 
 

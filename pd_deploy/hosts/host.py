@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 import asyncssh
 import httpx
 
-from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, TimedOut
+from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, SessionRefused, TimedOut
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.docker_engine import DockerEngine
 from pd_deploy.hosts.docker_socket import DockerSocket
@@ -29,8 +29,9 @@ from pd_deploy.hosts.facts import Facts
 from pd_deploy.hosts.files import TRY, File, Files, sftp_error
 from pd_deploy.hosts.link import Link
 from pd_deploy.hosts.login import HostKeys, Login
+from pd_deploy.hosts.sessions import MAX_SESSIONS, Sessions
 from pd_deploy.hosts.settled import carried_out
-from pd_deploy.hosts.sftp import SftpSession
+from pd_deploy.hosts.sftp import SftpSession, by_command
 from pd_deploy.hosts.tunnel import Stream, Tunnel
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class Host:
         name: the host's name in the deployment.
         address: IP address or DNS name.
         login: the credentials.
+        ssh_address: where it is logged in to; by default, its address.
         docker_socket: path of the Docker socket on the host.
         connect_timeout: seconds for TCP, key exchange and login together.
     """
@@ -77,18 +79,30 @@ class Host:
         address: str,
         login: Login,
         *,
+        ssh_address: str | None = None,
         docker_socket: str = "/var/run/docker.sock",
         connect_timeout: float = 10.0,
     ) -> None:
         self.name = name
         self.address = address
         self.login = login
+        self._ssh_address = ssh_address or address
         self._connect_timeout = connect_timeout
         self._keys = HostKeys(self.where, login)
         self._link = self._new_link()
+        self._link_for_files = self._link
         self._sftp: tuple[asyncssh.SSHClientConnection | None, SftpSession | None] = (None, None)
         self._sftp_opening = asyncio.Lock()
-        socket = DockerSocket(self._link, self._new_link, docker_socket, self.where, login.who)
+        self._without_subsystem = False
+        self._commands = Sessions(self._new_link, self._link, most=MAX_SESSIONS)
+        socket = DockerSocket(
+            self._link,
+            self._commands,
+            Sessions(self._new_link),
+            docker_socket,
+            self.where,
+            login.who,
+        )
         self.docker = DockerEngine(socket, self.where)
         self.facts = Facts(self)
 
@@ -206,8 +220,8 @@ class Host:
         """Give an HTTP client whose requests all go to a port as the host sees it, over SSH.
 
         If the SSH server forwards no TCP connections, it connects directly from this machine or,
-        for a loopback address of the host, through a command there. Without `tls`, only plain HTTP
-        is possible.
+        for a loopback address of the host or if it is logged in to at another address, through a
+        command there. Without `tls`, only plain HTTP is possible.
         """
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
@@ -224,10 +238,12 @@ class Host:
         try:
             await self.docker.aclose()
         finally:
+            await self._commands.aclose()
+            await self._link_for_files.aclose()
             await self._link.aclose()
 
     def _new_link(self) -> Link:
-        return Link(self.where, self.address, self.login, self._keys, self._connect_timeout)
+        return Link(self.where, self._ssh_address, self.login, self._keys, self._connect_timeout)
 
     @contextlib.asynccontextmanager
     async def _tcp(self, address: str, port: int) -> AsyncIterator[Stream]:
@@ -237,7 +253,7 @@ class Host:
             except asyncssh.ChannelOpenError as exc:
                 if exc.code != asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
                     raise
-            if address.startswith("127."):
+            if address.startswith("127.") or self._ssh_address != self.address:
                 raise _ForwardingOff
             return await asyncio.open_connection(address, port)
 
@@ -257,14 +273,9 @@ class Host:
     @contextlib.asynccontextmanager
     async def _relayed(self, address: str, port: int) -> AsyncIterator[Stream]:
         """Open a stream to a port that only the host itself reaches, through a command there."""
-        command = shlex.join(["bash", "-c", RELAY, "bash", address, str(port)])
-        async with self._link.session(
-            lambda connection: connection.create_process(command, encoding=None)
-        ) as process:
-            try:
-                yield process.stdout, process.stdin
-            finally:
-                process.close()
+        command = ["bash", "-c", RELAY, "bash", address, str(port)]
+        async with self._commands.process(command) as process:
+            yield process.stdout, process.stdin
 
     async def _read_part(self, path: str, offset: int) -> bytes:
         return await self._with_files(lambda remote: remote.read_part(path, offset, PART_BYTES))
@@ -282,7 +293,13 @@ class Host:
     async def _sftp_session(self) -> SftpSession:
         try:
             async with self._sftp_opening, asyncio.timeout(SFTP_OPEN_TIMEOUT_S):
-                return await self._link.open_session(self._sftp_of)
+                try:
+                    return await self._link_for_files.open_session(self._sftp_of)
+                except SessionRefused:
+                    if self._link_for_files is not self._link:
+                        raise
+                    self._link_for_files = self._new_link()
+                    return await self._link_for_files.open_session(self._sftp_of)
         except asyncssh.SFTPError as exc:
             raise sftp_error(exc, "its SFTP server", self.where) from None
         except TimeoutError:
@@ -296,21 +313,35 @@ class Host:
         if session is None or known is not connection or not session.usable:
             if session:
                 session.drop()
-            session = SftpSession(await connection.start_sftp_client(), self.where)
+            session = SftpSession(await self._start_sftp(connection), self.where)
             self._sftp = connection, session
         return session
 
-    async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> CommandResult:
-        command = _bounded(argv, timeout)
-        stdin = asyncssh.PIPE if data else asyncssh.DEVNULL
-        async with self._link.session(
-            lambda link: link.create_process(command, encoding=None, stdin=stdin)
-        ) as process:
+    async def _start_sftp(self, connection: asyncssh.SSHClientConnection) -> asyncssh.SFTPClient:
+        """Start the SSH server's SFTP subsystem or, where it has none, the program by a command.
+
+        A login shell that prints something does so before the subsystem's first answer, too.
+        """
+        if self._commands.noisy is None:
+            async with self._commands.process(["true"]):
+                pass
+        if not self._commands.noisy and not self._without_subsystem:
             try:
-                async with asyncio.timeout(timeout):
-                    stdout, stderr = await process.communicate(data)
-            finally:
-                process.close()
+                return await connection.start_sftp_client()
+            except asyncssh.ChannelOpenError as exc:
+                if exc.code != asyncssh.OPEN_REQUEST_SESSION_FAILED or connection.is_closed():
+                    raise
+            except (asyncssh.SFTPError, asyncssh.SFTPConnectionLost):
+                if connection.is_closed():
+                    raise
+        self._without_subsystem = True
+        return await by_command(connection, self._link_for_files)
+
+    async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> CommandResult:
+        stdin = asyncssh.PIPE if data else asyncssh.DEVNULL
+        async with self._commands.process(_bounded(argv, timeout), stdin=stdin) as process:
+            async with asyncio.timeout(timeout):
+                stdout, stderr = await process.communicate(data)
         if process.returncode is None:
             raise self._link.dropped(f"the connection was lost while `{shlex.join(argv)}` ran")
         return CommandResult(process.returncode, _text(stdout), _text(stderr))
@@ -379,12 +410,12 @@ class Hosts(Mapping[str, Host]):
         await asyncio.shield(closing)
 
 
-def _bounded(argv: Sequence[str], timeout: float) -> str:
-    """Write the command for a shell, so that the host itself ends it if nobody waits any more.
+def _bounded(argv: Sequence[str], timeout: float) -> list[str]:
+    """Wrap the command, so that the host itself ends it if nobody waits any more.
 
     sshd lets a command run on when its connection is lost, and passes on no signals for root.
     """
-    return shlex.join(["timeout", "-k", "5", f"{timeout + 1:.1f}", *argv])
+    return ["timeout", "-k", "5", f"{timeout + 1:.1f}", *argv]
 
 
 def _text(output: bytes | str | None) -> str:

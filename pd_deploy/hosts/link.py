@@ -1,10 +1,10 @@
 """One SSH connection to a host: opened on first use, shared, re-made when it dropped."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
 
 import asyncssh
 
@@ -16,17 +16,15 @@ from pd_deploy.errors import (
     PdDeployError,
     SessionRefused,
 )
-from pd_deploy.hosts.login import HostKeys, Login
+from pd_deploy.hosts import ssh_config
+from pd_deploy.hosts.login import DEFAULT_PORT, HostKeys, Login
 
 T = TypeVar("T")
 
-# sshd's MaxSessions is 10 by default; one is for all files, two are left for whoever shares the
-# connection with us.
-MAX_SESSIONS = 7
 KEEPALIVE_INTERVAL_S = 5  # with the count: a host that went away is noticed after some 15 s
 KEEPALIVE_COUNT = 3
 CLOSE_TIMEOUT_S = 5.0  # a host that went away does not confirm the end
-SESSION_PATIENCE_S = 5.0  # sshd frees a session within milliseconds, unless it is very busy
+SESSION_PATIENCE_S = 1.0  # sshd frees a session within milliseconds, unless it is very busy
 SESSION_POLL_S = 0.02
 
 
@@ -44,26 +42,24 @@ class Link:
     def __init__(
         self, where: str, address: str, login: Login, keys: HostKeys, connect_timeout: float
     ) -> None:
-        self._where = where
+        self.where = where
         self._address = address
         self._login = login
         self._keys = keys
         self._connect_timeout = connect_timeout
         self._connecting: asyncio.Task[asyncssh.SSHClientConnection] | None = None
-        self._slots = asyncio.Semaphore(MAX_SESSIONS)
         self._connections: list[asyncssh.SSHClientConnection] = []
         self._closed = False
         self.connects = 0
 
-    @contextlib.asynccontextmanager
-    async def session(
-        self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
-    ) -> AsyncIterator[T]:
-        """Start a session as `open` does and hold one of the connection's slots for it."""
-        # Before it queues for a slot, so that all who queue learn at once of an unreachable host.
+    @property
+    def command(self) -> str:
+        """The command that logs in by hand, for messages."""
+        return f"ssh -p {self._login.port} {self._login.who}@{self._address}"
+
+    async def connect(self) -> None:
+        """Connect, unless it is connected."""
         await self._connection()
-        async with self._slots:
-            yield await self.open_session(start)
 
     async def open(self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]) -> T:
         """Start something on the connection.
@@ -88,7 +84,7 @@ class Link:
     async def open_session(
         self, start: Callable[[asyncssh.SSHClientConnection], Awaitable[T]]
     ) -> T:
-        """Start a session as `open` does, without one of the slots that `session` counts."""
+        """Start a session as `open` does; be patient with a server that allows no further one."""
         # sshd counts a session for a moment after it has confirmed its end.
         deadline = time.monotonic() + SESSION_PATIENCE_S
         while True:
@@ -102,7 +98,7 @@ class Link:
     def dropped(self, what: str) -> ConnectionDropped:
         """Make the error for a call that was under way when the connection was lost."""
         return ConnectionDropped(
-            what, host=self._where, hint="check the network, then run again: nothing is done twice"
+            what, host=self.where, hint="check the network, then run again: nothing is done twice"
         )
 
     async def aclose(self) -> None:
@@ -132,7 +128,7 @@ class Link:
             if not connection.is_closed():
                 raise SessionRefused(
                     f"the SSH server refuses to open another channel ({exc.reason})",
-                    host=self._where,
+                    host=self.where,
                     hint="raise MaxSessions in its sshd_config",
                 ) from None
             if exc.code == asyncssh.OPEN_CONNECT_FAILED:
@@ -143,7 +139,7 @@ class Link:
 
     async def _connection(self) -> asyncssh.SSHClientConnection:
         if self._closed:
-            raise HostError("is closed already", host=self._where)
+            raise HostError("is closed already", host=self.where)
         if self._connections and not self._connections[-1].is_closed():
             return self._connections[-1]
         # One attempt for all who wait, so that an unreachable host costs them one timeout.
@@ -160,55 +156,77 @@ class Link:
     async def _connect(self) -> asyncssh.SSHClientConnection:
         """Make the jump host's connection, if any, then the host's own."""
         self._abandon()
-        options = self._login.options(self._where) | self._keys.option()
         try:
             if jump := self._login.jump:
-                through = options | {"username": jump.user or self._login.who, "port": jump.port}
-                self._connections.append(await self._dial(jump.host, through))
-                options["tunnel"] = self._connections[0]
-            self._connections.append(await self._dial(self._address, options))
+                self._connections.append(
+                    await self._dial(jump.host, jump.user or self._login.who, jump.port)
+                )
+            port = self._login.port if self._login.port != DEFAULT_PORT else None
+            self._connections.append(
+                await self._dial(self._address, self._login.user, port, *self._connections)
+            )
         except BaseException:
             self._abandon()
             raise
         self.connects += 1
         return self._connections[-1]
 
-    async def _dial(self, address: str, options: dict[str, Any]) -> asyncssh.SSHClientConnection:
+    async def _dial(
+        self,
+        address: str,
+        user: str | None,
+        port: int | None,
+        tunnel: asyncssh.SSHClientConnection | None = None,
+    ) -> asyncssh.SSHClientConnection:
+        identities: tuple[Path, ...] = ()
         try:
+            config = ssh_config.read(address, user, port)
+            identities = config.identities
+            options = self._login.options(self.where, config) | self._keys.option(config)
+            options |= {"username": user} if user else {}
+            options |= {"port": port} if port else {}
+            options |= {"tunnel": tunnel} if tunnel else {}
             return await asyncssh.connect(
                 address,
                 connect_timeout=self._connect_timeout,
                 login_timeout=self._connect_timeout,
                 keepalive_interval=KEEPALIVE_INTERVAL_S,
                 keepalive_count_max=KEEPALIVE_COUNT,
+                # ~/.ssh/config may ask for both, for those who log in by hand.
+                request_pty=False,
+                command=None,
                 **options,
             )
         except (asyncssh.Error, OSError, ValueError) as exc:
-            raise self._cannot_connect(
-                exc, f"{address}:{options.get('port', self._login.port)}"
-            ) from None
+            target = f"{address}:{port or self._login.port}"
+            raise self._cannot_connect(exc, target, identities) from None
 
-    def _cannot_connect(self, exc: Exception, target: str) -> PdDeployError:
+    def _cannot_connect(
+        self, exc: Exception, target: str, identities: tuple[Path, ...]
+    ) -> PdDeployError:
         login = self._login
         if isinstance(exc, asyncssh.HostKeyNotVerifiable):
             return self._keys.error(exc.reason)
         if isinstance(exc, asyncssh.PermissionDenied) or "authentication failures" in str(exc):
+            unread = [] if login.explicit else ssh_config.unreadable(identities)
+            but = f", but can't read {', '.join(unread)}" if unread else ""
             return AuthenticationFailed(
-                f"{target} does not let user {login.who} in; tried {login.offers}",
-                host=self._where,
-                hint=_login_hint(login, f"ssh -p {login.port} {login.who}@{self._address}"),
+                f"{target} does not let user {login.who} in; tried {login.offers}{but}",
+                host=self.where,
+                hint=("load encrypted keys into an SSH agent (ssh-add), or " if but else "")
+                + _login_hint(login, self.command),
             )
         if isinstance(exc, asyncssh.KeyExchangeFailed):
             return HostError(
                 f"{target} and this machine have no SSH algorithm in common ({exc.reason})",
-                host=self._where,
+                host=self.where,
                 hint="if it names the host key, add the host's present keys to known_hosts",
             )
         if isinstance(exc, ValueError) and not isinstance(exc, UnicodeError):
-            return HostError(f"the SSH options are wrong ({exc})", host=self._where)
+            return HostError(f"the SSH options are wrong ({exc})", host=self.where)
         return HostUnreachable(
             f"no SSH connection to {target}: {_reason(exc, self._connect_timeout)}",
-            host=self._where,
+            host=self.where,
             hint="check address, port, firewall and that sshd runs",
         )
 

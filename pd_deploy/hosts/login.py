@@ -11,6 +11,7 @@ from typing import Any
 import asyncssh
 
 from pd_deploy.errors import AuthenticationFailed, HostKeyMismatch
+from pd_deploy.hosts.ssh_config import SshConfig, usable
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Login:
     """How to log in to a host by SSH.
 
     With neither key nor password the user's agent, `~/.ssh/config` and default keys serve; with
-    either of them only these are offered, and `~/.ssh/config` is not read.
+    either of them only these are offered. `~/.ssh/config` counts for all that is not given here.
 
     Args:
         user: the remote user; None takes it from `~/.ssh/config`, or is the local user's name.
@@ -39,10 +40,10 @@ class Login:
         private_key: a private key in PEM or OpenSSH format (its text, not its path).
         passphrase: of the private key.
         password: tried by `password` and `keyboard-interactive`.
-        known_hosts: text in the format of `known_hosts`; None reads `~/.ssh/known_hosts`.
-        trust_on_first_use: believe the key of a host that is not known yet and remember it (in
-            `~/.ssh/known_hosts`, or for this process where `known_hosts` is given). A changed key
-            is refused all the same.
+        known_hosts: text in the format of `known_hosts`; None reads the files that `ssh` reads.
+        trust_on_first_use: believe the key of a host that is not known yet and remember it (where
+            `ssh` does, or for this process where `known_hosts` is given). A changed key is refused
+            all the same.
         jump: a host to go through.
         use_agent: also offer the keys of the user's SSH agent next to `private_key`/`password`.
     """
@@ -78,20 +79,29 @@ class Login:
         ]
         return ", ".join(kinds)
 
-    def options(self, where: str) -> dict[str, Any]:
+    def options(self, where: str, config: SshConfig | None = None) -> dict[str, Any]:
         """asyncssh's connect options for the credentials.
 
         Raises:
             AuthenticationFailed: the private key can't be read.
         """
         options: dict[str, Any] = {"username": self.user} if self.user else {}
-        if self.explicit or self.port != DEFAULT_PORT:
+        if self.port != DEFAULT_PORT:
             options["port"] = self.port
         if not self.explicit:
+            if config and config.identities:
+                keys = [str(path) for path in usable(config.identities)]
+                options |= {"client_keys": keys, "ignore_encrypted": True}
             return options
         options |= {
-            "config": None,
             "client_keys": [self._key(where)] if self.private_key else None,
+            # ~/.ssh/config may rule these out, for other ways to log in.
+            "preferred_auth": "publickey,keyboard-interactive,password",
+            "public_key_auth": True,
+            "kbdint_auth": True,
+            "password_auth": True,
+            "client_certs": [],
+            "agent_identities": None,
             "password": self.password,
         }
         if not self.use_agent:
@@ -119,18 +129,20 @@ class HostKeys:
         self._where = where
         self._login = login
         self._pinned: dict[tuple[str, int], asyncssh.SSHKey] = {}
-        self._refused: tuple[str, int, asyncssh.SSHKey] | None = None
+        self._refused: tuple[str, str, int, asyncssh.SSHKey] | None = None
+        self._config = SshConfig(())
 
-    def option(self) -> dict[str, Any]:
+    def option(self, config: SshConfig | None = None) -> dict[str, Any]:
         """asyncssh's connect options for host keys.
 
         Raises:
             HostKeyMismatch: the known_hosts text can't be read.
         """
-        options: dict[str, Any] = {"client_factory": self._client_factory()}
-        if self._login.known_hosts is not None:
-            options["known_hosts"] = self._known()
-        return options
+        config = config or SshConfig(())
+        return {
+            "client_factory": self._client_factory(config),
+            "known_hosts": self._known(config),
+        }
 
     def error(self, reason: str) -> HostKeyMismatch:
         """Make the error for the key that was refused last."""
@@ -140,13 +152,16 @@ class HostKeys:
                 host=self._where,
                 hint="compare the host's keys with the known_hosts entries for it",
             )
-        address, port, key = self._refused
+        name, address, port, key = self._refused
         found = f"found {key.get_algorithm()} {key.get_fingerprint()}"
-        line = known_hosts_line(address, port, key)
-        known = self._known_fingerprints(address, port)
+        line = known_hosts_line(name, port, key)
+        known = self._known_keys(self._config, name, address, port)
         if known:
+            shown = [f"{one.get_algorithm()} {one.get_fingerprint()}" for one in known]
+            # A host known by name and by address has each key twice.
+            expected = " or ".join(dict.fromkeys(shown))
             return HostKeyMismatch(
-                f"its host key has changed: expected {' or '.join(known)}, {found}",
+                f"its host key has changed: expected {expected}, {found}",
                 host=self._where,
                 hint="somebody may be in between; if the host was reinstalled, check the "
                 f"fingerprint on its console and replace the known_hosts line by: {line}",
@@ -158,42 +173,52 @@ class HostKeys:
             f"(ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub) and add to known_hosts: {line}",
         )
 
-    def _client_factory(self) -> Callable[[], asyncssh.SSHClient]:
+    def _client_factory(self, config: SshConfig) -> Callable[[], asyncssh.SSHClient]:
         believe = self._believe
 
         class Client(asyncssh.SSHClient):
             def validate_host_public_key(
                 self, host: str, addr: str, port: int, key: asyncssh.SSHKey
             ) -> bool:
-                return believe(host, port, key)
+                return believe(config, host, addr, port, key)
 
         return Client
 
-    def _believe(self, host: str, port: int, key: asyncssh.SSHKey) -> bool:
-        pinned = self._pinned.get((host, port))
-        if pinned is not None:
-            self._refused = (host, port, key)
-            return key == pinned
-        if not self._login.trust_on_first_use or self._known_fingerprints(host, port):
-            self._refused = (host, port, key)
+    def _believe(
+        self, config: SshConfig, host: str, address: str, port: int, key: asyncssh.SSHKey
+    ) -> bool:
+        """Decide on a key that known_hosts does not have for the host."""
+        given = self._login.known_hosts is not None
+        trusting = self._login.trust_on_first_use or (config.accepts_new and not given)
+        known = self._known_keys(config, host, address, port)
+        if key in known:
+            return True
+        if known and config.accepts_changed and not given:
+            log.warning("%s: a changed host key, as ssh_config allows", self._where)
+            return True
+        if known or not trusting:
+            self._config = config
+            self._refused = (host, address, port, key)
             return False
         log.warning("trusting %s on first use: %s", self._where, key.get_fingerprint())
         self._pinned[host, port] = key
-        if self._login.known_hosts is None:
-            _remember(known_hosts_line(host, port, key))
+        if not given and config.known_hosts:
+            _remember(config.known_hosts[0], known_hosts_line(host, port, key))
         return True
 
-    def _known_fingerprints(self, host: str, port: int) -> list[str]:
-        pinned = self._pinned.get((host, port))
-        keys = [pinned] if pinned else list(self._known().match(host, host, port)[0])
-        # A host known by name and by address has each key twice.
-        return list(dict.fromkeys(f"{key.get_algorithm()} {key.get_fingerprint()}" for key in keys))
+    def _known_keys(
+        self, config: SshConfig, host: str, address: str, port: int
+    ) -> list[asyncssh.SSHKey]:
+        """Look up the host's keys as far as they are known: as asyncssh looks for them, too."""
+        if pinned := self._pinned.get((host, port)):
+            return [pinned]
+        known = self._known(config)
+        return list(known.match(host, address, port if port != DEFAULT_PORT else None)[0])
 
-    def _known(self) -> asyncssh.SSHKnownHosts:
+    def _known(self, config: SshConfig) -> asyncssh.SSHKnownHosts:
         text = self._login.known_hosts
         if text is None:
-            own = _own_known_hosts()
-            text = own.read_text() if own.is_file() else ""
+            return asyncssh.import_known_hosts("\n".join(map(_readable_lines, config.known_hosts)))
         try:
             return asyncssh.import_known_hosts(text)
         except ValueError as exc:
@@ -213,12 +238,24 @@ def known_hosts_line(address: str, port: int, key: asyncssh.SSHKey) -> str:
     return f"{name} {algorithm} {data}"
 
 
-def _own_known_hosts() -> Path:
-    return Path.home() / ".ssh" / "known_hosts"
+def _readable_lines(path: Path) -> str:
+    """Read the lines of a known_hosts file that make sense: `ssh` passes over the others."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(filter(_is_readable, lines))
 
 
-def _remember(line: str) -> None:
-    path = _own_known_hosts()
+def _is_readable(line: str) -> bool:
+    try:
+        asyncssh.import_known_hosts(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _remember(path: Path, line: str) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.touch(mode=0o600)
     with path.open("ab+") as known:

@@ -6,8 +6,12 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import asyncssh
+from asyncssh.sftp import start_sftp_client
 
-from pd_deploy.errors import ConnectionDropped, TimedOut
+from pd_deploy.errors import ConnectionDropped, NoSftp, TimedOut
+from pd_deploy.hosts import shell
+from pd_deploy.hosts.link import Link
+from pd_deploy.hosts.sessions import begin
 from pd_deploy.hosts.settled import retrieve
 
 T = TypeVar("T")
@@ -15,6 +19,10 @@ T = TypeVar("T")
 CALL_TIMEOUT_S = 120.0  # for many small files on a slow disk, not for large ones
 CLEAN_UP_S = 5.0  # to remove one draft of a file
 MOST_WAITS = 100  # far more than a clean-up has; only bounds the loop
+# Where Debian, Red Hat and openEuler, SUSE, and others have it.
+SERVER = """for dir in /usr/lib/openssh /usr/libexec/openssh /usr/lib/ssh /usr/libexec /usr/lib; do
+  [ -x "$dir/sftp-server" ] && exec "$dir/sftp-server"
+done; exit 127"""
 
 
 class SftpSession:
@@ -103,3 +111,38 @@ class SftpSession:
             self._watch.cancel()
             with contextlib.suppress(OSError, asyncssh.Error):
                 self.client.exit()
+
+
+async def by_command(connection: asyncssh.SSHClientConnection, link: Link) -> asyncssh.SFTPClient:
+    """Start the SFTP server as a command.
+
+    Raises:
+        NoSftp: the host has none.
+    """
+    process = await connection.create_process(shell.line(["sh", "-c", SERVER]), encoding=None)
+    try:
+        await begin(link, process)
+        return await start_sftp_client(
+            connection,
+            asyncio.get_running_loop(),
+            "strict",
+            process.stdout,
+            process.stdin,
+            "utf-8",
+            "strict",
+            3,
+        )
+    except (asyncssh.SFTPEOFError, asyncssh.SFTPConnectionLost):
+        process.close()
+        await process.wait_closed()
+        if process.returncode is None:
+            raise
+        raise NoSftp(
+            "the SSH server offers no SFTP, and no program sftp-server can be run",
+            host=link.where,
+            hint="add `Subsystem sftp internal-sftp` to its sshd_config and reload sshd, or "
+            "install the package with sftp-server",
+        ) from None
+    except BaseException:
+        process.close()
+        raise

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from pd_deploy.config.models import DOCKER_SOCKET
 from pd_deploy.errors import NotOurs
 from pd_deploy.records.generations import Generation, latest
 
@@ -36,6 +37,8 @@ class HostAccess(_Frozen):
     user: str | None = None
     port: int = 22
     credentials: str | None = None
+    ssh_address: str | None = None
+    docker_socket: str = DOCKER_SOCKET
 
 
 class Release(_Frozen):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from pd_deploy import engines
-from pd_deploy.config.models import Deployment
+from pd_deploy.config.models import Deployment, Ssh
 from pd_deploy.engines.base import Layout
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
@@ -113,7 +113,7 @@ class LockedSession(Session):
 
 def host_accesses(deployment: Deployment) -> dict[str, HostAccess]:
     """Return how the hosts of a deployment are reached."""
-    logins = {name: entry.ssh or deployment.ssh for name, entry in deployment.hosts.items()}
+    logins: dict[str, Ssh] = {n: e.ssh or deployment.ssh for n, e in deployment.hosts.items()}
     return {
         name: HostAccess(
             name=name,
@@ -121,6 +121,8 @@ def host_accesses(deployment: Deployment) -> dict[str, HostAccess]:
             user=logins[name].user,
             port=logins[name].port,
             credentials=logins[name].credentials,
+            ssh_address=entry.ssh.address if entry.ssh else None,
+            docker_socket=entry.docker_socket,
         )
         for name, entry in deployment.hosts.items()
     }

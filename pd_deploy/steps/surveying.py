@@ -14,6 +14,7 @@ from pd_deploy.config.fields import split_image
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import (
     FactsError,
+    HostError,
     ImageNotFound,
     PdDeployError,
     RegistryUnavailable,
@@ -83,6 +84,13 @@ async def survey(session: Session, name: str) -> HostState:
     interface, containers = interface_of.result(), labelled.result()
     if interface is None:
         raise await _not_owned(host, name)
+    if info.result().remaps_users:
+        raise HostError(
+            "expected Docker to leave users as they are, found that it remaps them: containers "
+            "then get neither devices nor the host's network",
+            host=host.where,
+            hint='remove "userns-remap" from /etc/docker/daemon.json and restart Docker',
+        )
     ours = [c for c in containers if c.labels[generations.DEPLOYMENT] == own]
     others = [c for c in containers if c not in ours and c.status in generations.RUNNING]
     entry = session.deployment.hosts.get(name)

@@ -26,7 +26,9 @@ from pd_deploy.hosts.login import Jump, Login
 from pd_deploy.lab import Lab, LabHost
 
 OURS = "hosts-test"
-NO_FORWARDING_PORT = 2222
+BASHRC = "/home/deployer/.bashrc"
+SFTP_SERVER = "/usr/lib/openssh/sftp-server"
+OTHER_PORT = 2222
 REGISTRY_PORT = 5999
 
 # A registry that wants me:open-sesame and holds nothing.
@@ -124,20 +126,36 @@ async def container(host: Host, image: str) -> AsyncIterator[Callable[..., Await
         await host.docker.remove(state.id, deployment=OURS, force=True)
 
 
+FORWARDS_NOTHING = ("AllowStreamLocalForwarding no", "AllowTcpForwarding no")
+
+
 @pytest.fixture
-def no_forwarding(box: LabHost) -> Iterator[int]:
-    """The port of a further SSH server on the host, which forwards nothing."""
-    pid_file = "/run/sshd-no-forwarding.pid"
-    options = [
-        "AllowStreamLocalForwarding=no",
-        "AllowTcpForwarding=no",
-        f"Port={NO_FORWARDING_PORT}",
-        f"PidFile={pid_file}",
-    ]
-    box.run(["/usr/sbin/sshd", *(part for option in options for part in ("-o", option))])
-    until(lambda: listening(box, NO_FORWARDING_PORT), "sshd listens")
-    yield NO_FORWARDING_PORT
+def another_sshd(box: LabHost) -> Iterator[Callable[..., int]]:
+    """Starts a further SSH server on the host, with other options; returns its port."""
+    pid_file, config, other = "/run/sshd-other.pid", "/etc/ssh/sshd_config", "/run/sshd-other.conf"
+
+    def start(*options: str, without: str = "nothing") -> int:
+        usual = box.run(["cat", config]).stdout.splitlines()
+        lines = [
+            f"Port {OTHER_PORT}",
+            f"PidFile {pid_file}",
+            *options,
+            *(line for line in usual if not line.startswith(without)),
+        ]
+        box.run(["sh", "-c", f"cat >{other}"], input="\n".join([*lines, ""]))
+        box.run(["/usr/sbin/sshd", "-f", other])
+        until(lambda: listening(box, OTHER_PORT), "sshd listens")
+        return OTHER_PORT
+
+    yield start
     box.run(["sh", "-c", f"kill $(cat {pid_file})"], check=False)
+    until(lambda: not listening(box, OTHER_PORT), "sshd is gone")
+
+
+@pytest.fixture
+def no_forwarding(another_sshd: Callable[..., int]) -> int:
+    """The port of a further SSH server on the host, which forwards nothing."""
+    return another_sshd(*FORWARDS_NOTHING)
 
 
 @pytest.fixture
@@ -271,6 +289,85 @@ class TestLoginFaults:
         (ssh / "id_ed25519").chmod(0o600)
         assert (await connect(Login("root")).run(["true"])).exit_status == 0
 
+    async def test_ssh_config_counts_as_for_ssh(
+        self,
+        connect: Callable[..., Host],
+        login: Login,
+        lab: Lab,
+        box: LabHost,
+        another_sshd: Callable[..., int],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Name, port, terminal, identities, files with known hosts, strictness; with credentials
+        of the deployment's own, all but these."""
+        port, ssh = another_sshd(), tmp_path / ".ssh"
+        ssh.mkdir(mode=0o700)
+        key = box.run(["cat", "/etc/ssh/ssh_host_ed25519_key.pub"]).stdout
+        (ssh / "known_of_b").write_text(f"not a line\nnode-1 {key}")
+        (ssh / "key").write_text(lab.ssh_key.read_text())
+        (ssh / "key").chmod(0o600)
+        settings = [
+            "Host node",
+            f"HostName {box.address}",
+            f"Port {port}",
+            "RequestTTY force",
+            "RemoteCommand tmux",
+            "IdentityFile ~/.ssh/missing",
+            "IdentityFile ~/.ssh/key",
+            "UserKnownHostsFile ~/.ssh/known_of_a ~/.ssh/known_of_b",
+        ]
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+
+        async def runs(login: Login, *more: str) -> None:
+            (ssh / "config").write_text("\n".join([*settings, *more, ""]))
+            host = connect(login, address="node")
+            done = await host.run(["sh", "-c", "echo out; echo err >&2"])
+            assert (done.stdout, done.stderr) == ("out\n", "err\n")
+            assert await host.read_file("/etc/hostname")
+
+        await runs(Login("root"), "HostKeyAlias node-1")
+        await runs(replace(login, known_hosts=None), "HostKeyAlias node-1", "IdentityFile /none")
+        with pytest.raises(errors.HostKeyMismatch, match="not known"):
+            await runs(Login("root"))
+        other = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
+        (ssh / "known_of_a").write_text(f"[{box.address}]:{port} {other}")
+        with pytest.raises(errors.HostKeyMismatch, match=r"has changed: expected (\S+ \S+), found"):
+            await runs(Login("root"), "StrictHostKeyChecking accept-new")
+        await runs(Login("root"), "StrictHostKeyChecking no")
+        (ssh / "known_of_a").unlink()
+        await runs(Login("root"), "StrictHostKeyChecking accept-new")
+        assert (ssh / "known_of_a").read_text().startswith(f"[{box.address}]:{port} ssh-ed25519 ")
+        await runs(Login("root"))
+
+    async def test_keys_that_cannot_be_read_are_named(
+        self,
+        connect: Callable[..., Host],
+        lab: Lab,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ssh = tmp_path / ".ssh"
+        ssh.mkdir(mode=0o700)
+        (ssh / "known_hosts").write_text(lab.known_hosts.read_text())
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        key = asyncssh.generate_private_key("ssh-rsa", key_size=2048)
+        encrypted = key.export_private_key("pkcs1-pem", passphrase="right")
+        for name in ("id_rsa", "other"):
+            (ssh / name).write_bytes(encrypted)
+        with pytest.raises(errors.AuthenticationFailed, match=r"can't read \S+/id_rsa \(encrypted"):
+            await connect(Login("root")).run(["true"])
+        (ssh / "garbage").write_text("garbage")
+        lines = [f"IdentityFile ~/.ssh/{name}" for name in ("other", "garbage", "missing")]
+        (ssh / "config").write_text("\n".join([*lines, ""]))
+        with pytest.raises(
+            errors.AuthenticationFailed,
+            match=r"/other \(encrypted\), \S+/garbage \(not a private key\), \S+/missing \(No such",
+        ):
+            await connect(Login("root")).run(["true"])
+
     async def test_through_a_jump_host(
         self, connect: Callable[..., Host], login: Login, lab: Lab
     ) -> None:
@@ -306,6 +403,141 @@ class TestLoginFaults:
     async def test_refused(self, connect: Callable[..., Host], login: Login) -> None:
         with pytest.raises(errors.HostUnreachable, match=":23"):
             await connect(replace(login, port=23)).run(["true"])
+
+
+class TestLoginShells:
+    @pytest.fixture
+    def user(self, login: Login, box: LabHost) -> Iterator[Login]:
+        """A user whose shell and start-up files are as before after the test."""
+        yield replace(login, user="deployer")
+        box.run(["usermod", "-s", "/bin/bash", "deployer"])
+        box.run(["rm", "-f", BASHRC])
+
+    async def works(self, host: Host) -> None:
+        """Commands with awkward arguments, scripts, files and the engine."""
+        awkward = [
+            "a b",
+            "$HOME",
+            "'\"",
+            "*",
+            "ünï",
+            "",
+            "-n",
+            "x\ny",
+            "!!",
+            "a\\b\\\\",
+            "`id`",
+            "~",
+        ]
+        done = await host.run(["printf", "%s|", *awkward])
+        assert (done.stdout, done.stderr) == ("|".join(awkward) + "|", "")
+        assert (await host.run(["cat"], input="x\n" * 9000)).stdout == "x\n" * 9000
+        assert await host.facts.missing_paths(["/no/such", "/etc"]) == ["/no/such"]
+        await host.write_files({"/tmp/of-a-shell": File(b"content")})
+        assert await host.read_file("/tmp/of-a-shell") == b"content"
+        await host.run(["rm", "/tmp/of-a-shell"])
+        assert (await host.docker.info()).version
+
+    @pytest.mark.parametrize("forwarded", [True, False])
+    async def test_csh(
+        self,
+        connect: Callable[..., Host],
+        user: Login,
+        box: LabHost,
+        no_forwarding: int,
+        forwarded: bool,
+    ) -> None:
+        box.run(["usermod", "-s", "/bin/tcsh", "deployer"])
+        await self.works(connect(user if forwarded else replace(user, port=no_forwarding)))
+
+    @pytest.mark.parametrize("forwarded", [True, False])
+    async def test_start_up_files_that_print(
+        self,
+        connect: Callable[..., Host],
+        user: Login,
+        box: LabHost,
+        no_forwarding: int,
+        forwarded: bool,
+    ) -> None:
+        """To both streams; the SSH server's SFTP subsystem can't be used with it."""
+        box.run(["sh", "-c", f"cat >{BASHRC}"], input="echo Welcome to node 1; echo Beware >&2\n")
+        await self.works(connect(user if forwarded else replace(user, port=no_forwarding)))
+
+    @pytest.mark.parametrize(
+        ("bashrc", "shell", "found"),
+        [
+            ("echo no terminal; exit 0\n", "/bin/bash", "ended with 0.*'no terminal'"),
+            ("exit 3\n", "/bin/bash", "ended with 3.*''"),
+            ("", "/usr/sbin/nologin", "ended with 1.*not available"),
+        ],
+    )
+    async def test_a_shell_that_runs_nothing_is_quoted(
+        self,
+        connect: Callable[..., Host],
+        user: Login,
+        box: LabHost,
+        bashrc: str,
+        shell: str,
+        found: str,
+    ) -> None:
+        box.run(["sh", "-c", f"cat >{BASHRC}"], input=bashrc)
+        box.run(["usermod", "-s", shell, "deployer"])
+        host = connect(user)
+        for call in (host.run(["true"]), host.read_file("/etc/hostname")):
+            with pytest.raises(errors.NoShell, match=found):
+                await call
+
+
+class TestServersOfOtherKinds:
+    async def test_files_without_an_sftp_subsystem(
+        self,
+        connect: Callable[..., Host],
+        login: Login,
+        box: LabHost,
+        another_sshd: Callable[..., int],
+    ) -> None:
+        other = replace(login, port=another_sshd(without="Subsystem"))
+        host = connect(other)
+        await host.write_files({"/tmp/without-sftp": File(b"content")})
+        assert await host.read_file("/tmp/without-sftp") == b"content"
+        await host.remove_tree("/tmp/without-sftp", below="/tmp")
+        box.run(["mv", SFTP_SERVER, f"{SFTP_SERVER}.away"])
+        try:
+            for credentials in (other, login):
+                with pytest.raises(errors.NoSftp, match="Subsystem sftp internal-sftp"):
+                    await connect(credentials).read_file("/etc/hostname")
+        finally:
+            box.run(["mv", f"{SFTP_SERVER}.away", SFTP_SERVER])
+
+    @pytest.mark.parametrize("most", [1, 2])
+    async def test_further_connections_where_sessions_run_out(
+        self,
+        connect: Callable[..., Host],
+        login: Login,
+        another_sshd: Callable[..., int],
+        container: Callable[..., Awaitable[str]],
+        most: int,
+    ) -> None:
+        port = another_sshd(f"MaxSessions {most}", *FORWARDS_NOTHING)
+        host = connect(replace(login, port=port))
+        assert await host.read_file("/etc/hostname")
+        id = await container()
+        await host.docker.start(id)
+        waits = [asyncio.ensure_future(host.docker.wait(id)) for _ in range(5)]
+        await eventually(lambda: threads("wait for") == 5)
+        calls = [host.run(["echo", str(n)]) for n in range(20)]
+        reads = [host.read_file("/etc/hostname") for _ in range(5)]
+        done, _ = await asyncio.gather(asyncio.gather(*calls), asyncio.gather(*reads))
+        assert [one.stdout for one in done] == [f"{n}\n" for n in range(20)]
+        await host.docker.kill(id, deployment=OURS)
+        assert await asyncio.gather(*waits) == [137] * 5
+
+    async def test_no_session_at_all_is_told(
+        self, connect: Callable[..., Host], login: Login, another_sshd: Callable[..., int]
+    ) -> None:
+        host = connect(replace(login, port=another_sshd("MaxSessions 0")))
+        with pytest.raises(errors.SessionRefused, match="MaxSessions"):
+            await host.run(["true"])
 
 
 class TestLostConnections:
@@ -607,6 +839,26 @@ class TestEngineFaults:
         async with host.http(ECHO_ADDRESS, ECHO_PORT) as client:
             with pytest.raises(httpx.TransportError):
                 await client.get(f"http://{ECHO_ADDRESS}:{ECHO_PORT}")
+
+    async def test_a_host_that_serves_at_another_address_than_it_is_logged_in_to(
+        self, login: Login, no_forwarding: int, box: LabHost
+    ) -> None:
+        """Here nothing is known of its service network, so all goes through the host."""
+        service = "192.0.2.7"
+        box.run(["ip", "address", "add", f"{service}/32", "dev", "lo"])
+        server = box.popen(["python3", "-c", ECHO.replace(ECHO_ADDRESS, service)])
+        try:
+            await eventually(lambda: listening(box, ECHO_PORT))
+            for port in (login.port, no_forwarding):
+                host = Host("a", service, replace(login, port=port), ssh_address=box.address)
+                async with Hosts([host]), host.http(service, ECHO_PORT) as client:
+                    answer = await client.post(f"http://{service}:{ECHO_PORT}", content=b"x")
+                    assert answer.content == b"x"
+                    assert service in host.where
+        finally:
+            server.kill()
+            server.wait()
+            box.run(["ip", "address", "del", f"{service}/32", "dev", "lo"])
 
     async def test_forwarding_refused_and_engine_down(
         self, connect: Callable[..., Host], login: Login, no_forwarding: int, box: LabHost

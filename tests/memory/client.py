@@ -26,8 +26,13 @@ class MemoryClient:
         self._stopping: dict[str, float] = {}
         self._pulling: dict[str, float] = {}
 
-    def info(self) -> dict[str, str]:
-        return {"Driver": "overlay2", "DockerRootDir": "/var/lib/docker", "Architecture": "aarch64"}
+    def info(self) -> dict[str, Any]:
+        return {
+            "Driver": "overlay2",
+            "DockerRootDir": "/var/lib/docker",
+            "Architecture": "aarch64",
+            "SecurityOptions": self._machine.security_options,
+        }
 
     def version(self) -> dict[str, str]:
         return {"Version": "27.5.1", "ApiVersion": self.api_version}

@@ -112,6 +112,7 @@ class Machine:
         pulls_for: seconds that a pull takes.
         silence: seconds after which a connection without an answer counts as lost.
         unplugged_until: when its cable is plugged in again, by the clock's seconds.
+        security_options: what the engine says of its security.
     """
 
     def __init__(self, name: str, address: str, cluster: "Cluster") -> None:
@@ -127,6 +128,7 @@ class Machine:
         self.pulls_for = 0.0
         self.silence = 15.0
         self.unplugged_until = 0.0
+        self.security_options = ["name=seccomp,profile=builtin"]
 
     @property
     def clock(self) -> Clock:

@@ -444,6 +444,6 @@ def test_a_key_that_is_remembered_gets_a_line_of_its_own(
     known = tmp_path / ".ssh/known_hosts"
     known.write_text(before)
     for line in ("first", "second"):
-        login._remember(line)
+        login._remember(known, line)
     assert known.read_text().split() == [*before.split(), "first", "second"]
     assert known.read_text().splitlines()[-2:] == ["first", "second"]

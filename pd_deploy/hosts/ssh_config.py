@@ -1,0 +1,123 @@
+"""What ssh_config says of a host: as OpenSSH reads it, where asyncssh does not."""
+
+import getpass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncssh
+from asyncssh.config import SSHClientConfig, SSHConfig
+
+SYSTEM = Path("/etc/ssh/ssh_config")
+GLOBAL_KNOWN_HOSTS = ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
+USERS_KNOWN_HOSTS = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2")
+ENCRYPTED = "encrypted"
+# Those that asyncssh looks for, too.
+IDENTITIES = ("id_ed25519_sk", "id_ecdsa_sk", "id_ed25519", "id_ecdsa", "id_rsa", "id_dsa")
+
+
+@dataclass(frozen=True)
+class SshConfig:
+    """The settings for one host.
+
+    Args:
+        known_hosts: the files with hosts' keys; new keys are written to the first.
+        accepts_new: whether the key of an unknown host is accepted.
+        accepts_changed: whether a key other than the known one is accepted.
+        identities: files with private keys; none where the default ones serve.
+    """
+
+    known_hosts: tuple[Path, ...]
+    accepts_new: bool = False
+    accepts_changed: bool = False
+    identities: tuple[Path, ...] = ()
+
+
+class _Config(SSHClientConfig):
+    """asyncssh's, with what it leaves to its callers."""
+
+    _handlers = SSHClientConfig._handlers | {
+        "stricthostkeychecking": ("StrictHostKeyChecking", SSHConfig._set_string)
+    }
+    _percent_expand = SSHClientConfig._percent_expand | {
+        "UserKnownHostsFile",
+        "GlobalKnownHostsFile",
+    }
+
+
+def users_config() -> Path:
+    """Return the path of the user's own configuration."""
+    return Path.home() / ".ssh" / "config"
+
+
+def read(address: str, user: str | None, port: int | None) -> SshConfig:
+    """Read the user's and the system's configuration of a host.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    files = [file for file in (users_config(), SYSTEM) if file.is_file()]
+    try:
+        config = _Config.load(
+            None, files, False, False, False, getpass.getuser(), user or (), address, port or ()
+        )
+    except OSError as exc:
+        raise ValueError(f"{exc.filename}: {exc.strerror}") from None
+    strict = str(config.get("StrictHostKeyChecking", "ask")).lower()
+    known = [
+        *_listed(config, "UserKnownHostsFile", USERS_KNOWN_HOSTS),
+        *_listed(config, "GlobalKnownHostsFile", GLOBAL_KNOWN_HOSTS),
+    ]
+    return SshConfig(
+        known_hosts=tuple(_expanded(known)),
+        accepts_new=strict in ("accept-new", "no", "off"),
+        accepts_changed=strict in ("no", "off"),
+        identities=tuple(_expanded(_listed(config, "IdentityFile", ()))),
+    )
+
+
+def usable(identities: tuple[Path, ...]) -> list[Path]:
+    """Choose the files that hold a key, a public or an encrypted one included, as OpenSSH does."""
+    return [path for path in identities if _fault(path) in (None, ENCRYPTED)]
+
+
+def unreadable(identities: tuple[Path, ...]) -> list[str]:
+    """Name the files with private keys that can't be read, each with why not."""
+    default = [Path.home() / ".ssh" / name for name in IDENTITIES]
+    paths = identities or [path for path in default if path.exists()]
+    faults = [(path, _fault(path)) for path in paths]
+    return [f"{path} ({fault})" for path, fault in faults if fault]
+
+
+def _fault(path: Path) -> str | None:
+    """Why a key can't be read; a public one is fine, as an agent may have the private one."""
+    try:
+        asyncssh.read_private_key(path)
+    except asyncssh.KeyEncryptionError:
+        return ENCRYPTED
+    except asyncssh.KeyImportError as exc:
+        if "passphrase" in str(exc).lower():
+            return ENCRYPTED
+        return None if _is_public(path) else "not a private key"
+    except OSError as exc:
+        return exc.strerror or type(exc).__name__
+    return None
+
+
+def _is_public(path: Path) -> bool:
+    try:
+        asyncssh.read_public_key(path)
+    except asyncssh.KeyImportError:
+        return False
+    return True
+
+
+def _listed(config: SSHConfig, option: str, default: tuple[str, ...]) -> list[str]:
+    value = config.get(option)
+    if value is None:
+        return list(default)
+    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+
+
+def _expanded(paths: list[str]) -> Iterator[Path]:
+    return (Path(path).expanduser() for path in paths if path.lower() != "none")

@@ -1,0 +1,136 @@
+"""What becomes of a Prefect server that is not there, not ready or not ours to use."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from pd_deploy.cli import prefect_api
+from pd_deploy.cli.prefect_api import ServerLost, ServerRefuses
+
+NAMES = ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY")
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers all requests alike, and counts them."""
+
+    status, kind, asked = 200, "application/json", 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        self.send_response(self.status)
+        self.send_header("content-type", self.kind)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, type[Answers]]]:
+    answers = type("Answers", (Answers,), {})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}", answers
+        listening.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind", "told"),
+    [
+        ("/api", 401, "application/json", "wants credentials.*set PREFECT_API_AUTH_STRING"),
+        ("/api", 403, "application/json", "wants credentials.*set PREFECT_API_AUTH_STRING"),
+        ("", 404, "application/json", r"the URL ends with /api: PREFECT_API_URL=\S+/api"),
+        ("", 200, "text/html", r"the URL ends with /api: PREFECT_API_URL=\S+/api"),
+        ("/api", 503, "text/html", "answers 503.*NO_PROXY"),
+    ],
+)
+def test_what_the_server_refuses_is_told(
+    server: tuple[str, type[Answers]], path: str, status: int, kind: str, told: str
+) -> None:
+    url, answers = server
+    answers.status, answers.kind = status, kind
+    with (
+        temporary_settings({PREFECT_API_URL: url + path}),
+        pytest.raises(ServerRefuses, match=told),
+        prefect_api.served(),
+    ):
+        pytest.fail("nothing is asked of such a server")
+
+
+def test_a_server_that_does_not_answer_is_told() -> None:
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(ServerLost, match="prefect server start"),
+        prefect_api.served(),
+    ):
+        pytest.fail("nothing is asked of such a server")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("exempt", [{}, {"NO_PROXY": "example.com"}, {"no_proxy": "10.0.0.9"}])
+def test_no_proxy_is_asked_for_this_machine(
+    server: tuple[str, type[Answers]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    exempt: dict[str, str],
+) -> None:
+    for each in (*NAMES, "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(each, raising=False)
+    for key, value in exempt.items():
+        monkeypatch.setenv(key, value)
+    # Restored after the test, as they are set by what is tested.
+    for key in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(key, os.environ.get(key, ""))
+    monkeypatch.setenv(
+        name, "socks5://127.0.0.1:9" if "all" in name.lower() else "http://127.0.0.1:9"
+    )
+    url, answers = server
+    with temporary_settings({PREFECT_API_URL: f"{url}/api"}), prefect_api.served():
+        assert httpx.get(url.replace("127.0.0.1", "localhost")).is_success
+    assert answers.asked == 2
+    assert all(value in os.environ["no_proxy"].split(",") for value in exempt.values())
+
+
+@pytest.mark.parametrize(
+    ("host", "near"),
+    [("10.1.2.3", True), ("prefect", True), ("8.8.8.8", False), ("api.prefect.cloud", False)],
+)
+def test_a_server_nearby_is_not_asked_through_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, host: str, near: bool
+) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    prefect_api.spare_the_proxy(f"http://{host}:4200/api")
+    assert (host in os.environ["NO_PROXY"].split(",")) == near
+
+
+def test_a_temporary_server_that_ends_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With its reason, and without its traceback."""
+
+    def ends(_: SubprocessASGIServer) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-c", "raise OSError('no room')"])
+
+    monkeypatch.setattr(SubprocessASGIServer, "_instances", {})
+    monkeypatch.setattr(SubprocessASGIServer, "_run_uvicorn_command", ends)
+    with (
+        temporary_settings(restore_defaults={PREFECT_API_URL}),
+        pytest.raises(
+            ServerLost, match=r"it ended with 1\): OSError: no room → see that .* is writ"
+        ),
+        prefect_api.served(),
+    ):
+        pytest.fail("there is no server")
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,29 @@
+"""What would make a service fail is refused before anything stops, on hosts in memory."""
+
+from pathlib import Path
+
+import pytest
+
+from pd_deploy.flows.deploy import deploy
+from tests.memory.world import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def refused(world: World) -> str:
+    """Why a run is refused; it changes no container."""
+    before = {name: dict(machine.containers) for name, machine in world.machines.items()}
+    outcome = world.run(deploy)
+    assert outcome.error is not None
+    assert {name: dict(machine.containers) for name, machine in world.machines.items()} == before
+    return str(outcome.error)
+
+
+def test_an_engine_that_remaps_users(world: World) -> None:
+    world.machines["b"].security_options.append("name=userns")
+    assert "host b (10.0.0.2): expected Docker to leave users as they are" in refused(world)
+    world.machines["b"].security_options.pop()
+    assert world.run(deploy).completed
