@@ -262,6 +262,7 @@ Name = Annotated[
         "lowercase letters, digits and '-' (at most 40, no '-' at either end)",
     ),
 ]
+Sha256 = Annotated[str, like(r"[0-9a-f]{64}", "64 hexadecimal digits, as sha256sum prints them")]
 ContainerName = Annotated[
     str,
     like(

@@ -43,9 +43,9 @@ COUNTERS = Counters(
 )
 UNUSED_KEYS: tuple[str, ...] = (
     "code", "compat", "decode_engine_id", "http_proxy", "kv_parallel_size", "ports.ray",
-    "proxy.*.core_num", "proxy.*.decode_lb_sdk", "proxy.*.log_level", "proxy.*.nginx_tarball",
-    "proxy.*.prefill_lb_sdk", "proxy.*.start_core_index", "supports.server_offset",
-    "supports.tensor_parallel",
+    "proxy.*.core_num", "proxy.*.decode_lb_sdk", "proxy.*.log_level", "proxy.*.nginx_sha256",
+    "proxy.*.nginx_tarball", "proxy.*.prefill_lb_sdk", "proxy.*.start_core_index",
+    "supports.server_offset", "supports.tensor_parallel",
 )  # fmt: skip
 DERIVED_ARGUMENTS = frozenset({
     "additional-config", "data-parallel-address", "data-parallel-rpc-port", "data-parallel-size",

@@ -204,7 +204,9 @@ async def test_image_without_nginx_is_prepared_from_the_given_sources(service: S
     host.run(["mkdir", "-p", "/data/src/nginx-1.24.0"])
     host.run(["touch", "/data/src/nginx-1.24.0/configure"])
     host.run(["tar", "czf", "/data/src/nginx.tar.gz", "-C", "/data/src", "nginx-1.24.0"])
-    service.change(proxy={"c0": {"nginx_tarball": "/data/src/nginx.tar.gz"}})
+    digest = host.run(["sha256sum", "/data/src/nginx.tar.gz"]).stdout.split()[0]
+    sources = {"nginx_tarball": "/data/src/nginx.tar.gz", "nginx_sha256": digest}
+    service.change(proxy={"c0": sources})
     service.change(image=f"{service.lab.image}-nonginx")
     state = await run(service)
     assert state.is_completed(), state.message

@@ -1,5 +1,6 @@
 """Containers, variants and start scripts. Values against the documented ones: test_golden.py."""
 
+import hashlib
 import shlex
 import socket
 import subprocess
@@ -261,6 +262,32 @@ class TestVariants:
         script = omniinfer.start_script(service, "c0")
         assert f"cp {shlex.quote(tarball)} nginx-1.24.0.tar.gz" in script
         assert "curl" not in script
+
+    @pytest.mark.parametrize("of", ["nginx.org", "a host"])
+    @pytest.mark.parametrize("is_genuine", [True, False])
+    def test_nginx_is_built_of_the_expected_sources_only(
+        self, tmp_path: Path, of: str, is_genuine: bool
+    ) -> None:
+        """Root runs their build script."""
+        sources = tmp_path / "the source's.tar.gz"
+        sources.write_bytes(b"sources")
+        given = {"nginx_tarball": str(sources)} if of == "a host" else {}
+        digest = hashlib.sha256(b"sources" if is_genuine else b"others").hexdigest()
+        service = example.for_engine({"proxy": {"c0": {**given, "nginx_sha256": digest}}})
+        fetch = omniinfer._fetch_nginx(service)
+        assert "http:" not in fetch
+        url, copy = "https://nginx.org/download/nginx-1.24.0.tar.gz", shlex.quote(str(sources))
+        curl = f'curl() {{ [ "$4" = {url} ] && cp {copy} "$3"; }}'
+        done = subprocess.run(
+            ["bash", "-c", f"{curl}\n{fetch}\necho went on"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == (0 if is_genuine else 1)
+        assert ("went on" in done.stdout) is is_genuine
+        assert is_genuine or f"with SHA-256 {digest}, found " in done.stdout
 
     def test_http_proxy_is_for_building_only(self) -> None:
         service = example.for_engine({"http_proxy": "http://proxy.example:3128"})

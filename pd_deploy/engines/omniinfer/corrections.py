@@ -223,9 +223,9 @@ CORRECTIONS = (
         "nginx-sources",
         "always",
         "nginx is built in every proxy container, its sources fetched from nginx.org unless there",
-        "built only where the image has none, from `nginx_tarball` on the host or from nginx.org; "
-        "a failure ends the stage",
-        "hosts often have no way out, and a failed build was seen by nobody",
+        "built only if the image has none, from `nginx_tarball` on the host or from nginx.org, by "
+        "HTTPS; sources with another digest than `nginx_sha256`, and a failure, end the stage",
+        "hosts often have no way out, a failed build was seen by nobody, and root runs what came",
     ),
     Correction(
         "proxy-options",

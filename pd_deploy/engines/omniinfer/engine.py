@@ -530,6 +530,7 @@ if ! command -v nginx >/dev/null; then
     echo "pd-deploy: the image has no nginx; building {_NGINX}"
     cd {code}/omniinfer/omni/accelerators/sched/global_proxy || exit 1
 {_fetch_nginx(service)}
+    export NGINX_VERSION={_NGINX.removeprefix("nginx-")}
     tar xzf {_NGINX}.tar.gz && bash build.sh || {{ echo "pd-deploy: nginx was not built"; exit 1; }}
 fi
 unset http_proxy https_proxy
@@ -561,8 +562,17 @@ while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
 
 
 def _fetch_nginx(service: Service) -> str:
-    tarball = service.topology.proxy.entry.nginx_tarball
-    if tarball:
-        return f"    cp {shlex.quote(tarball)} {_NGINX}.tar.gz || exit 1"
-    source = f"http://nginx.org/download/{_NGINX}.tar.gz"
-    return f"    [ -e {_NGINX}.tar.gz ] || curl -fsS -o {_NGINX}.tar.gz {source} || exit 1"
+    """Write how the sources get there: from the host or nginx.org, and no others than expected."""
+    entry, tarball = service.topology.proxy.entry, f"{_NGINX}.tar.gz"
+    fetch = f"curl -fsS -o {tarball} https://nginx.org/download/{tarball}"
+    if entry.nginx_tarball:
+        fetch = f"cp {shlex.quote(entry.nginx_tarball)} {tarball}"
+    source = shlex.quote(entry.nginx_tarball or "nginx.org")
+    return f"""\
+    {fetch} || exit 1
+    sum=$(sha256sum <{tarball}) && sum=${{sum%% *}}
+    if [ "$sum" != {entry.nginx_sha256} ]; then
+        echo "pd-deploy: expected {_NGINX} from "{source}" with SHA-256" \\
+            "{entry.nginx_sha256}, found $sum"
+        exit 1
+    fi"""
