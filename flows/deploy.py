@@ -1,12 +1,9 @@
 """The runbook: bring a service up and prove that it serves."""
 
-from pathlib import Path
-
 from prefect import State, flow
 
-from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
-from pd_deploy.flows import publish
+from pd_deploy.flows import files, publish
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
@@ -49,7 +46,7 @@ async def deploy(
         forget: addresses of hosts that were removed from the file and are gone for good, so that
             they can't be cleaned up.
     """
-    run, given = this_run(), load_deployment(Path(file))
+    run, given = this_run(), files.load(file)
     if run.late > given.window:
         return publish.skipped(run, given)
     if run.scheduled:
@@ -57,7 +54,7 @@ async def deploy(
     if image == NEWEST:
         tags.policy_of(given)
     named = image not in (None, NEWEST)
-    placement.build(load_deployment(Path(file), image=image) if named else given)
+    placement.build(files.load(file, image=image) if named else given)
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])

@@ -1,12 +1,9 @@
 """Removing old generations on request."""
 
-from pathlib import Path
-
 from prefect import State, flow
 from prefect.states import Completed
 
-from pd_deploy.config.load import load_deployment
-from pd_deploy.flows import publish
+from pd_deploy.flows import files, publish
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
@@ -26,7 +23,7 @@ async def prune(file: str) -> State[None]:
     Args:
         file: the deployment file.
     """
-    given = load_deployment(Path(file))
+    given = files.load(file)
     async with locked_session(given, str(this_run())) as session:
         past = surveying.past_of(await survey_hosts(session))
         steps = [prune_host(session, name, past) for name in session.hosts]

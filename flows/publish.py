@@ -31,7 +31,7 @@ def run_name() -> str:
     parameters = runtime.flow_run.parameters
     started = runtime.flow_run.scheduled_start_time
     what = "dry run" if parameters.get("dry_run") else "-".join(parameters.get("stages") or [])
-    words = [Path(parameters["file"]).stem, what, f"{started:%m-%d %H:%M:%S}"]
+    words = [Path(parameters["file"]).stem[:80], what, f"{started:%m-%d %H:%M:%S}"]
     return " ".join(word for word in words if word)
 
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 
 from prefect import State, flow
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import HostAway, NothingServes, PdDeployError
-from pd_deploy.flows import publish
+from pd_deploy.flows import files, publish
 from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
@@ -44,7 +42,7 @@ async def recover(file: str, after: str | None = None) -> State[None]:
         after: the interrupted run, as `prefect.flow-run.ID`; set by an automation. Then this run
             waits up to a day for any other run that works on the deployment.
     """
-    run, given = this_run(), load_deployment(Path(file))
+    run, given = this_run(), files.load(file)
     if after:
         if why := await untouched(after):
             return Completed(message=f"skipped, as {why}; nothing was touched")

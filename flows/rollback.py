@@ -1,12 +1,9 @@
 """Bringing back a generation that served before."""
 
-from pathlib import Path
-
 from prefect import State, flow
 
-from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import NoSuchGeneration
-from pd_deploy.flows import publish
+from pd_deploy.flows import files, publish
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
@@ -27,7 +24,7 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
         file: the deployment file of the service.
         generation: one that `pd-deploy releases` lists; by default, the previous good one.
     """
-    run, given = this_run(), load_deployment(Path(file))
+    run, given = this_run(), files.load(file)
     async with locked_session(
         given, str(run), lambda past: target(past, generation).hosts.values()
     ) as session:

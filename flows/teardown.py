@@ -1,12 +1,9 @@
 """Removing a deployment from its hosts."""
 
-from pathlib import Path
-
 from prefect import State, flow
 from prefect.states import Completed
 
-from pd_deploy.config.load import load_deployment
-from pd_deploy.flows import publish
+from pd_deploy.flows import files, publish
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
@@ -24,7 +21,7 @@ async def teardown(file: str) -> State[None]:
     Args:
         file: the deployment file of the service.
     """
-    given = load_deployment(Path(file))
+    given = files.load(file)
     async with locked_session(given, str(this_run())) as session:
         past = surveying.past_of(await survey_hosts(session))
         proxy_first = sorted(session.hosts, key=lambda name: name != session.topology.proxy.host)
