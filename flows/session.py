@@ -41,13 +41,13 @@ async def open_session(
     Raises:
         InvalidInput: blocks that do not exist, all at once.
     """
-    blocks = await _load_blocks(deployment)
+    blocks, registry_login = await _load_blocks(deployment)
     hosts = [
         _host(name, place, blocks.get(place.credentials or ""), deployment)
         for name, place in host_accesses(deployment).items()
     ]
     async with Hosts(hosts) as opened:
-        yield Session(deployment, opened, await _registry_login(deployment), forget)
+        yield Session(deployment, opened, registry_login, forget)
 
 
 @asynccontextmanager
@@ -126,34 +126,36 @@ def _host(
     )
 
 
-async def _load_blocks(deployment: Deployment) -> dict[str, SshCredentials]:
+async def _load_blocks(
+    deployment: Deployment,
+) -> tuple[dict[str, SshCredentials], RegistryLogin | None]:
+    """Load the blocks that a deployment names: those for SSH by name, and the registry's login."""
     keys = {"ssh.credentials": deployment.ssh.credentials}
     for name, entry in deployment.hosts.items():
         keys[f"hosts.{name}.ssh.credentials"] = entry.ssh.credentials if entry.ssh else None
     problems: list[Problem] = []
     blocks: dict[str, SshCredentials] = {}
+    login = None
     for key, block in keys.items():
         if block and block not in blocks:
             try:
                 blocks[block] = await _load(SshCredentials, block, key)
             except InvalidInput as error:
                 problems += error.problems
+    if block := deployment.registry.credentials:
+        try:
+            login = (await _load(RegistryCredentials, block, "registry.credentials")).login()
+        except InvalidInput as error:
+            problems += error.problems
     if problems:
         raise InvalidInput(problems)
-    return blocks
+    return blocks, login
 
 
 def _login(place: HostAccess, block: SshCredentials | None) -> Login:
     if block:
         return block.login(user=place.user or "root", port=place.port)
     return Login(user=place.user, port=place.port)
-
-
-async def _registry_login(deployment: Deployment) -> RegistryLogin | None:
-    name = deployment.registry.credentials
-    if name is None:
-        return None
-    return (await _load(RegistryCredentials, name, "registry.credentials")).login()
 
 
 async def _load(kind: type[B], name: str, key: str) -> B:

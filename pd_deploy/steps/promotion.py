@@ -1,14 +1,26 @@
 """Recording what is attempted, what serves and what failed, on the hosts."""
 
+import logging
 from collections.abc import Collection
 from datetime import UTC, datetime
+from functools import partial
 
-from pd_deploy.errors import InstanceDied, NotReady, PdDeployError, SeveralFaults, SmokeTestFailed
+from pd_deploy.errors import (
+    InstanceDied,
+    LeaseLost,
+    NotReady,
+    PdDeployError,
+    SeveralFaults,
+    SmokeTestFailed,
+)
 from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
 from pd_deploy.steps import copies, history
 from pd_deploy.steps.report import Report
+from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
+
+log = logging.getLogger(__name__)
 
 # Faults of the service itself; those of hosts, network or registry say nothing about an image.
 _OF_THE_SERVICE = (InstanceDied, NotReady, SmokeTestFailed)
@@ -40,7 +52,8 @@ async def promote(rollout: Rollout, by: str) -> Report:
     Its image gets a local name on every host, which keeps it from a `docker image prune`.
     """
     session, generation = rollout.session, rollout.plan.generation
-    await all_ended(_keep_image(rollout, name) for name in rollout.plan.hosts)
+    names = await all_ended(_keep_or_tell(rollout, name) for name in rollout.plan.hosts)
+    unkept = ", ".join(filter(None, names))
     before = rollout.history.record
     record = before.promoted(generation, datetime.now(UTC), by)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()
@@ -50,6 +63,8 @@ async def promote(rollout: Rollout, by: str) -> Report:
     detail = "serves" if changed else "serves already"
     if uncopied:
         detail += "; the record is not on " + "; not on ".join(map(str, uncopied.values()))
+    if unkept:
+        detail += f"; the image has no name of its own on {unkept}"
     return Report("promote", generation, where, changed, detail)
 
 
@@ -127,6 +142,21 @@ async def write(
     uncopied = await copies.write_record(session, [first, *others], record)
     rollout.attempt.record = record
     return uncopied
+
+
+async def _keep_or_tell(rollout: Rollout, name: str) -> str:
+    """Keep a host's image if that is possible; return the host's name if it is not.
+
+    The service is proven without it, and the next run tries again.
+    """
+    try:
+        await retried(partial(_keep_image, rollout, name))
+    except LeaseLost:
+        raise
+    except PdDeployError as fault:
+        log.warning("the next run keeps the image from `docker image prune`: %s", fault)
+        return name
+    return ""
 
 
 async def _keep_image(rollout: Rollout, name: str) -> None:

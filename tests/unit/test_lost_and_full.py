@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pd_deploy.errors import ConnectionDropped, DiskFull, DiskReadOnly
+from pd_deploy.errors import ConnectionDropped, DiskFull, DiskReadOnly, DockerRefused
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.prune import prune
 from pd_deploy.flows.recover import recover
@@ -111,6 +111,28 @@ class TestCopies:
     def test_a_fault_of_the_program_is_not_swallowed(self, world: World) -> None:
         outcome = world.run(deploy, watch=self.faulty(world, TypeError("a bug"), 99))
         assert "a bug" in str(outcome.error)
+
+
+def test_an_image_that_cannot_be_named_on_a_host_fails_no_proven_service(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next run gives it its name, which keeps it from a prune."""
+
+    def refuse(moment: Moment) -> None:
+        if moment.what.startswith("tag ") and moment.host == "b" and not moment.after:
+            raise DockerRefused("no room for the name", host="b (10.0.0.2)")
+
+    outcome = world.run(deploy, watch=refuse)
+    assert outcome.completed, outcome.error
+    serving = world.assert_coherent()
+    assert "b (10.0.0.2): no room for the name" in caplog.text
+
+    def names() -> set[str]:
+        return {tag for image in world.machines["b"].images.values() for tag in image.tags}
+
+    assert f"pd-deploy/qwq-3p1d:{serving}" not in names()
+    assert world.run(deploy).completed
+    assert f"pd-deploy/qwq-3p1d:{serving}" in names()
 
 
 def test_what_runs_between_steps_is_tried_again(world: World) -> None:

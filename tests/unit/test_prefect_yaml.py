@@ -1,25 +1,31 @@
 """prefect.yaml: what its deployments, schedules and automations rest on."""
 
+import importlib
 import re
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Template
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.blocks.core import Block
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import FlowRunEngine
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.server.schemas.schedules import CronSchedule
 
+from pd_deploy.flows import catalogue
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
 
-DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(
-    (Path(__file__).resolve().parents[2] / "prefect.yaml").read_text()
-)["deployments"]
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = ROOT / "blocks"
+DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())[
+    "deployments"
+]
 NIGHTLY = [one for one in DEPLOYMENTS if one["name"].endswith("-nightly")]
 FLOWS = {"deploy": deploy, "rollback": rollback}
 RECOVER = [one for one in DEPLOYMENTS if "recover" in one["entrypoint"]]
@@ -54,6 +60,32 @@ def test_switches_are_kept_by_a_step_that_asks_for_this_very_deployment(
     assert switches == (["{{ schedule }}"] if one in NIGHTLY else names)
     for trigger, name in zip(one.get("triggers", ()), ("interrupted", "silent"), strict=False):
         assert trigger["name"].split()[-1] == name
+
+
+@pytest.mark.parametrize("path", ["prefect.yaml", "cli/scaffold/prefect.yaml"])
+def test_applying_it_registers_the_types_of_blocks(path: str) -> None:
+    """So that the UI has all of them in its catalogue, whichever were saved by command."""
+    definitions = yaml.safe_load(
+        Template((ROOT / path).read_text()).safe_substitute(name="x", engine="x")
+    )["definitions"]
+    assert definitions["deploy"]["build"] == [{"pd_deploy.flows.catalogue.block_types": {}}]
+
+
+async def test_each_type_of_block_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = set()
+
+    async def register(cls: type[Block]) -> None:
+        registered.add(cls)
+
+    monkeypatch.setattr(Block, "aregister_type_and_schema", classmethod(register))
+    await catalogue.block_types()
+    modules = (importlib.import_module(f"pd_deploy.blocks.{p.stem}") for p in BLOCKS.glob("*.py"))
+    assert registered == {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Block) and value is not Block
+    }
 
 
 def test_every_deployment_has_its_service_as_a_tag_of_its_own() -> None:
