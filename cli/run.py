@@ -30,6 +30,7 @@ from pd_deploy.flows.interrupts import Ending, ending
 POLL_INTERVAL_S = 0.5
 MAX_TASKS = 200
 QUIET_POLLS = 4
+LOST = "the Prefect server was lost during the run, and does not know how it ended"
 QUEUED = "AwaitingConcurrencySlot"
 _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
 
@@ -48,7 +49,7 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
         with served():
             return asyncio.run(_here(flow, parameters, end))
     except ServerLost as error:
-        typer.echo(f"pd-deploy: {error}", err=True)
+        typer.echo(f"pd-deploy: {LOST if end.state else error}", err=True)
         code = _last_word(end.state, end) if end.state else _interrupted(end) or 1
         sys.stdout.flush()
         # At a normal exit Prefect offers each event of the run to the dead server, for minutes.

@@ -1,0 +1,71 @@
+"""`pd-deploy deploy` and its like: how a run in the command's own process ends."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from prefect.states import Cancelled, Completed
+
+from pd_deploy.cli import run
+from pd_deploy.cli.prefect_api import ServerLost
+from pd_deploy.flows.interrupts import ending
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Codes of exits at once, which are not carried out."""
+    codes = list[int]()
+    monkeypatch.setattr(run, "served", contextlib.nullcontext)
+    monkeypatch.setattr(run.os, "_exit", codes.append)
+    return codes
+
+
+def lost_after(state: Any, *signals: int) -> Callable[..., Any]:
+    """A run that ended so when its server was gone."""
+
+    async def flow(**_: object) -> None:
+        end = ending.get()
+        end.state = state
+        end.signals += signals
+        raise ServerLost("expected a Prefect server, found none")
+
+    return flow
+
+
+@pytest.mark.parametrize(
+    ("state", "signals", "code", "told"),
+    [
+        (Completed(message="serves"), (), 0, "Completed: serves"),
+        (Cancelled(message="is back"), (2,), 130, "Cancelled: is back"),
+        (None, (), 1, "expected a Prefect server"),
+        (None, (15,), 143, "expected a Prefect server"),
+    ],
+)
+def test_a_lost_server_does_not_decide_how_a_run_ended(
+    exits: list[int],
+    capsys: pytest.CaptureFixture[str],
+    state: Any,
+    signals: tuple[int, ...],
+    code: int,
+    told: str,
+) -> None:
+    flow: Any = lost_after(state, *signals)
+    run.here(flow, file="x.yaml")
+    assert exits == [code]
+    printed = capsys.readouterr()
+    assert told in printed.out + printed.err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, asyncio.CancelledError])
+def test_a_run_that_was_cut_off_says_what_to_run(
+    exits: list[int], capsys: pytest.CaptureFixture[str], error: type[BaseException]
+) -> None:
+    async def flow(**_: object) -> None:
+        raise error
+
+    given: Any = flow
+    assert run.here(given, file="x.yaml") == 130
+    assert "`pd-deploy recover x.yaml` repairs what the run left" in capsys.readouterr().err
+    assert not exits
