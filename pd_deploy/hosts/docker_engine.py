@@ -514,10 +514,8 @@ class DockerEngine:
             raise self._broken(exc, what, tunnel) from None
 
     def _broken(self, exc: Exception, what: str, tunnel: Tunnel) -> PdDeployError:
-        if tunnel.fault:
-            # A new one, as several calls may fail for the same reason.
-            fault = tunnel.fault
-            return type(fault)(fault.message, host=fault.host, hint=fault.hint)
+        if fault := tunnel.broken():
+            return fault
         if isinstance(exc, sdk.DockerException) and not isinstance(exc.__cause__, _BROKEN):
             return DockerRefused(f"{what}: {exc}", host=self._where)
         return ConnectionDropped(

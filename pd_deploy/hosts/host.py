@@ -222,10 +222,13 @@ class Host:
         If the SSH server forwards no TCP connections, it connects directly from this machine or,
         for a loopback address of the host or if it is logged in to at another address, through a
         command there. Without `tls`, only plain HTTP is possible.
+
+        A request raises httpx's errors for what the service does, such as to refuse or to hang up,
+        and a PdDeployError, mostly a transient one, if the way to the host is lost.
         """
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
-            transport = httpx.AsyncHTTPTransport(uds=await tunnel.start(), verify=tls)
+            transport = _ToHost(tunnel, await tunnel.start(), tls)
             async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
                 yield client
         finally:
@@ -251,11 +254,16 @@ class Host:
             try:
                 return await connection.open_connection(address, port)
             except asyncssh.ChannelOpenError as exc:
+                if exc.code == asyncssh.OPEN_CONNECT_FAILED and not connection.is_closed():
+                    raise _NobodyListens from None
                 if exc.code != asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
                     raise
             if address.startswith("127.") or self._ssh_address != self.address:
                 raise _ForwardingOff
-            return await asyncio.open_connection(address, port)
+            try:
+                return await asyncio.open_connection(address, port)
+            except ConnectionRefusedError:
+                raise _NobodyListens from None
 
         try:
             reader, writer = await self._link.open(dial)
@@ -263,10 +271,13 @@ class Host:
             async with self._relayed(address, port) as stream:
                 yield stream
             return
+        except _NobodyListens:
+            raise ConnectionRefusedError from None
         except OSError as exc:
             raise HostUnreachable(f"port {port}: {exc.strerror}", host=self.where) from None
         try:
             yield reader, writer
+            self._require_link(writer, port)
         finally:
             writer.close()
 
@@ -276,6 +287,13 @@ class Host:
         command = ["bash", "-c", RELAY, "bash", address, str(port)]
         async with self._commands.process(command) as process:
             yield process.stdout, process.stdin
+            self._require_link(process, port)
+
+    def _require_link(self, stream: Any, port: int) -> None:
+        """Raise ConnectionDropped if a stream ended because its SSH connection did."""
+        connection = stream.get_extra_info("connection")
+        if connection and connection.is_closed():
+            raise self._link.dropped(f"the connection was lost during a request to port {port}")
 
     async def _read_part(self, path: str, offset: int) -> bytes:
         return await self._with_files(lambda remote: remote.read_part(path, offset, PART_BYTES))
@@ -356,6 +374,28 @@ class Host:
             host=self.where,
             hint="run it on the host by hand",
         )
+
+
+class _ToHost(httpx.AsyncHTTPTransport):
+    """Tells what the service does from what becomes of the way to its host."""
+
+    def __init__(self, tunnel: Tunnel, path: str, tls: ssl.SSLContext) -> None:
+        super().__init__(uds=path, verify=tls)
+        self._tunnel = tunnel
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            response = await super().handle_async_request(request)
+            await response.aread()
+        except httpx.TransportError:
+            if fault := self._tunnel.broken():
+                raise fault from None
+            raise
+        return response
+
+
+class _NobodyListens(Exception):
+    """Nothing takes connections at a port of the host."""
 
 
 class _ForwardingOff(Exception):

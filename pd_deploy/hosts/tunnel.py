@@ -51,7 +51,8 @@ class Tunnel:
     SSH connections that carry the streams.
 
     Args:
-        open_stream: opens the far end of one connection.
+        open_stream: opens the far end of one connection; raises ConnectionRefusedError where nobody
+            listens, else what keeps it from the host, also when the way there is lost later.
     """
 
     def __init__(self, open_stream: OpenStream) -> None:
@@ -60,7 +61,12 @@ class Tunnel:
         self._directory: Path | None = None
         self._joined: set[asyncio.Task[None]] = set()
         self.fault: PdDeployError | None = None
-        """Why the last connection found no far end."""
+        """What kept the last connection from its far end, or cut it off; None if that closed it."""
+
+    def broken(self) -> PdDeployError | None:
+        """Make an error of the fault, a new one each time: several calls may fail for it."""
+        fault = self.fault
+        return fault and type(fault)(fault.message, host=fault.host, hint=fault.hint)
 
     async def start(self) -> str:
         """Listen; return the socket's path."""
@@ -90,6 +96,8 @@ class Tunnel:
             async with self._open_stream() as (far_reader, far_writer):
                 self.fault = None
                 await _first(_pump(reader, far_writer), _pump(far_reader, writer))
+        except ConnectionRefusedError:
+            self.fault = None
         except PdDeployError as exc:
             self.fault = exc
         finally:

@@ -4,6 +4,7 @@ import asyncio
 
 import httpx
 
+from pd_deploy.errors import TransientError
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.host import Host
 from pd_deploy.steps import containers
@@ -76,5 +77,5 @@ async def _server_healthy(host: Host, address: str, port: int) -> None:
 async def _answers(client: httpx.AsyncClient, url: str) -> bool:
     try:
         return (await client.get(url, timeout=PROBE_TIMEOUT_S)).status_code == 200
-    except httpx.HTTPError:
+    except (httpx.HTTPError, TransientError):
         return False

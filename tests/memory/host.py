@@ -168,15 +168,11 @@ class _Transport(httpx.AsyncBaseTransport):
         """The program's answer."""
         machine, path = self._host.machine, request.url.path
         what = shlex.join([request.method, f"{self._address}:{self._port}{path}"])
-        try:
-            async with self._host.passing(what, changes=False):
-                program = machine.cluster.listener(machine, self._address, self._port)
-                if program is None:
-                    raise httpx.ConnectError("connection refused")
-                return program.answer(path, _json(await request.aread()))
-        except PdDeployError as error:
-            # What a tunnel that broke looks like to HTTP.
-            raise httpx.ReadError(str(error)) from error
+        async with self._host.passing(what, changes=False):
+            program = machine.cluster.listener(machine, self._address, self._port)
+            if program is None:
+                raise httpx.ConnectError("connection refused")
+            return program.answer(path, _json(await request.aread()))
 
 
 def _json(content: bytes) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import copy
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -58,9 +57,6 @@ CHANGES: dict[str, Any] = {
     "gates": {"lease_lasts": 2, "ready": 20},
     "container": {"stop_timeout": 5},
 }
-
-in_step = ContextVar("in_step", default=False)
-"""Whether a call belongs to a step, which is made again after a transient fault."""
 
 
 @dataclass(frozen=True)
@@ -425,19 +421,15 @@ def _document(path: Path, _content: bytes) -> dict[str, Any]:
 
 async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs: Any) -> Any:
     """What Prefect does of a task here: its function, again while its own condition says so."""
-    token = in_step.set(True)
-    try:
-        for delay in (*task.retry_delay_seconds, None):
-            try:
-                return await task.fn(*(quoted.unwrap() for quoted in args), **kwargs)
-            except Exception as error:
-                state = SimpleNamespace(data=error)
-                if delay is None or not task.retry_condition_fn(task, None, state):
-                    raise
-            await asyncio.sleep(delay)
-        raise AssertionError
-    finally:
-        in_step.reset(token)
+    for delay in (*task.retry_delay_seconds, None):
+        try:
+            return await task.fn(*(quoted.unwrap() for quoted in args), **kwargs)
+        except Exception as error:
+            state = SimpleNamespace(data=error)
+            if delay is None or not task.retry_condition_fn(task, None, state):
+                raise
+        await asyncio.sleep(delay)
+    raise AssertionError
 
 
 def _furnish(machine: Machine) -> None:

@@ -418,8 +418,9 @@ printf "%s\\0" "$X" "$@" >"{tmp_path}/said"
         nginx = tmp_path / "bin/nginx"
         nginx.parent.mkdir()
         nginx.symlink_to("/bin/false")  # ends the script at its test of the configuration
+        # Without that test it would wait for a signal; then `timeout` ends it, and all it started.
         ran = subprocess.run(
-            ["bash", "-c", omniinfer.start_script(service, "c0")],
+            ["timeout", "-k", "2", "30", "bash", "-c", omniinfer.start_script(service, "c0")],
             env={"HOME": str(tmp_path), "PATH": f"{nginx.parent}:/usr/bin:/bin"},
             capture_output=True,
             text=True,
