@@ -159,6 +159,13 @@ class Proxy:
     host: str
     address: str
     entry: ProxyEntry
+    metrics_port: int | None = None
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """All ports that it listens on, by purpose."""
+        metrics = {} if self.metrics_port is None else {"metrics": self.metrics_port}
+        return {"service": self.port, **metrics}
 
     @property
     def port(self) -> int:

@@ -46,6 +46,23 @@ class Runner(Protocol):
 ADDRESSES = ["ip", "-j", "-4", "addr"]
 # Paths go as arguments and come back ended by NUL, so that any name is safe.
 MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
+EPHEMERAL = """cat /proc/sys/net/ipv4/ip_local_port_range
+cat /proc/sys/net/ipv4/ip_local_reserved_ports 2>/dev/null; true"""
+# Sockets that are bound but neither listen nor connect are seen by trying alone.
+TAKEN = r"""ss -Htanp || exit
+command -v python3 >/dev/null || exit 0
+python3 -c '
+import errno, socket, sys
+for port in sys.argv[1:]:
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", int(port)))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                print("BOUND", port)
+' "$@"
+"""
 FREE = r"""p=$1; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; LC_ALL=C df -P -k -- "$p" """
 # A container's id is the last part of its processes' cgroup that looks like one.
 CONTAINERS = r"""for p; do
@@ -99,10 +116,16 @@ class Facts:
         output = await self._host.output(["ss", "-Hltnp"])
         return parse_listeners(output, self._host.where)
 
+    async def ports_in_ephemeral_range(self, ports: Sequence[int]) -> list[int]:
+        """Find those of the ports that the kernel may give to an outbound connection."""
+        return parse_ephemeral(await self._host.output(["sh", "-c", EPHEMERAL]), ports)
+
     async def ports_taken(self, ports: Sequence[int]) -> dict[int, str]:
-        """Those of the ports that somebody listens on, each with its holder's name."""
-        listening = await self.listening_ports()
-        return {port: listening[port] for port in ports if port in listening}
+        """Find those of the ports that no server could bind now, each with its holder's name."""
+        if not ports:
+            return {}
+        output = await self._host.output(["sh", "-c", TAKEN, "sh", *map(str, ports)])
+        return parse_taken(output, ports, self._host.where)
 
     async def containers_of(self, pids: Sequence[int]) -> dict[int, str]:
         """Find the container's id of each process, "" for none; leave out processes that ended."""
@@ -182,10 +205,47 @@ def parse_listeners(output: str, where: str = "") -> dict[int, str]:
         socket = re.match(r"LISTEN\s+\d+\s+\d+\s+\S+:(\d+)\s+\S+\s*(?:users:\(\((.*)\)\))?", line)
         if not socket:
             raise _unreadable("ss -Hltnp", "LISTEN lines", line, where)
-        holder = re.match(r'"([^"]*)",pid=(\d+)', socket[2] or "")
-        name = f"{holder[1]} (pid {holder[2]})" if holder else ""
+        name = _holder(socket[2])
         listeners[int(socket[1])] = name or listeners.get(int(socket[1]), "")
     return listeners
+
+
+def parse_taken(output: str, ports: Sequence[int], where: str = "") -> dict[int, str]:
+    """Parse port → holder in what `TAKEN` prints: all sockets, and ports that can't be bound."""
+    lines = output.splitlines()
+    listening = "\n".join(line for line in lines if line.startswith("LISTEN"))
+    taken = parse_listeners(listening, where)
+    for line in lines:
+        # Of connections whose process is gone, or that are over, nothing keeps a server away.
+        socket = re.match(
+            r"(?:ESTAB|SYN-SENT|CLOSE-WAIT)\s+\d+\s+\d+\s+\S+:(\d+)\s+\S+\s*(?:users:\(\((.*)\)\))?",
+            line,
+        )
+        if socket and int(socket[1]) not in taken:
+            taken[int(socket[1])] = _holder(socket[2]) or "an outbound connection"
+        elif bound := re.fullmatch(r"BOUND (\d+)", line):
+            taken.setdefault(int(bound[1]), "")
+    return {port: taken[port] for port in ports if port in taken}
+
+
+def parse_ephemeral(output: str, ports: Sequence[int]) -> list[int]:
+    """Parse what `EPHEMERAL` prints: the range, and in a second line what is reserved in it."""
+    limits, _, reserved = output.partition("\n")
+    low, _, high = limits.strip().partition("\t")
+    if not (low.isdecimal() and high.strip().isdecimal()):
+        return []
+    kept = [span.partition("-") for span in reserved.strip().split(",") if span]
+    return [
+        port
+        for port in ports
+        if int(low) <= port <= int(high)
+        and not any(int(first) <= port <= int(last or first) for first, _, last in kept)
+    ]
+
+
+def _holder(users: str | None) -> str:
+    holder = re.match(r'"([^"]*)",pid=(\d+)', users or "")
+    return f"{holder[1]} (pid {holder[2]})" if holder else ""
 
 
 def parse_disk_free(output: str, where: str = "") -> int:

@@ -83,6 +83,7 @@ def _start(host: HostPlan, running: set[str], stages: Sequence[str]) -> Iterator
 def _open(host: HostPlan, running: set[str], listening: Collection[int]) -> Iterator[Action]:
     for instance in host.instances.values():
         if instance.role == "proxy":
-            (port,) = instance.ports
+            # The one for clients comes first; others are for the router's own metrics.
+            port = int(instance.container.labels[generations.PORTS].partition(",")[0])
             if instance.container.name not in running or port not in listening:
                 yield Action(verb="open", subject=f"port {port}")

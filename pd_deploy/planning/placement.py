@@ -34,7 +34,8 @@ def derive(deployment: Deployment) -> Topology:
         for rank, (name, entry) in enumerate(deployment.decode.items())
     )
     address = deployment.hosts[proxy.host].address
-    return Topology(prefill, decode, Proxy(proxy_name, proxy.host, address, proxy))
+    metrics = deployment.vllm.router_metrics_port if deployment.vllm else None
+    return Topology(prefill, decode, Proxy(proxy_name, proxy.host, address, proxy, metrics))
 
 
 def _pod(

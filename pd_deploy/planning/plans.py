@@ -302,7 +302,7 @@ def _container(
 ) -> ContainerSpec:
     topology = service.topology
     instance = next((i for i in topology.instances if i.name == name), None)
-    ports = list(instance.ports.values()) if instance else [topology.proxy.port]
+    ports = list(instance.ports.values()) if instance else [*topology.proxy.ports.values()]
     labels = {
         generations.DEPLOYMENT: service.deployment.name,
         generations.GENERATION: str(generation),

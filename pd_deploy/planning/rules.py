@@ -89,7 +89,15 @@ def _shared_devices(topology: Topology) -> Iterator[Finding]:
 
 def _shared_ports(topology: Topology) -> Iterator[Finding]:
     proxy = topology.proxy
-    holder = {(proxy.host, proxy.port): f"the port of proxy {proxy.name}"}
+    holder: dict[tuple[str, int], str] = {}
+    for purpose, port in proxy.ports.items():
+        shown = f"the {'' if purpose == 'service' else f'{purpose} '}port of proxy {proxy.name}"
+        if (proxy.host, port) in holder:
+            yield (
+                "ports-distinct",
+                Problem(proxy.name, f"expected {shown} not to be {port}, as is its own"),
+            )
+        holder[proxy.host, port] = shown
     for instance in topology.instances:
         for purpose, port in instance.ports.items():
             endpoint = (instance.host, port)

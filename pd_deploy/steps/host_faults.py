@@ -28,12 +28,14 @@ class Holder:
         number: of the device or port.
         who: the process, and its container if it is in one.
         is_stranger: whether it is known to live on, and to be none of this deployment's.
+        is_ours: whether it is known to be this deployment's.
     """
 
     what: str
     number: int
     who: str
     is_stranger: bool
+    is_ours: bool = False
 
     def __str__(self) -> str:
         return f"{self.what} with {self.who}"
@@ -58,7 +60,9 @@ async def holders(
         name, is_ours = containers.get(homes.get(pid or 0, ""), ("", False))
         shown = who.replace(")", f", container {name})") if name else who
         is_stranger = pid in homes and not is_ours
-        holding.append(Holder(f"{kind} {number}", number, shown or "a process", is_stranger))
+        holding.append(
+            Holder(f"{kind} {number}", number, shown or "a process", is_stranger, is_ours)
+        )
     return holding
 
 

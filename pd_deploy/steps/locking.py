@@ -46,6 +46,6 @@ def _claim(session: Session, owner: Owner, host: str) -> Owner:
     topology = session.topology
     instances = [i for i in topology.instances if i.host == host]
     ports = [port for i in instances for port in i.ports.values()]
-    ports += [topology.proxy.port] if topology.proxy.host == host else []
+    ports += [*topology.proxy.ports.values()] if topology.proxy.host == host else []
     devices = [device for i in instances for device in i.devices]
     return owner.model_copy(update={"ports": tuple(ports), "devices": tuple(devices)})

@@ -1,6 +1,7 @@
 """What has to be true of a host before anything on it is changed."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
@@ -14,6 +15,8 @@ from pd_deploy.records import generations
 from pd_deploy.steps.host_faults import Holder, holders
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
+
+log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -44,7 +47,19 @@ async def preflight(rollout: Rollout, name: str) -> Report:
         raise HostError("; ".join(fault.message for fault in faults), host=host.where)
     state = rollout.states[name]
     detail = f"{state.architecture}, Docker {state.docker_version}, {state.interface}"
+    wanted, _ = _labelled(rollout, name, generations.PORTS)
+    if risky := await host.facts.ports_in_ephemeral_range(sorted(wanted)):
+        detail += f"; {_risky(risky)}"
+        log.warning("host %s: %s", host.where, _risky(risky))
     return Report("preflight", name, name, False, detail)
+
+
+def _risky(ports: list[int]) -> str:
+    return (
+        f"ports {', '.join(map(str, ports))} lie in the kernel's ephemeral range, so an outbound "
+        "connection may have one of them when its server starts: reserve them "
+        "(sysctl net.ipv4.ip_local_reserved_ports), or move them in the file"
+    )
 
 
 async def until_free(rollout: Rollout, name: str) -> Report:
@@ -169,11 +184,13 @@ async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     return [
         PortTaken(
             f"expected {holder.what} to be free for {wanted[holder.number]}, "
-            f"found that {holder.who} listens on it",
+            f"found that {holder.who} has it",
             host=host.where,
             hint="stop that process, or move the port in the deployment file",
         )
         for holder in await holders(rollout, host, (), wanted.keys() - ours)
+        # An older generation's proxy may have a port that its labels do not name.
+        if not holder.is_ours
     ]
 
 

@@ -74,6 +74,26 @@ http.server.ThreadingHTTPServer(("{ECHO_ADDRESS}", {ECHO_PORT}), Echo).serve_for
 """
 
 
+HOLDING = """
+import pathlib, socket, time
+bound = socket.socket()
+bound.bind(("127.0.0.1", 7391))
+listening = socket.socket()
+listening.bind(("127.0.0.1", 7390))
+listening.listen()
+outbound = socket.create_connection(("127.0.0.1", 7390), source_address=("127.0.0.1", 7392))
+over = socket.socket()
+over.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+over.bind(("127.0.0.1", 7393))
+over.connect(("127.0.0.1", 7390))
+over.close()
+listening.accept()[0].close()
+listening.accept()[0].close()
+pathlib.Path("/tmp/held").touch()
+time.sleep(600)
+"""
+
+
 @pytest.fixture
 def login(lab: Lab) -> Login:
     return Login(
@@ -664,6 +684,21 @@ class TestCancelled:
         with pytest.raises(asyncio.CancelledError):
             await call
         assert (await host.docker.inspect(made)).running
+
+
+class TestPorts:
+    async def test_what_no_server_could_bind_is_taken(self, host: Host, box: LabHost) -> None:
+        """A bind alone and an outbound connection, too; not what is over."""
+        holding = box.popen(["python3", "-c", HOLDING])
+        try:
+            await eventually(lambda: box.run(["ls", "/tmp/held"], check=False).returncode == 0)
+            taken = await host.facts.ports_taken([7391, 7392, 7393])
+            assert (taken[7391], taken[7392].partition(" ")[0]) == ("", "python3")
+            assert 7393 not in taken
+        finally:
+            holding.kill()
+            holding.wait()
+            box.run(["rm", "-f", "/tmp/held"])
 
 
 class TestFiles:

@@ -272,6 +272,8 @@ TABLE = (
     ),
     Command("addresses", tuple(facts.ADDRESSES), _addresses),
     Command("listeners", ("ss", "-Hltnp"), _listeners),
+    _script("ports taken", facts.TAKEN, _listeners),
+    Command("port range", ("sh", "-c", facts.EPHEMERAL), lambda *_: "32768\t60999\n\n"),
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
     Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
     Command("find", ("find",), _find),

@@ -26,9 +26,11 @@ from pd_deploy.hosts.docker_errors import container_error, pull_error
 from pd_deploy.hosts.facts import (
     Facts,
     parse_disk_free,
+    parse_ephemeral,
     parse_interface,
     parse_listeners,
     parse_loopback,
+    parse_taken,
 )
 from pd_deploy.hosts.host import Hosts
 from pd_deploy.hosts.login import Login, known_hosts_line
@@ -394,6 +396,36 @@ class TestFacts:
             9000: "nginx (pid 8)",
             53: "",
         }
+
+    def test_ports_taken(self) -> None:
+        """By listeners, outbound connections and binds; not by what is over."""
+        output = (
+            'LISTEN     0 128  10.0.0.1:9000   0.0.0.0:*  users:(("nginx",pid=7,fd=3))\n'
+            'ESTAB      0 0    10.0.0.1:9000   10.0.0.2:51000 users:(("nginx",pid=7,fd=9))\n'
+            'ESTAB      0 0    10.0.0.1:9001   10.0.0.2:443 users:(("curl",pid=8,fd=5))\n'
+            "SYN-SENT   0 1    10.0.0.1:9002   10.0.0.3:443\n"
+            "TIME-WAIT  0 0    10.0.0.1:9003   10.0.0.2:50000\n"
+            "FIN-WAIT-2 0 0    [::ffff:10.0.0.1]:9004 [::ffff:10.0.0.2]:50000\n"
+            "ESTAB      0 0    10.0.0.1:9005   10.0.0.2:443\n"
+            "BOUND 9000\nBOUND 9006\n"
+        )
+        assert parse_taken(output, [*range(9000, 9005), 9006]) == {
+            9000: "nginx (pid 7)",
+            9001: "curl (pid 8)",
+            9002: "an outbound connection",
+            9006: "",
+        }
+
+    @pytest.mark.parametrize(
+        ("output", "ports"),
+        [
+            ("32768\t60999\n\n", [32768, 36000, 60999]),
+            ("32768\t60999\n36000,50000-61000\n", [32768]),
+            ("nonsense", []),
+        ],
+    )
+    def test_ports_in_the_ephemeral_range(self, output: str, ports: list[int]) -> None:
+        assert parse_ephemeral(output, [9000, 32767, 32768, 36000, 60999, 61000]) == ports
 
     def test_listeners_of_garbage(self) -> None:
         with pytest.raises(errors.FactsError, match="ss -Hltnp"):

@@ -22,6 +22,14 @@ def refused(world: World) -> str:
     return str(outcome.error)
 
 
+def test_a_port_that_an_outbound_connection_may_get_is_warned_of(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.change(ports={"zmq": 36000})
+    assert world.run(deploy).completed
+    assert "ports 36000, 36001 lie in the kernel's ephemeral range" in caplog.text
+
+
 def test_an_engine_that_remaps_users(world: World) -> None:
     world.machines["b"].security_options.append("name=userns")
     assert "host b (10.0.0.2): expected Docker to leave users as they are" in refused(world)

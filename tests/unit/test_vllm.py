@@ -272,6 +272,12 @@ class TestAscend:
         ports = made.instance("d0").container.labels["pd-deploy.ports"].split(",")
         assert ports == ["9100", "8100", *map(str, range(37600, 37616))]
 
+    def test_the_routers_metrics_port_is_one_of_its_ports(self) -> None:
+        assert plan(GPU).instance("c0").ports == {7000, 29000}
+        assert "ports-distinct" in broken(GPU, {"vllm": {"router_metrics_port": 7000}})
+        api = min(plan(GPU).instance("p0").ports)
+        assert "ports-distinct" in broken(GPU, {"ports": {"api": 29000}}), api
+
     def test_container_has_its_own_npus_only(self) -> None:
         spec = plan(ASCEND).instance("p1").container
         assert spec.devices == (
