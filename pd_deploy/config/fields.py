@@ -22,6 +22,12 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 Scalar = str | int | float | bool
 
 
+class WrittenFloat(float):
+    """A number that is written in another way than Python writes it; as text it would differ."""
+
+    written: str
+
+
 def parse_devices(value: object) -> tuple[int, ...]:
     """Parse device ids from `0-7`, `0,2,4-6`, `[0, 1]` or `3`, in the order given.
 
@@ -147,6 +153,11 @@ def like(pattern: str, expected: str) -> BeforeValidator:
 def _scalar(value: object) -> object:
     if not isinstance(value, str | int | float):
         raise ValueError(f"expected text, a number, true or false, found {shown(value)}")
+    if isinstance(value, WrittenFloat) and str(value) != value.written:
+        raise ValueError(
+            f"expected text in quotes ('{value.written}') or {value}, found {value.written}, which "
+            f"would be given on as {value}"
+        )
     if "\0" in str(value):
         raise ValueError(f"expected text without NUL characters, found {shown(value)}")
     return value

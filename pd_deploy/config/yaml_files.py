@@ -1,12 +1,14 @@
 """Reading YAML documents: `extends`, no key given twice, clear errors for what can't be read."""
 
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from pd_deploy.config import text_files
+from pd_deploy.config.fields import WrittenFloat
 from pd_deploy.errors import InvalidInput, Problem
 
 Document = dict[str, Any]
@@ -54,7 +56,54 @@ def _without_repeats(
     return result
 
 
+class _Surprise(yaml.MarkedYAMLError):
+    """A value that YAML 1.1 takes for something else than what is written there."""
+
+
+def _expected(node: yaml.ScalarNode, found: str) -> _Surprise:
+    return _Surprise(
+        problem=f"expected text in quotes ('{node.value}'), or a plain value; found "
+        f"{node.value}, which YAML reads as {found}",
+        problem_mark=node.start_mark,
+    )
+
+
+def _whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    value = int(loader.construct_yaml_int(node))
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value):
+        raise _expected(node, f"the number {value}")
+    return value
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    value = float(loader.construct_yaml_float(node))
+    if ":" in node.value:
+        raise _expected(node, f"the number {value}")
+    if repr(value) == node.value:
+        return value
+    number = WrittenFloat(value)
+    number.written = node.value
+    return number
+
+
+def _truth(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> bool:
+    value = bool(loader.construct_yaml_bool(node))
+    if node.value.lower() not in ("true", "false"):
+        raise _expected(node, str(value).lower())
+    return value
+
+
+def _date(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> NoReturn:
+    if not loader.timestamp_regexp.match(node.value):
+        raise ValueError(f"{node.value} is no date")
+    raise _expected(node, "a date")
+
+
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _whole)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:bool", _truth)
+_StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", _date)
 
 
 def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
@@ -124,7 +173,8 @@ def _parse(path: Path) -> Document:
         document = yaml.load(text, _StrictLoader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise _invalid(path, "", f"not valid YAML: {where}{error.problem}") from error
+        fault = "" if isinstance(error, _Surprise) else "not valid YAML: "
+        raise _invalid(path, "", f"{fault}{where}{error.problem}") from error
     except _UNREADABLE as error:
         raise _invalid(path, "", f"not valid YAML: {error}") from error
     if not isinstance(document, dict):

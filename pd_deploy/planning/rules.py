@@ -4,6 +4,7 @@ Here are those of every service; an engine adds its own. A file may break a rule
 `allow: [rule-name]`.
 """
 
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -34,6 +35,7 @@ def _findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     yield from _shared_addresses(deployment)
     yield from _shared_devices(topology)
     yield from _shared_ports(topology)
+    yield from _shared_paths(deployment)
     yield from _pods(deployment, topology)
     yield from _device_ids(deployment, topology)
     yield from _overrides_of_proxy(deployment, topology)
@@ -108,6 +110,16 @@ def _shared_ports(topology: Topology) -> Iterator[Finding]:
                 message = f"its {purpose} port {port} on host {instance.host} is also"
                 yield "ports-distinct", Problem(instance.key, f"{message} {holder[endpoint]}")
             holder.setdefault(endpoint, f"the {purpose} port of {instance.name}")
+
+
+def _shared_paths(deployment: Deployment) -> Iterator[Finding]:
+    paths = deployment.paths
+    if posixpath.normpath(paths.state) == posixpath.normpath(paths.logs):
+        message = (
+            f"expected another directory than paths.state, found {paths.logs}: containers may "
+            "not write to the directory of the state"
+        )
+        yield "paths-apart", Problem("paths.logs", message)
 
 
 def _pods(deployment: Deployment, topology: Topology) -> Iterator[Finding]:

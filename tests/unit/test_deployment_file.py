@@ -1,6 +1,10 @@
 """Bad input ends in one clear message with the key's path, good input in a deployment."""
 
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +68,7 @@ class TestFile:
             ("1: a\n", "1: expected keys that are text, found 1"),
             (b"name: \xff\n", "expected UTF-8 text"),
             (b"name: \x00\n", "not valid YAML"),
-            ("a: 2024-13-45\n", "not valid YAML"),
+            ("a: 2024-13-45\n", "which YAML reads as a date"),
             ('a: !!int ""\n', "not valid YAML"),
             ("a: !!bool maybe\n", "not valid YAML"),
             ("a: !!timestamp x\n", "not valid YAML"),
@@ -489,3 +493,71 @@ def test_any_text_is_a_deployment_or_invalid_input(tmp_path: Path, text: str) ->
 )
 def test_an_image_is_taken_apart(image: str, parts: tuple[str, str, str]) -> None:
     assert split_image(image) == parts
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("0755", "493"), ("0x10", "16"), ("1_000", "1000"), ("12:30:00", "45000"),
+        ("1:30.5", "90.5"), ("2025-07-22", "a date"), ("no", "false"), ("On", "true"),
+    ],
+)  # fmt: skip
+def test_what_yaml_reads_as_something_else_is_refused(
+    tmp_path: Path, written: str, read: str
+) -> None:
+    """Wherever it stands, with its line, and with the way to write it."""
+    file = tmp_path / "file.yaml"
+    for key in ("served_name", "any: [1, {key"):
+        closing = "}]" if "{" in key else ""
+        file.write_text(f"name: x\n{key}: {written}{closing}\n")
+        with pytest.raises(InvalidInput) as caught:
+            yaml_files.read(file)
+        (problem,) = caught.value.problems
+        assert problem.message.startswith(f"line 2: expected text in quotes ('{written}')")
+        assert problem.message.endswith(read)
+        file.write_text(f"name: x\n{key}: '{written}'{closing}\n")
+        assert written in str(yaml_files.read(file))
+
+
+@pytest.mark.parametrize("written", ["1.10", "1.50e+3", ".5", "100000000000000000000.0"])
+def test_a_number_that_would_be_given_on_as_another_text_is_refused(
+    tmp_path: Path, written: str
+) -> None:
+    file = tmp_path / "file.yaml"
+    for place in ("environment: {VERSION", "arguments: {version"):
+        text = f"extends: {example.FILE}\nsettings: {{all: {{{place}: %s}}}}}}\n"
+        file.write_text(text % written)
+        with pytest.raises(
+            InvalidInput, match=rf"expected text in quotes \('{re.escape(written)}'"
+        ):
+            load_deployment(file)
+        for accepted in (f"'{written}'", "1.5", "-3", "true"):
+            file.write_text(text % accepted)
+            load_deployment(file)
+    file.write_text(
+        f"extends: {example.FILE}\nsettings: {{all: {{gpu_memory_utilization: 0.90}}}}\n"
+    )
+    load_deployment(file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_file_in_a_closed_directory_is_told(tmp_path: Path) -> None:
+    """As a user who may not look into it."""
+    closed = Path(tempfile.mkdtemp())
+    closed.chmod(0)
+    script = (
+        "import sys; from pathlib import Path; from pd_deploy.config.load import load_deployment\n"
+        "from pd_deploy.errors import InvalidInput\n"
+        "import os; os.setuid(65534)\n"
+        "try: load_deployment(Path(sys.argv[1]))\n"
+        "except InvalidInput as error: print(error)"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(closed / "file.yaml")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.stderr, "cannot be read: Permission denied" in done.stdout) == ("", True)
+    finally:
+        closed.chmod(0o700)
+        closed.rmdir()

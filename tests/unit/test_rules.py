@@ -21,6 +21,10 @@ COPIES = DEEPSEEK | {
 }
 # Rule → changes to the example that break it and no other.
 BREAKING: dict[str, list[dict[str, Any]]] = {
+    "paths-apart": [
+        {"paths": {"logs": "/var/lib/pd-deploy"}},
+        {"paths": {"state": "/data/log_path"}},
+    ],
     "batched-tokens": [
         {place: {where: {"arguments": {"max-num-batched-tokens": 1000}}}}
         for place, where in (("settings", "all"), ("settings", "decode"), ("prefill", "p1"))
