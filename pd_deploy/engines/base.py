@@ -223,6 +223,12 @@ class Engine(Protocol):
     def device_users(self, output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
         """Parse which of the devices are in use, and by whom, from what this command printed."""
 
+    def device_health_command(self, devices: Sequence[int]) -> list[str]:
+        """Return the command that prints how a host's devices are; empty if none can."""
+
+    def faulty_devices(self, output: str, devices: Sequence[int]) -> Mapping[int, str]:
+        """Parse which of the devices are out of order, and why, from what this command printed."""
+
     def command(self, service: Service, name: str) -> list[str]:
         """Return the arguments of what the start script runs in the end."""
 

@@ -227,6 +227,16 @@ def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int,
     return {}
 
 
+def device_health_command(devices: Sequence[int]) -> list[str]:
+    """Run nothing: each kind of device tells its health differently."""
+    return []
+
+
+def faulty_devices(output: str, devices: Sequence[int]) -> Mapping[int, str]:
+    """Return none, as far as can be told."""
+    return {}
+
+
 def command(service: Service, name: str) -> list[str]:
     """Write `vllm serve …` for an instance, or `vllm-router …`."""
     instance = instance_of(service, name)

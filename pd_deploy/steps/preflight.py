@@ -36,7 +36,7 @@ async def preflight(rollout: Rollout, name: str) -> Report:
     # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
     # nothing that a disk with little room left would put at risk.
     if not rollout.is_last_resort:
-        checks += [_disk, _devices, _ports]
+        checks += [_disk, _devices, _health, _ports]
     found = await together(check(rollout, host, name) for check in checks)
     faults = [fault for faults_of_check in found for fault in faults_of_check]
     if not rollout.is_last_resort:
@@ -176,6 +176,24 @@ async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
             hint="end that process, or use other devices",
         )
         for holder in await holders(rollout, host, wanted.keys() - ours, ())
+    ]
+
+
+async def _health(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    """Find devices that are out of order among those that servers about to start need."""
+    engine = rollout.session.engine
+    devices = sorted({d for instance in rollout.to_start(name) for d in instance.devices})
+    command = engine.device_health_command(devices)
+    if not command or not devices:
+        return []
+    faults = engine.faulty_devices(await host.output(command), devices)
+    return [
+        HostError(
+            f"expected device {device} to be in order, found that {said}",
+            host=host.where,
+            hint="look at its driver and cable, or use other devices",
+        )
+        for device, said in sorted(faults.items())
     ]
 
 

@@ -159,11 +159,19 @@ def _npus(machine: Machine, *_: object) -> str:
     rows = []
     for device in range(DEVICES):
         npu, chip = divmod(device, 2)
-        rows.append(f"| {npu} Ascend910 | OK | 185.1 36 0 / 0 |")
+        rows.append(f"| {npu} Ascend910 | {machine.health.get(device, 'OK')} | 185.1 36 0 / 0 |")
         rows.append(f"| {chip} {device} | 0000:{0x9D + device:02X}:00.0 | 0 0 / 0 3395 / 65536 |")
     for device, (user, pid) in machine.device_users().items():
         rows.append(f"| {device // 2} {device % 2} | {pid} | {user} | 54815 |")
     return "\n".join(rows)
+
+
+def _health(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    return f"{_npus(machine)}\n" + "".join(
+        f"network port of device {device}\n"
+        f"link status: {'DOWN' if int(device) in machine.ports_down else 'UP'}\n"
+        for device in arguments
+    )
 
 
 def _device_addresses(machine: Machine, arguments: Sequence[str], _: str) -> str:
@@ -275,6 +283,7 @@ TABLE = (
     _script("ports taken", facts.TAKEN, _listeners),
     Command("port range", ("sh", "-c", facts.EPHEMERAL), lambda *_: "32768\t60999\n\n"),
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
+    _script("device health", npu_smi.HEALTH, _health, "npu-smi"),
     Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
     Command("find", ("find",), _find),
     Command("rmdir", tidy.RMDIR, _rmdir, changes=True),

@@ -112,6 +112,8 @@ class Machine:
         pulls_for: seconds that a pull takes.
         silence: seconds after which a connection without an answer counts as lost.
         unplugged_until: when its cable is plugged in again, by the clock's seconds.
+        health: what npu-smi says of devices that are not OK.
+        ports_down: devices whose network ports are down.
         security_options: what the engine says of its security.
     """
 
@@ -128,6 +130,8 @@ class Machine:
         self.pulls_for = 0.0
         self.silence = 15.0
         self.unplugged_until = 0.0
+        self.health: dict[int, str] = {}
+        self.ports_down: set[int] = set()
         self.security_options = ["name=seccomp,profile=builtin"]
 
     @property

@@ -30,6 +30,23 @@ def test_a_port_that_an_outbound_connection_may_get_is_warned_of(
     assert "ports 36000, 36001 lie in the kernel's ephemeral range" in caplog.text
 
 
+def test_a_device_that_is_out_of_order(world: World) -> None:
+    """Those with a warning work; those that no server needs don't matter."""
+    a = world.machines["a"]
+    a.health |= {3: "Alarm", 4: "Critical", 5: "Warning"}
+    a.ports_down |= {3, 6}
+    said = refused(world)
+    assert "expected device 3 to be in order, found that npu-smi says Alarm, its network" in said
+    assert "device 4 to be in order, found that npu-smi says Critical" in said
+    assert "device 6 to be in order, found that its network port is DOWN" in said
+    assert "device 5" not in said
+    a.health.clear()
+    a.ports_down.clear()
+    assert world.run(deploy).completed
+    a.health |= {3: "Alarm"}
+    assert "nothing to do" in world.run(deploy).message
+
+
 def test_an_engine_that_remaps_users(world: World) -> None:
     world.machines["b"].security_options.append("name=userns")
     assert "host b (10.0.0.2): expected Docker to leave users as they are" in refused(world)

@@ -187,6 +187,16 @@ def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int,
     return npu_smi.parse_users(output, devices, host=host)
 
 
+def device_health_command(devices: Sequence[int]) -> list[str]:
+    """Run `npu-smi info`, and `hccn_tool` for each device's network port."""
+    return npu_smi.health_command(devices)
+
+
+def faulty_devices(output: str, devices: Sequence[int]) -> Mapping[int, str]:
+    """Parse which devices are out of order from what these print."""
+    return npu_smi.parse_faults(output, devices)
+
+
 def command(service: Service, name: str) -> list[str]:
     """Return the launcher's arguments for an instance, or those of the proxy's script."""
     instance = instance_of(service, name)

@@ -1,14 +1,20 @@
-"""Who uses which NPU, from `npu-smi info` (contract section 7.2). Pure."""
+"""Who uses which NPU, and which are faulty, from `npu-smi info` (contract section 7.2). Pure."""
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pd_deploy.errors import FactsError
 
 COMMAND = ["npu-smi", "info"]
 HBM_IDLE_MB = 5120
 """An idle device was seen to use 2.8 to 3.5 GB; one that uses more than this is occupied."""
+
+FIT = ("OK", "Warning")
+"""A device with a warning works."""
+_PORT = "network port of device"
+HEALTH = f"""npu-smi info
+for i; do echo "{_PORT} $i"; hccn_tool -i "$i" -link -g 2>&1; done; true"""
 
 _CHIP = re.compile(r"[0-9A-F]{4}:[0-9A-F]{2}:[0-9A-F]{2}\.[0-9A-F]")
 _HBM = re.compile(r"(\d+)\s*/\s*\d+\s*$")
@@ -30,6 +36,29 @@ def parse_users(output: str, devices: Sequence[int], *, host: str) -> dict[int, 
             hint="look at the driver, or change `devices` in the deployment file",
         )
     return {device: users[device] for device in devices if device in users}
+
+
+def health_command(devices: Iterable[int]) -> list[str]:
+    """Return one command that prints the health of all devices and the state of their network
+    ports, for `parse_faults`."""
+    return ["sh", "-c", HEALTH, "npu-smi", *map(str, devices)]
+
+
+def parse_faults(output: str, devices: Sequence[int]) -> dict[int, str]:
+    """Parse which of the devices are out of order, each with what is said of it."""
+    table, *ports = output.split(f"{_PORT} ")
+    faults: dict[int, list[str]] = {device: [] for device in devices}
+    for above, row in itertools.pairwise([_cells(line) for line in table.splitlines()]):
+        if len(row) >= 3 and _CHIP.fullmatch(row[1]) and len(above) >= 2 and above[0]:
+            chip = row[0].split()
+            device = int(chip[1]) if len(chip) > 1 else int(above[0].split()[0])
+            if device in faults and above[1] not in FIT:
+                faults[device].append(f"npu-smi says {above[1]}")
+    for port in ports:
+        number, _, said = port.partition("\n")
+        if re.search(r"link status:\s*DOWN", said) and number.isdecimal():
+            faults[int(number)].append("its network port is DOWN")
+    return {device: ", ".join(said) for device, said in faults.items() if said}
 
 
 def _read(rows: Sequence[list[str]]) -> tuple[dict[tuple[int, int], int], dict[int, str]]:
