@@ -51,6 +51,9 @@ async def deploy(
         return publish.skipped(run, given)
     if run.scheduled:
         given = patient(given, given.window.total_seconds())
+    if stages == []:
+        expected = f"expected some of {', '.join(STAGES)}, or none given for all; found no stage"
+        raise InvalidInput([Problem("stages", expected)])
     if image == NEWEST:
         tags.policy_of(given)
     named = image not in (None, NEWEST)

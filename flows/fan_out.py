@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Coroutine, Iterable
 from typing import TypeVar
 
-from pd_deploy.errors import Abandoned, SeveralFaults
+from pd_deploy.errors import Abandoned, SeveralFaults, headline
 from pd_deploy.steps.barrier import Barrier
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ async def _guarded(barrier: Barrier, step: Awaitable[T]) -> T:
     try:
         return await step
     except Exception as error:
-        barrier.fail((str(error) or repr(error)).splitlines()[0])
+        barrier.fail(headline(error))
         raise
 
 

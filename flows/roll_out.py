@@ -9,7 +9,7 @@ from prefect import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
-from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack
+from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, headline
 from pd_deploy.flows import publish
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
@@ -127,6 +127,9 @@ async def abort(
     if to_undo and before and before.generation != rollout.plan.generation:
         await roll_back(rollout, error, before.generation, run)
     else:
+        down = "\nNothing serves: `pd-deploy recover FILE` once the cause is mended"
+        if rollout.history.record.closed and isinstance(error, PdDeployError):
+            error.message = error.message.removesuffix(down) + down
         await publish.failure(rollout, error, stopped)
 
 
@@ -146,10 +149,12 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
     except Exception as fault:
         if attempts:
             await containers.stop_started(attempts[-1])
-        states = await surveying.states(session)
+        states = await surveying.states(
+            session, {generation, failed.plan.generation, failed.plan.servers}
+        )
         raise RollbackFailed(
-            f"{what}; generation {generation} does not come back either, because {_why(fault)}\n"
-            f"Nothing serves. {states}",
+            f"{what}; generation {generation} does not come back either, because "
+            f"{headline(fault)}\nNothing serves. {states}{_below(error)}{_below(fault)}",
             hint="look at these logs, mend the cause, and run `pd-deploy recover FILE`",
         ) from error
     image = ""
@@ -161,7 +166,8 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         get_run_logger().error("not recorded that %s serves: %s", generation, fault)
     await tidy_up(line, back)
     raised = RolledBack(
-        f"{what}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}",
+        f"{what}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}"
+        f"{_below(error)}",
         hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
         f"{failed.plan.generation}`",
     )
@@ -223,8 +229,10 @@ def _end(error: BaseException) -> str:
         return "was stopped, as the run was interrupted"
     step = getattr(error, "step", None)
     at = f"at `{step}` " if step else ""
-    return f"failed {at}because {_why(error)}"
+    return f"failed {at}because {headline(error)}"
 
 
-def _why(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+def _below(error: BaseException) -> str:
+    """Return what an error says besides its headline, such as logs."""
+    rest = str(error).partition("\n")[2]
+    return f"\n{rest}" if rest else ""

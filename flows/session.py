@@ -74,6 +74,7 @@ async def locked(
 ) -> AsyncIterator[LockedSession]:
     """Lock the hosts of a session; see `locked_session`."""
     past = await connected(session)
+    _require_former(session, past)
     await open_former(session, past, also(past))
     lease = locking.lease_for(session, run, str(runtime.flow_run.id))
     taken = LockedSession.of(session, lease)
@@ -88,6 +89,27 @@ def patient(deployment: Deployment, seconds: float) -> Deployment:
     """Let a run wait longer for the deployment's leases than somebody at a prompt would."""
     gates = deployment.gates.model_copy(update={"lease": max(seconds, deployment.gates.lease)})
     return deployment.model_copy(update={"gates": gates})
+
+
+def _require_former(session: Session, past: History) -> None:
+    """Refuse to forget what is no host that the deployment has left.
+
+    Raises:
+        InvalidInput: each such address.
+    """
+    present = {host.address for host in session.hosts.values()}
+    former = sorted(past.record.hosts.keys() - present)
+    problems = [
+        Problem(
+            "forget",
+            f"expected the address of a host that has left the file "
+            f"({', '.join(former) or 'there is none'}), found {address!r}",
+        )
+        for address in sorted(session.forgotten)
+        if address not in former
+    ]
+    if problems:
+        raise InvalidInput(problems)
 
 
 async def connected(session: Session) -> History:

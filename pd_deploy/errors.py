@@ -96,6 +96,18 @@ class PdDeployError(Exception):
         separator = "\n" if "\n" in text else " "
         return f"{text}{separator}→ {self.hint}"
 
+    @property
+    def headline(self) -> str:
+        """Where and why, in one line: without hint, and without the logs below it."""
+        where = ", ".join(
+            filter(
+                None,
+                (self.host and f"host {self.host}", self.instance and f"instance {self.instance}"),
+            )
+        )
+        first = self.message.partition("\n")[0]
+        return f"{where}: {first}" if where else first
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own __reduce__ calls the class with `args`, which lack keyword arguments.
         return _rebuild, (type(self), self.args, self.__dict__.copy())
@@ -251,6 +263,11 @@ class SeveralFaults(PdDeployError):
         count = f"{len(self.faults)} steps failed:"
         super().__init__("\n- ".join([count, *map(str, self.faults)]))
 
+    @property
+    def headline(self) -> str:
+        """All causes in one line."""
+        return "; ".join(headline(fault) for fault in self.faults)
+
 
 class ServiceError(PdDeployError):
     """The hosts do as told, but the service does not come up."""
@@ -331,6 +348,13 @@ class RegistryUnavailable(TransientError):
 def faults_of(error: Exception) -> Sequence[Exception]:
     """List the faults that an error reports: those of several steps, or itself."""
     return error.faults if isinstance(error, SeveralFaults) else [error]
+
+
+def headline(error: BaseException) -> str:
+    """Tell an error's cause in one line."""
+    if isinstance(error, PdDeployError):
+        return error.headline
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def is_transient(exc: BaseException) -> bool:

@@ -4,7 +4,7 @@ import logging
 
 from prefect.logging import get_run_logger
 
-from pd_deploy.errors import PdDeployError
+from pd_deploy.errors import PdDeployError, headline
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.verify.smoke import Completion
@@ -18,11 +18,20 @@ _REPEATS = (
 )
 
 
+_RETRY = "Task run failed with"
+
+
 class _Story(logging.Filter):
     """A filter that drops each run's final state, which our own line or the error tells better, and
     shows an error of ours once, as its message: a traceback says nothing about a host."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed: dict[str, str] = {}
+
     def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith(_RETRY) and isinstance(record.args, tuple):
+            self._tell_once(record, record.args)
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, PdDeployError):
             if error.told:
@@ -31,6 +40,17 @@ class _Story(logging.Filter):
             record.msg, record.args = str(error), ()
             record.exc_info = record.exc_text = None
         return not record.getMessage().startswith(_REPEATS)
+
+    def _tell_once(self, record: logging.LogRecord, args: tuple[object, ...]) -> None:
+        """Show a fault that a step has again at each retry only the first time."""
+        error, *retry = args[1:]
+        if not isinstance(error, Exception):
+            return
+        of, text = str(getattr(record, "task_run_id", "")), headline(error)
+        known = self._failed.get(of) == text
+        self._failed[of] = text
+        record.msg = "%s - retry %s of %s will start %s"
+        record.args = ("the same again" if known else text, *retry)
 
 
 def tell() -> None:

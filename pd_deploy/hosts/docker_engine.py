@@ -316,17 +316,6 @@ class DockerEngine:
         with its time, "" while there is none."""
         return "".join((await self._timed_lines(container, 1))[-1:])
 
-    async def has_said(
-        self,
-        container: str,
-        text: str,
-        *,
-        after: str | None = None,
-        since: datetime | None = None,
-    ) -> bool:
-        """Tell whether a container's output has `text`; what counts is as in `wait_log`."""
-        return any(text in line for line in await self._lines(container, after, since))
-
     async def wait_log(
         self,
         container: str,

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerState
 
@@ -93,6 +94,20 @@ def to_stop(
     elif not complete:
         stopping = others + [proxy for proxy in ours if proxy not in servers]
     return [(host, state) for host, state in stopping if state.status in RUNNING]
+
+
+def lost_since(states: Iterable[ContainerState]) -> datetime | None:
+    """Tell since when the containers of a generation can't serve: since the proxy, or the last of
+    all prefills or of all decodes, ended. None while they can, or where none has ever run."""
+    by_role: dict[str, list[ContainerState]] = {}
+    for state in states:
+        by_role.setdefault(state.labels.get(ROLE, ""), []).append(state)
+    ends = [
+        max(state.finished_at for state in members if state.finished_at)
+        for members in by_role.values()
+        if all(state.status in ENDED and state.finished_at for state in members)
+    ]
+    return min(ends, default=None)
 
 
 def numbers(label: str) -> set[int]:

@@ -64,6 +64,6 @@ class Attempt:
     interrupted: bool = False
 
     @classmethod
-    def begin(cls, record: Record) -> "Attempt":
-        """Begin an attempt; the service may be down from an earlier one."""
-        return cls(record, Downtime(record.closed))
+    def begin(cls, record: Record, lost: datetime | None = None) -> "Attempt":
+        """Begin an attempt; the service may be down from an earlier one, or lost since then."""
+        return cls(record, Downtime(record.closed or lost))

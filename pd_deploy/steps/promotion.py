@@ -12,6 +12,7 @@ from pd_deploy.errors import (
     PdDeployError,
     SeveralFaults,
     SmokeTestFailed,
+    headline,
 )
 from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
@@ -83,7 +84,9 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
         result=result,
         when=datetime.now(UTC),
         by=by,
-        reason=f"{_step(error)}{error}" if result == "failed" else "the run was cancelled",
+        reason=f"{_step(error)}{headline(error)}\n{error}"
+        if result == "failed"
+        else "the run was cancelled",
     )
     await write(rollout, rollout.history.record.ended(rollout.plan.generation, outcome))
 
@@ -105,7 +108,7 @@ async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bo
     quarantined = Quarantined(
         image=failed.release.chosen_image,
         when=datetime.now(UTC),
-        reason=str(error).partition("\n")[0],
+        reason=headline(error),
     )
     await write(back, history.record.quarantined(digest, quarantined))
     return True

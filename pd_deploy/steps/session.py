@@ -6,6 +6,7 @@ from typing import Self
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment, Ssh
 from pd_deploy.engines.base import Layout
+from pd_deploy.errors import NoSuchGeneration
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.lease import Lease
@@ -60,6 +61,12 @@ class Session:
     def for_deployment(self, deployment: Deployment) -> Self:
         """Take the same hosts for another state of the deployment, each under its name there."""
         by_address = {host.address: host for host in self.hosts.values()}
+        if gone := [e.address for e in deployment.hosts.values() if e.address not in by_address]:
+            raise NoSuchGeneration(
+                f"expected the hosts of that generation, found that {', '.join(gone)} was "
+                "forgotten or has left the deployment",
+                hint="choose another one: `pd-deploy releases FILE`",
+            )
         named = {name: by_address.pop(entry.address) for name, entry in deployment.hosts.items()}
         for host in by_address.values():
             named[host.name if host.name not in named else host.where] = host

@@ -5,7 +5,7 @@ Changes nothing.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -273,8 +273,16 @@ def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rol
         saved.plan,
         past.releases[saved.plan.generation],
         "as it was saved",
-        Attempt.begin(past.record),
+        Attempt.begin(past.record, _lost_since(saved, past, states)),
     )
+
+
+def _lost_since(saved: Saved, past: History, states: Iterable[HostState]) -> datetime | None:
+    """Since when the generation that is to serve can't, by the clocks of its hosts."""
+    if past.record.serving != saved.plan.generation:
+        return None
+    names = saved.plan.roles.keys()
+    return generations.lost_since(c for s in states for c in s.containers if c.name in names)
 
 
 def _require_names(session: Session, plan: plans.Plan, states: Mapping[str, HostState]) -> None:
@@ -299,7 +307,7 @@ def _require_names(session: Session, plan: plans.Plan, states: Mapping[str, Host
         raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
 
 
-async def states(session: Session) -> str:
+async def states(session: Session, of_generations: Collection[str] | None = None) -> str:
     """Describe what runs on every host, for messages; name a host that can't be reached as such."""
 
     async def of(name: str) -> str:
@@ -308,7 +316,12 @@ async def states(session: Session) -> str:
             found = await session.host(name).docker.containers(label)
         except PdDeployError as error:
             return f"host {session.host(name).where}: {error.message}"
-        shown = ", ".join(f"{c.name} {c.status}" for c in found) or "no containers"
+        asked = [
+            c
+            for c in found
+            if of_generations is None or c.labels.get(generations.GENERATION) in of_generations
+        ]
+        shown = ", ".join(f"{c.name} {c.status}" for c in asked) or "no containers"
         return f"host {session.host(name).where}: {shown}"
 
     return "; ".join(await together(of(name) for name in session.hosts))
