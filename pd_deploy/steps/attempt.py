@@ -20,9 +20,11 @@ class Downtime:
     until: datetime | None = None
     proof: float = 0.0
 
-    def begin(self) -> None:
-        """Note that the proxy is about to close; a service that is down already stays so."""
-        self.since = self.since or datetime.now(UTC)
+    def begin(self, lost: datetime | None = None) -> None:
+        """Note that the proxy is about to close, or that the service was lost before by itself; one
+        that is down already stays so."""
+        now = datetime.now(UTC)
+        self.since = self.since or min(lost or now, now)
 
     def end(self) -> None:
         """Note that clients can connect."""

@@ -90,6 +90,25 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     return Report("clean up", instance, where, bool(stopping), detail)
 
 
+async def lost_since(rollout: Rollout) -> datetime | None:
+    """Look since when the service is lost, by its hosts' clocks: what ran at the survey may have
+    ended since, with its engine. None while it serves."""
+    label = {generations.DEPLOYMENT: rollout.session.deployment.name}
+    served = {
+        state.id
+        for states in rollout.containers.values()
+        for state in states
+        if state.status in generations.RUNNING
+    }
+    found = await together(
+        retried(partial(rollout.session.host(host).docker.containers, label))
+        for host in rollout.containers
+    )
+    return generations.lost_since(
+        state for states in found for state in states if state.id in served
+    )
+
+
 async def launch(rollout: Rollout, instance: str) -> Report:
     """Create an instance's directories, start script and container; start nothing."""
     where, host = rollout.session.topology.host_of(instance), rollout.session.host_of(instance)
@@ -386,14 +405,21 @@ async def _clients_can_connect(rollout: Rollout) -> bool:
 
 
 async def _answers(rollout: Rollout, address: str) -> bool:
-    """Tell whether the proxy answers at an address of its host."""
+    """Tell whether the proxy answers at an address of its host. No answer from there is one only if
+    the host was reached all the time: who takes a lost connection for a closed port opens it."""
     proxy = rollout.session.topology.proxy
-    async with rollout.session.host(proxy.host).http(address, proxy.port) as client:
-        try:
-            await client.get(f"http://{address}:{proxy.port}/health", timeout=CONNECT_S)
-        except httpx.TransportError:
-            return False
-    return True
+    host = rollout.session.host(proxy.host)
+    while True:
+        connects = host.connects
+        async with host.http(address, proxy.port) as client:
+            try:
+                await client.get(f"http://{address}:{proxy.port}/health", timeout=CONNECT_S)
+            except httpx.TransportError:
+                await host.run(["true"])
+                if host.connects == connects:
+                    return False
+            else:
+                return True
 
 
 async def _log_says(

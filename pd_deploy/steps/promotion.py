@@ -16,7 +16,7 @@ from pd_deploy.errors import (
 )
 from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
-from pd_deploy.steps import copies, history
+from pd_deploy.steps import containers, copies, history
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
@@ -42,9 +42,12 @@ async def note_hosts(rollout: Rollout) -> None:
 
 
 async def note_closing(rollout: Rollout) -> None:
-    """Record that clients are about to be cut off, so that whoever brings the service back, in this
-    run or a later one, knows for how long it was down."""
-    await write(rollout, rollout.history.record.closing(datetime.now(UTC)))
+    """Record since when clients are cut off, which may be before now, so that whoever brings the
+    service back, in this run or a later one, knows for how long it was down."""
+    downtime = rollout.attempt.downtime
+    downtime.begin(await containers.lost_since(rollout))
+    assert downtime.since
+    await write(rollout, rollout.history.record.closing(downtime.since))
 
 
 async def promote(rollout: Rollout, by: str) -> Report:

@@ -4,12 +4,15 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.flows import away
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
+from pd_deploy.steps import attempt
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults, Machine
 from tests.memory.world import INSTANCES, ROOT, World
@@ -73,6 +76,39 @@ def test_a_way_back_waits_for_a_host_that_is_away_from_any_moment(
         assert twin.cluster.clock.seconds() - begin < 3 * AWAY_S, moment
 
 
+def test_a_connection_that_is_lost_opens_no_proxy_before_its_proof(world: World) -> None:
+    """A recovery finds the proxy open to the smoke test alone. If it took the lost connection for a
+    closed port, it would signal once more, which lets clients in."""
+    image = world.push("20250724_1", BAD)
+    moments = world.twin().run(deploy, image=image).moments
+    proofs = [m.number for m in moments if "POST" in m.what]
+    signals = [m.number for m in moments if m.what.startswith("kill ") and m.after]
+    assert len(signals) == 3
+    world.run(deploy, image=image, kill_at=next(n for n in proofs if n > signals[1]))
+    world.pass_by(5)
+    before = opened(world)
+    looks = [m for m in world.twin().run(recover).moments if "GET" in m.what and "127." in m.what]
+    assert looks
+    for moment in looks[:4]:
+        twin, then = world.twin(), list[int]()
+
+        def cut(passed: Moment, twin: World = twin, then: list[int] = then) -> None:
+            if passed.number == moment.number:  # noqa: B023
+                twin.machines["a"].unplug(20)
+            if "POST" in passed.what:
+                then.append(opened(twin))
+
+        assert twin.run(recover, watch=cut).completed
+        assert then[0] == before, moment
+        assert opened(twin) == before + 1
+
+
+def opened(world: World) -> int:
+    """How often the old generation's proxy has let clients in."""
+    (proxy,) = (c for c in world.containers() if c.name.startswith("omni-infer-proxy_c0_1"))
+    return sum(omniinfer.OPENED in line for _, line in proxy.log)
+
+
 @pytest.mark.parametrize("fault", [unplugged, powered_off])
 def test_a_recovery_waits_for_a_host_that_is_away(
     world: World, fault: Callable[[Machine], None]
@@ -130,3 +166,23 @@ def test_after_its_bound_a_way_back_says_for_which_host_it_waited_and_what_runs(
     assert world.run(recover).completed
     assert caplog.messages[-1] == "all hosts are back; going on"
     assert world.assert_coherent() == first
+
+
+@pytest.mark.parametrize("faults", [{}, BAD])
+def test_downtime_counts_from_when_an_engine_that_restarts_ends_the_service(
+    world: World, faults: dict[str, Faults], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an image is pulled, long before the cut-over. The way back counts from there, too."""
+    clock = world.cluster.clock
+    monkeypatch.setattr(attempt, "datetime", SimpleNamespace(now=lambda _: clock.date()))
+    world.machines["a"].pulls_for = 90
+
+    def restart(passed: Moment) -> None:
+        if passed.what.startswith("pull ") and passed.host == "b" and passed.after:
+            world.machines["b"].reboot()
+
+    outcome = world.run(deploy, image=world.push("20250724_1", faults), watch=restart)
+    assert outcome.completed is not bool(faults)
+    said = re.search(r"down for ([\d.]+) s", outcome.message or str(outcome.error))
+    assert said, outcome.error
+    assert 88 < float(said[1]) < 110
