@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PREFILLS ?= 3
 
-.PHONY: help demo demo-vllm demo-down test test-all test-unit lint bench lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-down test test-all test-unit coverage lint bench lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,6 +26,10 @@ test-all: ready-dev ## All tests, with a kill at every moment of an upgrade; tak
 
 test-unit: ready-dev ## Only the tests that need no host.
 	@$(BIN)/pytest tests/unit
+
+coverage: ready-dev ## Which lines of flows, tasks and steps the unit tests miss; fails below 90 %.
+	@$(BIN)/coverage run -m pytest -q tests/unit
+	@$(BIN)/coverage report
 
 lint: ready-dev ## Format, lint and type checks.
 	@$(BIN)/ruff format --check
