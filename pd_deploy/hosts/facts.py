@@ -30,6 +30,21 @@ class Seen:
     sha256: str = ""
 
 
+@dataclass(frozen=True)
+class Links:
+    """Links in a directory.
+
+    Attributes:
+        links: by path, where each leads in the end, "" for nowhere.
+        paths: the same of other paths.
+        closed: files in the directory that root may not read.
+    """
+
+    links: dict[str, str]
+    paths: dict[str, str]
+    closed: list[str]
+
+
 class Runner(Protocol):
     """Runs a command on a host and returns what it prints."""
 
@@ -46,6 +61,14 @@ class Runner(Protocol):
 ADDRESSES = ["ip", "-j", "-4", "addr"]
 # Paths go as arguments and come back ended by NUL, so that any name is safe.
 MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
+# Links in a directory with where they lead, the directory's own path among them; files there that
+# root may not read, as on a network file system; and where further paths lead.
+LINKS = r"""to=$(readlink -f -- "$1"); [ "$to" = "$1" ] || printf 'link\0%s\0%s\0' "$1" "$to"
+find "$1/" -maxdepth 2 -type l -exec sh -c 'for link; do
+  printf "link\0%s\0%s\0" "$link" "$(readlink -f -- "$link")"; done' sh {} + 2>/dev/null
+[ "$(id -u)" != 0 ] ||
+  find "$1/" -maxdepth 2 -type f ! -readable -printf 'closed\0%p\0\0' 2>/dev/null
+shift; for p; do printf 'path\0%s\0%s\0' "$p" "$(readlink -f -- "$p")"; done"""
 EPHEMERAL = """cat /proc/sys/net/ipv4/ip_local_port_range
 cat /proc/sys/net/ipv4/ip_local_reserved_ports 2>/dev/null; true"""
 # Sockets that are bound but neither listen nor connect are seen by trying alone.
@@ -106,6 +129,12 @@ class Facts:
             return []
         output = await self._host.output(["sh", "-c", MISSING, "sh", *paths])
         return output.split("\0")[:-1]
+
+    async def links(self, directory: str, paths: Sequence[str]) -> Links:
+        """Find the links in a directory and the files there that root may not read, and where
+        further paths lead."""
+        output = await self._host.output(["sh", "-c", LINKS, "sh", directory, *paths])
+        return parse_links(output)
 
     async def tree(self, directory: str, logs: str) -> dict[str, Seen]:
         """List what is in a deployment's directory, and the directories in that of its logs."""
@@ -226,6 +255,15 @@ def parse_taken(output: str, ports: Sequence[int], where: str = "") -> dict[int,
         elif bound := re.fullmatch(r"BOUND (\d+)", line):
             taken.setdefault(int(bound[1]), "")
     return {port: taken[port] for port in ports if port in taken}
+
+
+def parse_links(output: str) -> Links:
+    """Parse what `LINKS` prints."""
+    parts = output.split("\0")[:-1]
+    found: dict[str, dict[str, str]] = {"link": {}, "path": {}, "closed": {}}
+    for kind, path, to in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        found[kind][posixpath.normpath(path)] = to
+    return Links(found["link"], found["path"], sorted(found["closed"]))
 
 
 def parse_ephemeral(output: str, ports: Sequence[int]) -> list[int]:

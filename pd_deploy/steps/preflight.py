@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import posixpath
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
-from pd_deploy.errors import DiskFull, FileMissing, HostError, InUse, PortTaken
+from pd_deploy.errors import DiskFull, FileDenied, FileMissing, HostError, InUse, PortTaken
 from pd_deploy.hosts.concurrent import together
-from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.hosts.container_values import ContainerState, Mount
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
@@ -36,7 +37,7 @@ async def preflight(rollout: Rollout, name: str) -> Report:
     # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
     # nothing that a disk with little room left would put at risk.
     if not rollout.is_last_resort:
-        checks += [_disk, _devices, _health, _ports]
+        checks += [_model, _disk, _devices, _health, _ports]
     found = await together(check(rollout, host, name) for check in checks)
     faults = [fault for faults_of_check in found for fault in faults_of_check]
     if not rollout.is_last_resort:
@@ -130,6 +131,55 @@ async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
             hint="install the driver or model there, or change `container` or `model` in the file",
         )
     ]
+
+
+async def _model(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    """Find what the servers about to start would miss of the model: links that lead out of what
+    their containers mount, and files that can't be read."""
+    path = rollout.session.deployment.model.path
+    servers = [i for i in rollout.to_start(name) if i.role != "proxy"]
+    if not servers:
+        return []
+    mounts = [mount for server in servers for mount in server.container.mounts]
+    found = await host.facts.links(path, sorted({mount.source for mount in mounts}))
+    lost = {k: to for k, to in found.links.items() if not _is_visible(k, to, mounts, found.paths)}
+    faults: list[HostError] = []
+    if lost:
+        link, to = next(iter(sorted(lost.items())))
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        faults.append(
+            FileMissing(
+                f"expected links in the model's directory to lead where containers can look, "
+                f"found {link} → {to or 'nothing'}{more}",
+                path=link,
+                host=host.where,
+                hint=f"mount {posixpath.dirname(to) or 'it'} at the same path (`settings: {{all: "
+                "{mounts: …}}`), or give a copy without links",
+            )
+        )
+    if found.closed:
+        message = f"expected files that root can read, found {', '.join(found.closed[:5])}"
+        hint = "look at their owner and at the file system's root_squash"
+        faults.append(FileDenied(message, host=host.where, hint=hint))
+    return faults
+
+
+def _is_visible(link: str, to: str, mounts: Iterable[Mount], sources: Mapping[str, str]) -> bool:
+    """Tell whether a container sees where a link leads.
+
+    Args:
+        sources: where the mounts' sources lead; Docker follows links in them.
+    """
+    return any(
+        (mount.source == mount.target and _is_in(to, mount.source))
+        # Links within a mount are relative, as a rule.
+        or (_is_in(link, mount.source) and _is_in(to, sources.get(mount.source, mount.source)))
+        for mount in mounts
+    )
+
+
+def _is_in(path: str, directory: str) -> bool:
+    return PurePosixPath(path).is_relative_to(directory) if path else False
 
 
 async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:

@@ -174,6 +174,13 @@ def _health(machine: Machine, arguments: Sequence[str], _: str) -> str:
     )
 
 
+def _links(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    found = [("link", *each) for each in machine.links.items()]
+    found += [("closed", path, "") for path in machine.closed]
+    found += [("path", path, path) for path in arguments[1:]]
+    return "".join(f"{part}\0" for row in found for part in row)
+
+
 def _device_addresses(machine: Machine, arguments: Sequence[str], _: str) -> str:
     octet = machine.address.rpartition(".")[2]
     return "".join(
@@ -283,6 +290,7 @@ TABLE = (
     _script("ports taken", facts.TAKEN, _listeners),
     Command("port range", ("sh", "-c", facts.EPHEMERAL), lambda *_: "32768\t60999\n\n"),
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
+    _script("links", facts.LINKS, _links),
     _script("device health", npu_smi.HEALTH, _health, "npu-smi"),
     Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
     Command("find", ("find",), _find),

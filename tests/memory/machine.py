@@ -113,6 +113,8 @@ class Machine:
         silence: seconds after which a connection without an answer counts as lost.
         unplugged_until: when its cable is plugged in again, by the clock's seconds.
         health: what npu-smi says of devices that are not OK.
+        links: where links in the model's directory lead.
+        closed: files in it that root may not read.
         ports_down: devices whose network ports are down.
         security_options: what the engine says of its security.
     """
@@ -132,6 +134,8 @@ class Machine:
         self.unplugged_until = 0.0
         self.health: dict[int, str] = {}
         self.ports_down: set[int] = set()
+        self.links: dict[str, str] = {}
+        self.closed: list[str] = []
         self.security_options = ["name=seccomp,profile=builtin"]
 
     @property

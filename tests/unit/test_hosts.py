@@ -24,10 +24,12 @@ from pd_deploy.hosts.container_values import (
 )
 from pd_deploy.hosts.docker_errors import container_error, pull_error
 from pd_deploy.hosts.facts import (
+    LINKS,
     Facts,
     parse_disk_free,
     parse_ephemeral,
     parse_interface,
+    parse_links,
     parse_listeners,
     parse_loopback,
     parse_taken,
@@ -415,6 +417,25 @@ class TestFacts:
             9002: "an outbound connection",
             9006: "",
         }
+
+    def test_links(self, tmp_path: Path) -> None:
+        """Of a directory as caches of models have it; and where a link to all of it leads."""
+        model = tmp_path / "hub" / "snapshots" / "abc"
+        model.mkdir(parents=True)
+        (tmp_path / "hub" / "blob").touch()
+        (model / "a name").symlink_to("../../blob")
+        (model / "gone").symlink_to("/no/such/file")
+        (tmp_path / "short").symlink_to(tmp_path / "hub")
+        by_link = tmp_path / "short" / "snapshots" / "abc"
+        command = ["sh", "-c", LINKS, "sh", str(by_link), str(tmp_path / "short")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = parse_links(done.stdout)
+        assert found.links == {
+            str(by_link): str(model),
+            str(by_link / "a name"): str(tmp_path / "hub" / "blob"),
+            str(by_link / "gone"): "",
+        }
+        assert found.paths == {str(tmp_path / "short"): str(tmp_path / "hub")}
 
     @pytest.mark.parametrize(
         ("output", "ports"),

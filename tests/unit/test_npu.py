@@ -137,3 +137,31 @@ def test_the_stand_ins_own_output(tmp_path: Path) -> None:
         3: f"python3.1 (pid {os.getpid()})",
         5: "somebody (60000 MB of its memory are in use)",
     }
+
+
+@pytest.mark.parametrize(
+    ("chips", "health", "said"),
+    [
+        (A3, "OK", {}),
+        (A3, "Warning", {}),
+        *((A3, word, {1: f"npu-smi says {word}"}) for word in ("Alarm", "Critical", "UNKNOWN")),
+        (A2, "Offline", {1: "npu-smi says Offline"}),
+    ],
+)
+def test_devices_out_of_order_are_told(
+    chips: tuple[list[str], ...], health: str, said: dict[int, str]
+) -> None:
+    """Each by its own row; devices that nobody asks for are not."""
+    sick = chips[1][0].replace("OK", health)
+    text = output(chips[0], [sick, *chips[1][1:]], *chips[2:], processes=(process(0, 0),))
+    assert npu_smi.parse_faults(text, [0, 1]) == said
+    assert npu_smi.parse_faults(text, [0, 2]) == {}
+
+
+def test_a_network_port_that_is_down_is_told() -> None:
+    ports = "".join(
+        f"network port of device {device}\nlink status: {state}\n"
+        for device, state in ((0, "UP"), (1, "DOWN"), (2, "-bash: hccn_tool: not found"))
+    )
+    told = npu_smi.parse_faults(f"{output(*A3)}\n{ports}", [0, 1, 2])
+    assert told == {1: "its network port is DOWN"}

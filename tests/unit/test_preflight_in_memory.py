@@ -47,6 +47,27 @@ def test_a_device_that_is_out_of_order(world: World) -> None:
     assert "nothing to do" in world.run(deploy).message
 
 
+def test_links_of_the_model_that_lead_out_of_the_mounts(world: World) -> None:
+    """Those that stay within a mount don't matter."""
+    a, model = world.machines["a"], "/data/models/QwQ-32B"
+    a.links = {
+        f"{model}/config.json": "/opt/hf/blobs/0123",
+        f"{model}/gone": "",
+        f"{model}/tokenizer.json": "/data/blobs/4567",
+    }
+    a.closed = [f"{model}/model.safetensors"]
+    said = refused(world)
+    assert f"found {model}/config.json → /opt/hf/blobs/0123, and 1 more" in said
+    assert f"expected files that root can read, found {model}/model.safetensors" in said
+    assert "tokenizer" not in said
+    a.closed = []
+    del a.links[f"{model}/gone"]
+    for machine in world.machines.values():
+        machine.disk.add_directory("/opt/hf")
+    world.change(settings={"all": {"mounts": ["/opt/hf:/opt/hf:ro"]}})
+    assert world.run(deploy).completed
+
+
 def test_an_engine_that_remaps_users(world: World) -> None:
     world.machines["b"].security_options.append("name=userns")
     assert "host b (10.0.0.2): expected Docker to leave users as they are" in refused(world)
