@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine, Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -28,7 +28,7 @@ from pd_deploy.errors import PdDeployError
 from pd_deploy.flows.interrupts import Ending, ending
 
 POLL_INTERVAL_S = 0.5
-MAX_TASKS = 200
+PAGE = 200  # of task runs; the server gives no more at a time
 QUIET_POLLS = 4
 LOST = "the Prefect server was lost during the run, and does not know how it ended"
 QUEUED = "AwaitingConcurrencySlot"
@@ -90,26 +90,77 @@ async def _here(
 
 
 async def _follow(flow_run: UUID) -> int:
-    chosen = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run]))
     shown: set[tuple[UUID, UUID]] = set()
-    quiet, ahead = 0, ""
+    quiet, told, waiting = 0, "", Waiting()
     async with get_client() as client:
         while True:
             run = await client.read_flow_run(flow_run)
-            tasks = await client.read_task_runs(flow_run_filter=chosen, limit=MAX_TASKS)
-            quiet = 0 if _show(tasks, shown) else quiet + 1
-            if run.state and run.state.name == QUEUED and (now := await _ahead(client, run)):
-                if now != ahead:
-                    typer.echo(f"waits for {now}, which works on the same deployment")
-                ahead = now
+            quiet = 0 if _show(await _task_runs(client, flow_run), shown) else quiet + 1
+            if (line := await waiting.line(client, run)) and line != told:
+                typer.echo(line)
+                told = line
             # The server records task runs a little later than the end of their flow run.
             if run.state and run.state.is_final() and quiet >= QUIET_POLLS:
                 return _last_word(run.state)
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
+async def _task_runs(client: PrefectClient, flow_run: UUID) -> list[TaskRun]:
+    """Read all task runs of a flow run, as many at a time as the server gives."""
+    chosen, tasks = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])), list[TaskRun]()
+    while True:
+        page = await client.read_task_runs(flow_run_filter=chosen, limit=PAGE, offset=len(tasks))
+        tasks += page
+        if len(page) < PAGE:
+            return tasks
+
+
+class Waiting:
+    """What a run waits for that has not begun, in words.
+
+    A run passes through some states in a moment: a line comes when it stays in one.
+    """
+
+    def __init__(self) -> None:
+        self._state: UUID | None = None
+        self._polls = 0
+
+    async def line(self, client: PrefectClient, run: FlowRun) -> str:
+        """Say what the run waits for; nothing if it does not, or not for long yet."""
+        state = run.state
+        self._polls = self._polls + 1 if state and state.id == self._state else 0
+        self._state = state.id if state else None
+        if not state or state.is_final() or state.is_running() or self._polls < QUIET_POLLS:
+            return ""
+        ahead = await _ahead(client, run)
+        return waits(run, state, ahead)
+
+
+def waits(run: FlowRun, state: State[Any], ahead: str) -> str:
+    """Write what a run waits for.
+
+    Args:
+        ahead: other runs of its deployment that are at work.
+    """
+    pool = run.work_pool_name or "its work pool"
+    due = state.state_details.scheduled_time
+    if ahead:
+        why = f"for {ahead}, which works on the same deployment"
+    elif state.name == QUEUED:
+        why = "for its turn: another run of its deployment has just ended, or is about to begin"
+    elif state.is_pending():
+        why = f"for the worker of pool {pool} that took it to start it"
+    elif state.is_paused():
+        why = "for somebody to resume it in the UI"
+    elif state.name == "Scheduled" and due and due > datetime.now(UTC):
+        why = f"until {due.astimezone():%Y-%m-%d %H:%M:%S}, when it is due"
+    else:
+        why = f"for a worker: none of pool {pool} takes it → `prefect worker start --pool {pool}`"
+    return f"{state.name}: waits {why}"
+
+
 async def _ahead(client: PrefectClient, run: FlowRun) -> str:
-    """Describe the runs for which this one has to wait in Prefect's queue."""
+    """Name the other runs of a run's deployment that hold its slot."""
     same = DeploymentFilter(
         id=DeploymentFilterId(any_=[run.deployment_id] if run.deployment_id else [])
     )
@@ -121,7 +172,9 @@ async def _ahead(client: PrefectClient, run: FlowRun) -> str:
     runs = await client.read_flow_runs(
         deployment_filter=same, flow_run_filter=FlowRunFilter(state=active)
     )
-    return ", ".join(f"run {one.name!r} ({one.id}), {one.state_name}" for one in runs)
+    return ", ".join(
+        f"run {one.name!r} ({one.id}), {one.state_name}" for one in runs if one.id != run.id
+    )
 
 
 def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> bool:

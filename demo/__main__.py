@@ -84,13 +84,20 @@ def up(deployment: str, *prepare: str) -> int:
     return followed.returncode
 
 
-def down() -> int:
-    """Remove everything, except the lab's cache of Debian packages and images."""
+def down(*, keep_lab: bool = False) -> int:
+    """Remove everything, except the lab's cache of Debian packages and images.
+
+    Args:
+        keep_lab: keep the lab, too, which somebody had up before.
+    """
     ended = processes.stop_all()
     if ended:
         print(f"stopped Prefect {' and '.join(ended)}")
-    run("pd-deploy", "lab", "down")
     shutil.rmtree(HOME, ignore_errors=True)
+    if keep_lab:
+        print("kept the lab, which was up before; `make demo-down` removes it")
+        return 0
+    run("pd-deploy", "lab", "down")
     print("kept packages and images for the next time; `pd-deploy lab down --purge` removes them")
     return 0
 
@@ -129,10 +136,10 @@ def main() -> int:
     parser.add_argument("verb", choices=["up", "vllm", "down"])
     parser.add_argument("--prefills", type=int, choices=[1, 3], default=3)
     arguments = parser.parse_args()
-    fresh = False
+    fresh, had_lab = False, True
     try:
         with alone():
-            fresh = not processes.running("server")
+            fresh, had_lab = not processes.running("server"), (LAB / "lab.json").exists()
             if arguments.verb == "down":
                 return down()
             if arguments.verb == "vllm":
@@ -141,7 +148,7 @@ def main() -> int:
     except (RuntimeError, KeyboardInterrupt) as error:
         print(f"demo: {str(error) or 'interrupted'}", file=sys.stderr)
         if fresh:
-            down()
+            down(keep_lab=had_lab)
         return 1
 
 

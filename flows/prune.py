@@ -28,5 +28,5 @@ async def prune(file: str) -> State[None]:
         past = surveying.past_of(await survey_hosts(session))
         steps = [prune_host(session, name, past) for name in session.hosts]
         done = await fan_out(session.barrier, steps)
-        await publish.listing(past)
+        await publish.listing(given.name, past.pruned(given.keep))
     return Completed(message="; ".join(f"{one.host}: {one.detail}" for one in done))

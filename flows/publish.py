@@ -1,7 +1,6 @@
 """What a run shows in the UI: log lines, a report and a table under stable keys, its last word."""
 
 import asyncio
-import re
 import textwrap
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -18,7 +17,7 @@ from pd_deploy.flows.run import Run, remedy
 from pd_deploy.planning import actions
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
-from pd_deploy.records.releases import History
+from pd_deploy.records.releases import History, Record
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -82,7 +81,7 @@ async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
         for action in host.actions:
             get_run_logger().info("%s: would %s %s", name, action.verb, action.subject)
     artifact = acreate_markdown_artifact(
-        key=f"{_key()}-dry-run",
+        key=f"{plan.deployment}-dry-run",
         markdown=actions.as_markdown(plan),
         description=f"What a run of {_file()} would do",
     )
@@ -166,9 +165,26 @@ async def rolled_back(
     await _publish(rollout, f"**Rolled back:**\n\n```\n{error}\n```", reports, completion)
 
 
-async def listing(past: History) -> None:
-    """Publish the deployment's releases."""
-    await _if_the_server_takes_it(_listing(past))
+async def listing(deployment: str, past: History) -> None:
+    """Publish a deployment's releases."""
+    await _if_the_server_takes_it(_listing(deployment, past))
+
+
+async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:
+    """Publish that nothing of a deployment is left, in place of what said that it serves."""
+    what = "; ".join(f"{report.host}: {report.detail}" for report in reports)
+    lines = [f"# {deployment}", "", "**Removed from its hosts.**", "", *_table(reports)]
+    report = acreate_markdown_artifact(
+        key=f"{deployment}-report",
+        markdown="\n".join(lines),
+        description=f"Last run of {_file()}",
+    )
+    instances = acreate_table_artifact(
+        key=f"{deployment}-instances", table=[], description=f"Instances of {_file()}"
+    )
+    nothing = History(Record(), {}, frozenset())
+    await _if_the_server_takes_it(report, instances, _listing(deployment, nothing))
+    return Completed(message=f"{deployment} is gone: {what}")
 
 
 async def _publish(
@@ -177,22 +193,23 @@ async def _publish(
     reports: Sequence[Report],
     completion: Completion | None,
 ) -> None:
+    deployment = rollout.plan.deployment
     report = acreate_markdown_artifact(
-        key=f"{_key()}-report",
+        key=f"{deployment}-report",
         markdown=_report(rollout, headline, reports, completion),
         description=f"Last run of {_file()}",
     )
     instances = acreate_table_artifact(
-        key=f"{_key()}-instances",
+        key=f"{deployment}-instances",
         table=_instances(rollout),
         description=f"Instances of {_file()}",
     )
-    await _if_the_server_takes_it(report, instances, _listing(rollout.history))
+    await _if_the_server_takes_it(report, instances, _listing(deployment, rollout.history))
 
 
-def _listing(past: History) -> Coroutine[Any, Any, object]:
+def _listing(deployment: str, past: History) -> Coroutine[Any, Any, object]:
     return acreate_table_artifact(
-        key=f"{_key()}-releases",
+        key=f"{deployment}-releases",
         table=[dict(row) for row in releases.table(past)],
         description=f"Releases of {_file()}",
     )
@@ -239,13 +256,20 @@ def _report(
             "",
         ]
     if reports:
-        lines += ["| step | of | changed | what | s |", "|---|---|---|---|---|"]
-        lines += [
+        lines += _table(reports)
+    return "\n".join(lines)
+
+
+def _table(reports: Iterable[Report]) -> list[str]:
+    return [
+        "| step | of | changed | what | s |",
+        "|---|---|---|---|---|",
+        *(
             f"| {r.step} | {r.subject} | {'yes' if r.changed else ''} | {r.detail} "
             f"| {r.seconds:.1f} |"
             for r in reports
-        ]
-    return "\n".join(lines)
+        ),
+    ]
 
 
 def _instances(rollout: Rollout) -> list[dict[str, str]]:
@@ -277,8 +301,3 @@ def _instances(rollout: Rollout) -> list[dict[str, str]]:
 
 def _file() -> str:
     return str(runtime.flow_run.parameters["file"])
-
-
-def _key() -> str:
-    """Derive an artifact's key, which may have lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", Path(_file()).stem.lower()).strip("-") or "deployment"

@@ -1,7 +1,6 @@
 """Removing a deployment from its hosts."""
 
 from prefect import State, flow
-from prefect.states import Completed
 
 from pd_deploy.flows import files, publish
 from pd_deploy.flows.fan_out import fan_out
@@ -28,5 +27,4 @@ async def teardown(file: str) -> State[None]:
         for name in proxy_first[:1]:
             await stop(session, name)
         done = await fan_out(session.barrier, [clear(session, name, past) for name in proxy_first])
-    what = "; ".join(f"{one.host}: {one.detail}" for one in done)
-    return Completed(message=f"{given.name} is gone: {what}")
+    return await publish.removed(given.name, done)

@@ -227,6 +227,12 @@ class History:
         others = [name for name in self.good if name != self.record.serving]
         return others[-1] if others else None
 
+    def pruned(self, count: int) -> "History":
+        """Leave out what pruning removes; see `kept`."""
+        kept = self.kept(count)
+        releases = {name: release for name, release in self.releases.items() if name in kept}
+        return replace(self, releases=releases, found=self.found & kept)
+
     def kept(self, count: int) -> set[str]:
         """List the generations that pruning keeps: what serves, the last `count` good ones besides,
         the youngest, whatever became of it, and those whose servers these run."""

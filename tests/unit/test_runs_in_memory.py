@@ -187,6 +187,34 @@ class TestTheEnd:
         assert world.run(deploy).completed
         world.assert_coherent()
 
+    def test_artifacts_say_what_is_so_after_each_kind_of_run(self, world: World) -> None:
+        """Their keys are the deployment's name, however its file is called."""
+        world.path = world.path.rename(world.path.with_name("Another file.yaml"))
+        world.change(keep=2)
+        shown: dict[str, Any] = {}
+
+        async def publish(*, key: str, **artifact: Any) -> None:
+            shown[key] = artifact.get("table", artifact.get("markdown"))
+
+        def releases() -> list[str]:
+            rows = shown["qwq-3p1d-releases"]
+            return [f"{row['generation'].partition('-')[0]} {row['result']}" for row in rows]
+
+        for tag in ("20250722_27", "20250722_28", "20250722_29"):
+            assert world.run(deploy, image=world.push(tag), artifacts=publish).completed
+        keys = {"qwq-3p1d-report", "qwq-3p1d-instances", "qwq-3p1d-releases"}
+        assert set(shown) == keys
+        assert releases() == ["3 serving", "2 good", "1 good"]
+        world.change(keep=1)
+        assert world.run(prune, artifacts=publish).completed
+        assert releases() == ["3 serving", "2 good"]
+        assert world.run(deploy, dry_run=True, artifacts=publish).completed
+        assert set(shown) == keys | {"qwq-3p1d-dry-run"}
+        assert world.run(teardown, artifacts=publish).completed
+        assert (releases(), shown["qwq-3p1d-instances"]) == ([], [])
+        assert "**Removed from its hosts.**" in shown["qwq-3p1d-report"]
+        assert "serving" not in shown["qwq-3p1d-report"]
+
     def test_teardown_takes_logs_from_a_former_place_for_logs(self, world: World) -> None:
         assert world.run(deploy).completed
         world.change(paths={"logs": "/data/elsewhere"})

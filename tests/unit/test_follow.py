@@ -1,0 +1,115 @@
+"""`pd-deploy follow`: what it says while a run waits, and of many tasks."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
+from prefect.states import (
+    AwaitingConcurrencySlot,
+    Completed,
+    Late,
+    Paused,
+    Pending,
+    Running,
+    Scheduled,
+)
+
+from pd_deploy.cli import run as following
+
+RUN = UUID(int=1)
+SOON = datetime.now(UTC) + timedelta(hours=1)
+
+
+class Server:
+    """A server on which a run stays in a state for some polls, and then completes."""
+
+    def __init__(self, state: State[Any], *, ahead: str = "", tasks: int = 0) -> None:
+        self.state, self.polls, self.ahead = state, 20, ahead
+        self.tasks = [
+            TaskRun(
+                id=uuid4(),
+                flow_run_id=RUN,
+                task_key="x",
+                dynamic_key=str(n),
+                name=f"task {n}",
+                state=Running(),
+            )
+            for n in range(tasks)
+        ]
+
+    async def __aenter__(self) -> "Server":
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def read_flow_run(self, _: UUID) -> FlowRun:
+        self.polls -= 1
+        state = self.state if self.polls > 0 else Completed(message="served")
+        return FlowRun(
+            id=RUN, flow_id=uuid4(), deployment_id=uuid4(), state=state, work_pool_name="pd-pool"
+        )
+
+    async def read_flow_runs(self, **_: object) -> list[Any]:
+        itself = SimpleNamespace(id=RUN, name="itself", state_name="Pending")
+        other = SimpleNamespace(id=UUID(int=2), name=self.ahead, state_name="Pending")
+        return [itself, other] if self.ahead else [itself]
+
+    async def read_task_runs(self, *, limit: int, offset: int, **_: object) -> list[TaskRun]:
+        assert limit <= 200  # Prefect's server refuses more
+        return self.tasks[offset : offset + limit]
+
+
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Follows the run on a server; the lines printed."""
+
+    def follow(server: Server) -> list[str]:
+        monkeypatch.setattr(following, "get_client", lambda: server)
+        monkeypatch.setattr(following, "POLL_INTERVAL_S", 0)
+        assert asyncio.run(following._follow(RUN)) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return follow
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (AwaitingConcurrencySlot(), "waits for its turn: another run of its deployment"),
+        (Late(), "waits for a worker: none of pool pd-pool takes it → `prefect worker start"),
+        (Scheduled(), "waits for a worker: none of pool pd-pool takes it"),
+        (Scheduled(scheduled_time=SOON), f"waits until {SOON.astimezone():%Y-%m-%d %H:%M:%S}"),
+        (Pending(), "waits for the worker of pool pd-pool that took it"),
+        (Paused(), "waits for somebody to resume it"),
+    ],
+    ids=lambda value: value.name if isinstance(value, State) else "",
+)
+def test_a_run_that_waits_is_told_once_with_its_state(
+    followed: Any, state: State[Any], says: str
+) -> None:
+    line, last = followed(Server(state))
+    assert line.startswith(f"{state.name}: {says}")
+    assert last == "Completed: served"
+
+
+@pytest.mark.parametrize("state", [AwaitingConcurrencySlot(), Late()], ids=lambda s: s.name)
+def test_who_is_ahead_of_a_run_is_named(followed: Any, state: State[Any]) -> None:
+    """Also one that stayed Pending when its worker was killed."""
+    line, _ = followed(Server(state, ahead="orphan"))
+    assert line == (
+        f"{state.name}: waits for run 'orphan' ({UUID(int=2)}), Pending, "
+        "which works on the same deployment"
+    )
+
+
+def test_a_run_that_works_waits_for_nothing(followed: Any) -> None:
+    assert followed(Server(State(type=StateType.RUNNING), ahead="x")) == ["Completed: served"]
+
+
+def test_a_run_of_more_tasks_than_a_page_shows_all_of_them(followed: Any) -> None:
+    shown = followed(Server(Running(), tasks=450))
+    assert [line.split()[-1] for line in shown[:-1]] == [str(n) for n in range(450)]
