@@ -3,7 +3,7 @@
 from prefect import State, flow
 
 from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
-from pd_deploy.flows import files, publish
+from pd_deploy.flows import files, publish, unknown
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
@@ -21,7 +21,12 @@ from pd_deploy.registry import tags
 from pd_deploy.registry.tags import NEWEST
 
 
-@flow(name="pd-deploy", flow_run_name=publish.run_name, persist_result=False)
+@flow(
+    name="pd-deploy",
+    flow_run_name=publish.run_name,
+    persist_result=False,
+    on_crashed=[unknown.tell],
+)
 @interruptible(left="nothing on the hosts was changed")
 async def deploy(
     file: str,

@@ -3,7 +3,7 @@
 from prefect import State, flow
 from prefect.states import Completed
 
-from pd_deploy.flows import files, publish
+from pd_deploy.flows import files, publish, unknown
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
@@ -13,7 +13,9 @@ from pd_deploy.steps import surveying
 from pd_deploy.tasks import prune as prune_host
 
 
-@flow(name="pd-prune", flow_run_name=publish.run_name, persist_result=False)
+@flow(
+    name="pd-prune", flow_run_name=publish.run_name, persist_result=False, on_crashed=[unknown.tell]
+)
 @interruptible(left="what it removed is gone; the next run goes on")
 async def prune(file: str) -> State[None]:
     """Remove old generations, except the one that serves, the last good ones and the latest.

@@ -8,7 +8,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from pd_deploy.errors import HostAway, NothingServes, PdDeployError
-from pd_deploy.flows import files, publish
+from pd_deploy.flows import files, publish, unknown
 from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
@@ -27,7 +27,12 @@ from pd_deploy.tasks import stop
 PATIENCE_S = 24 * 3600  # nobody watches an automation, and no run lasts a day
 
 
-@flow(name="pd-recover", flow_run_name=publish.run_name, persist_result=False)
+@flow(
+    name="pd-recover",
+    flow_run_name=publish.run_name,
+    persist_result=False,
+    on_crashed=[unknown.tell],
+)
 @interruptible(left="what it stopped stays stopped; run it again")
 async def recover(file: str, after: str | None = None) -> State[None]:
     """Repair what an interrupted run left behind, so that the promoted generation serves.

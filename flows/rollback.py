@@ -3,7 +3,7 @@
 from prefect import State, flow
 
 from pd_deploy.errors import NoSuchGeneration
-from pd_deploy.flows import files, publish
+from pd_deploy.flows import files, publish, unknown
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
@@ -13,7 +13,12 @@ from pd_deploy.records.releases import History, Release
 from pd_deploy.steps import surveying
 
 
-@flow(name="pd-rollback", flow_run_name=publish.run_name, persist_result=False)
+@flow(
+    name="pd-rollback",
+    flow_run_name=publish.run_name,
+    persist_result=False,
+    on_crashed=[unknown.tell],
+)
 @interruptible(left="nothing on the hosts was changed")
 async def rollback(file: str, generation: str | None = None) -> State[None]:
     """Bring back a generation that served before, with its own image, scripts and ranktables.

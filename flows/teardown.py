@@ -2,7 +2,7 @@
 
 from prefect import State, flow
 
-from pd_deploy.flows import files, publish
+from pd_deploy.flows import files, publish, unknown
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
@@ -12,7 +12,12 @@ from pd_deploy.steps import surveying
 from pd_deploy.tasks import clear, stop
 
 
-@flow(name="pd-teardown", flow_run_name=publish.run_name, persist_result=False)
+@flow(
+    name="pd-teardown",
+    flow_run_name=publish.run_name,
+    persist_result=False,
+    on_crashed=[unknown.tell],
+)
 @interruptible(left="what it removed is gone; run it again")
 async def teardown(file: str) -> State[None]:
     """Remove a deployment from its hosts: containers, files, logs and images, and nothing else.

@@ -1,0 +1,34 @@
+"""Parameters that a flow does not have: Prefect's engine ends before the flow begins."""
+
+import difflib
+from typing import Any
+
+from prefect import Flow, State
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Failed
+
+from pd_deploy.errors import InvalidInput, Problem
+
+
+async def tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Say of a run that crashed which of its parameters its flow does not have, if any.
+
+    All that Prefect says in its state is the exit code of the run's process.
+    """
+    problems = unknown(list(flow.parameters.properties), flow_run.parameters)
+    if problems:
+        message = str(InvalidInput(problems, source="parameters of the run"))
+        failed: State[Any] = Failed(message=message)
+        async with get_client() as client:
+            await client.set_flow_run_state(flow_run.id, failed, force=True)
+
+
+def unknown(known: list[str], given: dict[str, Any]) -> list[Problem]:
+    """List the parameters that are not among the known ones."""
+    problems = []
+    for name in sorted(given.keys() - set(known)):
+        near = difflib.get_close_matches(name, known, n=1)
+        what = f"did you mean {near[0]}?" if near else f"the flow has {', '.join(known)}"
+        problems.append(Problem(name, f"is not a parameter of the flow; {what}"))
+    return problems
