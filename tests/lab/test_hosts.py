@@ -19,6 +19,7 @@ from pd_deploy.hosts.container_values import (
     ContainerSpec,
     PullProgress,
     RegistryLogin,
+    oci_architecture,
 )
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host, Hosts
@@ -746,7 +747,7 @@ class TestDocker:
     async def test_info(self, host: Host, box: LabHost) -> None:
         info = await host.docker.info()
         assert int(info.version.split(".")[0]) >= 20
-        assert info.architecture == box.run(["uname", "-m"]).stdout.strip()
+        assert info.architecture == oci_architecture(box.run(["uname", "-m"]).stdout.strip())
 
     async def test_pull_gives_the_registrys_digest(self, host: Host, lab: Lab) -> None:
         seen: list[PullProgress] = []
