@@ -53,6 +53,7 @@ class Attempt:
         downtime: since when clients can't connect, and until when.
         started: instances that this run has started, and not stopped again.
         log_ends: by id of each container that this run has started: where its log ended before.
+        was_down: whether clients could not connect before this run stopped anything.
         stopped: whether this run has stopped anything that ran: from then on a failure is undone.
         interrupted: whether the run was cancelled; it undoes what it did, unless that is cancelled
             as well.
@@ -62,10 +63,12 @@ class Attempt:
     downtime: Downtime
     started: set[str] = field(default_factory=set)
     log_ends: dict[str, str] = field(default_factory=dict)
+    was_down: bool = False
     stopped: bool = False
     interrupted: bool = False
 
     @classmethod
     def begin(cls, record: Record, lost: datetime | None = None) -> "Attempt":
         """Begin an attempt; the service may be down from an earlier one, or lost since then."""
-        return cls(record, Downtime(record.closed or lost))
+        since = record.closed or lost
+        return cls(record, Downtime(since), was_down=since is not None)

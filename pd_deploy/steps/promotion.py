@@ -44,10 +44,15 @@ async def note_hosts(rollout: Rollout) -> None:
 async def note_closing(rollout: Rollout) -> None:
     """Record since when clients are cut off, which may be before now, so that whoever brings the
     service back, in this run or a later one, knows for how long it was down."""
-    downtime = rollout.attempt.downtime
-    downtime.begin(await containers.lost_since(rollout))
+    downtime, lost = rollout.attempt.downtime, await containers.lost_since(rollout)
+    rollout.attempt.was_down |= lost is not None
+    downtime.begin(lost)
     assert downtime.since
-    await write(rollout, rollout.history.record.closing(downtime.since))
+    record = rollout.history.record.closing(downtime.since)
+    try:
+        await write(rollout, record)
+    finally:
+        rollout.attempt.record = record  # some hosts may have it, also when the write was cut short
 
 
 async def promote(rollout: Rollout, by: str) -> Report:
@@ -81,7 +86,7 @@ async def note_back(rollout: Rollout, by: str) -> None:
 
 
 async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
-    """Record how an attempt ended."""
+    """Record how an attempt ended, and that the service is open if nothing was stopped yet."""
     result: Result = "failed" if isinstance(error, Exception) else "interrupted"
     outcome = Outcome(
         result=result,
@@ -91,7 +96,9 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
         if result == "failed"
         else "the run was cancelled",
     )
-    await write(rollout, rollout.history.record.ended(rollout.plan.generation, outcome))
+    record = rollout.history.record.ended(rollout.plan.generation, outcome)
+    untouched = not rollout.attempt.stopped and not rollout.attempt.was_down
+    await write(rollout, record.opened() if untouched else record)
 
 
 async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bool:
