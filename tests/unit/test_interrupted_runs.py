@@ -103,6 +103,18 @@ def test_whatever_happens_at_a_call_the_end_is_coherent(what: str) -> None:
         twin.assert_coherent()
 
 
+@pytest.mark.parametrize("what", ["upgrade", "rollback"])
+def test_a_cancellation_at_any_write_of_the_record_leaves_it_true(what: str) -> None:
+    """Some hosts may have what the run has not been told that it wrote."""
+    given = scenario(what)
+    writes = [moment for moment in given.moments if "record.json" in moment.what]
+    assert len(writes) > 10
+    for moment in writes:
+        twin, outcome = given.run("cancelled", moment)
+        assert outcome.message, moment
+        twin.assert_coherent()
+
+
 def free(world: World) -> bool:
     """Whether nobody holds a lease."""
     leases = [machine.disk.read(f"{ROOT}/lease") for machine in world.machines.values()]
