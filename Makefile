@@ -18,14 +18,14 @@ demo-vllm: ready ## The same with vLLM itself on this machine's CPUs, 3P1D; PREF
 demo-down:      ## Remove every trace of the demo.
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo down; else echo "nothing to remove"; fi
 
-test: ready-dev ## Unit, lab and end-to-end tests.
-	@$(BIN)/pytest
+test: test-unit ## Unit, lab and end-to-end tests.
+	@$(BIN)/pytest tests/lab tests/e2e
 
 test-all: ready-dev ## All tests, with a kill at every moment of an upgrade; takes an hour or two.
 	@PD_TEST_ALL=1 $(BIN)/pytest
 
-test-unit: ready-dev ## Only the tests that need no host.
-	@$(BIN)/pytest tests/unit
+test-unit: ready-dev ## Only the tests that need no host; on all cores.
+	@$(BIN)/pytest -n auto tests/unit
 
 coverage: ready-dev ## Which lines of flows, tasks and steps the unit tests miss; fails below 90 %.
 	@$(BIN)/coverage run -m pytest -q tests/unit

@@ -1,0 +1,64 @@
+"""A run's log tells its story: each fault once, as its message, and nothing twice."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from pd_deploy.errors import HostError, HostUnreachable
+from pd_deploy.tasks import story
+
+RETRY = "Task run failed with %s: %r - Retry %s/%s will start %s"  # as Prefect words it
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[logging.Logger]:
+    """A logger of Prefect's, filtered as in a run."""
+    logger = logging.getLogger("prefect.task_runs")
+    before = logger.filters, logger.handlers
+    logger.filters, logger.handlers = [], [caplog.handler]
+    story.tell()
+    story.tell()
+    assert len(logger.filters) == 1, "added once"
+    with caplog.at_level(logging.INFO, logger.name):
+        yield logger
+    logger.filters, logger.handlers = before
+
+
+def test_a_fault_of_ours_is_told_once_without_a_traceback(
+    log: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault = HostError("the disk is full", host="a (10.0.0.1)")
+    for _ in range(2):
+        log.error("Task run failed", exc_info=(type(fault), fault, None))
+    (record,) = set(caplog.records)
+    assert record.getMessage() == "host a (10.0.0.1): the disk is full"
+    assert record.exc_info is None
+
+
+def test_a_fault_of_others_keeps_its_traceback(
+    log: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    fault = ValueError("a bug")
+    log.error("Task run failed", exc_info=(ValueError, fault, None))
+    assert caplog.records[0].exc_info == (ValueError, fault, None)
+
+
+def test_what_is_told_better_elsewhere_is_left_out(
+    log: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    log.info("Finished in state Completed()")
+    assert caplog.records == []
+
+
+def test_a_retry_says_its_fault_unless_it_is_the_same_again(
+    log: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = HostUnreachable("no route to host", host="a (10.0.0.1)")
+    refused = HostUnreachable("connection refused", host="a (10.0.0.1)")
+    for count, fault in enumerate((away, away, refused), 1):
+        log.warning(RETRY, "exception", fault, count, 3, "in 3 s", extra={"task_run_id": "1"})
+    said = list(dict.fromkeys(record.getMessage() for record in caplog.records))
+    assert ["no route" in text for text in said] == [True, False, False]
+    assert "the same again - retry 2 of 3" in said[1]
+    assert "connection refused" in said[2]
