@@ -384,14 +384,38 @@ class _ToHost(httpx.AsyncHTTPTransport):
         self._tunnel = tunnel
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        try:
+        with _fault_of(self._tunnel):
             response = await super().handle_async_request(request)
-            await response.aread()
-        except httpx.TransportError:
-            if fault := self._tunnel.broken():
-                raise fault from None
-            raise
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _FromHost(self._tunnel, response.stream)
         return response
+
+
+class _FromHost(httpx.AsyncByteStream):
+    """A response's body as it comes; the way to its host may be lost in the middle."""
+
+    def __init__(self, tunnel: Tunnel, body: httpx.AsyncByteStream) -> None:
+        self._tunnel = tunnel
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with _fault_of(self._tunnel):
+            async for chunk in self._body:
+                yield chunk
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+@contextlib.contextmanager
+def _fault_of(tunnel: Tunnel) -> Iterator[None]:
+    """Raise a tunnel's own fault in place of what an HTTP client makes of it."""
+    try:
+        yield
+    except httpx.TransportError:
+        if fault := tunnel.broken():
+            raise fault from None
+        raise
 
 
 class _NobodyListens(Exception):

@@ -100,6 +100,24 @@ async def get(client: httpx.AsyncClient, port: int) -> str:
     return (await client.get(f"http://127.0.0.1:{port}/", timeout=20)).text
 
 
+async def test_an_answer_comes_as_a_stream(way: Way) -> None:
+    """A reader that bounds what it takes never has more than that in memory."""
+    rest = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ANSWER[:-1])
+        await rest.wait()
+        writer.write(ANSWER[-1:])
+
+    async with listening(serve) as port, client_of(way, port) as client:
+        async with client.stream("GET", f"http://127.0.0.1:{port}/", timeout=20) as response:
+            chunks = response.aiter_raw()
+            assert await anext(chunks) == b"o"
+            rest.set()
+            assert b"".join([chunk async for chunk in chunks]) == b"k"
+
+
 @pytest.mark.parametrize("serve", [hangs_up, hangs_up_within])
 async def test_a_server_that_hangs_up_is_told_as_the_servers_fault(way: Way, serve: Serve) -> None:
     async with listening(serve) as port, client_of(way, port) as client:
