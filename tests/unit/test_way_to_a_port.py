@@ -110,12 +110,15 @@ async def test_an_answer_comes_as_a_stream(way: Way) -> None:
         await rest.wait()
         writer.write(ANSWER[-1:])
 
-    async with listening(serve) as port, client_of(way, port) as client:
-        async with client.stream("GET", f"http://127.0.0.1:{port}/", timeout=20) as response:
-            chunks = response.aiter_raw()
-            assert await anext(chunks) == b"o"
-            rest.set()
-            assert b"".join([chunk async for chunk in chunks]) == b"k"
+    async with (
+        listening(serve) as port,
+        client_of(way, port) as client,
+        client.stream("GET", f"http://127.0.0.1:{port}/", timeout=20) as response,
+    ):
+        chunks = response.aiter_raw()
+        assert await anext(chunks) == b"o"
+        rest.set()
+        assert b"".join([chunk async for chunk in chunks]) == b"k"
 
 
 @pytest.mark.parametrize("serve", [hangs_up, hangs_up_within])
