@@ -87,7 +87,7 @@ async def test_only_a_run_that_is_taken_for_alive_is_crashed(
     assert ("run x is dead" in said.text) is crashed
 
 
-@pytest.mark.parametrize("known", [str(uuid4()), "None"])
+@pytest.mark.parametrize("known", [str(uuid4()), "None"], ids=["another run", "no run"])
 async def test_a_run_that_the_server_does_not_know_is_passed_over(
     monkeypatch: pytest.MonkeyPatch, said: Any, known: str
 ) -> None:

@@ -115,7 +115,7 @@ def all_of(status: str, **but: str) -> dict[str, str]:
         ({"c0": "running"}, names("c0")),
         (all_of("exited", c0="paused", p0="restarting"), names("c0", "p0")),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_stops_of_the_same_generation(ours: dict[str, str], expected: set[str]) -> None:
     assert stopping(ours) == expected
