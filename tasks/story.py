@@ -18,7 +18,7 @@ _REPEATS = (
 )
 
 
-_RETRY = "Task run failed with"
+_RETRY = "Task run failed with %s: %r - Retry %s/%s will start %s"
 
 
 class _Story(logging.Filter):
@@ -30,7 +30,7 @@ class _Story(logging.Filter):
         self._failed: dict[str, str] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if str(record.msg).startswith(_RETRY) and isinstance(record.args, tuple):
+        if record.msg == _RETRY and isinstance(record.args, tuple):
             self._tell_once(record, record.args)
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, PdDeployError):
@@ -43,7 +43,7 @@ class _Story(logging.Filter):
 
     def _tell_once(self, record: logging.LogRecord, args: tuple[object, ...]) -> None:
         """Show a fault that a step has again at each retry only the first time."""
-        error, *retry = args[1:]
+        _kind, error, *retry = args
         if not isinstance(error, Exception):
             return
         of, text = str(getattr(record, "task_run_id", "")), headline(error)

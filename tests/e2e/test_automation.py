@@ -88,7 +88,7 @@ async def cancel_a_queued_run(
     told = (await asyncio.wait_for(follower.stdout.readline(), 60)).decode()
     async with get_client() as client:
         ahead = (await client.read_flow_run(behind)).state
-    waits = re.match(rf"waits for run '.*' \({behind}\), Running, which works on", told)
+    waits = re.search(rf"waits for run '.*' \({behind}\), Running, which works on", told)
     assert waits, f"{told}; the run ahead: {ahead}"
     prefect("prefect", "flow-run", "cancel", str(queued))
     assert await follower.wait() == 1

@@ -1,9 +1,12 @@
 """A run's log tells its story: each fault once, as its message, and nothing twice."""
 
+import inspect
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from prefect import task_engine
 
 from pd_deploy.errors import HostError, HostUnreachable
 from pd_deploy.tasks import story
@@ -62,3 +65,18 @@ def test_a_retry_says_its_fault_unless_it_is_the_same_again(
     assert ["no route" in text for text in said] == [True, False, False]
     assert "the same again - retry 2 of 3" in said[1]
     assert "connection refused" in said[2]
+
+
+def test_the_end_of_the_retries_says_the_fault(
+    log: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = HostUnreachable("no route to host", host="a (10.0.0.1)")
+    for end in (" - Retries are exhausted", ""):
+        text = f"Task run failed with exception: {away!r}{end}"
+        log.error(text, exc_info=(HostUnreachable, away, None))
+    (record,) = set(caplog.records)
+    assert record.getMessage() == "host a (10.0.0.1): no route to host"
+
+
+def test_prefect_words_a_retry_so() -> None:
+    assert f'"{RETRY}"' in Path(inspect.getfile(task_engine)).read_text()
