@@ -65,7 +65,7 @@ async def test_deployment_run_ends_with_a_verified_service(
         assert others <= before[task]
     assert sum(map(len, before.values())) < 2 * len(tasks)
     assert {a.key for a in artifacts} == {
-        f"test-3p1d-{what}" for what in ("report", "instances", "releases")
+        f"qwq-3p1d-{what}" for what in ("report", "instances", "releases")
     }
     assert_no_secret(service, Path(prefect_env["PREFECT_HOME"]))
 
