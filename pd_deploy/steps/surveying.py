@@ -185,7 +185,10 @@ async def choose(
     past, deployment = past_of(states), session.deployment
     if requested_image != tags.NEWEST:
         states = list(states)
-        if requested_image is None and (running := unrecorded(states)):
+        running = unrecorded(states)
+        of_file = {deployment.image, deployment.image_reference}
+        others = {state.labels.get(generations.IMAGE) for _, state in running} - of_file
+        if requested_image is None and others:
             raise lost(session, running)
         choice = releases.choose(deployment.image, requested_image, past.serving)
         return replace(choice, last_digest=past.last_digest(choice.chosen_image))

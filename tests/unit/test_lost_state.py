@@ -80,6 +80,18 @@ def test_deploy_asks_for_the_image_and_then_writes_down_what_runs(world: World) 
     world.assert_coherent()
 
 
+def test_deploy_asks_nothing_if_the_files_own_image_runs(tmp_path: Path) -> None:
+    """As after the scripts that `plan --format shell` prints were run by hand."""
+    world = World(tmp_path)
+    assert world.run(deploy).completed
+    lose(world)
+    runs = world.runs()
+    assert world.run(deploy, dry_run=True).completed
+    assert world.run(deploy).completed
+    assert world.runs() == runs
+    world.assert_coherent()
+
+
 def test_a_service_that_was_never_promoted_is_not_stopped_without_a_word(tmp_path: Path) -> None:
     """A first run was killed between the opening of the port and its promotion."""
     world = World(tmp_path)
