@@ -14,6 +14,7 @@ from pd_deploy.errors import (
     RegistryUnavailable,
     SeveralFaults,
     TransientError,
+    faults_of,
     is_transient,
 )
 from pd_deploy.hosts.host import Host
@@ -99,9 +100,10 @@ async def hosts_away(hosts: Mapping[str, Host]) -> dict[str, TransientError]:
 
 def _is_of_the_way_there(fault: Exception) -> bool:
     """Tell whether hosts may have been away for a moment."""
-    if isinstance(fault, SeveralFaults):
-        return any(map(_is_of_the_way_there, fault.faults))
-    return is_transient(fault) and not isinstance(fault, RegistryUnavailable)
+    return any(
+        is_transient(cause) and not isinstance(cause, RegistryUnavailable)
+        for cause in faults_of(fault)
+    )
 
 
 def _not_back(

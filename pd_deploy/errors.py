@@ -345,9 +345,11 @@ class RegistryUnavailable(TransientError):
     """The registry can't be reached, or answers that it is overloaded."""
 
 
-def faults_of(error: Exception) -> Sequence[Exception]:
+def faults_of(error: BaseException) -> Sequence[BaseException]:
     """List the faults that an error reports: those of several steps, or itself."""
-    return error.faults if isinstance(error, SeveralFaults) else [error]
+    if isinstance(error, SeveralFaults):
+        return [cause for fault in error.faults for cause in faults_of(fault)]
+    return [error]
 
 
 def headline(error: BaseException) -> str:

@@ -10,8 +10,8 @@ from pd_deploy.errors import (
     LeaseLost,
     NotReady,
     PdDeployError,
-    SeveralFaults,
     SmokeTestFailed,
+    faults_of,
     headline,
 )
 from pd_deploy.hosts.concurrent import all_ended
@@ -126,9 +126,7 @@ async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bo
 
 def is_of_the_service(error: BaseException) -> bool:
     """Tell whether only the service itself is to blame for a failure."""
-    if isinstance(error, SeveralFaults):
-        return all(map(is_of_the_service, error.faults))
-    return isinstance(error, _OF_THE_SERVICE)
+    return all(isinstance(fault, _OF_THE_SERVICE) for fault in faults_of(error))
 
 
 def _step(error: BaseException) -> str:
