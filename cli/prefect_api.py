@@ -132,10 +132,18 @@ def require_server(url: str) -> None:
         answer = httpx.get(
             f"{url.rstrip('/')}/admin/version",
             headers=headers,
-            timeout=ANSWER_TIMEOUT_S,
+            # A busy server takes its time, but takes the connection.
+            timeout=httpx.Timeout(api.request_timeout, connect=ANSWER_TIMEOUT_S),
             verify=verify,
             follow_redirects=True,
         )
+    except httpx.ReadTimeout as error:
+        raise ServerLost(
+            f"the Prefect server at {url} took the request, and sent no answer within "
+            f"{api.request_timeout:g} s",
+            hint="look at its log and its machine's load, or wait longer: "
+            "PREFECT_API_REQUEST_TIMEOUT, in seconds",
+        ) from error
     except (httpx.TransportError, httpx.InvalidURL, OSError, ValueError) as error:
         raise ServerLost(
             f"expected a Prefect server at {url}, found none ({error})", hint=NO_SERVER

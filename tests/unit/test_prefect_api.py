@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, temporary_settings
 
 from pd_deploy.cli import prefect_api
 from pd_deploy.cli.prefect_api import ServerLost, ServerRefuses
@@ -22,10 +23,11 @@ NAMES = ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY")
 class Answers(http.server.BaseHTTPRequestHandler):
     """Answers all requests alike, and counts them."""
 
-    status, kind, asked = 200, "application/json", 0
+    status, kind, asked, busy_s = 200, "application/json", 0, 0.0
 
     def do_GET(self) -> None:
         type(self).asked += 1
+        time.sleep(self.busy_s)
         self.send_response(self.status)
         self.send_header("content-type", self.kind)
         self.send_header("content-length", "2")
@@ -72,6 +74,23 @@ def test_a_server_that_does_not_answer_is_told() -> None:
     with (
         temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
         pytest.raises(ServerLost, match="prefect server start"),
+        prefect_api.served(),
+    ):
+        pytest.fail("nothing is asked of such a server")
+
+
+def test_a_busy_server_is_waited_for(
+    server: tuple[str, type[Answers]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as Prefect's client would wait; then it is told apart from one that is away."""
+    monkeypatch.setattr(prefect_api, "ANSWER_TIMEOUT_S", 0.1)
+    url, answers = server
+    answers.busy_s = 0.5
+    with temporary_settings({PREFECT_API_URL: f"{url}/api"}), prefect_api.served():
+        assert answers.asked == 1
+    with (
+        temporary_settings({PREFECT_API_URL: f"{url}/api", PREFECT_API_REQUEST_TIMEOUT: 0.1}),
+        pytest.raises(ServerLost, match=r"sent no answer within 0\.1 s → look at its log"),
         prefect_api.served(),
     ):
         pytest.fail("nothing is asked of such a server")
