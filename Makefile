@@ -18,8 +18,8 @@ demo-vllm: ready ## The same with vLLM itself on this machine's CPUs, 3P1D; PREF
 demo-down:      ## Remove every trace of the demo.
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo down; else echo "nothing to remove"; fi
 
-test: test-unit ## Unit, lab and end-to-end tests.
-	@$(BIN)/pytest tests/lab tests/e2e
+test: test-unit ## Unit, lab and end-to-end tests, these in two labs beside each other.
+	@$(BIN)/pytest -n 2 --dist worksteal tests/lab tests/e2e
 
 test-all: ready-dev ## All tests, with a kill at every moment of an upgrade; takes an hour or two.
 	@PD_TEST_ALL=1 $(BIN)/pytest

@@ -5,7 +5,19 @@ import socket
 import tempfile
 from pathlib import Path
 
-HOME = Path(tempfile.mkdtemp(prefix="pd-deploy-tests-"))
+PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Which of the processes of `pytest -n` this is; 0 without."""
+
+
+def _home() -> Path:
+    """Make a directory for this process, inside that of the process that started it, if one did."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = Path(os.environ["PD_TEST_HOME"], str(PROCESS))
+        home.mkdir()
+        return home
+    home = Path(tempfile.mkdtemp(prefix="pd-deploy-tests-"))
+    os.environ["PD_TEST_HOME"] = str(home)
+    return home
 
 
 def _free_port() -> int:
@@ -14,6 +26,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+HOME = _home()
 PORT = _free_port()
 API = f"http://127.0.0.1:{PORT}/api"
 

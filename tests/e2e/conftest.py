@@ -72,13 +72,9 @@ def prefect(prefect_env: dict[str, str]) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def worker(
-    prefect: Callable[..., str],
-    prefect_env: dict[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[None]:
+def worker(prefect: Callable[..., str], prefect_env: dict[str, str]) -> Iterator[None]:
     """A process worker on the work pool of prefect.yaml, whose deployments are applied."""
-    processes = Processes(tmp_path_factory.mktemp("worker") / "processes")
+    processes = Processes(prefect_settings.HOME / "worker")
     prefect("prefect", "work-pool", "create", "pd-pool", "--type", "process")
     prefect("prefect", "--no-prompt", "deploy", "--all")
     try:

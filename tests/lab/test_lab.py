@@ -1,5 +1,6 @@
 """The lab itself: two hosts like real ones, that come and go without a trace."""
 
+import ipaddress
 import json
 import os
 import signal
@@ -17,9 +18,12 @@ from pd_deploy.lab import Lab, LabError, LabHost, cache
 from pd_deploy.lab.cli import app
 from pd_deploy.lab.lifecycle import CGROUPS, STATE, take_down
 from pd_deploy.lab.system import wait_until
+from tests.conftest import NAME, SUBNET, lab_up
 
-OTHER = "pdtest-2"
-OTHER_SUBNET = "10.78.128.0/24"
+OTHER = f"{NAME}-o"
+OTHER_SUBNET = str(ipaddress.ip_network(SUBNET).network_address + 256 * 128) + "/24"
+OUTSIDE = f"{NAME}-out"
+OTHER_A = OTHER_SUBNET.replace(".0/24", ".11")
 
 
 async def on(lab: Lab, host: str, command: str, **login: object) -> asyncssh.SSHCompletedProcess:
@@ -38,22 +42,20 @@ def container(lab: Lab, host: LabHost, *command: str) -> str:
 @pytest.fixture
 def other_lab(lab: Lab) -> Iterator[Lab]:
     """A second lab, for tests that break it."""
-    try:
-        yield Lab.up(OTHER, OTHER_SUBNET)
-    finally:
-        take_down(OTHER)
+    with lab_up(OTHER, OTHER_SUBNET) as other:
+        yield other
 
 
 @pytest.fixture
 def outside() -> Iterator[str]:
     """An address that the machine answers for and that is not of the lab."""
     address = "203.0.113.1"
-    subprocess.run(["ip", "link", "add", "pdtest-out", "type", "bridge"], check=True)
+    subprocess.run(["ip", "link", "add", OUTSIDE, "type", "bridge"], check=True)
     try:
-        subprocess.run(["ip", "address", "add", address, "dev", "pdtest-out"], check=True)
+        subprocess.run(["ip", "address", "add", address, "dev", OUTSIDE], check=True)
         yield address
     finally:
-        subprocess.run(["ip", "link", "delete", "pdtest-out"], check=True)
+        subprocess.run(["ip", "link", "delete", OUTSIDE], check=True)
 
 
 def traces(name: str) -> list[str]:
@@ -287,7 +289,7 @@ def test_up_replaces_a_lab_whose_host_died(other_lab: Lab) -> None:
     os.kill(other_lab.hosts["a"].init_pid, signal.SIGKILL)
     again = Lab.up(OTHER, OTHER_SUBNET)
     assert again.healthy()
-    assert container(again, again.hosts["a"], "hostname", "-I").split() == ["10.78.128.11"]
+    assert container(again, again.hosts["a"], "hostname", "-I").split() == [OTHER_A]
 
 
 def test_up_after_a_killed_up(lab: Lab) -> None:
