@@ -13,7 +13,7 @@ from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History
-from pd_deploy.steps import history
+from pd_deploy.steps import host_records
 from pd_deploy.steps.session import Session
 
 
@@ -45,7 +45,7 @@ def read_history(deployment: Deployment) -> tuple[History, list[ContainerState]]
 async def connected(deployment: Deployment) -> AsyncIterator[tuple[Session, History]]:
     """Connect to a deployment's hosts, former ones included, and read its history."""
     async with open_session(deployment) as session:
-        reading = [history.read(host, session.root) for host in session.hosts.values()]
-        recorded = history.merged(await together(reading))
+        reading = [host_records.read(host, session.root) for host in session.hosts.values()]
+        recorded = host_records.merged(await together(reading))
         await open_former(session, recorded)
         yield session, recorded

@@ -182,11 +182,11 @@ def _start_temporary() -> None:
     server = SubprocessASGIServer()
     if server.running:
         return
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as stderr:
         server.port = server.find_available_port()
-        process = server.server_process = _spawned(server, said)
+        process = server.server_process = _spawned(server, stderr)
         try:
-            _await_health(server.api_url, process, said)
+            _await_health(server.api_url, process, stderr)
         except BaseException:
             process.kill()
             process.wait()
@@ -196,7 +196,7 @@ def _start_temporary() -> None:
     atexit.register(server.stop)
 
 
-def _await_health(url: str, process: "subprocess.Popen[bytes]", said: IO[bytes]) -> None:
+def _await_health(url: str, process: "subprocess.Popen[bytes]", stderr: IO[bytes]) -> None:
     patience = get_current_settings().server.ephemeral.startup_timeout_seconds
     deadline = time.monotonic() + patience
     while not _is_healthy(url):
@@ -205,7 +205,7 @@ def _await_health(url: str, process: "subprocess.Popen[bytes]", said: IO[bytes])
             raise ServerLost(
                 "the temporary Prefect server did not start "
                 + (f"within {patience} s" if ended is None else f"(it ended with {ended})")
-                + _last_line(said),
+                + _last_line(stderr),
                 hint=f"see that {get_current_settings().home} is writable and has room, and "
                 "that no other version of Prefect has used it; or run `prefect server start` "
                 "and set PREFECT_API_URL",
@@ -213,7 +213,7 @@ def _await_health(url: str, process: "subprocess.Popen[bytes]", said: IO[bytes])
         time.sleep(LOOK_EVERY_S)
 
 
-def _spawned(server: SubprocessASGIServer, said: IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawned(server: SubprocessASGIServer, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start the server out of the reach of Ctrl-C, with its standard error in a file.
 
     A terminal sends Ctrl-C to all processes of a command, but the run still needs its server. Where
@@ -221,7 +221,7 @@ def _spawned(server: SubprocessASGIServer, said: IO[bytes]) -> subprocess.Popen[
     """
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     saved = os.dup(2)
-    os.dup2(said.fileno(), 2)
+    os.dup2(stderr.fileno(), 2)
     try:
         return server._run_uvicorn_command()
     finally:
@@ -237,9 +237,9 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
-def _last_line(said: IO[bytes]) -> str:
-    said.seek(0)
-    lines = said.read().decode(errors="replace").split("\n")
+def _last_line(stderr: IO[bytes]) -> str:
+    stderr.seek(0)
+    lines = stderr.read().decode(errors="replace").split("\n")
     errors = [line.strip() for line in lines if re.match(r"\S*(Error|Exception)\b", line)]
     return f": {errors[-1][:300]}" if errors else ""
 

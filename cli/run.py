@@ -91,14 +91,14 @@ async def _here(
 
 async def _follow(flow_run: UUID) -> int:
     shown: set[tuple[UUID, UUID]] = set()
-    quiet, told, waiting = 0, "", Waiting()
+    quiet, printed, waiting = 0, "", Waiting()
     async with get_client() as client:
         while True:
             run = await client.read_flow_run(flow_run)
             quiet = 0 if _show(await _task_runs(client, flow_run), shown) else quiet + 1
-            if (line := await waiting.line(client, run)) and line != told:
+            if (line := await waiting.line(client, run)) and line != printed:
                 typer.echo(line)
-                told = line
+                printed = line
             # The server records task runs a little later than the end of their flow run.
             if run.state and run.state.is_final() and quiet >= QUIET_POLLS:
                 return _last_word(run.state)
@@ -173,7 +173,9 @@ async def _ahead(client: PrefectClient, run: FlowRun) -> str:
         deployment_filter=same, flow_run_filter=FlowRunFilter(state=active)
     )
     return ", ".join(
-        f"run {one.name!r} ({one.id}), {one.state_name}" for one in runs if one.id != run.id
+        f"run {other.name!r} ({other.id}), {other.state_name}"
+        for other in runs
+        if other.id != run.id
     )
 
 

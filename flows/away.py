@@ -64,21 +64,21 @@ async def with_all_hosts(
 async def _until_back(
     hosts: Mapping[str, Host], away: Mapping[str, TransientError], seconds: float, deadline: float
 ) -> None:
-    told = frozenset[str]()
+    logged = frozenset[str]()
     while True:
-        if away.keys() != told:
-            told = frozenset(away)
+        if away.keys() != logged:
+            logged = frozenset(away)
             for fault in away.values():
-                left = max(deadline - time.monotonic(), 0)
+                remaining = max(deadline - time.monotonic(), 0)
                 get_run_logger().warning(
-                    "waiting for at most %.0f s (gates.away) for %s", left, _first_line(fault)
+                    "waiting for at most %.0f s (gates.away) for %s", remaining, _first_line(fault)
                 )
         if away and time.monotonic() >= deadline:
             raise _not_back(hosts, away, seconds)
         await asyncio.sleep(POLL_S)
         if not (away := await hosts_away(hosts)):
             break
-    if told:
+    if logged:
         get_run_logger().warning("all hosts are back; going on")
 
 

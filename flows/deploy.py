@@ -3,7 +3,7 @@
 from prefect import State, flow
 
 from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
-from pd_deploy.flows import files, publish, unknown
+from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
@@ -51,31 +51,31 @@ async def deploy(
         forget: addresses of hosts that were removed from the file and are gone for good, so that
             they can't be cleaned up.
     """
-    run, given = this_run(), files.load(file)
-    if run.late > given.window:
-        return publish.skipped(run, given)
+    run, deployment = this_run(), deployment_file.load(file)
+    if run.late > deployment.window:
+        return publish.skipped(run, deployment)
     if run.scheduled:
-        given = patient(given, given.window.total_seconds())
+        deployment = patient(deployment, deployment.window.total_seconds())
     if stages == []:
         expected = f"expected some of {', '.join(STAGES)}, or none given for all; found no stage"
         raise InvalidInput([Problem("stages", expected)])
     if image == NEWEST:
-        tags.policy_of(given)
+        tags.policy_of(deployment)
     named = image not in (None, NEWEST)
-    placement.build(files.load(file, image=image) if named else given)
+    placement.build(deployment_file.load(file, image=image) if named else deployment)
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])
     chosen = [stage for stage in STAGES if stages is None or stage in stages]
     if dry_run:
-        async with open_session(given) as session:
+        async with open_session(deployment) as session:
             await open_former(session, await connected(session))
             rollout = await plan(session, image, str(run))
             return await publish.dry_run(rollout, chosen)
-    async with locked_session(given, str(run), forget=forget or ()) as session:
-        patience = given.gates.registry if run.scheduled else 0
+    async with locked_session(deployment, str(run), forget=forget or ()) as session:
+        patience = deployment.gates.registry if run.scheduled else 0
         rollout = await plan(session, image, str(run), patience)
-        publish.found(rollout)
+        publish.announce(rollout)
         if image == NEWEST and not rollout.changes:
             return publish.already_on(rollout)
         try:
@@ -86,5 +86,5 @@ async def deploy(
             if image != NEWEST or not gone:
                 raise
         again = await plan(session, image, str(run), patience)
-        publish.found(again)
+        publish.announce(again)
         return await roll_out(again, run, chosen, on_failure)

@@ -3,7 +3,7 @@
 from prefect import State, flow
 from prefect.states import Completed
 
-from pd_deploy.flows import files, publish, unknown
+from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
@@ -25,10 +25,10 @@ async def prune(file: str) -> State[None]:
     Args:
         file: the deployment file.
     """
-    given = files.load(file)
-    async with locked_session(given, str(this_run())) as session:
-        past = surveying.past_of(await survey_hosts(session))
-        steps = [prune_host(session, name, past) for name in session.hosts]
-        done = await fan_out(session.barrier, steps)
-        await publish.listing(given.name, past.pruned(given.keep))
-    return Completed(message="; ".join(f"{one.host}: {one.detail}" for one in done))
+    deployment = deployment_file.load(file)
+    async with locked_session(deployment, str(this_run())) as session:
+        history = surveying.history_of(await survey_hosts(session))
+        steps = [prune_host(session, name, history) for name in session.hosts]
+        reports = await fan_out(session.barrier, steps)
+        await publish.listing(deployment.name, history.pruned(deployment.keep))
+    return Completed(message="; ".join(f"{report.host}: {report.detail}" for report in reports))

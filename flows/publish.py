@@ -29,12 +29,12 @@ def run_name() -> str:
     """Name a flow run after its deployment file and time, so that names sort by time."""
     parameters = runtime.flow_run.parameters
     started = runtime.flow_run.scheduled_start_time
-    what = "dry run" if parameters.get("dry_run") else "-".join(parameters.get("stages") or [])
-    words = [Path(parameters["file"]).stem[:80], what, f"{started:%m-%d %H:%M:%S}"]
+    kind = "dry run" if parameters.get("dry_run") else "-".join(parameters.get("stages") or [])
+    words = [Path(parameters["file"]).stem[:80], kind, f"{started:%m-%d %H:%M:%S}"]
     return " ".join(word for word in words if word)
 
 
-def found(rollout: Rollout) -> None:
+def announce(rollout: Rollout) -> None:
     """Log what the run works on, and why it uses this image."""
     plan, serving = rollout.plan, rollout.history.record.serving
     get_run_logger().info(
@@ -96,8 +96,8 @@ async def success(
     """Publish the report of a run that went well; return its final state."""
     reports = list(reports)
     changed = sum(report.changed for report in reports)
-    what = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
-    message = f"Generation {rollout.plan.generation}: {what}"
+    outcome = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
+    message = f"Generation {rollout.plan.generation}: {outcome}"
     if rollout.attempt.downtime.since and completion:
         message += f", {rollout.attempt.downtime}"
     await _publish(rollout, f"**{message}**", reports, completion)
@@ -112,9 +112,9 @@ async def failure(
     rollout: Rollout, error: BaseException, stopped: Mapping[str, Exception | None]
 ) -> None:
     """Publish why a run failed, and what was stopped because of it."""
-    done = [name for name, fault in stopped.items() if fault is None]
-    if done:
-        get_run_logger().warning("stopped %s again; containers and logs are kept", ", ".join(done))
+    names = [name for name, fault in stopped.items() if fault is None]
+    if names:
+        get_run_logger().warning("stopped %s again; containers and logs are kept", ", ".join(names))
     for name, fault in stopped.items():
         if fault:
             get_run_logger().error("%s may still run: %s", name, fault)
@@ -126,15 +126,17 @@ def interrupted(rollout: Rollout, stages: Sequence[str]) -> State[None]:
     """Make the last word of a run that was cancelled when there was nothing to go back to."""
     serving = rollout.history.record.serving
     if not rollout.attempt.stopped:
-        what = "the service was not touched" if serving else "nothing was running before"
+        outcome = "the service was not touched" if serving else "nothing was running before"
     elif set(stages) != set(STAGES):
-        what = f"only some stages were run, so nothing was brought back: run {remedy()}"
+        outcome = f"only some stages were run, so nothing was brought back: run {remedy()}"
     elif serving:
-        what = f"{serving} itself was to serve again, and is not proven to: run {remedy()}"
+        outcome = f"{serving} itself was to serve again, and is not proven to: run {remedy()}"
     else:
-        what = "nothing serves, and no generation did before"
+        outcome = "nothing serves, and no generation did before"
     started = ", ".join(sorted(rollout.attempt.started))
-    return Cancelled(message=f"Interrupted; {what}" + (f"; {started} may run" if started else ""))
+    return Cancelled(
+        message=f"Interrupted; {outcome}" + (f"; {started} may run" if started else "")
+    )
 
 
 def interrupted_late(rollout: Rollout) -> State[None]:
@@ -165,14 +167,14 @@ async def rolled_back(
     await _publish(rollout, f"**Rolled back:**\n\n```\n{error}\n```", reports, completion)
 
 
-async def listing(deployment: str, past: History) -> None:
+async def listing(deployment: str, history: History) -> None:
     """Publish a deployment's releases."""
-    await _if_the_server_takes_it(_listing(deployment, past))
+    await _if_the_server_takes_it(_listing(deployment, history))
 
 
 async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:
     """Publish that nothing of a deployment is left, in place of what said that it serves."""
-    what = "; ".join(f"{report.host}: {report.detail}" for report in reports)
+    details = "; ".join(f"{report.host}: {report.detail}" for report in reports)
     lines = [f"# {deployment}", "", "**Removed from its hosts.**", "", *_table(reports)]
     report = acreate_markdown_artifact(
         key=f"{deployment}-report",
@@ -184,7 +186,7 @@ async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:
     )
     nothing = History(Record(), {}, frozenset())
     await _if_the_server_takes_it(report, instances, _listing(deployment, nothing))
-    return Completed(message=f"{deployment} is gone: {what}")
+    return Completed(message=f"{deployment} is gone: {details}")
 
 
 async def _publish(
@@ -207,10 +209,10 @@ async def _publish(
     await _if_the_server_takes_it(report, instances, _listing(deployment, rollout.history))
 
 
-def _listing(deployment: str, past: History) -> Coroutine[Any, Any, object]:
+def _listing(deployment: str, history: History) -> Coroutine[Any, Any, object]:
     return acreate_table_artifact(
         key=f"{deployment}-releases",
-        table=[dict(row) for row in releases.table(past)],
+        table=[dict(row) for row in releases.table(history)],
         description=f"Releases of {_file()}",
     )
 

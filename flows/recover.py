@@ -8,7 +8,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from pd_deploy.errors import HostAway, NothingServes, PdDeployError
-from pd_deploy.flows import files, publish, unknown
+from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
@@ -47,33 +47,33 @@ async def recover(file: str, after: str | None = None) -> State[None]:
         after: the interrupted run, as `prefect.flow-run.ID`; set by an automation. Then this run
             waits up to a day for any other run that works on the deployment.
     """
-    run, given = this_run(), files.load(file)
+    run, deployment = this_run(), deployment_file.load(file)
     if after:
         if why := await untouched(after):
             return Completed(message=f"skipped, as {why}; nothing was touched")
-        given = patient(given, PATIENCE_S)
-    async with open_session(given) as opened:
+        deployment = patient(deployment, PATIENCE_S)
+    async with open_session(deployment) as opened:
         try:
             return await with_all_hosts(
-                opened.hosts, given.gates.away, partial(_recovered, opened, run)
+                opened.hosts, deployment.gates.away, partial(_recovered, opened, run)
             )
         except HostAway as error:
             error.message += f"\n{await surveying.states(opened)}"
             raise
 
 
-async def _recovered(opened: Session, run: Run) -> State[None]:
+async def _recovered(unlocked: Session, run: Run) -> State[None]:
     """Recover from what is there; the waits of an earlier attempt have nothing to do with it."""
-    anew = Session(opened.deployment, opened.hosts, opened.registry_login)
-    async with locked(anew, str(run)) as session:
+    fresh = Session(unlocked.deployment, unlocked.hosts, unlocked.registry_login)
+    async with locked(fresh, str(run)) as session:
         states = await survey_hosts(session)
-        past = surveying.past_of(states)
+        history = surveying.history_of(states)
         if running := surveying.unrecorded(states):
             return await roll_out(await written_down(session, running, str(run)), run)
-        if past.serving is None:
+        if history.serving is None:
             return await stop_all(session, states)
-        rollout = await restore(session, past.serving.generation)
-        publish.found(rollout)
+        rollout = await restore(session, history.serving.generation)
+        publish.announce(rollout)
         return await roll_out(rollout, run)
 
 
@@ -117,11 +117,11 @@ async def stop_all(session: LockedSession, states: Iterable[HostState]) -> State
         )
         for state in states
     )
-    stopped = await fan_out(session.barrier, [stop(session, name) for name in session.hosts])
-    what = ", ".join(one.detail for one in stopped if one.changed) or "nothing ran"
+    reports = await fan_out(session.barrier, [stop(session, name) for name in session.hosts])
+    stopped_text = ", ".join(report.detail for report in reports if report.changed) or "nothing ran"
     if was_open:
         raise NothingServes(
-            f"no generation was ever promoted, so there is none to go back to: {what}",
+            f"no generation was ever promoted, so there is none to go back to: {stopped_text}",
             hint="`pd-deploy deploy FILE` brings the service up",
         )
-    return Completed(message=f"No generation to go back to: {what}")
+    return Completed(message=f"No generation to go back to: {stopped_text}")

@@ -138,9 +138,9 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
     session = failed.session
     hosts, seconds = session.hosts, session.deployment.gates.away
     away = await hosts_away(hosts)
-    what = f"new generation {failed.plan.generation} {_end(error)}"
-    what = "; ".join([what, *(f"meanwhile {fault}" for fault in away.values())])
-    get_run_logger().error("%s; going back to %s", what, generation)
+    reason = f"new generation {failed.plan.generation} {_end(error)}"
+    reason = "; ".join([reason, *(f"meanwhile {fault}" for fault in away.values())])
+    get_run_logger().error("%s; going back to %s", reason, generation)
     attempts: list[Rollout] = []
     try:
         back, line, completion = await with_all_hosts(
@@ -153,7 +153,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
             session, {generation, failed.plan.generation, failed.plan.servers}
         )
         raise RollbackFailed(
-            f"{what}; generation {generation} does not come back either, because "
+            f"{reason}; generation {generation} does not come back either, because "
             f"{headline(fault)}\nNothing serves. {states}{_below(error)}{_below(fault)}",
             hint="look at these logs, mend the cause, and run `pd-deploy recover FILE`",
         ) from error
@@ -166,7 +166,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         get_run_logger().error("not recorded that %s serves: %s", generation, fault)
     await tidy_up(line, back)
     raised = RolledBack(
-        f"{what}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}"
+        f"{reason}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}"
         f"{_below(error)}",
         hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
         f"{failed.plan.generation}`",
@@ -202,15 +202,15 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
 
     What can't be removed is logged and left for the next run, because the service is up.
     """
-    session, past = rollout.locked, rollout.history
-    serves = past.record.serving == rollout.plan.generation
-    gone = past.found - past.kept(session.deployment.keep)
+    session, history = rollout.locked, rollout.history
+    serves = history.record.serving == rollout.plan.generation
+    outdated = history.generations - history.kept(session.deployment.keep)
     steps = [
-        prune.after(*line.ends)(session, name, past)
+        prune.after(*line.ends)(session, name, history)
         for name in rollout.plan.hosts
-        if gone or rollout.changes or rollout.states[name].has_drafts
+        if outdated or rollout.changes or rollout.states[name].has_drafts
     ]
-    steps += [clear.after(*line.ends)(session, name, past) for name in session.former if serves]
+    steps += [clear.after(*line.ends)(session, name, history) for name in session.former if serves]
     results = await asyncio.gather(*steps, return_exceptions=True)
     for result in results:
         if isinstance(result, Exception):
@@ -219,7 +219,7 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
     cleared = {session.hosts[r.host].address for r in reports if r.step == "clear"}
     cleared |= session.forgotten
     if len(reports) == len(results):
-        record = past.record.left(cleared).without(gone)
+        record = history.record.left(cleared).without(outdated)
         await promotion.write(rollout, record, besides=cleared)
     line.reports += reports
 

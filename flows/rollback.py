@@ -3,7 +3,7 @@
 from prefect import State, flow
 
 from pd_deploy.errors import NoSuchGeneration
-from pd_deploy.flows import files, publish, unknown
+from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import this_run
@@ -29,28 +29,28 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
         file: the deployment file of the service.
         generation: one that `pd-deploy releases` lists; by default, the previous good one.
     """
-    run, given = this_run(), files.load(file)
+    run, deployment = this_run(), deployment_file.load(file)
     async with locked_session(
-        given, str(run), lambda past: target(past, generation).hosts.values()
+        deployment, str(run), lambda history: target(history, generation).hosts.values()
     ) as session:
-        chosen = target(surveying.past_of(await survey_hosts(session)), generation)
-        rollout = await restore(session, chosen.generation)
-        publish.found(rollout)
+        release = target(surveying.history_of(await survey_hosts(session)), generation)
+        rollout = await restore(session, release.generation)
+        publish.announce(rollout)
         return await roll_out(rollout, run)
 
 
-def target(past: History, generation: str | None) -> Release:
+def target(history: History, generation: str | None) -> Release:
     """Choose the release to go back to.
 
     Raises:
         NoSuchGeneration: it is not kept, or there is no good one before.
     """
-    wanted = generation or past.before()
-    if found := past.releases.get(wanted or ""):
-        return found
-    kept = ", ".join(sorted(past.releases)) or "none"
+    name = generation or history.before()
+    if release := history.releases.get(name or ""):
+        return release
+    kept = ", ".join(sorted(history.releases)) or "none"
     raise NoSuchGeneration(
-        f"expected {wanted or 'a good generation before the one that serves'} among the kept "
+        f"expected {name or 'a good generation before the one that serves'} among the kept "
         f"generations, found {kept}",
         hint="`pd-deploy releases FILE` says what became of each",
     )

@@ -18,7 +18,7 @@ from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import History, HostAccess
-from pd_deploy.steps import history, locking
+from pd_deploy.steps import host_records, locking
 from pd_deploy.steps.session import LockedSession, Session, host_accesses
 from pd_deploy.tasks import connect, lock
 
@@ -43,8 +43,8 @@ async def open_session(
     """
     blocks, registry_login = await _load_blocks(deployment)
     hosts = [
-        _host(name, place, blocks.get(place.credentials or ""), deployment)
-        for name, place in host_accesses(deployment).items()
+        _host(name, access, blocks.get(access.credentials or ""), deployment)
+        for name, access in host_accesses(deployment).items()
     ]
     async with Hosts(hosts) as opened:
         yield Session(deployment, opened, registry_login, forget)
@@ -64,8 +64,8 @@ async def locked_session(
         also: further hosts that the run needs, from the deployment's past.
         forget: addresses of former hosts that are gone for good.
     """
-    async with open_session(deployment, forget) as session, locked(session, run, also) as taken:
-        yield taken
+    async with open_session(deployment, forget) as opened, locked(opened, run, also) as session:
+        yield session
 
 
 @asynccontextmanager
@@ -73,16 +73,16 @@ async def locked(
     session: Session, run: str, also: Callable[[History], Iterable[HostAccess]] = lambda _: ()
 ) -> AsyncIterator[LockedSession]:
     """Lock the hosts of a session; see `locked_session`."""
-    past = await connected(session)
-    _require_former(session, past)
-    await open_former(session, past, also(past))
+    history = await connected(session)
+    _require_former(session, history)
+    await open_former(session, history, also(history))
     lease = locking.lease_for(session, run, str(runtime.flow_run.id))
-    taken = LockedSession.of(session, lease)
-    async with lease.held(taken.hosts):
-        await lock(taken)
-        for owner in {one.flow_run: one for one in lease.dead}.values():
+    with_lease = LockedSession.of(session, lease)
+    async with lease.held(with_lease.hosts):
+        await lock(with_lease)
+        for owner in {owner.flow_run: owner for owner in lease.dead}.values():
             await bury(owner, run)
-        yield taken
+        yield with_lease
 
 
 def patient(deployment: Deployment, seconds: float) -> Deployment:
@@ -91,14 +91,14 @@ def patient(deployment: Deployment, seconds: float) -> Deployment:
     return deployment.model_copy(update={"gates": gates})
 
 
-def _require_former(session: Session, past: History) -> None:
+def _require_former(session: Session, history: History) -> None:
     """Refuse to forget what is no host that the deployment has left.
 
     Raises:
         InvalidInput: each such address.
     """
     present = {host.address for host in session.hosts.values()}
-    former = sorted(past.record.hosts.keys() - present)
+    former = sorted(history.record.hosts.keys() - present)
     problems = [
         Problem(
             "forget",
@@ -114,36 +114,36 @@ def _require_former(session: Session, past: History) -> None:
 
 async def connected(session: Session) -> History:
     """Connect to all hosts; return what was deployed on them before."""
-    return history.merged(
+    return host_records.merged(
         await fan_out(session.barrier, [connect(session, name) for name in list(session.hosts)])
     )
 
 
-async def open_former(session: Session, past: History, also: Iterable[HostAccess] = ()) -> None:
+async def open_former(session: Session, history: History, also: Iterable[HostAccess] = ()) -> None:
     """Add hosts on which former generations may have left something; see `locked_session`."""
-    known = {host.address for host in session.hosts.values()} | session.forgotten
-    for place in (*past.record.hosts.values(), *also):
-        if place.address not in known:
-            known.add(place.address)
-            name = place.address if place.name in session.hosts else place.name
-            session.hosts.add(await _former(name, place, session.deployment))
+    addresses = {host.address for host in session.hosts.values()} | session.forgotten
+    for access in (*history.record.hosts.values(), *also):
+        if access.address not in addresses:
+            addresses.add(access.address)
+            name = access.address if access.name in session.hosts else access.name
+            session.hosts.add(await _former(name, access, session.deployment))
 
 
-async def _former(name: str, place: HostAccess, deployment: Deployment) -> Host:
-    key = f"credentials of the former host {place.address}"
-    block = await _load(SshCredentials, place.credentials, key) if place.credentials else None
-    return _host(name, place, block, deployment)
+async def _former(name: str, access: HostAccess, deployment: Deployment) -> Host:
+    key = f"credentials of the former host {access.address}"
+    block = await _load(SshCredentials, access.credentials, key) if access.credentials else None
+    return _host(name, access, block, deployment)
 
 
 def _host(
-    name: str, place: HostAccess, block: SshCredentials | None, deployment: Deployment
+    name: str, access: HostAccess, block: SshCredentials | None, deployment: Deployment
 ) -> Host:
     return Host(
         name,
-        place.address,
-        _login(place, block),
-        ssh_address=place.ssh_address,
-        docker_socket=place.docker_socket,
+        access.address,
+        _login(access, block),
+        ssh_address=access.ssh_address,
+        docker_socket=access.docker_socket,
         connect_timeout=deployment.gates.connect,
     )
 
@@ -174,10 +174,10 @@ async def _load_blocks(
     return blocks, login
 
 
-def _login(place: HostAccess, block: SshCredentials | None) -> Login:
+def _login(access: HostAccess, block: SshCredentials | None) -> Login:
     if block:
-        return block.login(user=place.user or "root", port=place.port)
-    return Login(user=place.user, port=place.port)
+        return block.login(user=access.user or "root", port=access.port)
+    return Login(user=access.user, port=access.port)
 
 
 async def _load(kind: type[B], name: str, key: str) -> B:

@@ -48,6 +48,6 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
 
 async def restore(session: Session, generation: str) -> Rollout:
     """Plan to bring a kept generation back as it was, on the hosts as they are now."""
-    there, saved = await surveying.saved(session, generation)
-    states = await survey_hosts(there)
-    return await take_plan.after(*states)(there, saved, states)
+    session, saved = await surveying.saved(session, generation)
+    states = await survey_hosts(session)
+    return await take_plan.after(*states)(session, saved, states)

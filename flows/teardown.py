@@ -2,7 +2,7 @@
 
 from prefect import State, flow
 
-from pd_deploy.flows import files, publish, unknown
+from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
@@ -25,11 +25,13 @@ async def teardown(file: str) -> State[None]:
     Args:
         file: the deployment file of the service.
     """
-    given = files.load(file)
-    async with locked_session(given, str(this_run())) as session:
-        past = surveying.past_of(await survey_hosts(session))
+    deployment = deployment_file.load(file)
+    async with locked_session(deployment, str(this_run())) as session:
+        history = surveying.history_of(await survey_hosts(session))
         proxy_first = sorted(session.hosts, key=lambda name: name != session.topology.proxy.host)
         for name in proxy_first[:1]:
             await stop(session, name)
-        done = await fan_out(session.barrier, [clear(session, name, past) for name in proxy_first])
-    return await publish.removed(given.name, done)
+        reports = await fan_out(
+            session.barrier, [clear(session, name, history) for name in proxy_first]
+        )
+    return await publish.removed(deployment.name, reports)

@@ -29,6 +29,6 @@ def unknown(known: list[str], given: dict[str, Any]) -> list[Problem]:
     problems = []
     for name in sorted(given.keys() - set(known)):
         near = difflib.get_close_matches(name, known, n=1)
-        what = f"did you mean {near[0]}?" if near else f"the flow has {', '.join(known)}"
-        problems.append(Problem(name, f"is not a parameter of the flow; {what}"))
+        advice = f"did you mean {near[0]}?" if near else f"the flow has {', '.join(known)}"
+        problems.append(Problem(name, f"is not a parameter of the flow; {advice}"))
     return problems

@@ -81,7 +81,7 @@ class PdDeployError(Exception):
         self.hint = hint
         self.step: str | None = None
         """The step that failed, e.g. `ready p1`."""
-        self.told = False
+        self.logged = False
         """Whether it has been logged already."""
 
     def __str__(self) -> str:

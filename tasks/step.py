@@ -17,7 +17,7 @@ from prefect.utilities.annotations import opaque, quote
 from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.barrier import Barrier
-from pd_deploy.steps.history import HostRecords
+from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.report import Gate, Report
 from pd_deploy.steps.retry import RETRY_DELAYS_S
 from pd_deploy.steps.rollout import HostState, Rollout

@@ -34,9 +34,9 @@ class _Story(logging.Filter):
             self._tell_once(record, record.args)
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, PdDeployError):
-            if error.told:
+            if error.logged:
                 return False
-            error.told = True
+            error.logged = True
             record.msg, record.args = str(error), ()
             record.exc_info = record.exc_text = None
         return not record.getMessage().startswith(_REPEATS)
@@ -47,10 +47,10 @@ class _Story(logging.Filter):
         if not isinstance(error, Exception):
             return
         of, text = str(getattr(record, "task_run_id", "")), headline(error)
-        known = self._failed.get(of) == text
+        is_repeated = self._failed.get(of) == text
         self._failed[of] = text
         record.msg = "%s - retry %s of %s will start %s"
-        record.args = ("the same again" if known else text, *retry)
+        record.args = ("the same again" if is_repeated else text, *retry)
 
 
 def tell() -> None:

@@ -216,9 +216,12 @@ def _owners(output: str, address: str, where: str) -> list[tuple[str, bool]]:
     """List the interfaces with an address, each with whether it is a loopback one."""
     try:
         return [
-            (str(link["ifname"]), link["ifname"] == "lo" or "LOOPBACK" in link.get("flags", []))
-            for link in json.loads(output)
-            for info in link.get("addr_info", [])
+            (
+                str(interface["ifname"]),
+                interface["ifname"] == "lo" or "LOOPBACK" in interface.get("flags", []),
+            )
+            for interface in json.loads(output)
+            for info in interface.get("addr_info", [])
             if info.get("local") == address
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -260,10 +263,10 @@ def parse_taken(output: str, ports: Sequence[int], where: str = "") -> dict[int,
 def parse_links(output: str) -> Links:
     """Parse what `LINKS` prints."""
     parts = output.split("\0")[:-1]
-    found: dict[str, dict[str, str]] = {"link": {}, "path": {}, "closed": {}}
+    by_kind: dict[str, dict[str, str]] = {"link": {}, "path": {}, "closed": {}}
     for kind, path, to in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        found[kind][posixpath.normpath(path)] = to
-    return Links(found["link"], found["path"], sorted(found["closed"]))
+        by_kind[kind][posixpath.normpath(path)] = to
+    return Links(by_kind["link"], by_kind["path"], sorted(by_kind["closed"]))
 
 
 def parse_ephemeral(output: str, ports: Sequence[int]) -> list[int]:
@@ -272,12 +275,12 @@ def parse_ephemeral(output: str, ports: Sequence[int]) -> list[int]:
     low, _, high = limits.strip().partition("\t")
     if not (low.isdecimal() and high.strip().isdecimal()):
         return []
-    kept = [span.partition("-") for span in reserved.strip().split(",") if span]
+    spans = [span.partition("-") for span in reserved.strip().split(",") if span]
     return [
         port
         for port in ports
         if int(low) <= port <= int(high)
-        and not any(int(first) <= port <= int(last or first) for first, _, last in kept)
+        and not any(int(first) <= port <= int(last or first) for first, _, last in spans)
     ]
 
 

@@ -104,11 +104,11 @@ class Files:
         async with self._errors(path, 1):
             try:
                 await self._check_parent(path, below)
-                found = await self._sftp.lstat(path)
+                attributes = await self._sftp.lstat(path)
             except asyncssh.SFTPNoSuchFile:
                 return False
             # lstat, so that a link goes and what it points to stays.
-            if stat.S_ISDIR(found.permissions or 0):
+            if stat.S_ISDIR(attributes.permissions or 0):
                 await self._sftp.rmtree(path)
             else:
                 await self._sftp.unlink(path)
@@ -145,10 +145,10 @@ class Files:
     async def _is(self, path: str, file: File) -> bool:
         async with self._errors(path):
             try:
-                found = await self._sftp.lstat(path)
+                attributes = await self._sftp.lstat(path)
             except asyncssh.SFTPNoSuchFile:
                 return False
-        mode = found.permissions or 0
+        mode = attributes.permissions or 0
         if stat.S_ISDIR(mode):
             raise FileDenied(
                 f"expected a file at {path}, found a directory",
@@ -157,18 +157,18 @@ class Files:
             )
         if not stat.S_ISREG(mode) or stat.S_IMODE(mode) != file.mode:
             return False
-        return found.size == len(file.content) and await self.read(path) == file.content
+        return attributes.size == len(file.content) and await self.read(path) == file.content
 
     async def _make_dir(self, path: str, mode: int, created: list[str]) -> None:
         if path in ("/", "", "."):
             return
         async with self._errors(path, 1):
             try:
-                found = await self._sftp.stat(path)
+                attributes = await self._sftp.stat(path)
             except asyncssh.SFTPNoSuchFile:
                 pass
             else:
-                self._want_dir(path, found)
+                self._want_dir(path, attributes)
                 return
             await self._make_dir(posixpath.dirname(path), mode, created)
             if await self._mkdir(path, mode):
@@ -186,8 +186,8 @@ class Files:
         await self._sftp.chmod(path, mode)
         return True
 
-    def _want_dir(self, path: str, found: asyncssh.SFTPAttrs) -> None:
-        if not stat.S_ISDIR(found.permissions or 0):
+    def _want_dir(self, path: str, attributes: asyncssh.SFTPAttrs) -> None:
+        if not stat.S_ISDIR(attributes.permissions or 0):
             raise FileDenied(
                 f"expected a directory at {path}, found a file",
                 host=self._where,
@@ -200,29 +200,29 @@ class Files:
         try:
             yield
         except asyncssh.SFTPFailure as exc:
-            said = f"{exc.reason} {await self._try(path, written)}" if written else exc.reason
-            raise disk_error(said, path, self._where) or sftp_error(
+            message = f"{exc.reason} {await self._try(path, written)}" if written else exc.reason
+            raise disk_error(message, path, self._where) or sftp_error(
                 exc, path, self._where
             ) from None
         except (asyncssh.SFTPError, ConnectionError) as exc:
             raise sftp_error(exc, path, self._where) from None
 
 
-def disk_error(said: str, path: str, where: str) -> HostError | None:
+def disk_error(message: str, path: str, where: str) -> HostError | None:
     """Make the error for a file that its disk did not take, from the system's message."""
-    said = said.lower()
-    if "no space left" in said:
+    message = message.lower()
+    if "no space left" in message:
         return DiskFull(
             f"no room for {path}: its disk is full",
             host=where,
             hint="free some (`df` and `df -i` say of what); `pd-deploy prune FILE` removes old "
             "generations",
         )
-    if "quota exceeded" in said:
+    if "quota exceeded" in message:
         return DiskFull(
             f"no room for {path}: the SSH user's disk quota is full", host=where, hint="free some"
         )
-    if "read-only file system" in said:
+    if "read-only file system" in message:
         return DiskReadOnly(
             f"can't write {path}: its disk is mounted read-only",
             host=where,

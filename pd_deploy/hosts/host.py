@@ -23,7 +23,7 @@ import httpx
 
 from pd_deploy.errors import CommandFailed, HostError, HostUnreachable, SessionRefused, TimedOut
 from pd_deploy.hosts.concurrent import together
-from pd_deploy.hosts.docker_engine import DockerEngine
+from pd_deploy.hosts.docker_client import DockerClient
 from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.facts import Facts
 from pd_deploy.hosts.files import TRY, File, Files, sftp_error
@@ -103,7 +103,7 @@ class Host:
             self.where,
             login.who,
         )
-        self.docker = DockerEngine(socket, self.where)
+        self.docker = DockerClient(socket, self.where)
         self.facts = Facts(self)
 
     def __repr__(self) -> str:
@@ -143,16 +143,16 @@ class Host:
         """
         data = input.encode() if isinstance(input, str) else input
         try:
-            done = await self._run(argv, data, timeout)
+            result = await self._run(argv, data, timeout)
         except TimeoutError:
             raise TimedOut(
                 f"`{shlex.join(argv)}` did not end within {timeout:g} s",
                 host=self.where,
                 hint="look at what it waits for on the host",
             ) from None
-        if check and done.exit_status != 0:
-            raise self._failed(argv, done)
-        return done
+        if check and result.exit_status != 0:
+            raise self._failed(argv, result)
+        return result
 
     async def output(self, argv: Sequence[str]) -> str:
         """Return the standard output of a command that succeeds; raise as `run` does."""
@@ -198,8 +198,8 @@ class Host:
 
     async def find_files(self, path: str) -> list[str]:
         """List all files below a directory by path, sorted; follow no links."""
-        done = await self.run(["find", path, "-xdev", "-type", "f", "-print0"], check=False)
-        return sorted(done.stdout.split("\0")[:-1])
+        result = await self.run(["find", path, "-xdev", "-type", "f", "-print0"], check=False)
+        return sorted(result.stdout.split("\0")[:-1])
 
     async def remove_tree(self, path: str, *, below: str) -> bool:
         """Remove a file or directory that lies strictly below `below`; follow no links.
@@ -327,8 +327,8 @@ class Host:
 
     async def _sftp_of(self, connection: asyncssh.SSHClientConnection) -> SftpSession:
         """Return the connection's one SFTP session; each session costs a process on the host."""
-        known, session = self._sftp
-        if session is None or known is not connection or not session.usable:
+        sftp_connection, session = self._sftp
+        if session is None or sftp_connection is not connection or not session.usable:
             if session:
                 session.drop()
             session = SftpSession(await self._start_sftp(connection), self.where)
@@ -364,13 +364,14 @@ class Host:
             raise self._link.dropped(f"the connection was lost while `{shlex.join(argv)}` ran")
         return CommandResult(process.returncode, _text(stdout), _text(stderr))
 
-    def _failed(self, argv: Sequence[str], done: CommandResult) -> HostError:
-        said = (done.stderr or done.stdout).strip()[-STDERR_TAIL:]
+    def _failed(self, argv: Sequence[str], result: CommandResult) -> HostError:
+        output = (result.stderr or result.stdout).strip()[-STDERR_TAIL:]
         return CommandFailed(
-            f"`{shlex.join(argv)}` exited with {done.exit_status}: {said or 'it printed nothing'}",
+            f"`{shlex.join(argv)}` exited with {result.exit_status}: "
+            f"{output or 'it printed nothing'}",
             argv=argv,
-            exit_status=done.exit_status,
-            stderr=said,
+            exit_status=result.exit_status,
+            stderr=output,
             host=self.where,
             hint="run it on the host by hand",
         )

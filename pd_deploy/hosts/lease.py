@@ -134,7 +134,7 @@ class Lease:
         numbers: by host address, how often that lease was taken, this time included.
         others: by host address, the leases of other deployments that were found there.
         dead: runs that held one of the leases without renewing it.
-        asked: addresses of hosts that were asked for theirs; it is given back there.
+        addresses_asked: addresses of hosts that were asked for theirs; it is given back there.
         watchers: told when a lease is lost.
         renewing: the task that renews the lease of each host.
     """
@@ -146,7 +146,7 @@ class Lease:
     numbers: dict[str, int] = field(default_factory=dict)
     others: dict[str, list[Other]] = field(default_factory=dict)
     dead: set[Owner] = field(default_factory=set)
-    asked: set[str] = field(default_factory=set)
+    addresses_asked: set[str] = field(default_factory=set)
     watchers: list[Callable[[str], None]] = field(default_factory=list)
     lost: PdDeployError | None = None
     renewing: "dict[Host, asyncio.Task[None]]" = field(default_factory=dict)
@@ -191,7 +191,7 @@ class Lease:
     def forget(self, host: Host) -> None:
         """Renew a host's lease no longer: its file is about to be removed."""
         self.numbers.pop(host.address, None)
-        self.asked.discard(host.address)
+        self.addresses_asked.discard(host.address)
 
     @contextlib.asynccontextmanager
     async def held(self, hosts: Mapping[str, Host]) -> AsyncIterator[None]:
@@ -213,13 +213,13 @@ class Lease:
 
     async def release(self, hosts: Mapping[str, Host]) -> None:
         """Give back the leases taken; where that can't be done they die of age."""
-        taken = [host for host in hosts.values() if host.address in self.asked]
+        hosts_asked = [host for host in hosts.values() if host.address in self.addresses_asked]
         self.numbers.clear()
         await asyncio.gather(
-            *(self._call(host, "release", timeout=RELEASE_TIMEOUT_S) for host in taken),
+            *(self._call(host, "release", timeout=RELEASE_TIMEOUT_S) for host in hosts_asked),
             return_exceptions=True,
         )
-        self.asked.clear()
+        self.addresses_asked.clear()
 
     async def _give_back(self, hosts: Mapping[str, Host]) -> None:
         for task in self.renewing.values():
@@ -230,15 +230,15 @@ class Lease:
     async def _take(
         self, host: Host, claim: Owner, deadline: float, waiting: Callable[[str], None]
     ) -> None:
-        gone, told = "", False
+        dead_token, logged = "", False
         while True:
-            self.asked.add(host.address)
-            held = await settled(self._ask(host, claim, gone))
+            self.addresses_asked.add(host.address)
+            held = await settled(self._ask(host, claim, dead_token))
             if held is None:
                 return
             token, holder, age = held
-            if holder and token != gone and _is_gone(holder):
-                gone = token
+            if holder and token != dead_token and _is_gone(holder):
+                dead_token = token
                 continue
             message = _held(holder, age)
             if time.monotonic() > deadline:
@@ -248,16 +248,16 @@ class Lease:
                     hint="wait for it, or cancel it; a run that is dead is given up after "
                     f"{self.lasts:g} s",
                 )
-            if not told:
+            if not logged:
                 waiting(f"host {host.where}: {message}; waiting for it")
-                told = True
+                logged = True
             await asyncio.sleep(POLL_S)
 
     async def _ask(
-        self, host: Host, claim: Owner, gone: str
+        self, host: Host, claim: Owner, dead_token: str
     ) -> tuple[str, Owner | None, int] | None:
         """Take a host's lease unless another run holds it; that one's token, owner and age."""
-        answer = await self._call(host, "take", gone, claim.model_dump_json())
+        answer = await self._call(host, "take", dead_token, claim.model_dump_json())
         head, _, rest = answer.partition("\n")
         verb, _, number = head.partition(" ")
         if verb == "taken":
@@ -292,33 +292,33 @@ class Lease:
         self,
         host: Host,
         verb: str,
-        gone: str = "",
+        dead_token: str = "",
         content: str = "",
         timeout: float = CALL_TIMEOUT_S,
     ) -> str:
         script = ["sh", "-c", SCRIPT, "sh", self.root, verb, self.token]
-        done = await host.run(
-            [*script, f"{self.lasts * 100:.0f}", gone, f"{timeout / 3:.2f}"],
+        result = await host.run(
+            [*script, f"{self.lasts * 100:.0f}", dead_token, f"{timeout / 3:.2f}"],
             input=f"{content}\n" if content else None,
             check=False,
             timeout=timeout,
         )
-        if done.exit_status:
-            path, said = f"{self.root}/lease", done.stderr.strip()
-            raise disk_error(said, path, host.where) or HostError(
-                f"expected to {verb} the lease {path}, found: {said}",
+        if result.exit_status:
+            path, stderr = f"{self.root}/lease", result.stderr.strip()
+            raise disk_error(stderr, path, host.where) or HostError(
+                f"expected to {verb} the lease {path}, found: {stderr}",
                 host=host.where,
                 hint="the SSH user needs a directory of its own: set `paths.state`",
             )
-        return done.stdout
+        return result.stdout
 
     def _lose(self, host: Host, content: str | None) -> PdDeployError:
         """Note that a lease is another's now, or None if its file is gone."""
         holder = _owner(content) if content else None
-        found = "none" if content is not None else "that somebody deleted the file"
+        nobody = "none" if content is not None else "that somebody deleted the file"
         self.lost = LeaseLost(
             f"expected this run's lease {self.root}/lease, found "
-            + (f"that of {holder.run}" if holder else found),
+            + (f"that of {holder.run}" if holder else nobody),
             host=host.where,
             hint="this run changes nothing more, as another may work there by now: look whether "
             "one does, then run again",

@@ -153,21 +153,24 @@ class HostKeys:
                 hint="compare the host's keys with the known_hosts entries for it",
             )
         name, address, port, key = self._refused
-        found = f"found {key.get_algorithm()} {key.get_fingerprint()}"
+        offered = f"found {key.get_algorithm()} {key.get_fingerprint()}"
         line = known_hosts_line(name, port, key)
-        known = self._known_keys(self._config, name, address, port)
-        if known:
-            shown = [f"{one.get_algorithm()} {one.get_fingerprint()}" for one in known]
+        known_keys = self._known_keys(self._config, name, address, port)
+        if known_keys:
+            shown = [
+                f"{known_key.get_algorithm()} {known_key.get_fingerprint()}"
+                for known_key in known_keys
+            ]
             # A host known by name and by address has each key twice.
             expected = " or ".join(dict.fromkeys(shown))
             return HostKeyMismatch(
-                f"its host key has changed: expected {expected}, {found}",
+                f"its host key has changed: expected {expected}, {offered}",
                 host=self._where,
                 hint="somebody may be in between; if the host was reinstalled, check the "
                 f"fingerprint on its console and replace the known_hosts line by: {line}",
             )
         return HostKeyMismatch(
-            f"its host key is not known: {found}",
+            f"its host key is not known: {offered}",
             host=self._where,
             hint="check the fingerprint on the host's console "
             f"(ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub) and add to known_hosts: {line}",
@@ -188,21 +191,21 @@ class HostKeys:
         self, config: SshConfig, host: str, address: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
         """Decide on a key that known_hosts does not have for the host."""
-        given = self._login.known_hosts is not None
-        trusting = self._login.trust_on_first_use or (config.accepts_new and not given)
-        known = self._known_keys(config, host, address, port)
-        if key in known:
+        has_text = self._login.known_hosts is not None
+        trusting = self._login.trust_on_first_use or (config.accepts_new and not has_text)
+        known_keys = self._known_keys(config, host, address, port)
+        if key in known_keys:
             return True
-        if known and config.accepts_changed and not given:
+        if known_keys and config.accepts_changed and not has_text:
             log.warning("%s: a changed host key, as ssh_config allows", self._where)
             return True
-        if known or not trusting:
+        if known_keys or not trusting:
             self._config = config
             self._refused = (host, address, port, key)
             return False
         log.warning("trusting %s on first use: %s", self._where, key.get_fingerprint())
         self._pinned[host, port] = key
-        if not given and config.known_hosts:
+        if not has_text and config.known_hosts:
             _remember(config.known_hosts[0], known_hosts_line(host, port, key))
         return True
 
@@ -212,8 +215,8 @@ class HostKeys:
         """Look up the host's keys as far as they are known: as asyncssh looks for them, too."""
         if pinned := self._pinned.get((host, port)):
             return [pinned]
-        known = self._known(config)
-        return list(known.match(host, address, port if port != DEFAULT_PORT else None)[0])
+        known_hosts = self._known(config)
+        return list(known_hosts.match(host, address, port if port != DEFAULT_PORT else None)[0])
 
     def _known(self, config: SshConfig) -> asyncssh.SSHKnownHosts:
         text = self._login.known_hosts
@@ -258,8 +261,8 @@ def _is_readable(line: str) -> bool:
 def _remember(path: Path, line: str) -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.touch(mode=0o600)
-    with path.open("ab+") as known:
-        known.seek(max(0, known.seek(0, os.SEEK_END) - 1))
+    with path.open("ab+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         # A last line that has no end would take in the new one, and neither could be read.
-        start = "" if known.read() in (b"", b"\n") else "\n"
-        known.write(f"{start}{line}\n".encode())
+        start = "" if file.read() in (b"", b"\n") else "\n"
+        file.write(f"{start}{line}\n".encode())

@@ -154,10 +154,10 @@ async def begin(link: Link, process: Process) -> bool:
         raise link.dropped(f"the connection was lost ({exc})") from None
     if process.returncode is None:
         raise link.dropped("the connection was lost as a command started")
-    said = printed.decode(errors="replace").strip()[-PRINTED:]
+    output = printed.decode(errors="replace").strip()[-PRINTED:]
     raise NoShell(
         f"its login shell ran no command: it ended with {process.returncode}, having printed "
-        f"{said!r}",
+        f"{output!r}",
         host=link.where,
         hint=f"`{link.command} echo ok` must print ok: in ~/.bashrc and the like, `exit` only "
         "from interactive shells; a user with nologin needs a shell",

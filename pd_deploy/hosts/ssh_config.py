@@ -64,12 +64,12 @@ def read(address: str, user: str | None, port: int | None) -> SshConfig:
     except OSError as exc:
         raise ValueError(f"{exc.filename}: {exc.strerror}") from None
     strict = str(config.get("StrictHostKeyChecking", "ask")).lower()
-    known = [
+    known_hosts = [
         *_listed(config, "UserKnownHostsFile", USERS_KNOWN_HOSTS),
         *_listed(config, "GlobalKnownHostsFile", GLOBAL_KNOWN_HOSTS),
     ]
     return SshConfig(
-        known_hosts=tuple(_expanded(known)),
+        known_hosts=tuple(_expanded(known_hosts)),
         accepts_new=strict in ("accept-new", "no", "off"),
         accepts_changed=strict in ("no", "off"),
         identities=tuple(_expanded(_listed(config, "IdentityFile", ()))),
@@ -116,7 +116,7 @@ def _listed(config: SSHConfig, option: str, default: tuple[str, ...]) -> list[st
     value = config.get(option)
     if value is None:
         return list(default)
-    return [str(one) for one in value] if isinstance(value, list) else [str(value)]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def _expanded(paths: list[str]) -> Iterator[Path]:

@@ -199,7 +199,7 @@ def make(
     servers_fingerprint = _fingerprint(rendered, with_proxy=False)
     serving = history.serving
     generation = generations.desired(
-        history.found, fingerprint, serving.generation if serving else None
+        history.generations, fingerprint, serving.generation if serving else None
     )
     servers = generation
     if release := history.releases.get(str(generation)):

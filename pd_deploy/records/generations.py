@@ -55,14 +55,14 @@ def latest(names: Iterable[str]) -> Generation | None:
     return max(filter(None, map(Generation.parse, names)), default=None)
 
 
-def desired(names: Iterable[str], wanted: str, serving: str | None = None) -> Generation:
+def desired(names: Iterable[str], fingerprint: str, serving: str | None = None) -> Generation:
     """Return the generation with the wanted fingerprint: the one that serves, or else the youngest,
     if it has it; otherwise the next one."""
     youngest = latest(names)
     for generation in (Generation.parse(serving or ""), youngest):
-        if generation and generation.fingerprint == wanted:
+        if generation and generation.fingerprint == fingerprint:
             return generation
-    return Generation(youngest.epoch + 1 if youngest else 1, wanted)
+    return Generation(youngest.epoch + 1 if youngest else 1, fingerprint)
 
 
 def to_stop(

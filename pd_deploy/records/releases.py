@@ -193,12 +193,12 @@ class History:
     Attributes:
         record: the newest one found.
         releases: by generation.
-        found: names of all generations of which anything is on a host.
+        generations: names of all generations of which anything is on a host.
     """
 
     record: Record
     releases: Mapping[str, Release]
-    found: frozenset[str]
+    generations: frozenset[str]
 
     def last_digest(self, image: str) -> str | None:
         """Return the digest that an image's tag had when it was last deployed, if it was."""
@@ -220,7 +220,7 @@ class History:
     def with_release(self, release: Release) -> "History":
         """Add a release."""
         releases = {**self.releases, release.generation: release}
-        return replace(self, releases=releases, found=self.found | {release.generation})
+        return replace(self, releases=releases, generations=self.generations | {release.generation})
 
     def before(self) -> str | None:
         """Return the good generation that served before the present one: where a rollback goes."""
@@ -231,14 +231,14 @@ class History:
         """Leave out what pruning removes; see `kept`."""
         kept = self.kept(count)
         releases = {name: release for name, release in self.releases.items() if name in kept}
-        return replace(self, releases=releases, found=self.found & kept)
+        return replace(self, releases=releases, generations=self.generations & kept)
 
     def kept(self, count: int) -> set[str]:
         """List the generations that pruning keeps: what serves, the last `count` good ones besides,
         the youngest, whatever became of it, and those whose servers these run."""
         others = [name for name in self.good if name != self.record.serving]
         names = {*others[-count:], *filter(None, [self.record.serving])}
-        if youngest := latest(self.found):
+        if youngest := latest(self.generations):
             names.add(str(youngest))
         return names | {self.releases[name].servers for name in names if name in self.releases}
 
@@ -277,12 +277,12 @@ def choose(file_image: str, requested_image: str | None, serving: Release | None
     )
 
 
-def merge(records: Iterable[Record], releases: Iterable[Release], found: Iterable[str]) -> History:
+def merge(records: Iterable[Record], releases: Iterable[Release], names: Iterable[str]) -> History:
     """Merge what each host knows into one history."""
     newest = max(records, key=lambda record: record.sequence, default=Record())
     by_generation = {release.generation: release for release in releases}
-    names = frozenset(name for name in found if Generation.parse(name))
-    return History(newest, by_generation, names | frozenset(by_generation))
+    valid = frozenset(name for name in names if Generation.parse(name))
+    return History(newest, by_generation, valid | frozenset(by_generation))
 
 
 def digest_of(pinned_image: str) -> str:

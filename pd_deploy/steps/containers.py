@@ -100,12 +100,12 @@ async def lost_since(rollout: Rollout) -> datetime | None:
         for state in states
         if state.status in generations.RUNNING
     }
-    found = await together(
+    containers = await together(
         retried(partial(rollout.session.host(host).docker.containers, label))
         for host in rollout.containers
     )
     return generations.lost_since(
-        state for states in found for state in states if state.id in served
+        state for states in containers for state in states if state.id in served
     )
 
 
@@ -230,9 +230,9 @@ async def stop_started(rollout: Rollout) -> dict[str, Exception | None]:
         *(retried(partial(_stop_instance, rollout, name)) for name in names),
         return_exceptions=True,
     )
-    told = {name: _why_it_may_run(outcome) for name, outcome in zip(names, outcomes, strict=True)}
-    rollout.attempt.started -= {name for name, fault in told.items() if fault is None}
-    return told
+    faults = {name: _why_it_may_run(outcome) for name, outcome in zip(names, outcomes, strict=True)}
+    rollout.attempt.started -= {name for name, fault in faults.items() if fault is None}
+    return faults
 
 
 def _why_it_may_run(outcome: BaseException | None) -> Exception | None:
@@ -288,11 +288,11 @@ async def last_lines(rollout: Rollout, instance: str) -> str:
         output = group.create_task(
             host.docker.logs(state.id, tail=LOG_LINES, since=state.started_at)
         )
-        files = group.create_task(host.facts.tail([directory], lines=LOG_LINES))
-    shown = ["its last lines:", *(f"  | {line}" for line in output.result().splitlines())]
-    for path, text in files.result().items():
-        shown += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
-    return "\n".join(shown)
+        tails = group.create_task(host.facts.tail([directory], lines=LOG_LINES))
+    lines = ["its last lines:", *(f"  | {line}" for line in output.result().splitlines())]
+    for path, text in tails.result().items():
+        lines += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
+    return "\n".join(lines)
 
 
 async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | HostError | None:
@@ -427,10 +427,10 @@ async def _log_says(
 ) -> None:
     """Wait for a text in the container's log since its last start."""
     host = rollout.session.host_of(instance)
-    said = await host.docker.wait_log(state.id, text, timeout, **_last_start(rollout, state))
-    if said == "ended":
+    outcome = await host.docker.wait_log(state.id, text, timeout, **_last_start(rollout, state))
+    if outcome == "ended":
         raise await died(rollout, instance)
-    if said == "timeout":
+    if outcome == "timeout":
         message = f"expected {text!r} in its log within {timeout:g} s, found nothing of it"
         raise await not_ready(rollout, instance, message)
 

@@ -11,8 +11,8 @@ from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.records.releases import PLAN, RELEASE, History, Record
-from pd_deploy.steps import history
-from pd_deploy.steps.history import HostRecords
+from pd_deploy.steps import host_records
+from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.session import LockedSession
 
@@ -42,57 +42,60 @@ async def complete(session: LockedSession) -> list[str]:
         The files written, each with its host.
     """
     names = list(session.hosts)
-    known = dict(
+    records_of = dict(
         zip(
             names,
             await together(
-                retried(partial(history.read, session.host(name), session.root)) for name in names
+                retried(partial(host_records.read, session.host(name), session.root))
+                for name in names
             ),
             strict=True,
         )
     )
-    past = history.merged(known.values())
-    hosts = [name for name in names if session.host(name).address in past.record.hosts]
+    history = host_records.merged(records_of.values())
+    hosts = [name for name in names if session.host(name).address in history.record.hosts]
     outcomes = await asyncio.gather(
-        *(_complete(session, name, known, past) for name in hosts), return_exceptions=True
+        *(_complete(session, name, records_of, history) for name in hosts), return_exceptions=True
     )
     _faults([session.host(name) for name in hosts], outcomes)
     return [path for written in outcomes if isinstance(written, list) for path in written]
 
 
 async def _complete(
-    session: LockedSession, name: str, known: Mapping[str, HostRecords], past: History
+    session: LockedSession, name: str, records_of: Mapping[str, HostRecords], history: History
 ) -> list[str]:
-    host, root, mine = session.host(name), session.root, known[name]
+    host, root, mine = session.host(name), session.root, records_of[name]
     written = []
-    if mine.record.sequence < past.record.sequence:
-        await _put_record(session, host, past.record)
+    if mine.record.sequence < history.record.sequence:
+        await _put_record(session, host, history.record)
         written.append(f"record.json on {name}")
-    here = {release.generation for release in mine.releases}
-    for generation in sorted(past.kept(session.deployment.keep) & past.releases.keys()):
-        release = past.releases[generation]
-        if host.address not in {place.address for place in release.hosts.values()}:
+    recorded = {release.generation for release in mine.releases}
+    for generation in sorted(history.kept(session.deployment.keep) & history.releases.keys()):
+        release = history.releases[generation]
+        if host.address not in {access.address for access in release.hosts.values()}:
             continue
-        if generation not in mine.plans and (saved := await _saved(session, generation, known)):
+        if generation not in mine.plans and (
+            saved := await _saved(session, generation, records_of)
+        ):
             path = f"{root}/{generation}/{PLAN}"
             await _put(session, host, path, saved)
             written.append(f"{generation}/{PLAN} on {name}")
-        if generation not in here:
+        if generation not in recorded:
             path = f"{root}/{generation}/{RELEASE}"
             await _put(session, host, path, release.model_dump_json(indent=1).encode())
             written.append(f"{generation}/{RELEASE} on {name}")
     if not mine.reserve:
         await session.may_change(host)
-        await history.keep_reserve(host, root)
+        await host_records.keep_reserve(host, root)
     return written
 
 
 async def _saved(
-    session: LockedSession, generation: str, known: Mapping[str, HostRecords]
+    session: LockedSession, generation: str, records_of: Mapping[str, HostRecords]
 ) -> bytes | None:
     """Read a generation's saved plan from a host that has it."""
     path = f"{session.root}/{generation}/{PLAN}"
-    for name, records in known.items():
+    for name, records in records_of.items():
         if generation in records.plans:
             return await retried(partial(session.host(name).read_file, path))
     return None
@@ -101,7 +104,7 @@ async def _saved(
 async def _put_record(session: LockedSession, host: Host, record: Record) -> None:
     async def put() -> None:
         await session.may_change(host)
-        await history.write_record(host, session.root, record)
+        await host_records.write_record(host, session.root, record)
 
     await retried(put)
 
@@ -109,7 +112,7 @@ async def _put_record(session: LockedSession, host: Host, record: Record) -> Non
 async def _put(session: LockedSession, host: Host, path: str, content: bytes) -> None:
     async def put() -> None:
         await session.may_change(host)
-        await host.write_files({path: File(content, history.PRIVATE)})
+        await host.write_files({path: File(content, host_records.PRIVATE)})
 
     await retried(put)
 

@@ -47,15 +47,15 @@ async def holders(
     """List who has devices and ports of a host."""
     devices, ports = sorted(devices), sorted(ports)
     async with task_group() as group:
-        users = group.create_task(device_users(rollout, host, devices))
-        taken = group.create_task(host.facts.ports_taken(ports))
-    found = [("device", *user) for user in sorted(users.result().items())]
-    found += [("port", *holder) for holder in sorted(taken.result().items())]
-    pids = sorted({pid for *_, who in found if (pid := _pid(who))})
+        device_holders = group.create_task(device_users(rollout, host, devices))
+        port_holders = group.create_task(host.facts.ports_taken(ports))
+    uses = [("device", *user) for user in sorted(device_holders.result().items())]
+    uses += [("port", *holder) for holder in sorted(port_holders.result().items())]
+    pids = sorted({pid for *_, who in uses if (pid := _pid(who))})
     homes = await host.facts.containers_of(pids)
     containers = {id_: await _container(rollout, host, id_) for id_ in set(homes.values()) if id_}
     holding = []
-    for kind, number, who in found:
+    for kind, number, who in uses:
         pid = _pid(who)
         name, is_ours = containers.get(homes.get(pid or 0, ""), ("", False))
         shown = who.replace(")", f", container {name})") if name else who
@@ -107,9 +107,9 @@ async def _container(rollout: Rollout, host: Host, container: str) -> tuple[str,
 
 async def _full(rollout: Rollout, host: Host) -> list[str]:
     paths = rollout.session.deployment.paths
-    looked_at = sorted({paths.state, paths.logs})
-    free = await together(host.facts.disk_free(path) for path in looked_at)
-    return [path for path, left in zip(looked_at, free, strict=True) if left < FULL_BYTES]
+    directories = sorted({paths.state, paths.logs})
+    free_bytes = await together(host.facts.disk_free(path) for path in directories)
+    return [path for path, free in zip(directories, free_bytes, strict=True) if free < FULL_BYTES]
 
 
 async def _missing(host: Host, plan: InstancePlan) -> list[str]:

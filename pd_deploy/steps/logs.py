@@ -19,12 +19,12 @@ def chosen(history: History, generation: str | None) -> str:
     Raises:
         NoSuchGeneration: nothing of it is on the hosts.
     """
-    name = generation or str(generations.latest(history.found) or "")
-    if name in history.found:
+    name = generation or str(generations.latest(history.generations) or "")
+    if name in history.generations:
         return name
     raise NoSuchGeneration(
         f"expected the generation {name or 'of any name'} on the hosts, "
-        f"found {', '.join(sorted(history.found)) or 'none'}",
+        f"found {', '.join(sorted(history.generations)) or 'none'}",
         hint="`pd-deploy releases FILE` lists those that are kept",
     )
 

@@ -38,8 +38,8 @@ async def preflight(rollout: Rollout, name: str) -> Report:
     # nothing that a disk with little room left would put at risk.
     if not rollout.is_last_resort:
         checks += [_model, _disk, _devices, _health, _ports]
-    found = await together(check(rollout, host, name) for check in checks)
-    faults = [fault for faults_of_check in found for fault in faults_of_check]
+    faults_by_check = await together(check(rollout, host, name) for check in checks)
+    faults = [fault for faults_of_check in faults_by_check for fault in faults_of_check]
     if not rollout.is_last_resort:
         faults += _of_other_deployments(rollout, host, name)
     if len(faults) == 1:
@@ -48,8 +48,8 @@ async def preflight(rollout: Rollout, name: str) -> Report:
         raise HostError("; ".join(fault.message for fault in faults), host=host.where)
     state = rollout.states[name]
     detail = f"{state.architecture}, Docker {state.docker_version}, {state.interface}"
-    wanted, _ = _labelled(rollout, name, generations.PORTS)
-    if risky := await host.facts.ports_in_ephemeral_range(sorted(wanted)):
+    ports, _ = _labelled(rollout, name, generations.PORTS)
+    if risky := await host.facts.ports_in_ephemeral_range(sorted(ports)):
         detail += f"; {_risky(risky)}"
         log.warning("host %s: %s", host.where, _risky(risky))
     return Report("preflight", name, name, False, detail)
@@ -72,15 +72,15 @@ async def until_free(rollout: Rollout, name: str) -> Report:
     Raises:
         InUse: they are not within `gates.free`; says who holds them.
     """
-    host, free = rollout.session.host(name), rollout.session.deployment.gates.free
+    host, limit = rollout.session.host(name), rollout.session.deployment.gates.free
     begin = time.monotonic()
     taken_since: float | None = None
     while busy := await _busy(rollout, host, name):
         now = time.monotonic()
         strangers = [holder for holder in busy if holder.is_stranger]
         taken_since = (taken_since or now) if strangers else None
-        if now - begin >= free:
-            raise _not_free(rollout, host, busy, f"within {free:g} s", "or raise gates.free")
+        if now - begin >= limit:
+            raise _not_free(rollout, host, busy, f"within {limit:g} s", "or raise gates.free")
         if taken_since and now - taken_since >= STRANGER_S and not rollout.is_last_resort:
             raise _not_free(rollout, host, strangers, "", "then run again")
         await asyncio.sleep(POLL_S)
@@ -141,8 +141,12 @@ async def _model(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     if not servers:
         return []
     mounts = [mount for server in servers for mount in server.container.mounts]
-    found = await host.facts.links(path, sorted({mount.source for mount in mounts}))
-    lost = {k: to for k, to in found.links.items() if not _is_visible(k, to, mounts, found.paths)}
+    model_links = await host.facts.links(path, sorted({mount.source for mount in mounts}))
+    lost = {
+        k: to
+        for k, to in model_links.links.items()
+        if not _is_visible(k, to, mounts, model_links.paths)
+    }
     faults: list[HostError] = []
     if lost:
         link, to = next(iter(sorted(lost.items())))
@@ -157,8 +161,8 @@ async def _model(rollout: Rollout, host: Host, name: str) -> list[HostError]:
                 "{mounts: …}}`), or give a copy without links",
             )
         )
-    if found.closed:
-        message = f"expected files that root can read, found {', '.join(found.closed[:5])}"
+    if model_links.closed:
+        message = f"expected files that root can read, found {', '.join(model_links.closed[:5])}"
         hint = "look at their owner and at the file system's root_squash"
         faults.append(FileDenied(message, host=host.where, hint=hint))
     return faults
@@ -217,15 +221,15 @@ def _shown(size: int, scale: int) -> str:
 
 async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     """Find devices in use by anything but this deployment's running containers."""
-    wanted, ours = _labelled(rollout, name, generations.DEVICES)
+    needed, ours = _labelled(rollout, name, generations.DEVICES)
     return [
         InUse(
-            f"expected {holder.what} to be free for {wanted[holder.number]}, "
+            f"expected {holder.what} to be free for {needed[holder.number]}, "
             f"found {holder.who} on it",
             host=host.where,
             hint="end that process, or use other devices",
         )
-        for holder in await holders(rollout, host, wanted.keys() - ours, ())
+        for holder in await holders(rollout, host, needed.keys() - ours, ())
     ]
 
 
@@ -239,24 +243,24 @@ async def _health(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     faults = engine.faulty_devices(await host.output(command), devices)
     return [
         HostError(
-            f"expected device {device} to be in order, found that {said}",
+            f"expected device {device} to be in order, found that {fault}",
             host=host.where,
             hint="look at its driver and cable, or use other devices",
         )
-        for device, said in sorted(faults.items())
+        for device, fault in sorted(faults.items())
     ]
 
 
 async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    wanted, ours = _labelled(rollout, name, generations.PORTS)
+    needed, ours = _labelled(rollout, name, generations.PORTS)
     return [
         PortTaken(
-            f"expected {holder.what} to be free for {wanted[holder.number]}, "
+            f"expected {holder.what} to be free for {needed[holder.number]}, "
             f"found that {holder.who} has it",
             host=host.where,
             hint="stop that process, or move the port in the deployment file",
         )
-        for holder in await holders(rollout, host, (), wanted.keys() - ours)
+        for holder in await holders(rollout, host, (), needed.keys() - ours)
         # An older generation's proxy may have a port that its labels do not name.
         if not holder.is_ours
     ]
@@ -266,13 +270,13 @@ def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], 
     """Return the ports or devices of a host that the plan wants, each with the instance that does,
     and those that the deployment's running containers have."""
     plan = rollout.plan.hosts.get(name)
-    wanted = {
+    needed = {
         number: instance_name
         for instance_name, instance in (plan.instances.items() if plan else ())
         for number in generations.numbers(instance.container.labels[label])
     }
     running = [c for c in rollout.states[name].containers if c.status in generations.RUNNING]
-    return wanted, {n for c in running for n in generations.numbers(c.labels.get(label, ""))}
+    return needed, {n for c in running for n in generations.numbers(c.labels.get(label, ""))}
 
 
 def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[HostError]:
@@ -283,9 +287,9 @@ def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[H
             run = f"{other.owner.run} of deployment {other.owner.deployment}"
             claims.append((f"{run}, which is at work,", _claimed(other.owner)))
     for label in (generations.DEVICES, generations.PORTS):
-        wanted, _ = _labelled(rollout, name, label)
+        needed, _ = _labelled(rollout, name, label)
         for holder, used in claims:
-            shared = sorted(wanted.keys() & used[label])
+            shared = sorted(needed.keys() & used[label])
             if shared:
                 yield InUse(
                     f"expected the {label.rpartition('.')[2]} {', '.join(map(str, shared))} to be "

@@ -16,7 +16,7 @@ from pd_deploy.errors import (
 )
 from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
-from pd_deploy.steps import containers, copies, history
+from pd_deploy.steps import containers, copies, host_records
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
@@ -31,7 +31,7 @@ async def save(rollout: Rollout, name: str) -> Report:
     """Write a generation's release and plan on a host, before anything of it is made."""
     session, host = rollout.locked, rollout.session.host(name)
     await session.may_change(host)
-    written = await history.write_release(host, session.root, rollout.release, rollout.saved)
+    written = await host_records.write_release(host, session.root, rollout.release, rollout.saved)
     detail = f"wrote {len(written)} files" if written else "known"
     return Report("save", name, name, bool(written), detail)
 

@@ -12,7 +12,7 @@ from pd_deploy.planning import actions, plans
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, Release
 from pd_deploy.steps.attempt import Attempt
-from pd_deploy.steps.history import HostRecords, Saved
+from pd_deploy.steps.host_records import HostRecords, Saved
 from pd_deploy.steps.session import LockedSession, Session
 
 
@@ -35,7 +35,7 @@ class HostState:
     others: tuple[ContainerState, ...]
     listening: frozenset[int]
     tree: Mapping[str, Seen]
-    past: HostRecords
+    records: HostRecords
     strangers: tuple[ListedContainer, ...] = ()
 
     @property
@@ -50,7 +50,7 @@ class Rollout:
 
     Attributes:
         states: by host.
-        past: what the hosts knew of the deployment's past when they were surveyed.
+        surveyed_history: what the hosts knew of the deployment's past when they were surveyed.
         release: what the generation says of itself.
         rule: why its image was chosen.
         attempt: what this run has done so far.
@@ -58,7 +58,7 @@ class Rollout:
 
     session: Session
     states: Mapping[str, HostState]
-    past: History
+    surveyed_history: History
     plan: plans.Plan
     release: Release
     rule: str
@@ -80,14 +80,17 @@ class Rollout:
     @property
     def history(self) -> History:
         """The deployment's past, with the record as it is now."""
-        return replace(self.past, record=self.attempt.record)
+        return replace(self.surveyed_history, record=self.attempt.record)
 
     @cached_property
     def changes(self) -> bool:
         """Whether anything is to be done at all: a container does not run, a file is not as
         planned, or a host lacks a directory or the generation's account of itself."""
         planned = self.with_actions(plans.STAGES).hosts
-        noted = self.past.record.on(self.release.hosts.values()) is self.past.record
+        noted = (
+            self.surveyed_history.record.on(self.release.hosts.values())
+            is self.surveyed_history.record
+        )
         return (
             not noted
             or any(host.actions for host in planned.values())
@@ -97,9 +100,9 @@ class Rollout:
     def _lacks(self, host: str) -> bool:
         state = self.states[host]
         directories = self.plan.hosts[host].directories
-        there = all(path in state.tree for path in directories)
-        return not there or all(
-            release.generation != self.plan.generation for release in state.past.releases
+        has_directories = all(path in state.tree for path in directories)
+        return not has_directories or all(
+            release.generation != self.plan.generation for release in state.records.releases
         )
 
     @property
@@ -117,7 +120,7 @@ class Rollout:
     @property
     def containers(self) -> dict[str, tuple[ContainerState, ...]]:
         """The deployment's containers by host."""
-        return {name: survey.containers for name, survey in self.states.items()}
+        return {name: state.containers for name, state in self.states.items()}
 
     @cached_property
     def stopping(self) -> list[tuple[str, ContainerState]]:
@@ -175,7 +178,7 @@ class Rollout:
         return actions.with_actions(
             self.plan,
             self.containers,
-            {name: survey.tree for name, survey in self.states.items()},
-            {name: survey.listening for name, survey in self.states.items()},
+            {name: state.tree for name, state in self.states.items()},
+            {name: state.listening for name, state in self.states.items()},
             stages,
         )

@@ -23,7 +23,7 @@ from pd_deploy.errors import (
 )
 from pd_deploy.hosts.concurrent import task_group, together
 from pd_deploy.hosts.container_values import ContainerState
-from pd_deploy.hosts.docker_engine import name_taken
+from pd_deploy.hosts.docker_client import name_taken
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
@@ -31,9 +31,9 @@ from pd_deploy.records.releases import Choice, History, Release
 from pd_deploy.registry import tags
 from pd_deploy.registry.client import Build, newest, reach
 from pd_deploy.registry.repository import repository_of
-from pd_deploy.steps import history
+from pd_deploy.steps import host_records
 from pd_deploy.steps.attempt import Attempt
-from pd_deploy.steps.history import HostRecords, Saved
+from pd_deploy.steps.host_records import HostRecords, Saved
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session, host_accesses
 
@@ -60,7 +60,7 @@ class ResolvedImage:
 
 async def connect(session: Session, name: str) -> HostRecords:
     """Connect to a host and read what was deployed on it before."""
-    return await history.read(session.host(name), session.root)
+    return await host_records.read(session.host(name), session.root)
 
 
 async def survey(session: Session, name: str) -> HostState:
@@ -71,12 +71,12 @@ async def survey(session: Session, name: str) -> HostState:
         FactsError: the host does not own the address that the file gives.
         HostError, TransientError: as the hosts layer raises them.
     """
-    host, own = session.host(name), session.deployment.name
+    host, deployment = session.host(name), session.deployment.name
     async with task_group() as group:
         info = group.create_task(host.docker.info())
         labelled = group.create_task(host.docker.containers({generations.DEPLOYMENT: ""}))
         everyone = group.create_task(host.docker.listed())
-        past = group.create_task(history.read(host, session.root))
+        records = group.create_task(host_records.read(host, session.root))
         logs = Layout.log_root_of(session.deployment)
         tree = group.create_task(host.facts.tree(session.root, logs))
         interface_of = group.create_task(host.facts.interface_of(host.address))
@@ -91,7 +91,7 @@ async def survey(session: Session, name: str) -> HostState:
             host=host.where,
             hint='remove "userns-remap" from /etc/docker/daemon.json and restart Docker',
         )
-    ours = [c for c in containers if c.labels[generations.DEPLOYMENT] == own]
+    ours = [c for c in containers if c.labels[generations.DEPLOYMENT] == deployment]
     others = [c for c in containers if c not in ours and c.status in generations.RUNNING]
     entry = session.deployment.hosts.get(name)
     return HostState(
@@ -104,9 +104,9 @@ async def survey(session: Session, name: str) -> HostState:
         others=tuple(others),
         listening=frozenset(listening.result()),
         tree=tree.result(),
-        past=past.result(),
+        records=records.result(),
         strangers=tuple(
-            c for c in everyone.result() if c.labels.get(generations.DEPLOYMENT) != own
+            c for c in everyone.result() if c.labels.get(generations.DEPLOYMENT) != deployment
         ),
     )
 
@@ -128,20 +128,22 @@ async def _not_owned(host: Host, name: str) -> FactsError:
     )
 
 
-def past_of(states: Iterable[HostState]) -> History:
+def history_of(states: Iterable[HostState]) -> History:
     """Merge the deployment's history from what all hosts know, containers included."""
     states = list(states)
-    past = history.merged(survey.past for survey in states)
+    history = host_records.merged(state.records for state in states)
     labelled = {c.labels.get(generations.GENERATION, "") for s in states for c in s.containers}
-    return releases.merge([past.record], past.releases.values(), past.found | labelled)
+    return releases.merge(
+        [history.record], history.releases.values(), history.generations | labelled
+    )
 
 
 def unrecorded(states: Iterable[HostState]) -> list[tuple[str, ContainerState]]:
     """List the deployment's running containers, with their host, if no host knows any more what
     was deployed. A run writes its record before it makes a container, so that was lost."""
     states = list(states)
-    past = past_of(states)
-    if past.serving or (past.record.sequence and not past.record.serving):
+    history = history_of(states)
+    if history.serving or (history.record.sequence and not history.record.serving):
         return []
     return [(s.host, c) for s in states for c in s.containers if c.status in generations.RUNNING]
 
@@ -182,7 +184,7 @@ async def choose(
     Raises:
         ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
     """
-    past, deployment = past_of(states), session.deployment
+    history, deployment = history_of(states), session.deployment
     if requested_image != tags.NEWEST:
         states = list(states)
         running = unrecorded(states)
@@ -190,14 +192,14 @@ async def choose(
         others = {state.labels.get(generations.IMAGE) for _, state in running} - of_file
         if requested_image is None and others:
             raise lost(session, running)
-        choice = releases.choose(deployment.image, requested_image, past.serving)
-        return replace(choice, last_digest=past.last_digest(choice.chosen_image))
-    policy, place = tags.policy_of(deployment), repository_of(deployment)
+        choice = releases.choose(deployment.image, requested_image, history.serving)
+        return replace(choice, last_digest=history.last_digest(choice.chosen_image))
+    policy, repository = tags.policy_of(deployment), repository_of(deployment)
     via = session.host(session.topology.proxy.host)
 
     async def look_up() -> Build:
-        async with reach(place, login=session.registry_login, via=via) as registry:
-            return await newest(registry, policy, skip=past.record.quarantine)
+        async with reach(repository, login=session.registry_login, via=via) as registry:
+            return await newest(registry, policy, skip=history.record.quarantine)
 
     build = await _when_in_order(look_up, patience)
     rule = f"the newest build of family {tags.described(policy)} that is not in quarantine"
@@ -220,38 +222,47 @@ def planned(
         FactsError: several devices have the same address.
         InvalidInput: the file breaks a rule with this image.
     """
-    file_image, past = session.deployment.image, past_of(states)
+    file_image, history = session.deployment.image, history_of(states)
     deployment = session.deployment.model_copy(update={"image": image.choice.chosen_image})
     placement.build(deployment)  # its rules depend on the image
     session = session.for_deployment(deployment)
-    interfaces = {survey.host: survey.interface for survey in states}
-    known = {one.host: one.of_device for one in addresses}
-    session.engine.check_addresses(known)
-    made = plans.make(
+    interfaces = {state.host: state.interface for state in states}
+    addresses_of = {entry.host: entry.of_device for entry in addresses}
+    session.engine.check_addresses(addresses_of)
+    rendered = plans.make(
         deployment,
         session.topology,
         session.engine,
-        facts={name: HostFacts(interfaces[name], known.get(name, {})) for name in deployment.hosts},
+        facts={
+            name: HostFacts(interfaces[name], addresses_of.get(name, {}))
+            for name in deployment.hosts
+        },
         pinned_image=image.pinned_image,
-        history=past,
+        history=history,
     )
-    release = past.releases.get(made.plan.generation) or Release(
-        generation=made.plan.generation,
-        servers=made.plan.servers,
-        servers_fingerprint=made.servers_fingerprint,
+    release = history.releases.get(rendered.plan.generation) or Release(
+        generation=rendered.plan.generation,
+        servers=rendered.plan.servers,
+        servers_fingerprint=rendered.servers_fingerprint,
         chosen_image=image.choice.chosen_image,
         pinned_image=image.pinned_image,
         file_image=file_image,
         hosts=host_accesses(deployment),
-        logs=Layout.of(deployment, made.plan.generation).log_root,
+        logs=Layout.of(deployment, rendered.plan.generation).log_root,
         created=datetime.now(UTC),
         started_by=by,
     )
-    by_host = {survey.host: survey for survey in states}
-    past = past.with_release(release)
-    _require_names(session, made.plan, by_host)
+    by_host = {state.host: state for state in states}
+    history = history.with_release(release)
+    _require_names(session, rendered.plan, by_host)
     return Rollout(
-        session, by_host, past, made.plan, release, image.choice.rule, Attempt.begin(past.record)
+        session,
+        by_host,
+        history,
+        rendered.plan,
+        release,
+        image.choice.rule,
+        Attempt.begin(history.record),
     )
 
 
@@ -261,28 +272,28 @@ async def saved(session: Session, name: str) -> tuple[Session, Saved]:
     Raises:
         NoSuchGeneration: it is not kept.
     """
-    loaded = await history.load(session.hosts, session.root, name)
+    loaded = await host_records.load(session.hosts, session.root, name)
     return session.for_deployment(loaded.deployment), loaded
 
 
 def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rollout:
     """Plan the rollout that brings a saved generation back as it was."""
-    past, by_host = past_of(states), {survey.host: survey for survey in states}
+    history, by_host = history_of(states), {state.host: state for state in states}
     _require_names(session, saved.plan, by_host)
     return Rollout(
         session,
         by_host,
-        past,
+        history,
         saved.plan,
-        past.releases[saved.plan.generation],
+        history.releases[saved.plan.generation],
         "as it was saved",
-        Attempt.begin(past.record, _lost_since(saved, past, states)),
+        Attempt.begin(history.record, _lost_since(saved, history, states)),
     )
 
 
-def _lost_since(saved: Saved, past: History, states: Iterable[HostState]) -> datetime | None:
+def _lost_since(saved: Saved, history: History, states: Iterable[HostState]) -> datetime | None:
     """Since when the generation that is to serve can't, by the clocks of its hosts."""
-    if past.record.serving != saved.plan.generation:
+    if history.record.serving != saved.plan.generation:
         return None
     names = saved.plan.roles.keys()
     return generations.lost_since(c for s in states for c in s.containers if c.name in names)
@@ -316,16 +327,16 @@ async def states(session: Session, of_generations: Collection[str] | None = None
     async def of(name: str) -> str:
         label = {generations.DEPLOYMENT: session.deployment.name}
         try:
-            found = await session.host(name).docker.containers(label)
+            containers = await session.host(name).docker.containers(label)
         except PdDeployError as error:
             return f"host {session.host(name).where}: {error.message}"
-        asked = [
+        chosen = [
             c
-            for c in found
+            for c in containers
             if of_generations is None or c.labels.get(generations.GENERATION) in of_generations
         ]
-        shown = ", ".join(f"{c.name} {c.status}" for c in asked) or "no containers"
-        return f"host {session.host(name).where}: {shown}"
+        listed = ", ".join(f"{c.name} {c.status}" for c in chosen) or "no containers"
+        return f"host {session.host(name).where}: {listed}"
 
     return "; ".join(await together(of(name) for name in session.hosts))
 
@@ -345,8 +356,8 @@ async def device_addresses(session: Session, name: str) -> Addresses:
     command = session.engine.read_addresses_command(devices)
     if not devices or not command:
         return Addresses(name, {})
-    done = await host.run(command)
-    return Addresses(name, session.engine.parse_addresses(done.stdout, devices, host=host.where))
+    result = await host.run(command)
+    return Addresses(name, session.engine.parse_addresses(result.stdout, devices, host=host.where))
 
 
 def _devices(session: Session, name: str) -> list[int]:
@@ -398,9 +409,9 @@ async def _digest_of(session: Session, choice: Choice, reference: str) -> str:
     try:
         return await host.docker.resolve(reference, session.registry_login)
     except RegistryUnavailable as error:
-        name, last = split_image(reference).name, choice.last_digest
-        if last and await _all_have(session, f"{name}@{last}"):
-            pinned = f"{choice.chosen_image}@{last}"
+        name, last_digest = split_image(reference).name, choice.last_digest
+        if last_digest and await _all_have(session, f"{name}@{last_digest}"):
+            pinned = f"{choice.chosen_image}@{last_digest}"
             error.hint = f"every host has it: `--image {pinned}` needs no registry"
         raise
 
@@ -411,18 +422,18 @@ async def _all_have(session: Session, image: str) -> bool:
 
 
 async def _present_everywhere(session: Session, reference: str) -> str:
-    found = await together(
+    images = await together(
         session.host(name).docker.image(reference) for name in session.deployment.hosts
     )
     ids = {
         name: image.id if image else None
-        for name, image in zip(session.deployment.hosts, found, strict=True)
+        for name, image in zip(session.deployment.hosts, images, strict=True)
     }
     if len(set(ids.values())) == 1 and (only := next(iter(ids.values()))):
         return only
-    seen = ", ".join(f"{name}: {image or 'none'}" for name, image in ids.items())
+    found_ids = ", ".join(f"{name}: {image or 'none'}" for name, image in ids.items())
     raise ImageNotFound(
         f"expected the same image {reference} on every host, because the file says `pull: never`; "
-        f"found {seen}",
+        f"found {found_ids}",
         hint="load the image on every host, or remove `pull: never`",
     )

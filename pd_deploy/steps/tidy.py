@@ -25,19 +25,19 @@ async def prune(session: LockedSession, name: str, history: History) -> Report:
     """Remove old generations from a host: containers, files, logs, and the images that no kept
     one needs. Those stay that `History.kept` names."""
     host, kept = session.host(name), history.kept(session.deployment.keep)
-    gone = sorted(history.found - kept)
+    outdated = sorted(history.generations - kept)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
-    removed = [c for c in containers if c.labels.get(generations.GENERATION) in gone]
+    removed = [c for c in containers if c.labels.get(generations.GENERATION) in outdated]
     await _remove_containers(session, host, removed)
-    for generation in gone:
+    for generation in outdated:
         await _remove_generation(session, host, history, generation)
     needed = {release.pinned_image for release in _known(history, kept)}
-    images = {release.pinned_image for release in _known(history, gone)} - needed
-    await _remove_images(session, host, gone, images)
+    images = {release.pinned_image for release in _known(history, outdated)} - needed
+    await _remove_images(session, host, outdated, images)
     await session.may_change(host)
     drafts = await host.output(["sh", "-c", DRAFTS, "sh", session.root])
-    detail = f"removed {', '.join(gone)}" if gone else "nothing to remove"
-    return Report("prune", name, name, bool(gone or drafts), detail)
+    detail = f"removed {', '.join(outdated)}" if outdated else "nothing to remove"
+    return Report("prune", name, name, bool(outdated or drafts), detail)
 
 
 def _known(history: History, generations: Iterable[str]) -> list[Release]:
@@ -50,7 +50,7 @@ async def clear(session: LockedSession, name: str, history: History) -> Report:
     containers = await host.docker.containers({generations.DEPLOYMENT: deployment})
     await _remove_containers(session, host, containers)
     images = {release.pinned_image for release in history.releases.values()}
-    await _remove_images(session, host, sorted(history.found), images)
+    await _remove_images(session, host, sorted(history.generations), images)
     for release in history.releases.values():
         await _remove_logs(session, host, release)
     await session.may_change(host)

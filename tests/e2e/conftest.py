@@ -20,7 +20,7 @@ import yaml
 
 from bench.client import completes
 from demo.processes import Processes
-from pd_deploy.flows import files
+from pd_deploy.flows import deployment_file
 from pd_deploy.lab import Lab, LabHost
 from tests import prefect_settings
 
@@ -40,7 +40,10 @@ CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 def prefect_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment of a command that talks to the tests' own Prefect server."""
     directory = str(tmp_path_factory.getbasetemp())
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", files.DIRECTORIES: directory}
+    env = os.environ | {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        deployment_file.DIRECTORIES: directory,
+    }
     processes = Processes(prefect_settings.HOME / "processes")
     server = [f"{BIN}/prefect", "server", "start", "--host", "127.0.0.1"]
     try:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 from pd_deploy.flows.deploy import deploy
-from pd_deploy.hosts.docker_engine import DockerEngine
+from pd_deploy.hosts.docker_client import DockerClient
 from pd_deploy.hosts.host import Host
 
 CHANGES = {
-    DockerEngine: ("create", "start", "stop", "kill", "remove", "tag", "pull", "remove_image"),
+    DockerClient: ("create", "start", "stop", "kill", "remove", "tag", "pull", "remove_image"),
     Host: ("write_files", "make_dirs", "remove_tree"),
 }
 

@@ -1,7 +1,7 @@
 """Hosts in memory: what pd-deploy sees of a machine, its Docker engine and a service on it.
 
 `MemoryHost` is a `Host` whose SSH connection leads to a `Machine` in this process. Everything
-above the connection is the real thing: `Files`, `Facts` and `DockerEngine`, with their errors and
+above the connection is the real thing: `Files`, `Facts` and `DockerClient`, with their errors and
 retries. `tests/host_contract.py` holds it to the real one: what both do is tested on both.
 
     clock      time that only passes when all wait, and the event loop that goes with it

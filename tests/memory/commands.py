@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pd_deploy.engines.omniinfer import npu_smi, ranktable
 from pd_deploy.hosts import facts, files, lease
 from pd_deploy.hosts.host import CommandResult
-from pd_deploy.steps import history, tidy
+from pd_deploy.steps import host_records, tidy
 from tests.memory.disk import BLOCK
 from tests.memory.machine import Machine
 
@@ -270,7 +270,7 @@ def _script(name: str, script: str, answer: Answer, word: str = "sh", **more: bo
 
 
 TABLE = (
-    _script("records", history.READ, _records),
+    _script("records", host_records.READ, _records),
     _script("tree", facts.TREE, _tree),
     _script("drafts", tidy.DRAFTS, _drafts, changes=True),
     _script("missing paths", facts.MISSING, _missing),

@@ -12,7 +12,7 @@ import httpx
 from docker import errors as sdk
 
 from pd_deploy.errors import ConnectionDropped, HostUnreachable, PdDeployError
-from pd_deploy.hosts.docker_engine import DockerEngine
+from pd_deploy.hosts.docker_client import DockerClient
 from pd_deploy.hosts.host import CommandResult, Host
 from pd_deploy.hosts.login import Login
 from pd_deploy.hosts.sftp import SftpSession
@@ -42,7 +42,7 @@ class MemoryHost(Host):
         super().__init__(name, machine.address, Login("root"), connect_timeout=connect_timeout)
         self.machine = machine
         self.calls = calls or Calls()
-        self.docker = MemoryEngine(self)
+        self.docker = MemoryDocker(self)
         self._connected = False
         self._connects = 0
 
@@ -113,8 +113,8 @@ class MemoryHost(Host):
             return commands.run(command, self.machine, argv, data or b"")
 
 
-class MemoryEngine(DockerEngine):
-    """A `DockerEngine` whose client is in memory; calls that last are asked again and again."""
+class MemoryDocker(DockerClient):
+    """A `DockerClient` whose client is in memory; calls that last are asked again and again."""
 
     def __init__(self, host: MemoryHost) -> None:
         super().__init__(None, host.where)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import surveying
-from pd_deploy.steps.history import HostRecords
+from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
@@ -64,7 +64,7 @@ def rollout(
                 for n, status in states.items()
                 if (session.topology.host_of(n) if n in session.topology.names else "b") == host
             ),
-            past=HostRecords(Record(), (), frozenset(known), frozenset(known), True),
+            records=HostRecords(Record(), (), frozenset(known), frozenset(known), True),
             listening=frozenset(listening),
             tree=tree(of, known)[host] if known else {},
         )

@@ -16,7 +16,7 @@ from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import Choice, Record
 from pd_deploy.steps import surveying
-from pd_deploy.steps.history import HostRecords
+from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
@@ -233,7 +233,7 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
             others=(),
             listening=frozenset(),
             tree={},
-            past=HostRecords(Record(), (), frozenset(), frozenset(), True),
+            records=HostRecords(Record(), (), frozenset(), frozenset(), True),
         )
         for name in of.hosts
     ]

@@ -26,7 +26,7 @@ from pd_deploy.records.releases import (
     Release,
     Result,
 )
-from pd_deploy.steps.history import Saved
+from pd_deploy.steps.host_records import Saved
 from tests.unit import example
 
 ONE, TWO, THREE = "1-0123abcd", "2-89abcdef", "3-ffffffff"
@@ -165,7 +165,7 @@ class TestMerge:
 
     def test_names_that_are_no_generations_are_passed_over(self) -> None:
         past = releases.merge((), [release(ONE)], ["lost+found", TWO])
-        assert past.found == {ONE, TWO}
+        assert past.generations == {ONE, TWO}
 
 
 class TestHistory:
@@ -183,7 +183,7 @@ class TestHistory:
 
     def test_a_written_release_is_known(self) -> None:
         past = history(release(ONE)).with_release(release(TWO))
-        assert set(past.releases) == past.found == {ONE, TWO}
+        assert set(past.releases) == past.generations == {ONE, TWO}
 
     def test_what_serves_the_last_good_ones_and_the_youngest_are_kept(self) -> None:
         names = [f"{epoch}-0123abcd" for epoch in range(1, 7)]
@@ -227,10 +227,10 @@ def test_pruning_never_takes_what_serves_may_serve_again_or_is_run(
     past: History, count: int
 ) -> None:
     kept = past.kept(count)
-    assert kept <= past.found
+    assert kept <= past.generations
     assert {past.record.serving, past.before()} - {None} <= kept
     assert set(past.good[-count:]) <= kept
-    assert max(past.found, key=lambda name: int(name.partition("-")[0])) in kept
+    assert max(past.generations, key=lambda name: int(name.partition("-")[0])) in kept
     assert {past.releases[name].servers for name in kept} <= kept
 
 
@@ -238,7 +238,7 @@ def test_pruning_never_takes_what_serves_may_serve_again_or_is_run(
 def test_pruning_again_removes_nothing_more(past: History, count: int) -> None:
     kept = past.kept(count)
     left = [one for name, one in past.releases.items() if name in kept]
-    record = past.record.without(past.found - kept)
+    record = past.record.without(past.generations - kept)
     assert releases.merge([record], left, ()).kept(count) == kept
 
 
@@ -332,7 +332,7 @@ def served(of: Made, past: History) -> History:
     """The history once a plan serves."""
     tried = attempted(of, past)
     record = tried.record.promoted(of.plan.generation, NOW, "a run")
-    return History(record, tried.releases, tried.found)
+    return History(record, tried.releases, tried.generations)
 
 
 class TestPlans:

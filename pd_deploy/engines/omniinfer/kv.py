@@ -62,9 +62,9 @@ def _number(value: str | int, topology: Topology) -> int:
 
 def _untold(deployment: Deployment) -> str:
     tag = split_image(deployment.image).tag
-    found = f"the tag {tag}, which does not tell the image's age" if tag else "a digest"
+    reference = f"the tag {tag}, which does not tell the image's age" if tag else "a digest"
     return (
-        f"expected an image whose tag tells when it was built, found {found}; give "
+        f"expected an image whose tag tells when it was built, found {reference}; give "
         f"`kv_parallel_size: {_OLD}` (built before 2025-08-13) or "
         f"`kv_parallel_size: {_NEW}` (built later)"
     )

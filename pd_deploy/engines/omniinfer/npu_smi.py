@@ -55,10 +55,10 @@ def parse_faults(output: str, devices: Sequence[int]) -> dict[int, str]:
             if device in faults and above[1] not in FIT:
                 faults[device].append(f"npu-smi says {above[1]}")
     for port in ports:
-        number, _, said = port.partition("\n")
-        if re.search(r"link status:\s*DOWN", said) and number.isdecimal():
+        number, _, state = port.partition("\n")
+        if re.search(r"link status:\s*DOWN", state) and number.isdecimal():
             faults[int(number)].append("its network port is DOWN")
-    return {device: ", ".join(said) for device, said in faults.items() if said}
+    return {device: ", ".join(texts) for device, texts in faults.items() if texts}
 
 
 def _read(rows: Sequence[list[str]]) -> tuple[dict[tuple[int, int], int], dict[int, str]]:

@@ -96,18 +96,20 @@ def whole(text: str, chat: bool, seconds: float) -> Answer:
     """
     document = json.loads(text)
     choice = document["choices"][0]
-    said = _said(choice["message"]) if chat else choice["text"]
+    content = _said(choice["message"]) if chat else choice["text"]
     tokens = (document.get("usage") or {}).get("prompt_tokens")
-    return _answer(said, choice["finish_reason"], tokens, seconds, document)
+    return _answer(content, choice["finish_reason"], tokens, seconds, document)
 
 
 def streamed(text: str, chat: bool, seconds: float) -> Answer:
     """Parse an answer that came in pieces; see `whole`."""
     chunks = list(_chunks(text.splitlines()))
     choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
-    said = "".join(_said(one["delta"]) if chat else one["text"] for one in choices)
-    reason = next((one["finish_reason"] for one in choices if one.get("finish_reason")), None)
-    return _answer(said, reason, None, seconds, {})
+    content = "".join(_said(choice["delta"]) if chat else choice["text"] for choice in choices)
+    reason = next(
+        (choice["finish_reason"] for choice in choices if choice.get("finish_reason")), None
+    )
+    return _answer(content, reason, None, seconds, {})
 
 
 def _chunks(lines: Iterable[str]) -> Iterator[Any]:
@@ -126,8 +128,8 @@ def _said(message: Mapping[str, Any]) -> str:
 
 
 def _answer(
-    said: Any, reason: Any, tokens: Any, seconds: float, document: Mapping[str, Any]
+    content: Any, reason: Any, tokens: Any, seconds: float, document: Mapping[str, Any]
 ) -> Answer:
-    if not isinstance(said, str) or reason not in ("stop", "length"):
-        raise NoAnswer(f"the text {said!r} that ended because of {reason!r}")
-    return Answer(said, tokens if isinstance(tokens, int) else None, reason, seconds, document)
+    if not isinstance(content, str) or reason not in ("stop", "length"):
+        raise NoAnswer(f"the text {content!r} that ended because of {reason!r}")
+    return Answer(content, tokens if isinstance(tokens, int) else None, reason, seconds, document)

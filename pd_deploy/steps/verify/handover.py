@@ -129,8 +129,8 @@ async def _exchange(
             made = await prefill.ask(engine.prefill_request(body), request_id)
         except NoAnswer as error:
             raise prefill.refused("a completion", error) from error
-    wanted = engine.decode_request(body, made.document)
-    if wanted is None:
+    request = engine.decode_request(body, made.document)
+    if request is None:
         if made.reason == "stop":
             return Exchange(prefill, decode, prompt, made, None, offered=False)
         raise prefill.failed(
@@ -141,7 +141,7 @@ async def _exchange(
     async with decode.turn:
         before = await decode.counts()
         try:
-            answer = await decode.ask(wanted, request_id)
+            answer = await decode.ask(request, request_id)
         except NoAnswer as error:
             expected = f"an answer by the KV that {prefill.name} made"
             raise decode.refused(expected, error) from error

@@ -12,19 +12,19 @@ Samples = Mapping[str, Sequence[tuple[Mapping[str, str], float]]]
 
 def parse(text: str) -> Samples:
     """Parse the samples of a page of metrics; leave out what is none."""
-    found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
+    samples: dict[str, list[tuple[Mapping[str, str], float]]] = {}
     for line in text.split("\n"):
         for name, labels, value in _samples(line):
-            found.setdefault(name, []).append((labels, value))
-    return found
+            samples.setdefault(name, []).append((labels, value))
+    return samples
 
 
 def total(pages: Iterable[Samples], counter: Counter) -> float | None:
     """Sum a counter's samples over some servers; return None if none of them has it."""
     samples = [sample for page in pages for sample in page.get(counter.name, ())]
-    wanted = dict(counter.labels).items()
-    chosen = [value for labels, value in samples if wanted <= labels.items()]
-    return sum(chosen) if samples else None
+    wanted_labels = dict(counter.labels).items()
+    values = [value for labels, value in samples if wanted_labels <= labels.items()]
+    return sum(values) if samples else None
 
 
 def _samples(line: str) -> list[tuple[str, Mapping[str, str], float]]:
@@ -36,7 +36,7 @@ def _samples(line: str) -> list[tuple[str, Mapping[str, str], float]]:
     try:
         families = list(text_string_to_metric_families(line))
         samples = [sample for family in families for sample in family.samples]
-        return [(one.name, one.labels, float(one.value)) for one in samples]
+        return [(sample.name, sample.labels, float(sample.value)) for sample in samples]
     # Not all that it stumbles over is a ValueError: `a{b="c", =""} 1`, a number of 400 digits.
     except (ValueError, IndexError, OverflowError):
         return []

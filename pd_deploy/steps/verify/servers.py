@@ -116,10 +116,10 @@ class Server:
         async def since() -> Counts:
             return (await self.counts()).since(before)
 
-        found = await counted(since, Counts.is_complete, self.patience)
-        if not found.is_complete():
+        counts = await counted(since, Counts.is_complete, self.patience)
+        if not counts.is_complete():
             self.patience = IMPATIENT_S
-        return found
+        return counts
 
     def failed(self, message: str, hint: str | None = None) -> SmokeTestFailed:
         """Make the error for what was found at this server."""
@@ -170,8 +170,8 @@ async def reached(session: Session) -> AsyncIterator[Servers]:
             for instance in session.topology.instances
             for port in instance.api_ports
         ]
-        prefill = tuple(one for one in servers if one.instance.role == "prefill")
-        decode = tuple(one for one in servers if one.instance.role == "decode")
+        prefill = tuple(server for server in servers if server.instance.role == "prefill")
+        decode = tuple(server for server in servers if server.instance.role == "decode")
         yield Servers(prefill, decode)
 
 
@@ -186,9 +186,9 @@ async def counted(
     """
     deadline = time.monotonic() + patience
     # An asyncio.Event can't be set from another machine
-    while not enough(now := await read()) and time.monotonic() < deadline:  # noqa: ASYNC110
+    while not enough(result := await read()) and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(POLL_INTERVAL_S)
-    return now
+    return result
 
 
 def not_counted(counters: Counters, servers: Servers, now: Sequence[Counts]) -> str:

@@ -52,7 +52,9 @@ class Proof:
     def __str__(self) -> str:
         if self.verdict == "not provable":
             return f"KV transfer not provable: {self.reason}"
-        ways = dict.fromkeys(f"{one.prefill} → {one.decode}" for one in self.handovers)
+        ways = dict.fromkeys(
+            f"{handover.prefill} → {handover.decode}" for handover in self.handovers
+        )
         return f"KV transfer proven by the servers' counters: {', '.join(ways)}"
 
 
@@ -145,30 +147,32 @@ async def handed_over(session: Session, servers: Servers) -> Evidence:
         SmokeTestFailed: a hand-over that does not work, or answers that other KV is behind.
     """
     deployment, engine = session.deployment, session.engine
-    known = [check for check in deployment.smoke.checks if check.prompt and check.expect]
-    compared = [deployment.smoke.prompt, *(() if known else requests.COMPARED)]
+    checks = [check for check in deployment.smoke.checks if check.prompt and check.expect]
+    compared = [deployment.smoke.prompt, *(() if checks else requests.COMPARED)]
     several = len(servers.prefill) > 1
     work: list[Coroutine[Any, Any, Exchange]] = []
     for index, (prefill, decode) in enumerate(pairs(servers.prefill, servers.decode)):
-        bodies = [requests.prompt(deployment, c.prompt or "", c.max_tokens) for c in known]
+        bodies = [requests.prompt(deployment, c.prompt or "", c.max_tokens) for c in checks]
         if index < len(servers.prefill):
-            asked = [*compared, *compared[:1]] if several else compared
+            texts = [*compared, *compared[:1]] if several else compared
         else:
-            asked = [] if known else compared[:1]
-        bodies += [requests.prompt(deployment, text, HANDOVER_TOKENS) for text in asked]
+            texts = [] if checks else compared[:1]
+        bodies += [requests.prompt(deployment, text, HANDOVER_TOKENS) for text in texts]
         work += [hand_over(engine, prefill, decode, body) for body in bodies]
     exchanges = await _together(work)
     remarks = [
-        f"{one.prefill.name} had nothing to hand over for {one.prompt!r}: its first token ended "
-        "the answer"
-        for one in exchanges
-        if not one.offered
+        f"{exchange.prefill.name} had nothing to hand over for {exchange.prompt!r}: its first "
+        "token ended the answer"
+        for exchange in exchanges
+        if not exchange.offered
     ]
-    offered = [one for one in exchanges if one.offered]
-    await _as_expected(session, known, offered)
-    if not known:
+    offered = [exchange for exchange in exchanges if exchange.offered]
+    await _as_expected(session, checks, offered)
+    if not checks:
         remarks += await _as_decode_alone(session, servers, offered)
-    remarks += await _alike(session, [one for one in offered if one.prompt == compared[0]])
+    remarks += await _alike(
+        session, [exchange for exchange in offered if exchange.prompt == compared[0]]
+    )
     return Evidence(_ways(offered), tuple(dict.fromkeys(remarks)), _unseen(offered))
 
 
@@ -289,9 +293,9 @@ def way_through(
     prefill = [s for s, c in zip(servers.prefill, since[:count], strict=True) if c.served]
     decode = [s for s, c in zip(servers.decode, since[count:], strict=True) if c.served]
     of_decode = since[count:]
-    moved = [one.kv_bytes for one in of_decode if one.kv_bytes is not None]
-    tokens = sum(one.kv_tokens or 0 for one in of_decode)
-    served = sum(one.served or 0 for one in of_decode)
+    moved = [counts.kv_bytes for counts in of_decode if counts.kv_bytes is not None]
+    tokens = sum(counts.kv_tokens or 0 for counts in of_decode)
+    served = sum(counts.served or 0 for counts in of_decode)
     return Handover(
         prefill=", ".join(server.name for server in prefill),
         decode=", ".join(server.name for server in decode),
@@ -305,16 +309,22 @@ def way_through(
 
 async def _counted_since(servers: Servers, before: Sequence[Counts]) -> list[Counts]:
     async def since() -> list[Counts]:
-        now = await servers.counts()
-        return [one.since(then) for one, then in zip(now, before, strict=True)]
+        counts_now = await servers.counts()
+        return [
+            counts.since(counts_before)
+            for counts, counts_before in zip(counts_now, before, strict=True)
+        ]
 
-    def enough(found: Sequence[Counts]) -> bool:
-        of_prefill, of_decode = found[: len(servers.prefill)], found[len(servers.prefill) :]
-        if all(one.served is None for one in of_prefill):
+    def enough(counted_now: Sequence[Counts]) -> bool:
+        count = len(servers.prefill)
+        of_prefill, of_decode = counted_now[:count], counted_now[count:]
+        if all(counts.served is None for counts in of_prefill):
             return True
-        return any(one.served for one in of_prefill) and any(one.is_complete() for one in of_decode)
+        return any(counts.served for counts in of_prefill) and any(
+            counts.is_complete() for counts in of_decode
+        )
 
-    return await counted(since, enough, min(one.patience for one in servers.decode))
+    return await counted(since, enough, min(server.patience for server in servers.decode))
 
 
 async def _as_expected(
@@ -322,17 +332,20 @@ async def _as_expected(
 ) -> None:
     """Sees that each answer by a prefill's KV is the one that its check knows to be right."""
     wrong = [
-        (check, one)
+        (check, exchange)
         for check in checks
-        for one in exchanges
-        if one.prompt == check.prompt and not verdict.fits(check.expect or "", one.answer.text)
+        for exchange in exchanges
+        if exchange.prompt == check.prompt
+        and not verdict.fits(check.expect or "", exchange.answer.text)
     ]
     if not wrong:
         return
     check, first = wrong[0]
     body = requests.prompt(session.deployment, first.prompt, check.max_tokens)
     expected = f"expected an answer to {first.prompt!r} that matches {check.expect!r}"
-    by = ", ".join(dict.fromkeys(f"{one.prefill.name} → {one.decode.name}" for _, one in wrong))
+    by = ", ".join(
+        dict.fromkeys(f"{exchange.prefill.name} → {exchange.decode.name}" for _, exchange in wrong)
+    )
     found = f"found {first.answer.text!r} with the KV handed over by {by}"
     try:
         alone = (await ask_alone(session.engine, first.decode, body)).text
@@ -359,7 +372,7 @@ async def _as_decode_alone(
     """Compare answers with decode's own, where no check knows the right answer."""
     decode = servers.decode[0]
     alone: dict[str, str] = {}
-    for prompt in dict.fromkeys(one.prompt for one in exchanges):
+    for prompt in dict.fromkeys(exchange.prompt for exchange in exchanges):
         body = requests.prompt(session.deployment, prompt, HANDOVER_TOKENS)
         try:
             texts = {(await ask_alone(session.engine, decode, body)).text for _ in range(2)}
@@ -371,8 +384,8 @@ async def _as_decode_alone(
         if len(texts) == 1:
             alone[prompt] = texts.pop()
     by_pair: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for one in exchanges:
-        by_pair[one.prefill.name, one.decode.name][one.prompt] = one.answer.text
+    for exchange in exchanges:
+        by_pair[exchange.prefill.name, exchange.decode.name][exchange.prompt] = exchange.answer.text
     for (prefill, to), texts_of in by_pair.items():
         if verdict.strays(texts_of, alone):
             prompt = next(iter(texts_of))
@@ -389,50 +402,54 @@ async def _alike(session: Session, exchanges: Sequence[Exchange]) -> list[str]:
     """Compare the prefills by their answers to one prompt."""
     answers = _texts(exchanges)
     prompt = exchanges[0].prompt if exchanges else ""
-    found = verdict.difference(prompt, answers)
-    if found and not found.by_itself:
+    difference = verdict.difference(prompt, answers)
+    if difference and not difference.by_itself:
         body = requests.prompt(session.deployment, prompt, HANDOVER_TOKENS)
-        firsts = {one.prefill.name: one for one in exchanges}
-        again = await _together(
-            hand_over(session.engine, one.prefill, one.decode, body)
-            for one in firsts.values()
+        firsts = {exchange.prefill.name: exchange for exchange in exchanges}
+        repeated = await _together(
+            hand_over(session.engine, exchange.prefill, exchange.decode, body)
+            for exchange in firsts.values()
             for _ in range(CONTROLS)
         )
-        found = verdict.difference(prompt, _texts([*exchanges, *again]))
-    if found is None:
+        difference = verdict.difference(prompt, _texts([*exchanges, *repeated]))
+    if difference is None:
         return []
-    if found.by_itself:
+    if difference.by_itself:
         return [
-            f"answers at temperature 0 differ by themselves: {found}; engines that are not "
+            f"answers at temperature 0 differ by themselves: {difference}; engines that are not "
             "deterministic do so, and prefills can't be compared"
         ]
     raise exchanges[0].decode.failed(
         f"expected the same answer whichever prefill made the KV, as each gives each time; "
-        f"found {found}",
+        f"found {difference}",
         "see whether all instances have the same model files",
     )
 
 
 def _texts(exchanges: Iterable[Exchange]) -> dict[str, list[str]]:
     texts: defaultdict[str, list[str]] = defaultdict(list)
-    for one in exchanges:
-        texts[one.prefill.name].append(one.answer.text)
+    for exchange in exchanges:
+        texts[exchange.prefill.name].append(exchange.answer.text)
     return dict(texts)
 
 
 def _ways(exchanges: Iterable[Exchange]) -> tuple[Handover, ...]:
     """One way per pair, the first."""
     ways: dict[tuple[str, str], Handover] = {}
-    for one in exchanges:
-        if one.way:
-            ways.setdefault((one.way.prefill, one.way.decode), one.way)
+    for exchange in exchanges:
+        if exchange.way:
+            ways.setdefault((exchange.way.prefill, exchange.way.decode), exchange.way)
     return tuple(ways.values())
 
 
 def _unseen(exchanges: Sequence[Exchange]) -> str:
-    if any(one.way is None and one.answer.prompt_tokens is None for one in exchanges):
+    if any(
+        exchange.way is None and exchange.answer.prompt_tokens is None for exchange in exchanges
+    ):
         return UNSAID
-    return next(filter(None, (_unseen_way(one.way) for one in exchanges if one.way)), "")
+    return next(
+        filter(None, (_unseen_way(exchange.way) for exchange in exchanges if exchange.way)), ""
+    )
 
 
 def _unseen_way(way: Handover) -> str:
@@ -448,17 +465,17 @@ async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         SmokeTestFailed: the one that failed, or all of them in one.
     """
     results = await asyncio.gather(*work, return_exceptions=True)
-    faults = [one for one in results if isinstance(one, SmokeTestFailed)]
-    for one in results:
-        if isinstance(one, BaseException) and one not in faults:
-            raise one
+    faults = [result for result in results if isinstance(result, SmokeTestFailed)]
+    for result in results:
+        if isinstance(result, BaseException) and result not in faults:
+            raise result
     # One answer of a server is enough to know what is wrong with it.
-    told: dict[str | None, SmokeTestFailed] = {}
+    first_of: dict[str | None, SmokeTestFailed] = {}
     for fault in faults:
-        told.setdefault(fault.instance, fault)
-    if len(told) == 1:
+        first_of.setdefault(fault.instance, fault)
+    if len(first_of) == 1:
         raise faults[0]
-    if told:
-        lines = ["several servers do not answer as they should:", *map(str, told.values())]
+    if first_of:
+        lines = ["several servers do not answer as they should:", *map(str, first_of.values())]
         raise SmokeTestFailed("\n- ".join(lines)) from faults[0]
-    return [one for one in results if not isinstance(one, BaseException)]
+    return [result for result in results if not isinstance(result, BaseException)]

@@ -115,11 +115,11 @@ def _ranktables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def merged(by_host: Iterable[HostRecords]) -> History:
     """Merge what each host knows into one history."""
-    records = list(by_host)
+    all_records = list(by_host)
     return releases.merge(
-        (known.record for known in records),
-        (release for known in records for release in known.releases),
-        (name for known in records for name in known.generations),
+        (records.record for records in all_records),
+        (release for records in all_records for release in records.releases),
+        (name for records in all_records for name in records.generations),
     )
 
 

@@ -9,7 +9,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
 from pd_deploy.errors import InvalidInput
-from pd_deploy.flows import files
+from pd_deploy.flows import deployment_file
 from tests.unit import example
 
 REFUSED = "file: expected a deployment file (.yaml) in the worker's directory or below it, found "
@@ -18,7 +18,7 @@ REFUSED = "file: expected a deployment file (.yaml) in the worker's directory or
 def load(file: object, *, by_a_worker: bool = True) -> Any:
     run = FlowRun(flow_id=uuid4(), deployment_id=uuid4() if by_a_worker else None)
     with FlowRunContext.model_construct(flow_run=run, parameters={}):
-        return files.load(str(file))
+        return deployment_file.load(str(file))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_nothing_else_is_opened_and_nobody_learns_whether_it_is_there(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("opened")
 
-    monkeypatch.setattr(files, "load_deployment", opened)
+    monkeypatch.setattr(deployment_file, "load_deployment", opened)
     with pytest.raises(InvalidInput) as caught:
         load(file.format(place))
     assert REFUSED in str(caught.value)
@@ -68,7 +68,7 @@ def test_a_name_that_no_file_can_have_is_told_as_such(place: Path, file: str) ->
 def test_the_workers_own_configuration_allows_more(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(files.DIRECTORIES, f"/nowhere:{place}/beside")
+    monkeypatch.setenv(deployment_file.DIRECTORIES, f"/nowhere:{place}/beside")
     assert load("../beside/x.yaml").name == "qwq-3p1d"
     assert load("link.yaml").name == "qwq-3p1d"
     with pytest.raises(InvalidInput, match="PD_DEPLOY_DIRECTORIES of the worker allows"):

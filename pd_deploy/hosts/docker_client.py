@@ -62,7 +62,7 @@ PROGRESS_EVERY_S = 1.0  # the engine reports each layer many times a second
 _BROKEN = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 
-class DockerEngine:
+class DockerClient:
     """The Docker engine of a host, through the host's SSH connection.
 
     Every method may raise DockerDown, DockerAccessDenied, DockerMissing, ConnectionDropped,
@@ -146,14 +146,14 @@ class DockerEngine:
         def refused(exc: sdk.APIError) -> PdDeployError:
             return pull_error(explanation(exc), ref, self._where)
 
-        found = await self._long(
+        distribution = await self._long(
             f"resolve {ref}",
             lambda c: c.inspect_distribution(  # type: ignore[no-untyped-call]
                 ref, auth_config=_login(auth)
             ),
             refused,
         )
-        return str(found["Descriptor"]["digest"])
+        return str(distribution["Descriptor"]["digest"])
 
     async def tag(self, ref: str, name: str) -> None:
         """Give the image `ref` the further name `repository:tag`, so that no prune takes it."""
@@ -179,10 +179,10 @@ class DockerEngine:
         An empty value stands for any.
         """
         filters = {"label": [f"{key}={v}" if v else key for key, v in labels.items()]}
-        found = await self._read(
+        entries = await self._read(
             "list containers", lambda c: c.containers(all=True, filters=filters)
         )
-        states = await together(self._inspect_if_there(entry["Id"]) for entry in found)
+        states = await together(self._inspect_if_there(entry["Id"]) for entry in entries)
         return sorted((state for state in states if state), key=lambda state: state.name)
 
     async def listed(self) -> list[ListedContainer]:
@@ -248,20 +248,20 @@ class DockerEngine:
         Raises:
             NotOurs: it does not carry the deployment's label.
         """
-        own = await self._own(container, deployment)
-        await self._long(f"stop {own.name}", lambda c: c.stop(own.id, timeout=timeout))
+        state = await self._own(container, deployment)
+        await self._long(f"stop {state.name}", lambda c: c.stop(state.id, timeout=timeout))
 
     async def kill(self, container: str, signal: str = "SIGKILL", *, deployment: str) -> None:
         """Send a signal to a container of the deployment; NotOurs as in `stop`."""
-        own = await self._own(container, deployment)
-        await self._change(f"kill {own.name}", lambda c: c.kill(own.id, signal))
+        state = await self._own(container, deployment)
+        await self._change(f"kill {state.name}", lambda c: c.kill(state.id, signal))
 
     async def remove(self, container: str, *, deployment: str, force: bool = False) -> bool:
         """Remove a container of the deployment; False if it was gone. NotOurs as in `stop`."""
         try:
-            own = await self._own(container, deployment)
+            state = await self._own(container, deployment)
             await self._change(
-                f"remove {own.name}", lambda c: c.remove_container(own.id, v=True, force=force)
+                f"remove {state.name}", lambda c: c.remove_container(state.id, v=True, force=force)
             )
         except ContainerMissing:
             return False
@@ -371,9 +371,9 @@ class DockerEngine:
         while True:
             lines = await self._timed_lines(container, count)
             # The line at the place may have gone on since.
-            there = [number for number, line in enumerate(lines) if line.startswith(place)]
-            if there:
-                return lines[there[-1] + 1 :]
+            matches = [number for number, line in enumerate(lines) if line.startswith(place)]
+            if matches:
+                return lines[matches[-1] + 1 :]
             if len(lines) < count:
                 return lines
             count *= 8
@@ -550,12 +550,12 @@ def _reporter(
 ) -> Callable[[PullProgress], None]:
     """Hand progress from the pull's thread to the event loop, not too often."""
     loop = asyncio.get_running_loop()
-    last = 0.0
+    reported_at = 0.0
 
     def report(progress: PullProgress) -> None:
-        nonlocal last
-        if on_progress and time.monotonic() - last >= PROGRESS_EVERY_S:
-            last = time.monotonic()
+        nonlocal reported_at
+        if on_progress and time.monotonic() - reported_at >= PROGRESS_EVERY_S:
+            reported_at = time.monotonic()
             loop.call_soon_threadsafe(on_progress, progress)
 
     return report
