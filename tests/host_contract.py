@@ -608,24 +608,25 @@ class Leases:
 
     async def test_held_is_told_with_owner_and_age(self, host: Host) -> None:
         """And how long until a dead one is given up."""
-        first, told = lease("run 'first' (http://ui/1)", lasts=600), list[str]()
+        first = lease("run 'first' (http://ui/1)", lasts=600)
         await take(first, host)
         await age(host, 100)
         second = lease("second", lasts=600)
         with pytest.raises(errors.LeaseHeld) as caught:
-            await second.take([(host, second.owner)], 0.2, told.append)
+            await take(second, host, wait=0.2)
         expected = r"run 'first' \(http://ui/1\) works on leased \(renewed 10\d s ago, from else"
         caught.match(expected)
         caught.match("given up after 600 s")
-        assert len(told) == 1
         await first.check(host)
 
     async def test_the_next_run_goes_on_when_the_lease_is_given_back(self, host: Host) -> None:
-        first, second = lease("first"), lease("second")
+        first, second, told = lease("first"), lease("second"), asyncio.Queue[str]()
         await take(first, host)
-        waiting = asyncio.ensure_future(take(second, host, wait=30))
+        waiting = asyncio.ensure_future(second.take([(host, second.owner)], 30, told.put_nowait))
+        assert "first works on leased" in await told.get()
         await first.release({"a": host})
         await waiting
+        assert told.empty()
         await second.check(host)
         # What another holds is not given back.
         await first.release({"a": host})
