@@ -22,12 +22,16 @@ def completes(url: str, model: str = "qwen") -> bool:
 class Client:
     """A client that asks for completions, one after the other.
 
+    Args:
+        pause: seconds between two requests.
+
     Attributes:
         gap: the longest time, in s, from the last completion before a failure to the first after.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, pause: float = 0) -> None:
         self._url = url
+        self._pause = pause
         self._served = threading.Event()
         self._again = threading.Event()
         self._over = threading.Event()
@@ -50,7 +54,7 @@ class Client:
 
     def _ask(self) -> None:
         last, failed = 0.0, False
-        while not self._over.is_set():
+        while not self._over.wait(self._pause):
             if not completes(self._url):
                 failed = True
                 continue

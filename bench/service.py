@@ -1,14 +1,9 @@
 """The documented 3P1D on a lab, deployed by the flow and recorded by its own Prefect server."""
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,24 +11,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import httpx
-import yaml
 
 from bench.client import Client
+from bench.lab_service import CONTAINERS, LabService, write_file
+from bench.prefect_server import PrefectServer
 from bench.timeline import Measured, Span, measure
-from demo.processes import Processes
 from pd_deploy.config.load import load_deployment
 from pd_deploy.lab import Lab
 from pd_deploy.lab.lifecycle import take_down
 from pd_deploy.planning import placement
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 NAME = "pdbench"
 SUBNET = "10.80.0.0/24"
 BLOCK = "bench-ssh"
 POLL_S = 0.05  # the precision of what is measured, in s
 RECORDS_TIMEOUT_S = 20  # Prefect writes task runs in batches, a few seconds late
-CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 STARTED = '{{index .Config.Labels "pd-deploy.role"}} {{.State.StartedAt}}'
 
 
@@ -51,35 +43,23 @@ class Service:
 
     def __init__(self, lab: Lab, directory: Path) -> None:
         self._lab = lab
-        self._file = _write_file(lab, directory)
-        self._directory = directory
-        self._processes = Processes(directory / "processes")
-        port = _free_port()
-        self._api = f"http://127.0.0.1:{port}/api"
-        self._env = os.environ | {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PREFECT_HOME": str(directory / "prefect"),
-            "PREFECT_API_URL": self._api,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
-        }
-        self._server = [f"{BIN}/prefect", "server", "start", "--host", "127.0.0.1"]
-        self._server += ["--port", str(port)]
+        ssh = {"credentials": BLOCK}
+        self._service = LabService(write_file(lab, directory / "bench-3p1d.yaml", ssh=ssh), lab)
+        self._prefect = PrefectServer(directory)
 
     def __enter__(self) -> Self:
+        self._prefect.__enter__()
+        key, known = str(self._lab.ssh_key), str(self._lab.known_hosts)
+        save = ["pd-deploy", "credentials", "ssh", BLOCK]
         try:
-            self._processes.start("server", self._server, self._env)
-            self._processes.until("server", self._answers, 120)
-            key, known = str(self._lab.ssh_key), str(self._lab.known_hosts)
-            save = ["pd-deploy", "credentials", "ssh", BLOCK]
-            self._run(*save, "--private-key", key, "--known-hosts", known)
+            self._prefect.run(*save, "--private-key", key, "--known-hosts", known)
         except BaseException:
-            self._processes.stop_all()
+            self._prefect.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._processes.stop_all()
+        self._prefect.__exit__()
 
     def clean(self) -> None:
         """Remove the service from the hosts, except the image."""
@@ -92,41 +72,30 @@ class Service:
     def bring_up(self) -> Measured:
         """Run the flow on clean hosts."""
         with _Watch(self._health_urls()) as watch:
-            self._run("pd-deploy", "deploy", self._file)
+            self._deploy()
             ready = watch.all_answered()
         return measure(*self._records(), Span(self._last_start(), ready))
 
     def run_again(self) -> Measured:
         """Run the flow on a service that needs no change."""
-        self._run("pd-deploy", "deploy", self._file)
+        self._deploy()
         return measure(*self._records(), None)
 
     def upgrade(self, number: int) -> Upgrade:
         """Run the flow on a changed file while a client keeps asking."""
-        document = yaml.safe_load(Path(self._file).read_text())
-        document["settings"] = {"all": {"environment": {"BENCH": str(number)}}}
-        Path(self._file).write_text(yaml.safe_dump(document))
-        with Client(f"http://{self._lab.hosts['a'].address}:7000") as client:
-            self._run("pd-deploy", "deploy", self._file)
+        self._service.change(settings={"all": {"environment": {"BENCH": str(number)}}})
+        with Client(self._service.url) as client:
+            self._deploy()
             client.served_again()
         _, tasks = self._records()
         ready = max(span.end for name, span in tasks if name.startswith("ready"))
         return Upgrade(client.gap, (ready - self._last_start()).total_seconds())
 
-    def _run(self, *argv: str) -> None:
-        done = subprocess.run(
-            argv, env=self._env, cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"`{' '.join(argv)}` failed:\n{done.stdout}{done.stderr}")
-
-    def _answers(self) -> bool:
-        with suppress(OSError), urllib.request.urlopen(f"{self._api}/health", timeout=2) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-        return False
+    def _deploy(self) -> None:
+        self._prefect.run("pd-deploy", "deploy", self._service.file)
 
     def _health_urls(self) -> list[str]:
-        built = placement.build(load_deployment(Path(self._file)))
+        built = placement.build(load_deployment(self._service.path))
         return [f"http://{server}/health" for pod in built.pods for server in pod.servers]
 
     def _last_start(self) -> datetime:
@@ -160,8 +129,7 @@ class Service:
             time.sleep(POLL_S)
 
     def _ask(self, kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        answer = httpx.post(f"{self._api}/{kind}/filter", json=body, trust_env=False, timeout=30)
-        objects: list[dict[str, Any]] = answer.raise_for_status().json()
+        objects: list[dict[str, Any]] = self._prefect.ask("POST", f"{kind}/filter", body)
         return objects
 
 
@@ -215,23 +183,5 @@ class _Watch:
         return True
 
 
-def _write_file(lab: Lab, directory: Path) -> str:
-    document = {
-        "extends": str(ROOT / "deployments/lab-qwq-3p1d.yaml"),
-        "hosts": {name: host.address for name, host in lab.hosts.items()},
-        "registry": {"host": lab.registry},
-        "ssh": {"credentials": BLOCK},
-    }
-    path = directory / "bench-3p1d.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return str(path)
-
-
 def _span(run: dict[str, Any]) -> Span:
     return Span(datetime.fromisoformat(run["start_time"]), datetime.fromisoformat(run["end_time"]))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -24,6 +24,10 @@ class Processes:
         pid, started = self._read().get(name, (0, ""))
         return bool(pid) and _started(pid) == started
 
+    def pid(self, name: str) -> int:
+        """Return the process id of the process of that name; 0 if there was none."""
+        return self._read().get(name, (0, ""))[0]
+
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         """Start a process in a session of its own, with a log file of its name."""
         self._directory.mkdir(mode=0o700, exist_ok=True)

@@ -113,9 +113,14 @@ class LabHost(BaseModel):
         """Stop the SSH server, and close every open SSH connection."""
         self._stop(SSHD_PID)
         # Each connection has a child process of its own, which outlives the listener.
+        self.drop_ssh()
+
+    def drop_ssh(self) -> None:
+        """Close every open SSH connection; new ones are accepted."""
+        listener = self.run(["cat", SSHD_PID], check=False).stdout.strip()
         sessions = self.run(["pgrep", "-x", "sshd"], check=False).stdout.split()
-        if sessions:
-            self.run(["kill", *sessions], check=False)
+        if dropped := [pid for pid in sessions if pid != listener]:
+            self.run(["kill", *dropped], check=False)
 
     def start_engine(self, wait: bool = True) -> None:
         """Start the Docker engine; if ``wait`` is set, return when its API answers."""

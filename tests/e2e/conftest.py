@@ -1,9 +1,6 @@
 """A real Prefect server with its own database, and services of the tests' own on the lab."""
 
-import datetime
-import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -12,16 +9,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import yaml
 
-from bench.client import completes
+from bench.lab_service import LabService, write_file
 from demo.processes import Processes
 from pd_deploy.flows import deployment_file
-from pd_deploy.lab import Lab, LabHost
+from pd_deploy.lab import Lab
 from tests import prefect_settings
 
 ALL = bool(os.environ.get("PD_TEST_ALL"))
@@ -30,10 +25,6 @@ long = pytest.mark.skipif(not ALL, reason="long: runs with `make test-all`")
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"
-INSTANCES = {"p0", "p1", "p2", "d0", "c0"}
-BUILT = "usr/local/Ascend/latest/standin/built"
-"""Where the stand-in says how old it is: what it takes follows from that, as in the original."""
-CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
 
 
 @pytest.fixture(scope="session")
@@ -97,64 +88,12 @@ def ssh_block(lab: Lab, prefect: Callable[..., str]) -> str:
     return BLOCK
 
 
-class Service:
-    """A deployment file on the lab, and what can be seen of it there without pd-deploy."""
-
-    def __init__(self, path: Path, lab: Lab) -> None:
-        self.path = path
-        self.lab = lab
-        self.day = datetime.date(2026, 1, 1)
-
-    @property
-    def file(self) -> str:
-        return str(self.path)
-
-    def change(self, **overrides: object) -> None:
-        """Lays overrides on the file."""
-        document = yaml.safe_load(self.path.read_text()) | overrides
-        self.path.write_text(yaml.safe_dump(document))
-
-    def faults(self, instance: str, **faults: object) -> None:
-        """Makes an instance's engine misbehave."""
-        for host in self.lab.hosts.values():
-            host.run(["mkdir", "-p", "/data/standin"])
-            host.run(["tee", f"/data/standin/{instance}.json"], input=json.dumps(faults))
-
-    def containers(self, *, running: bool = False) -> dict[str, dict[str, Any]]:
-        """Inspected containers by instance name, newest generation last to win."""
-        found: dict[str, dict[str, Any]] = {}
-        for host in self.lab.hosts.values():
-            ids = host.run([*CONTAINERS, *(["--filter", "status=running"] if running else [])])
-            if ids.stdout.split():
-                inspected = json.loads(host.run(["docker", "inspect", *ids.stdout.split()]).stdout)
-                for one in sorted(inspected, key=lambda c: c["Created"]):
-                    found[one["Config"]["Labels"]["pd-deploy.instance"]] = one
-        return found
+class Service(LabService):
+    """A service on the tests' lab, with what only tests do to it and look at."""
 
     def states(self) -> dict[str, tuple[str, object]]:
         """Id and state of each container: changes when somebody touches it."""
         return {name: (c["Id"], c["State"]) for name, c in self.containers().items()}
-
-    def image(self, tag: str, *, here: bool = False) -> str:
-        """A tag as the file would have it, or as this lab's registry has it."""
-        registry = self.lab.registry if here else "swr.cn-east-4.myhuaweicloud.com"
-        return f"{registry}/omni-ci/daily_omniinfer:{tag}"
-
-    def push(self, tag: str, files: dict[str, str]) -> str:
-        """Pushes the stand-in image with other files, of the age that its tag tells; its name for a
-        run."""
-        if day := re.match(r"(\d{4})(\d{2})(\d{2})_", tag):
-            files = {BUILT: "-".join(day.groups()), **files}
-        self.lab.push_variant(tag, files)
-        return self.image(tag)
-
-    def push_bad(self, tag: str, **faults: object) -> str:
-        """Pushes an image whose engines misbehave."""
-        return self.push(tag, {"/etc/standin.json": json.dumps(faults)})
-
-    def tag(self, build: object) -> str:
-        """A daily tag of the test's own."""
-        return f"{self.day:%Y%m%d}_{build}"
 
     def stop_registry(self) -> None:
         """Ends the lab's registry."""
@@ -193,12 +132,6 @@ class Service:
         found = [host.run(argv, check=False).stdout.strip() for host in self.lab.hosts.values()]
         return max(found)
 
-    def record(self) -> dict[str, Any]:
-        """What became of the releases, as the proxy's host has it."""
-        path = "/var/lib/pd-deploy/qwq-3p1d/record.json"
-        found: dict[str, Any] = json.loads(self.lab.hosts["a"].run(["cat", path]).stdout)
-        return found
-
     def generations(self) -> list[str]:
         """Generations of which a host has files; the same on both."""
         script = "cd /var/lib/pd-deploy/qwq-3p1d && ls -d */ | tr -d /"
@@ -216,23 +149,6 @@ class Service:
         assert process.stdout
         assert process.stdout.readline() == "held\n"
         return process
-
-    def completes(self) -> bool:
-        """Whether a client gets a completion."""
-        return completes(self.url)
-
-    @property
-    def url(self) -> str:
-        """Where clients ask."""
-        return f"http://{self.lab.hosts['a'].address}:7000"
-
-    def host_of(self, instance: str) -> LabHost:
-        return self.lab.hosts["b" if instance in ("p2", "d0") else "a"]
-
-    def kill(self, instance: str) -> None:
-        """Kills an instance's container from outside."""
-        container = self.containers()[instance]
-        self.host_of(instance).run(["docker", "kill", container["Id"]])
 
     def port_open(self) -> bool:
         """Whether somebody listens on the proxy's port."""
@@ -254,32 +170,12 @@ class Service:
                 found[f"{name}:{path}"] = digest
         return found
 
-    def clean(self) -> None:
-        """Removes everything from the hosts, whatever state they are in."""
-        for host in self.lab.hosts.values():
-            host.mend()
-            ids = host.run(CONTAINERS).stdout.split()
-            if ids:
-                host.run(["docker", "rm", "-f", *ids])
-            images = host.run(["docker", "images", "-q", "pd-deploy/*"]).stdout.split()
-            if images:
-                host.run(["docker", "rmi", "-f", *sorted(set(images))], check=False)
-            host.run(["rm", "-rf", "/var/lib/pd-deploy", "/data/standin", "/data/log_path"])
-
 
 @pytest.fixture
 def service(lab: Lab, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
     """The documented 3P1D on the tests' lab; nothing of it is left afterwards."""
-    document = {
-        "extends": str(ROOT / "deployments/lab-qwq-3p1d.yaml"),
-        "hosts": {name: host.address for name, host in lab.hosts.items()},
-        "registry": {"host": lab.registry},
-        "ssh": {"credentials": ssh_block},
-        "container": {"stop_timeout": 10},
-        "gates": {"ready": 60},
-    }
-    path = tmp_path / "test-3p1d.yaml"
-    path.write_text(yaml.safe_dump(document))
+    overrides = {"ssh": {"credentials": ssh_block}, "container": {"stop_timeout": 10}}
+    path = write_file(lab, tmp_path / "test-3p1d.yaml", **overrides, gates={"ready": 60})
     service = Service(path, lab)
     try:
         yield service

@@ -18,8 +18,9 @@ from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import BIN, INSTANCES, ROOT, Service, long, until
+from tests.e2e.conftest import BIN, ROOT, Service, long, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 NAME = "lab-qwq-3p1d"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.lab_service import INSTANCES
 from pd_deploy.blocks.ssh import SshCredentials
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import INSTANCES, ROOT, Service
+from tests.e2e.conftest import ROOT, Service
 
 HOME = "/home/deployer"
 

@@ -12,12 +12,13 @@ import pytest
 from prefect.client.schemas.objects import State
 
 from bench.client import Client
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.prune import prune
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.flows.teardown import teardown
-from tests.e2e.conftest import INSTANCES, Service, until
+from tests.e2e.conftest import Service, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
-from tests.e2e.conftest import BIN, INSTANCES, ROOT, Service, until
+from tests.e2e.conftest import BIN, ROOT, Service, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 Start = Callable[[dict[str, str]], subprocess.Popen[bytes]]

@@ -10,9 +10,10 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.planning.plans import STAGES, Plan
-from tests.e2e.conftest import INSTANCES, Service
+from tests.e2e.conftest import Service
 
 EVENTS = ("create", "start", "stop")
 CHANGING = {"create", "start", "stop", "die", "destroy"}

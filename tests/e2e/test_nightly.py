@@ -17,10 +17,11 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from tests import prefect_settings
 from tests.e2e.browser import page
-from tests.e2e.conftest import INSTANCES, Service
+from tests.e2e.conftest import Service
 
 NIGHTLY = "lab-qwq-3p1d-nightly"
 

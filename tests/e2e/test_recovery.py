@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from prefect.client.schemas.objects import State
 
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
-from tests.e2e.conftest import ALL, INSTANCES, ROOT, Service, until
+from tests.e2e.conftest import ALL, ROOT, Service, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 SEED = int(os.environ.get("PD_TEST_SEED", "1"))

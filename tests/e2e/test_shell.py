@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import INSTANCES, Service
+from tests.e2e.conftest import Service
 from tests.e2e.test_main_job import described
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import INSTANCES, Service
+from tests.e2e.conftest import Service
 
 OVER_TWO_HOSTS: dict[str, Any] = {
     "profile": "deepseek-r1-a3-2p1d",
