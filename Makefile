@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PREFILLS ?= 3
+N ?= 200
 
-.PHONY: help demo demo-vllm demo-down test test-all test-unit coverage lint bench lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-down test test-all test-unit coverage lint bench soak lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +39,9 @@ lint: ready-dev ## Format, lint and type checks.
 
 bench: ready    ## Measure the control plane's own time, by part.
 	@$(BIN)/python -m bench
+
+soak: ready     ## N=200 upgrades in a row with traffic and faults; fails if any does, or if anything grows.
+	@$(BIN)/python -m bench.soak --count $(N)
 
 lock:           ## Update the lock files.
 	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras --extra build -o requirements.lock pyproject.toml

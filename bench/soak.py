@@ -380,8 +380,12 @@ def main() -> int:
         return 130
     finally:
         print(report(done))
-    grown = [figure for figure in comparisons(done) if figure.grew]
-    return int(bool(grown) or any(upgrade.problem for upgrade in done))
+    return int(failed(done))
+
+
+def failed(upgrades: list[Upgrade]) -> bool:
+    """Tell whether an upgrade failed, or anything grew."""
+    return any(u.problem for u in upgrades) or any(f.grew for f in comparisons(upgrades))
 
 
 def comparisons(upgrades: list[Upgrade]) -> list[Comparison]:
@@ -396,15 +400,17 @@ def comparisons(upgrades: list[Upgrade]) -> list[Comparison]:
 
 def report(upgrades: list[Upgrade]) -> str:
     """Format what came of it as a table for people."""
-    failed = [upgrade for upgrade in upgrades if upgrade.problem]
+    wrong = [upgrade for upgrade in upgrades if upgrade.problem]
     faults = [upgrade for upgrade in upgrades if upgrade.fault]
+    compared = comparisons(upgrades)
+    heading = f"{'':50}{'first 10 %':>12}{'last 10 %':>12}{'allowed':>12}"
     lines = [
-        f"{len(upgrades)} upgrades, {len(faults)} of them with a fault: {len(failed)} failed",
-        *(f"  {_line(upgrade)}" for upgrade in failed),
+        f"{len(upgrades)} upgrades, {len(faults)} of them with a fault: {len(wrong)} failed",
+        *(f"  {_line(upgrade)}" for upgrade in wrong),
         "",
-        f"{'':50}{'first 10 %':>12}{'last 10 %':>12}{'allowed':>12}",
+        heading if compared else "too few upgrades without a fault: nothing to compare",
     ]
-    for figure in comparisons(upgrades):
+    for figure in compared:
         allowed = "" if figure.allowed is None else f"{figure.allowed:.1f}"
         verdict = "  GREW" if figure.grew else ""
         lines.append(

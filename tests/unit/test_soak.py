@@ -1,0 +1,66 @@
+"""The soak: what counts as growth, and what its report says."""
+
+import pytest
+
+from bench.growth import Comparison, Limit, compare
+from bench.soak import FAULTS, KEPT, LIMITS, Upgrade, failed, report
+
+
+def samples(*values: float) -> list[dict[str, float]]:
+    """One figure, so many times."""
+    return [{"files": value} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "limit", "grew"),
+    [
+        ([5.0] * 20, Limit(), False),
+        ([5.0] * 19 + [900.0], Limit(), True),
+        ([float(n) for n in range(100)], Limit(amount=80), True),
+        ([float(n) for n in range(100)], Limit(amount=95), False),
+        ([100.0, 110.0], Limit(share=0.1), False),
+        ([100.0, 111.0], Limit(share=0.1), True),
+        ([9.0, 1.0], Limit(), False),
+        ([1.0, 9.0], None, False),
+    ],
+)
+def test_the_last_tenth_may_be_so_much_above_the_first(
+    values: list[float], limit: Limit | None, grew: bool
+) -> None:
+    (compared,) = compare(samples(*values), {"files": limit} if limit else {})
+    assert compared.grew is grew
+
+
+def test_one_of_many_in_a_tenth_is_no_growth() -> None:
+    (compared,) = compare(samples(*[5.0] * 29, 900.0), {"files": Limit()})
+    assert compared == Comparison("files", 5.0, 5.0, 5.0)
+
+
+def test_less_than_two_samples_say_nothing() -> None:
+    assert compare([], LIMITS) == compare(samples(1.0), LIMITS) == []
+
+
+def upgrades(count: int, problem: str = "", growing: float = 0) -> list[Upgrade]:
+    """So many, each with a bit more of everything, and the last with a problem."""
+    made = [
+        Upgrade(n, "", 9.0, 1.0, "", dict.fromkeys(LIMITS, 10 + growing * n))
+        for n in range(1, count + 1)
+    ]
+    return [*made, Upgrade(count + 1, FAULTS[0].name, 9.0, 1.0, problem, {})]
+
+
+def test_a_soak_fails_of_an_upgrade_and_of_growth_and_says_which() -> None:
+    assert not failed(upgrades(KEPT + 10))
+    assert "GREW" not in report(upgrades(KEPT + 10))
+    assert failed(upgrades(KEPT + 10, problem="expected COMPLETED, found Failed: no"))
+    assert "found Failed: no" in report(upgrades(KEPT + 10, problem="… found Failed: no"))
+    assert failed(upgrades(KEPT + 10, growing=2))
+    assert report(upgrades(KEPT + 10, growing=2)).count("GREW") == len(LIMITS)
+
+
+def test_what_hosts_fill_up_with_at_first_is_not_compared() -> None:
+    assert not failed(upgrades(KEPT + 1, growing=100))
+
+
+def test_a_soak_that_compared_nothing_has_not_shown_that_nothing_grows() -> None:
+    assert "nothing to compare" in report(upgrades(KEPT + 1))
