@@ -18,6 +18,7 @@ from pd_deploy.planning import actions
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History, Record
+from pd_deploy.steps import stopping
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -100,6 +101,8 @@ async def success(
     message = f"Generation {rollout.plan.generation}: {outcome}"
     if rollout.attempt.downtime.since and completion:
         message += f", {rollout.attempt.downtime}"
+    if cut := stopping.told_of(rollout.attempt.cut, rollout.locked):
+        message += f"; {cut}"
     await _publish(rollout, f"**{message}**", reports, completion)
     if completion:
         message += f"; serves at {completion.url}"

@@ -9,7 +9,7 @@ from prefect import State
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
-from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, headline
+from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, faults_of, headline
 from pd_deploy.flows import publish
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
@@ -18,7 +18,7 @@ from pd_deploy.flows.run import Run
 from pd_deploy.flows.stages import prove_and_open, run_stages
 from pd_deploy.flows.survey import restore
 from pd_deploy.planning.plans import STAGES, Stage
-from pd_deploy.steps import containers, promotion, surveying
+from pd_deploy.steps import containers, promotion, stopping, surveying
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -42,6 +42,7 @@ async def roll_out(
         PdDeployError: it failed before anything that served was stopped.
     """
     line, completion = Line(rollout.session.barrier, rollout), None
+    rollout.attempt.connects = {name: host.connects for name, host in rollout.session.hosts.items()}
     try:
         if rollout.changes or set(stages) != set(STAGES):
             await run_stages(line, rollout, list(stages))
@@ -138,6 +139,8 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
     session = failed.session
     hosts, seconds = session.hosts, session.deployment.gates.away
     away = await hosts_away(hosts)
+    # Servers may have ended because those of a host that was away for a moment were gone.
+    lost = any(host.connects > failed.attempt.connects[name] for name, host in hosts.items())
     reason = f"new generation {failed.plan.generation} {_end(error)}"
     reason = "; ".join([reason, *(f"meanwhile {fault}" for fault in away.values())])
     get_run_logger().error("%s; going back to %s", reason, generation)
@@ -152,22 +155,27 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         states = await surveying.states(
             session, {generation, failed.plan.generation, failed.plan.servers}
         )
+        same = headline(fault) == headline(error)
+        because = "for the same reason" if same else f"because {headline(fault)}"
         raise RollbackFailed(
-            f"{reason}; generation {generation} does not come back either, because "
-            f"{headline(fault)}\nNothing serves. {states}{_below(error)}{_below(fault)}",
+            f"{reason}; generation {generation} does not come back either, {because}"
+            f"\nNothing serves. {states}"
+            f"{_below(error, failed.plan.generation)}{_below(fault, generation)}",
             hint="look at these logs, mend the cause, and run `pd-deploy recover FILE`",
         ) from error
     image = ""
     try:
-        note = partial(_note_way_back, back, failed, None if away else error, str(run))
+        note = partial(_note_way_back, back, failed, None if away or lost else error, str(run))
         if await with_all_hosts(hosts, seconds, note):
             image = f"; its image {failed.release.chosen_image} is in quarantine"
     except PdDeployError as fault:
         get_run_logger().error("not recorded that %s serves: %s", generation, fault)
     await tidy_up(line, back)
+    cut = stopping.told_of(failed.attempt.cut + back.attempt.cut, failed.locked)
     raised = RolledBack(
         f"{reason}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}"
-        f"{_below(error)}",
+        f"{cut and f'; {cut}'}"
+        f"{_below(error, failed.plan.generation)}",
         hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
         f"{failed.plan.generation}`",
     )
@@ -232,7 +240,12 @@ def _end(error: BaseException) -> str:
     return f"failed {at}because {headline(error)}"
 
 
-def _below(error: BaseException) -> str:
-    """Return what an error says besides its headline, such as logs."""
-    rest = str(error).partition("\n")[2]
-    return f"\n{rest}" if rest else ""
+def _below(error: BaseException, generation: str) -> str:
+    """Return what the faults of a generation say besides their headlines, such as logs, each once,
+    with where it was."""
+    details = {}
+    for fault in faults_of(error):
+        if rest := str(fault).partition("\n")[2]:
+            where = fault.instance or fault.host if isinstance(fault, PdDeployError) else None
+            details[rest] = where or type(fault).__name__
+    return "".join(f"\n{where} of {generation}: {rest}" for rest, where in details.items())

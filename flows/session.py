@@ -76,7 +76,7 @@ async def locked(
     history = await connected(session)
     _require_former(session, history)
     await open_former(session, history, also(history))
-    lease = locking.lease_for(session, run, str(runtime.flow_run.id))
+    lease = locking.lease_for(session, run, str(runtime.flow_run.id), history.lease)
     with_lease = LockedSession.of(session, lease)
     async with lease.held(with_lease.hosts):
         await lock(with_lease)

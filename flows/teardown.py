@@ -29,9 +29,8 @@ async def teardown(file: str) -> State[None]:
     async with locked_session(deployment, str(this_run())) as session:
         history = surveying.history_of(await survey_hosts(session))
         proxy_first = sorted(session.hosts, key=lambda name: name != session.topology.proxy.host)
-        for name in proxy_first[:1]:
-            await stop(session, name)
-        reports = await fan_out(
+        stopped = [await stop(session, name) for name in proxy_first[:1]]
+        cleared = await fan_out(
             session.barrier, [clear(session, name, history) for name in proxy_first]
         )
-    return await publish.removed(deployment.name, reports)
+    return await publish.removed(deployment.name, [*stopped, *cleared])

@@ -23,6 +23,7 @@
      │   ├─ ContainerMissing          the container does not exist (any more)
      │   ├─ FactsError                what a host says about itself can't be read or can't be right
      │   ├─ DockerRefused             the Docker engine rejects a request for another reason
+     │   ├─ DockerRestarted           Docker or its host started again, which ended its containers
      │   ├─ InUse                     devices or ports are in use by somebody else
      │   └─ CommandFailed             a command ran and exited with another status than 0
      ├─ LeaseHeld                 another run works on the deployment
@@ -195,6 +196,10 @@ class PortTaken(HostError):
 
 class InUse(HostError):
     """Devices or ports that are needed are in use by somebody else, or by another deployment."""
+
+
+class DockerRestarted(HostError):
+    """Docker or its host started again, which ended what ran there."""
 
 
 class FileMissing(HostError):

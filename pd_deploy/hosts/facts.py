@@ -45,6 +45,19 @@ class Links:
     closed: list[str]
 
 
+@dataclass(frozen=True)
+class DockerAge:
+    """How long a Docker daemon runs.
+
+    Attributes:
+        seconds: since it started, or since its machine did if that is not known.
+        now: the date, in seconds, by the host's clock.
+    """
+
+    seconds: float
+    now: float
+
+
 class Runner(Protocol):
     """Runs a command on a host and returns what it prints."""
 
@@ -86,12 +99,21 @@ for port in sys.argv[1:]:
                 print("BOUND", port)
 ' "$@"
 """
+CONNECTIONS = ["ss", "-Htn", "state", "established"]
 FREE = r"""p=$1; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; LC_ALL=C df -P -k -- "$p" """
 # A container's id is the last part of its processes' cgroup that looks like one.
 CONTAINERS = r"""for p; do
   [ -d "/proc/$p" ] || continue
   printf '%s %s\n' "$p" "$(grep -oE '[0-9a-f]{64}' "/proc/$p/cgroup" 2>/dev/null | tail -n 1)"
 done"""
+# How long the machine is up, and when the Docker daemon whose socket is $1 started since, in clock
+# ticks, of which there are so many in a second; and the date. A file beside the socket names its
+# process.
+AGES = r"""read -r up _ </proc/uptime
+daemon=$(cat "/proc/$(cat "${1%.sock}.pid" 2>/dev/null)/stat" 2>/dev/null)
+set -- ${daemon##*)}
+echo "$up ${20:-0} $(getconf CLK_TCK) $(date +%s.%N)"
+"""
 TAIL = r"""lines=$1; bytes=$2; shift 2
 show() {
   printf '%s\0' "$1"
@@ -156,6 +178,10 @@ class Facts:
         output = await self._host.output(["sh", "-c", TAKEN, "sh", *map(str, ports)])
         return parse_taken(output, ports, self._host.where)
 
+    async def connections(self, port: int) -> int:
+        """Count the connections that clients have to a port."""
+        return len((await self._host.output([*CONNECTIONS, f"sport = :{port}"])).splitlines())
+
     async def containers_of(self, pids: Sequence[int]) -> dict[int, str]:
         """Find the container's id of each process, "" for none; leave out processes that ended."""
         if not pids:
@@ -163,6 +189,11 @@ class Facts:
         output = await self._host.output(["sh", "-c", CONTAINERS, "sh", *map(str, pids)])
         words = (line.partition(" ") for line in output.splitlines())
         return {int(pid): container for pid, _, container in words}
+
+    async def docker_age(self, socket: str) -> DockerAge:
+        """Look how long ago the Docker daemon with a socket started."""
+        output = await self._host.output(["sh", "-c", AGES, "sh", socket])
+        return parse_ages(output, self._host.where)
 
     async def disk_free(self, path: str) -> int:
         """Bytes free for the SSH user where `path` is or would be."""
@@ -282,6 +313,15 @@ def parse_ephemeral(output: str, ports: Sequence[int]) -> list[int]:
         if int(low) <= port <= int(high)
         and not any(int(first) <= port <= int(last or first) for first, _, last in spans)
     ]
+
+
+def parse_ages(output: str, where: str = "") -> DockerAge:
+    """Parse what `AGES` prints."""
+    try:
+        up, started, ticks, now = map(float, output.split())
+    except ValueError:
+        raise _unreadable("/proc/uptime, getconf and date", "four numbers", output, where) from None
+    return DockerAge(max(up - started / ticks, 0), now)
 
 
 def _holder(users: str | None) -> str:

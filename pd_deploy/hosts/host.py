@@ -104,6 +104,7 @@ class Host:
             login.who,
         )
         self.docker = DockerClient(socket, self.where)
+        self.docker_socket = docker_socket
         self.facts = Facts(self)
 
     def __repr__(self) -> str:

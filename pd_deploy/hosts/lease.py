@@ -1,8 +1,9 @@
 """Leases: one run at a time works on a deployment's hosts.
 
 A lease is a file on each host, changed only under the host's own file lock. It carries a number
-that counts up with every taking: before each change on a host the run looks whether the lease there
-is still its own, so that a run that was paused and overtaken changes nothing more.
+that counts up with every taking and never goes back: its lock file has it too, and other hosts'
+numbers count as well, should somebody delete it. Before each change on a host the run looks whether
+the lease there is still its own, so that a run that was paused and overtaken changes nothing more.
 
 Its age counts from when it was last renewed, by the time since the host's start: a clock that is
 set does not change it. It is written in place, into the one block that it has: that works on a full
@@ -32,9 +33,10 @@ RENEWALS = 4
 """How often a lease is renewed in the time after which it would be given up for dead."""
 
 # $1 directory, $2 verb, $3 token, $4 after which time a lease is dead, $5 token of an owner that
-# is known to be gone, $6 seconds to wait for the file lock. A lease is four lines, filled up with
-# NUL to one block: its number, its token (none when it was given back), its owner as JSON, and when
-# it was renewed: which start of the host, and the time since then. Times are in 1/100 s.
+# is known to be gone, $6 seconds to wait for the file lock, $7 the highest number elsewhere. A
+# lease is four lines, filled up with NUL to one block: its number, its token (none when it was
+# given back), its owner as JSON, and when it was renewed: which start of the host, and the time
+# since then. Times are in 1/100 s.
 SCRIPT = r"""
 export LC_ALL=C
 dir=$1; lease=$1/lease; token=$3
@@ -55,6 +57,7 @@ age() {
   else echo "$now"; fi
 }
 number=0; holder=; owner=
+at_least() { case $1 in ''|*[!0-9]*) ;; *) [ "$number" -ge "$1" ] || number=$1 ;; esac; }
 if [ -s "$lease" ]; then
   number=$(line "$lease" 1); holder=$(line "$lease" 2); owner=$(line "$lease" 3)
 fi
@@ -72,7 +75,10 @@ take)
     [ "$(age "$lease")" -lt "$4" ]
   then echo "held $(($(age "$lease") / 100))"; show; exit 0; fi
   dead=; [ -z "$holder" ] || [ "$holder" = "$token" ] || dead=$owner
+  at_least "$(line "$dir/.lease.lock" 1)"; at_least "$7"
   number=$((number + 1)); put "$token" "$(cat)" ,fsync || exit 1
+  printf '%s\n' "$number" |
+    dd of="$dir/.lease.lock" bs=4096 count=1 conv=sync,notrunc status=none 2>&-
   printf '%s\n' "taken $number $dead"
   for other in "$dir"/../*/lease; do
     [ "$other" -ef "$lease" ] || [ ! -s "$other" ] || [ -z "$(line "$other" 2)" ] ||
@@ -128,6 +134,7 @@ class Lease:
     Args:
         root: the deployment's directory on the hosts.
         owner: the run.
+        floor: the highest number that a lease of the deployment is known to have had.
         lasts: seconds without renewal after which others take a lease for abandoned.
 
     Attributes:
@@ -142,6 +149,7 @@ class Lease:
     root: str
     owner: Owner
     lasts: float
+    floor: int = 0
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     numbers: dict[str, int] = field(default_factory=dict)
     others: dict[str, list[Other]] = field(default_factory=dict)
@@ -297,8 +305,9 @@ class Lease:
         timeout: float = CALL_TIMEOUT_S,
     ) -> str:
         script = ["sh", "-c", SCRIPT, "sh", self.root, verb, self.token]
+        arguments = [f"{self.lasts * 100:.0f}", dead_token, f"{timeout / 3:.2f}", f"{self.floor}"]
         result = await host.run(
-            [*script, f"{self.lasts * 100:.0f}", dead_token, f"{timeout / 3:.2f}"],
+            [*script, *arguments],
             input=f"{content}\n" if content else None,
             check=False,
             timeout=timeout,

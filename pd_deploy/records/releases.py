@@ -194,11 +194,13 @@ class History:
         record: the newest one found.
         releases: by generation.
         generations: names of all generations of which anything is on a host.
+        lease: the highest number that a host's lease is known to have had.
     """
 
     record: Record
     releases: Mapping[str, Release]
     generations: frozenset[str]
+    lease: int = 0
 
     def last_digest(self, image: str) -> str | None:
         """Return the digest that an image's tag had when it was last deployed, if it was."""
@@ -277,12 +279,17 @@ def choose(file_image: str, requested_image: str | None, serving: Release | None
     )
 
 
-def merge(records: Iterable[Record], releases: Iterable[Release], names: Iterable[str]) -> History:
+def merge(
+    records: Iterable[Record],
+    releases: Iterable[Release],
+    names: Iterable[str],
+    lease: int = 0,
+) -> History:
     """Merge what each host knows into one history."""
     newest = max(records, key=lambda record: record.sequence, default=Record())
     by_generation = {release.generation: release for release in releases}
     valid = frozenset(name for name in names if Generation.parse(name))
-    return History(newest, by_generation, valid | frozenset(by_generation))
+    return History(newest, by_generation, valid | frozenset(by_generation), lease)
 
 
 def digest_of(pinned_image: str) -> str:

@@ -52,9 +52,12 @@ class Attempt:
         record: the deployment's record as it was read, or as this run has last written it.
         downtime: since when clients can't connect, and until when.
         started: instances that this run has started, and not stopped again.
-        log_ends: by id of each container that this run has started: where its log ended before.
+        log_ends: by id of each container that this run has started, or opened further: where its
+            log ended before.
         was_down: whether clients could not connect before this run stopped anything.
         stopped: whether this run has stopped anything that ran: from then on a failure is undone.
+        cut: how many requests of clients were cut when their time was up.
+        connects: by host, how often its connection had been made when the attempt began.
         interrupted: whether the run was cancelled; it undoes what it did, unless that is cancelled
             as well.
     """
@@ -65,6 +68,8 @@ class Attempt:
     log_ends: dict[str, str] = field(default_factory=dict)
     was_down: bool = False
     stopped: bool = False
+    cut: int = 0
+    connects: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
 
     @classmethod

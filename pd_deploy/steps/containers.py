@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
-from typing import TypedDict
 
 import httpx
 
@@ -27,7 +26,7 @@ from pd_deploy.steps import host_faults
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
-from pd_deploy.steps.session import LockedSession
+from pd_deploy.steps.stopping import stop, told_of
 
 LOG_LINES = 20  # of a server that ended, in the error: enough for a traceback's end
 ABORT_TIMEOUT_S = 10  # between SIGINT and SIGKILL: what never served has no requests to finish
@@ -84,9 +83,12 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     if stopping:
         rollout.attempt.stopped = True
         rollout.attempt.downtime.begin()
-    await all_ended(_stop(rollout.locked, host, state) for host, state in stopping)
+    session = rollout.locked
+    cut = sum(await all_ended(stop(session, session.host(h), state) for h, state in stopping))
+    rollout.attempt.cut += cut
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
+    detail = "; ".join(filter(None, (detail, told_of(cut, session))))
     return Report("clean up", instance, where, bool(stopping), detail)
 
 
@@ -144,6 +146,10 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
 async def prepare_proxy(rollout: Rollout, instance: str) -> Report:
     """Start the proxy's container up to the point where it could open its port.
 
+    One that another run has left before that point, or just beyond, starts again: how far it is,
+    only its log tells, and there only dates, which clocks that are set make wrong, tell of which
+    start.
+
     Raises:
         OutOfOrder: the generation was not launched.
         InstanceDied: the preparation failed; the message has the proxy's last lines.
@@ -151,7 +157,9 @@ async def prepare_proxy(rollout: Rollout, instance: str) -> Report:
     session, where = rollout.session, rollout.session.topology.host_of(instance)
     state = await require(rollout, instance)
     if state.status in generations.RUNNING:
-        return Report("prepare proxy", instance, where, False, "runs")
+        if state.id in rollout.attempt.log_ends or await _is_open(rollout):
+            return Report("prepare proxy", instance, where, False, "runs")
+        await stop(rollout.locked, session.host(where), state, ABORT_TIMEOUT_S)
     await _start(rollout, instance, state)
     await _log_says(
         rollout, instance, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
@@ -186,13 +194,13 @@ async def let_smoke_test_in(rollout: Rollout) -> str:
     """
     session, name = rollout.session, rollout.session.topology.proxy.name
     state = await require(rollout, name)
-    if state.status not in generations.RUNNING:
-        await prepare_proxy(rollout, name)
-        state = await require(rollout, name)
-    elif await _clients_can_connect(rollout):
+    runs = state.status in generations.RUNNING
+    if runs and await _clients_can_connect(rollout):
         return session.topology.proxy.address
     # Not by its log: one that talks a lot has rotated it.
-    if not await _answers(rollout, PROVING_ADDRESS):
+    if not (runs and await _answers(rollout, PROVING_ADDRESS)):
+        await prepare_proxy(rollout, name)
+        state = await require(rollout, name)
         await _log_says(
             rollout, name, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
         )
@@ -340,19 +348,9 @@ def _cause(state: ContainerState, code: int) -> str:
 
 
 async def _stop_instance(rollout: Rollout, instance: str) -> None:
-    state, host = await require(rollout, instance), rollout.session.topology.host_of(instance)
+    state, host = await require(rollout, instance), rollout.session.host_of(instance)
     if state.status in generations.RUNNING:
-        await _stop(rollout.locked, host, state, ABORT_TIMEOUT_S)
-
-
-async def _stop(
-    session: LockedSession, host: str, state: ContainerState, timeout: int | None = None
-) -> None:
-    seconds = session.deployment.container.stop_timeout if timeout is None else timeout
-    await session.may_change(session.host(host))
-    await session.host(host).docker.stop(
-        state.id, deployment=session.deployment.name, timeout=seconds
-    )
+        await stop(rollout.locked, host, state, ABORT_TIMEOUT_S)
 
 
 async def _find(rollout: Rollout, instance: str) -> ContainerState | None:
@@ -395,8 +393,15 @@ async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None
 async def _one_step_on(rollout: Rollout, state: ContainerState) -> None:
     """Take the proxy from prepared to open to the smoke test, and from there to open to clients."""
     session, host = rollout.locked, rollout.session.host_of(rollout.session.topology.proxy.name)
+    if state.id not in rollout.attempt.log_ends:
+        rollout.attempt.log_ends[state.id] = await host.docker.log_end(state.id)
     await session.may_change(host)
     await host.docker.kill(state.id, session.engine.OPEN_SIGNAL, deployment=session.deployment.name)
+
+
+async def _is_open(rollout: Rollout) -> bool:
+    """Tell whether the proxy is open to the smoke test, or to clients."""
+    return await _clients_can_connect(rollout) or await _answers(rollout, PROVING_ADDRESS)
 
 
 async def _clients_can_connect(rollout: Rollout) -> bool:
@@ -425,24 +430,11 @@ async def _answers(rollout: Rollout, address: str) -> bool:
 async def _log_says(
     rollout: Rollout, instance: str, state: ContainerState, text: str, timeout: float
 ) -> None:
-    """Wait for a text in the container's log since its last start."""
-    host = rollout.session.host_of(instance)
-    outcome = await host.docker.wait_log(state.id, text, timeout, **_last_start(rollout, state))
+    """Wait for a text in what the container has said since this run first touched it."""
+    host, after = rollout.session.host_of(instance), rollout.attempt.log_ends[state.id]
+    outcome = await host.docker.wait_log(state.id, text, timeout, after=after)
     if outcome == "ended":
         raise await died(rollout, instance)
     if outcome == "timeout":
         message = f"expected {text!r} in its log within {timeout:g} s, found nothing of it"
         raise await not_ready(rollout, instance, message)
-
-
-class _LastStart(TypedDict):
-    after: str | None
-    since: datetime | None
-
-
-def _last_start(rollout: Rollout, state: ContainerState) -> _LastStart:
-    """Say from where on a container's log is of its last start: of a start of this run by where it
-    ended before. Of another run's only the time is known, which a clock set back may make wrong."""
-    ended, started = state.finished_at, state.started_at
-    since = min(ended, started) if ended and started else ended
-    return {"after": rollout.attempt.log_ends.get(state.id), "since": since}

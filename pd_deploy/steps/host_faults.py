@@ -1,5 +1,5 @@
 """What of a host keeps a server from running: devices and ports that others hold, a full disk,
-files that are gone. Changes nothing.
+files that are gone, Docker that started again. Changes nothing.
 
 A server that ends because of these says nothing about its image.
 """
@@ -8,7 +8,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pd_deploy.errors import ContainerMissing, DiskFull, FileMissing, HostError, InUse
+from pd_deploy.errors import (
+    ContainerMissing,
+    DiskFull,
+    DockerRestarted,
+    FileMissing,
+    HostError,
+    InUse,
+)
 from pd_deploy.hosts.concurrent import task_group, together
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import InstancePlan
@@ -75,6 +82,35 @@ async def device_users(rollout: Rollout, host: Host, devices: list[int]) -> dict
     return dict(engine.device_users(await host.output(command), devices, host.where))
 
 
+async def restarted(rollout: Rollout) -> list[str]:
+    """List the hosts, with when, whose Docker started again after a container of the generation had
+    started, which has ended: with Docker end its containers, and servers elsewhere that have links
+    to them."""
+    names = list(rollout.plan.hosts)
+    ages = await together(_restart(rollout, name) for name in names)
+    return [
+        f"host {rollout.session.host(name).where} {age:.0f} s ago"
+        for name, age in zip(names, ages, strict=True)
+        if age is not None
+    ]
+
+
+async def _restart(rollout: Rollout, name: str) -> float | None:
+    """Tell how many seconds ago a host's Docker started again, if it did."""
+    host, deployment = rollout.session.host(name), rollout.session.deployment.name
+    planned = {one.container.name for one in rollout.plan.hosts[name].instances.values()}
+    async with task_group() as group:
+        listed = group.create_task(host.docker.containers({generations.DEPLOYMENT: deployment}))
+        looked = group.create_task(host.facts.docker_age(host.docker_socket))
+    age = looked.result()
+    starts = [
+        state.started_at.timestamp()
+        for state in listed.result()
+        if state.name in planned and state.status in generations.ENDED and state.started_at
+    ]
+    return age.seconds if any(age.now - start > age.seconds for start in starts) else None
+
+
 async def of_instance(rollout: Rollout, instance: str) -> HostError | None:
     """Find what keeps an instance from running that is its host's fault, and not its image's."""
     host, plan = rollout.session.host_of(instance), rollout.plan.instance(instance)
@@ -82,6 +118,13 @@ async def of_instance(rollout: Rollout, instance: str) -> HostError | None:
         held = group.create_task(holders(rollout, host, plan.devices, plan.ports))
         full = group.create_task(_full(rollout, host))
         missing = group.create_task(_missing(host, plan))
+        restarts = group.create_task(restarted(rollout))
+    if restarts.result():
+        return DockerRestarted(
+            f"found that Docker started again on {', '.join(restarts.result())}, which "
+            "ends its containers",
+            host=host.where,
+        )
     if strangers := [str(holder) for holder in held.result() if holder.is_stranger]:
         return InUse(f"found {', '.join(strangers)}", host=host.where, hint="end what holds them")
     if full.result():

@@ -42,9 +42,14 @@ for f in record.json */release.json; do
   [ ! -f "$f" ] || { printf '%s\0' "$f"; tr -d '\0' <"$f"; printf '\0'; }
 done
 for f in */plan.json .reserve; do [ ! -f "$f" ] || printf '%s\0\0' "$f"; done
+for f in lease .lease.lock; do
+  [ ! -f "$f" ] || { printf '%s\0' "$f"; head -n 1 "$f" | tr -d '\0\n'; printf '\0'; }
+done
 for d in */; do [ ! -d "$d" ] || printf '%s\0\0' "$d"; done"""
 # Given up for the record when the disk is full: whoever makes room there has to write it.
 RESERVE = ".reserve"
+# Whose first line is the number of the lease.
+LEASES = ("lease", ".lease.lock")
 RESERVE_BYTES = 64 << 10
 
 
@@ -56,6 +61,7 @@ class HostRecords:
         generations: those of which anything is there.
         plans: those whose saved plan is there.
         reserve: whether it keeps room for the record.
+        lease: the highest number that its lease is known to have had.
     """
 
     record: Record
@@ -63,6 +69,7 @@ class HostRecords:
     generations: frozenset[str]
     plans: frozenset[str]
     reserve: bool
+    lease: int = 0
 
 
 class Saved(BaseModel):
@@ -120,6 +127,7 @@ def merged(by_host: Iterable[HostRecords]) -> History:
         (records.record for records in all_records),
         (release for records in all_records for release in records.releases),
         (name for records in all_records for name in records.generations),
+        max((records.lease for records in all_records), default=0),
     )
 
 
@@ -145,7 +153,12 @@ async def read(host: Host, root: str) -> HostRecords:
         frozenset(name.rstrip("/") for name in contents if name.endswith("/")),
         frozenset(name.removesuffix(f"/{PLAN}") for name in contents if name.endswith(f"/{PLAN}")),
         RESERVE in contents,
+        max(_number(contents.get(name, "")) for name in LEASES),
     )
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 async def write_release(host: Host, root: str, release: Release, saved: Saved) -> list[str]:

@@ -9,10 +9,15 @@ from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession, Session
 
 
-def lease_for(session: Session, run: str, flow_run: str) -> Lease:
-    """Make a lease, not yet taken, for a run on a session; `flow_run` is its id at the server."""
+def lease_for(session: Session, run: str, flow_run: str, floor: int) -> Lease:
+    """Make a lease, not yet taken, for a run on a session.
+
+    Args:
+        flow_run: the run's id at the server.
+        floor: the highest number that a lease of the deployment is known to have had.
+    """
     owner = Owner(deployment=session.deployment.name, run=run, flow_run=flow_run, **this_process())
-    return Lease(session.root, owner, session.deployment.gates.lease_lasts)
+    return Lease(session.root, owner, session.deployment.gates.lease_lasts, floor)
 
 
 async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report:

@@ -16,7 +16,7 @@ from pd_deploy.errors import (
 )
 from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
-from pd_deploy.steps import containers, copies, host_records
+from pd_deploy.steps import containers, copies, host_faults, host_records
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
@@ -113,7 +113,7 @@ async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bo
     history, digest = back.history, failed.release.digest
     if digest in {history.releases[name].digest for name in history.good}:
         return False
-    if not is_of_the_service(error):
+    if not is_of_the_service(error) or await host_faults.restarted(failed):
         return False
     quarantined = Quarantined(
         image=failed.release.chosen_image,

@@ -20,7 +20,8 @@ PATIENCE_S = 5.0
 async def until_ready(rollout: Rollout, instance: str) -> Report:
     """Wait until an instance answers on its health endpoint.
 
-    The wait ends at once when its container ends, or when another step fails.
+    The wait ends at once when its container ends, or when another step fails. Its time counts from
+    when all servers have started: none is ready before those that it links to.
 
     Raises:
         InstanceDied: the server ended while loading; with the last lines of its log.
@@ -37,17 +38,18 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
     limit = rollout.session.deployment.gates.ready
     ended = asyncio.ensure_future(host.docker.wait(state.id, patience=PATIENCE_S))
     healthy = asyncio.ensure_future(_healthy(rollout, instance))
+    over = asyncio.ensure_future(_time_is_up(rollout, limit))
+    waits = (ended, healthy, over)
     try:
-        finished, _ = await asyncio.wait(
-            {ended, healthy}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
-        )
+        finished, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        ended.cancel()
-        healthy.cancel()
+        for wait in waits:
+            wait.cancel()
     if ended in finished:
         ended.result()
         raise await containers.died(rollout, instance)
-    if not finished:
+    if healthy not in finished:
+        over.result()
         raise await containers.not_ready(
             rollout,
             instance,
@@ -55,6 +57,12 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
             hint="raise gates.ready if it only needs longer",
         )
     healthy.result()
+
+
+async def _time_is_up(rollout: Rollout, seconds: float) -> None:
+    servers = [instance.name for instance in rollout.session.topology.instances]
+    await rollout.session.barrier.passed(servers)
+    await asyncio.sleep(seconds)
 
 
 async def _healthy(rollout: Rollout, instance: str) -> None:

@@ -11,6 +11,7 @@ from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, Release, local_tag
+from pd_deploy.steps import stopping
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession
 
@@ -70,8 +71,9 @@ async def stop(session: LockedSession, name: str) -> Report:
     host = session.host(name)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     running = [c for c in containers if c.status in generations.RUNNING]
-    await _stop(session, host, running)
+    cut = await _stop(session, host, running)
     detail = f"stopped {', '.join(c.name for c in running)}" if running else "nothing runs"
+    detail = "; ".join(filter(None, (detail, stopping.told_of(cut, session))))
     return Report("stop", name, name, bool(running), detail)
 
 
@@ -88,18 +90,15 @@ async def _remove_containers(
     await all_ended(remove(state) for state in states)
 
 
-async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerState]) -> None:
+async def _stop(session: LockedSession, host: Host, running: Iterable[ContainerState]) -> int:
+    """Stop containers, proxies first; return how many requests that has cut."""
     by_role: dict[bool, list[ContainerState]] = {True: [], False: []}
     for state in running:
         by_role[state.labels.get(generations.ROLE) == "proxy"].append(state)
-    deployment, seconds = session.deployment.name, session.deployment.container.stop_timeout
-
-    async def stop_one(state: ContainerState) -> None:
-        await session.may_change(host)
-        await host.docker.stop(state.id, deployment=deployment, timeout=seconds)
-
+    cut = 0
     for group in (by_role[True], by_role[False]):
-        await all_ended(stop_one(state) for state in group)
+        cut += sum(await all_ended(stopping.stop(session, host, state) for state in group))
+    return cut
 
 
 async def _remove_generation(

@@ -749,6 +749,11 @@ class TestDocker:
         assert int(info.version.split(".")[0]) >= 20
         assert info.architecture == oci_architecture(box.run(["uname", "-m"]).stdout.strip())
 
+    async def test_clients_of_a_port_are_counted(self, host: Host) -> None:
+        await host.run(["true"])
+        assert await host.facts.connections(22) >= 1
+        assert await host.facts.connections(9) == 0
+
     async def test_pull_gives_the_registrys_digest(self, host: Host, lab: Lab) -> None:
         seen: list[PullProgress] = []
         digest = lab.push_variant(f"t{uuid4().hex[:8]}", {"/etc/marker": uuid4().hex})
@@ -820,6 +825,7 @@ class TestEngineFaults:
 
     async def test_engine_down_and_up_again(self, host: Host, box: LabHost) -> None:
         await host.docker.info()
+        before = await host.facts.docker_age(host.docker_socket)
         await asyncio.to_thread(box.stop_engine)
         try:
             with pytest.raises(errors.DockerDown):
@@ -828,6 +834,8 @@ class TestEngineFaults:
             await asyncio.to_thread(box.start_engine)
         assert (await host.docker.info()).version
         assert host.connects == 1
+        after = await host.facts.docker_age(host.docker_socket)
+        assert 0 < after.seconds < after.now - before.now
 
     async def test_wrong_socket(self, box: LabHost, login: Login) -> None:
         async with Hosts([Host("a", box.address, login, docker_socket="/run/no.sock")]) as hosts:

@@ -3,6 +3,7 @@
 A command that is not in the table is an error: so nothing passes for done that was not.
 """
 
+import contextlib
 import hashlib
 import json
 import posixpath
@@ -15,6 +16,7 @@ from pd_deploy.hosts.host import CommandResult
 from pd_deploy.steps import host_records, tidy
 from tests.memory.disk import BLOCK
 from tests.memory.machine import Machine
+from tests.memory.programs import Proxy
 
 DEVICES = 16
 INTERFACE = "enp23s0f3"
@@ -66,6 +68,9 @@ def _records(machine: Machine, arguments: Sequence[str], _: str) -> str:
     for name in [*(f"{d}/plan.json" for d in directories), ".reserve"]:
         if disk.get(f"{root}/{name}"):
             parts += [name, ""]
+    for name in host_records.LEASES:
+        if disk.get(f"{root}/{name}"):
+            parts += [name, disk.read(f"{root}/{name}").partition("\n")[0]]
     for name in directories:
         parts += [f"{name}/", ""]
     return "".join(f"{part}\0" for part in parts)
@@ -109,6 +114,11 @@ def _free(machine: Machine, arguments: Sequence[str], _: str) -> str:
     free = machine.disk.free(arguments[0]) // 1024
     head = "Filesystem 1024-blocks Used Available Capacity Mounted on"
     return f"{head}\n/dev/sda1 {1 << 40} 0 {free} 1% /\n"
+
+
+def _ages(machine: Machine, *_: object) -> str:
+    up, now = machine.clock.seconds(), machine.clock.date().timestamp()
+    return f"{up} {machine.docker_since * 100:.0f} 100 {now}\n"
 
 
 def _tail(machine: Machine, arguments: Sequence[str], _: str) -> str:
@@ -155,6 +165,16 @@ def _listeners(machine: Machine, *_: object) -> str:
     )
 
 
+def _connections(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    port = int(arguments[0].removeprefix("sport = :"))
+    count = sum(
+        one.program.clients()
+        for one in machine.running()
+        if isinstance(one.program, Proxy) and one.program.port == port
+    )
+    return f"0 0 {machine.address}:{port} 10.9.9.9:40000\n" * count
+
+
 def _npus(machine: Machine, *_: object) -> str:
     rows = []
     for device in range(DEVICES):
@@ -191,14 +211,15 @@ def _device_addresses(machine: Machine, arguments: Sequence[str], _: str) -> str
 
 def _lease(machine: Machine, arguments: Sequence[str], content: str) -> str:
     """What `lease.SCRIPT` does."""
-    root, verb, token, lasts, gone, _ = arguments
+    root, verb, token, lasts, gone, _, floor = arguments
     path, disk = f"{root}/lease", machine.disk
     if verb == "take":
         disk.add_directory(root)
     elif disk.get(root) is None:
         return "" if verb == "release" else "gone\n"
-    if disk.get(f"{root}/.lease.lock") is None:
-        disk.put(f"{root}/.lease.lock", b"", 0o600)
+    lock = f"{root}/.lease.lock"
+    if disk.get(lock) is None:
+        disk.put(lock, b"", 0o600)
     number, holder, owner, renewed = lease_lines(machine, root)
     shown = f"{number}\n{holder}\n{owner}\n"
     held = holder and _age(machine, renewed) < int(lasts)
@@ -213,9 +234,14 @@ def _lease(machine: Machine, arguments: Sequence[str], content: str) -> str:
     if verb == "take" and held and holder not in (token, gone):
         answer = f"held {_age(machine, renewed) // 100}\n{shown}"
     elif verb == "take":
-        put(token, str(int(number or 0) + 1), content.strip())
+        kept = disk.read(lock).partition("\n")[0]
+        number = str(max(int(known or 0) for known in (number, kept, floor)) + 1)
+        put(token, number, content.strip())
+        with contextlib.suppress(OSError):
+            disk.make_room(lock, BLOCK)
+            disk.put(lock, f"{number}\n".encode().ljust(BLOCK, b"\0"), 0o600)
         dead = owner if holder not in ("", token) else ""
-        answer = f"taken {int(number or 0) + 1} {dead}\n{_others(machine, root)}"
+        answer = f"taken {number} {dead}\n{_others(machine, root)}"
     elif verb == "renew" and holder == token:
         put(token, number, owner)
         answer = "kept\n"
@@ -276,6 +302,7 @@ TABLE = (
     _script("missing paths", facts.MISSING, _missing),
     _script("disk", facts.FREE, _free),
     _script("containers of", facts.CONTAINERS, _containers),
+    _script("docker age", facts.AGES, _ages),
     _script("tail", facts.TAIL, _tail),
     _script("try to write", files.TRY, _try_to_write),
     _script("lease", lease.SCRIPT, _lease, changes=True),
@@ -289,6 +316,7 @@ TABLE = (
     Command("listeners", ("ss", "-Hltnp"), _listeners),
     _script("ports taken", facts.TAKEN, _listeners),
     Command("port range", ("sh", "-c", facts.EPHEMERAL), lambda *_: "32768\t60999\n\n"),
+    Command("connections", tuple(facts.CONNECTIONS), _connections),
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
     _script("links", facts.LINKS, _links),
     _script("device health", npu_smi.HEALTH, _health, "npu-smi"),

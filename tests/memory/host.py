@@ -168,11 +168,29 @@ class _Transport(httpx.AsyncBaseTransport):
         """The program's answer."""
         machine, path = self._host.machine, request.url.path
         what = shlex.join([request.method, f"{self._address}:{self._port}{path}"])
-        async with self._host.passing(what, changes=False):
+        limit = request.extensions.get("timeout", {}).get("read")
+        async with _in_time(limit), self._host.passing(what, changes=False):
             program = machine.cluster.listener(machine, self._address, self._port)
             if program is None:
                 raise httpx.ConnectError("connection refused")
             return program.answer(path, _json(await request.aread()))
+
+
+@asynccontextmanager
+async def _in_time(seconds: float | None) -> AsyncIterator[None]:
+    """Give a request up as the client does.
+
+    Raises:
+        httpx.ReadTimeout: it took longer.
+    """
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise httpx.ReadTimeout(f"no answer within {seconds} s") from None
 
 
 def _json(content: bytes) -> dict[str, Any]:

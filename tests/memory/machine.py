@@ -116,6 +116,7 @@ class Machine:
         links: where links in the model's directory lead.
         closed: files in it that root may not read.
         ports_down: devices whose network ports are down.
+        docker_since: when its Docker started, by the clock's seconds.
         security_options: what the engine says of its security.
     """
 
@@ -136,6 +137,7 @@ class Machine:
         self.ports_down: set[int] = set()
         self.links: dict[str, str] = {}
         self.closed: list[str] = []
+        self.docker_since = 0.0
         self.security_options = ["name=seccomp,profile=builtin"]
 
     @property
@@ -178,9 +180,10 @@ class Machine:
         container.program = None
 
     def reboot(self) -> None:
-        """Power goes and comes: nothing runs."""
+        """Power goes and comes, or Docker starts again: nothing runs."""
         for container in list(self.running()):
             self.end(container, 137)
+        self.docker_since = self.clock.seconds()
 
     def unplug(self, seconds: float = math.inf) -> None:
         """Takes its network away for so long; what runs there goes on."""

@@ -291,6 +291,7 @@ class Proxy(_Process):
         self.faults = container.image.build.faults.get("c0", Faults())
         self.port = int(container.labels[generations.PORTS])
         self._prepared, self._signals, self._steps = False, 0, 0
+        self.streams = list[float]()
         script = self.script()
         self.prefill, self.decode = (
             found[1].split(",") if (found := re.search(rf"--{role}-servers-list (\S+)", script))
@@ -316,7 +317,15 @@ class Proxy(_Process):
             self._signals = min(self._signals + 1, 2)
             self.settle()
         else:
-            super().signal(name)
+            self.ends_in(max([STOP_S, *(end - self.now() for end in self.streams)]), 0)
+
+    def stream(self, seconds: float) -> None:
+        """A client's request that takes so long to answer."""
+        self.streams.append(self.now() + seconds)
+
+    def clients(self) -> int:
+        """How many are connected."""
+        return sum(end > self.now() for end in self.streams)
 
     def bound(self) -> set[tuple[str, int]]:
         return self.serving()

@@ -10,6 +10,7 @@ from pd_deploy.errors import (
     ConnectionDropped,
     DiskFull,
     DockerDown,
+    DockerRestarted,
     FileMissing,
     HostUnreachable,
     InUse,
@@ -17,6 +18,7 @@ from pd_deploy.errors import (
     RollbackFailed,
     RolledBack,
     SeveralFaults,
+    faults_of,
 )
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
@@ -180,6 +182,13 @@ class TestQuarantine:
         name = next_names(world)["d0"]
         return lambda one: not one.after and started(world, one) == name
 
+    def all_load(self, world: World) -> Callable[[Moment], bool]:
+        names = set(next_names(world).values())
+        return lambda one: (
+            "/health" in one.what
+            and not names - {container.name for container in world.running().values()}
+        )
+
     @pytest.mark.parametrize("what", ["ports", "devices"])
     def test_port_or_device(self, world: World, what: str) -> None:
         number = int(world.running()["d0"].labels[f"pd-deploy.{what}"].split(",")[0])
@@ -231,6 +240,52 @@ class TestQuarantine:
         error = world.run(deploy, image=image(world), watch=watch).error
         self.goes_back_and_blames_no_image(world, error, kind, "away")
 
+    @pytest.mark.parametrize("beside", [None, "p0"], ids=["alone", "with its peers elsewhere"])
+    def test_docker_or_host_that_starts_again(self, world: World, beside: str | None) -> None:
+        """Its servers end, and those of other hosts that have links to them."""
+
+        def reboot() -> None:
+            if beside:
+                world.machines["a"].end(world.running()[beside], 1)
+            world.machines["b"].reboot()
+
+        watch = once(self.all_load(world), reboot)
+        error = world.run(deploy, image=image(world), watch=watch).error
+        self.goes_back_and_blames_no_image(
+            world, error, DockerRestarted, "Docker started again on host b (10.0.0.2)"
+        )
+
+    def test_a_host_that_was_away_for_a_moment(self, world: World) -> None:
+        """The servers of the other one end of it."""
+
+        def cut() -> None:
+            world.machines["a"].end(world.running()["p0"], 1)
+            world.machines["b"].silence = 2
+            world.machines["b"].unplug(4)
+
+        watch = once(self.all_load(world), cut)
+        error = world.run(deploy, image=image(world), watch=watch).error
+        assert isinstance(error, RolledBack), error
+        assert not world.record().quarantine
+        world.assert_coherent()
+
+    def test_a_call_that_hangs_after_the_cut_over(self, world: World) -> None:
+        """Of each kind, on each host, for longer than servers have to be ready: that counts from
+        when all have started."""
+        moments, hanging = list[Moment](), dict[tuple[str, str, bool], Moment]()
+        assert world.twin().run(deploy, image=image(world), watch=moments.append).completed
+        stops = [one.number for one in moments if one.what.startswith("stop ")]
+        for one in moments[stops[-1] :]:
+            hanging.setdefault((one.what.split(" ")[0], one.host, one.after), one)
+        assert len(hanging) > 20
+        for moment in hanging.values():
+            twin = world.twin()
+            twin.run(deploy, image=image(world), hang_at=moment.number)
+            assert not twin.record().quarantine, moment
+            twin.pass_by(5)
+            assert twin.run(recover).completed, moment
+            twin.assert_coherent()
+
     def goes_wrong(
         self,
         world: World,
@@ -255,7 +310,8 @@ class TestQuarantine:
         self, world: World, error: BaseException | None, kind: type[Exception], words: str
     ) -> None:
         assert isinstance(error, RolledBack), error
-        assert isinstance(error.__cause__, kind)
+        assert error.__cause__
+        assert all(isinstance(fault, kind) for fault in faults_of(error.__cause__))
         assert words in str(error)
         assert not world.record().quarantine
         world.assert_coherent()

@@ -154,6 +154,15 @@ def test_what_runs_between_steps_is_tried_again(world: World) -> None:
     assert len(asked) == 2
     assert world.assert_coherent() == first
 
+    @pytest.mark.parametrize("lost", [f"{ROOT}/lease", ROOT])
+    def test_the_number_of_a_lease_goes_on(self, upgraded: World, lost: str) -> None:
+        """Whether its file was deleted on a host, or all that the host had."""
+        machine = upgraded.machines["a"]
+        number = int(lease_lines(machine, ROOT)[0])
+        machine.disk.remove(lost)
+        assert upgraded.run(deploy).completed
+        assert int(lease_lines(machine, ROOT)[0]) == number + 1
+
 
 class TestFull:
     def test_prune_makes_room(self, upgraded: World) -> None:
@@ -240,6 +249,35 @@ def test_a_clock_set_back_keeps_no_recovery_waiting(world: World) -> None:
     assert world.run(recover).completed
     assert world.cluster.clock.seconds() - before < 60
     world.assert_coherent()
+
+
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_how_far_a_killed_run_has_brought_the_proxy_is_known_without_dates(
+    world: World, seconds: int
+) -> None:
+    """On the way back, to a container whose log tells of an earlier start: killed at each change
+    from the proxy's start until it is open, with the clock set before it says anything."""
+    assert world.run(deploy).completed
+    first, proxy = world.serving(), world.running()["c0"].id
+    image, moments = world.push("20250724_1", {"d0": Faults(garbage=True)}), list[Moment]()
+    assert world.twin().run(deploy, image=image, watch=moments.append).error
+    start = next(m for m in moments if m.what == f"start {proxy}" and m.after)
+    opened = next(m for m in moments[::-1] if m.what.startswith("kill "))
+    later = [m for m in moments[start.number : opened.number] if m.changes]
+    assert len(later) > 10
+    for moment in later:
+        twin = world.twin()
+
+        def watch(passing: Moment, twin: World = twin) -> None:
+            if passing.number == start.number:
+                twin.cluster.clock.step(seconds)
+
+        assert twin.run(deploy, image=image, watch=watch, kill_at=moment.number).killed
+        twin.pass_by(5)
+        before = twin.cluster.clock.seconds()
+        assert twin.run(recover).completed, moment
+        assert twin.cluster.clock.seconds() - before < 60, moment
+        assert twin.assert_coherent() == first
 
 
 @pytest.mark.parametrize("when", ["stop ", "start "])

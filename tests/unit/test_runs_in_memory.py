@@ -16,6 +16,7 @@ from pd_deploy.flows.teardown import teardown
 from pd_deploy.planning.plans import STAGES
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults
+from tests.memory.programs import Proxy
 from tests.memory.world import REPOSITORY, ROOT, World
 
 
@@ -304,6 +305,32 @@ class TestSmokeTestWithoutChecks:
         outcome = world.run(deploy, image=world.push("20250724_1", {instance: fault}))
         assert "service is back" in str(outcome.error)
         world.assert_coherent()
+
+
+class TestStreams:
+    """Requests under way when the proxy stops: `container.stop_timeout` is 5 s."""
+
+    def stop_with(self, world: World, flow: Any, streams: list[float], **parameters: Any) -> str:
+        assert world.run(deploy).completed
+        proxy = world.running()["c0"].program
+        assert isinstance(proxy, Proxy)
+        for seconds in streams:
+            proxy.stream(seconds)
+        outcome = world.run(flow, **parameters)
+        return outcome.message or str(outcome.error)
+
+    @pytest.mark.parametrize("way", ["upgrade", "rolled back", "teardown"])
+    @pytest.mark.parametrize(("streams", "count"), [([60, 60, 2], 2), ([9], 1), ([4.8, 1], 0)])
+    def test_those_that_are_cut_are_counted_and_told(
+        self, world: World, way: str, streams: list[float], count: int
+    ) -> None:
+        faults = {"d0": Faults(garbage=True)} if way == "rolled back" else {}
+        image = {"image": world.push("20250725_1", faults)} if way != "teardown" else {}
+        told = self.stop_with(world, deploy if image else teardown, streams, **image)
+        which = {0: "", 1: "1 request that was", 2: "2 requests that were"}[count]
+        cut = f"cut {which} not answered within 5 s (container.stop_timeout)"
+        assert (cut in told) is bool(count), told
+        assert ("cut " in told) is bool(count), told
 
 
 def test_other_kv_is_told_from_a_model_that_answers_otherwise(world: World) -> None:
