@@ -324,7 +324,8 @@ def _row(history: History, release: Release, running: Collection[str] | None) ->
     result: str = outcome.result if outcome else "unfinished"
     if serves:
         runs = running is None or {release.generation, release.servers} <= set(running)
-        result = "serving" if runs else "promoted, does not run"
+        opened = "promoted, does not serve" if history.record.closed else "serving"
+        result = opened if runs else "promoted, does not run"
     if release.digest in history.record.quarantine:
         result += ", image quarantined"
     return {

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,27 @@ class TestTable:
             "why": "ready d0: it died",
         }
         assert one["result"] == "serving"
+
+    @pytest.mark.parametrize(
+        ("running", "is_closed", "result"),
+        [
+            ({ONE, TWO}, False, "serving"),
+            ({TWO}, False, "promoted, does not run"),
+            ({ONE}, False, "promoted, does not run"),
+            (set(), True, "promoted, does not run"),
+            ({ONE, TWO}, True, "promoted, does not serve"),
+            (None, False, "serving"),
+            (None, True, "promoted, does not serve"),
+        ],
+    )
+    def test_what_serves_is_told_from_what_was_only_promoted(
+        self, running: set[str] | None, is_closed: bool, result: str
+    ) -> None:
+        """By what runs, its servers of an earlier generation too, and by whether clients get in."""
+        past = history(release(ONE), release(TWO, servers=ONE), serving=TWO, g1=outcome())
+        record = past.record.closing(NOW) if is_closed else past.record
+        two, one = releases.table(replace(past, record=record), running)
+        assert (two["result"], one["result"]) == (result, "good")
 
     def test_quarantine_of_the_image_is_said(self) -> None:
         record = Record().ended(ONE, outcome("failed")).quarantined(DIGEST, BAD)
