@@ -23,6 +23,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
 from pd_deploy.steps import host_faults
+from pd_deploy.steps.patience import patiently
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
@@ -418,7 +419,8 @@ async def _answers(rollout: Rollout, address: str) -> bool:
         connects = host.connects
         async with host.http(address, proxy.port) as client:
             try:
-                await client.get(f"http://{address}:{proxy.port}/health", timeout=CONNECT_S)
+                url = f"http://{address}:{proxy.port}/health"
+                await patiently(partial(client.get, url, timeout=CONNECT_S))
             except httpx.TransportError:
                 await host.run(["true"])
                 if host.connects == connects:

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import httpx
@@ -13,6 +14,7 @@ from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Counters
 from pd_deploy.errors import SmokeTestFailed
 from pd_deploy.hosts.concurrent import together
+from pd_deploy.steps.patience import patiently
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import metrics
 from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
@@ -97,7 +99,8 @@ class Server:
             SmokeTestFailed: it does not answer.
         """
         try:
-            answer = await self.client.get(f"{self.url}/metrics", timeout=METRICS_TIMEOUT_S)
+            url = f"{self.url}/metrics"
+            answer = await patiently(partial(self.client.get, url, timeout=METRICS_TIMEOUT_S))
         except httpx.HTTPError as error:
             found = f"no answer ({error or type(error).__name__})"
             raise self.failed(
