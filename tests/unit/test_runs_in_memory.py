@@ -42,6 +42,11 @@ class TestStages:
         configs = [{c.name: c.config for c in one.containers()} for one in (world, at_once)]
         assert configs[0] == configs[1]
 
+    def test_no_stage_at_all_is_refused_before_any_host_is_asked(self, world: World) -> None:
+        outcome = world.run(deploy, stages=[])
+        assert "or none given for all; found no stage" in str(outcome.error)
+        assert not outcome.moments
+
     def test_server_before_launch_is_out_of_order_and_changes_nothing(self, world: World) -> None:
         outcome = world.run(deploy, stages=["server"])
         assert "launch" in str(outcome.error)
@@ -53,6 +58,15 @@ class TestStages:
         outcome = world.run(deploy, image=image, dry_run=True)
         assert "nothing was touched" in outcome.message
         assert world.state() == before
+
+
+def test_only_a_host_that_has_left_the_file_can_be_forgotten(world: World) -> None:
+    assert world.run(deploy).completed
+    before = world.state()
+    outcome = world.run(deploy, forget=["10.0.0.2", "any text"])
+    for given in ("10.0.0.2", "any text"):
+        assert f"left the file (there is none), found '{given}'" in str(outcome.error)
+    assert world.state() == before
 
 
 class TestTwoRuns:
