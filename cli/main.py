@@ -14,7 +14,7 @@ from uuid import UUID
 
 import typer
 
-from pd_deploy.cli import credentials, facts_file, shell, show
+from pd_deploy.cli import credentials, facts_file, server, shell, show
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
@@ -26,8 +26,8 @@ from pd_deploy.registry.tags import NEWEST
 
 FAILED, INVALID = 1, 2
 
-# For the temporary server that Prefect starts when none is configured. It may need longer than
-# Prefect's 20 s on a busy machine, and sends no telemetry. What the user has set takes precedence.
+# For the server that is started when none is configured. It may need longer than Prefect's 20 s on
+# a busy machine, and sends no telemetry. What the user has set takes precedence.
 PREFECT_DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -47,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(credentials.app, name="credentials")
+app.add_typer(server.app, name="server")
 
 
 class Format(StrEnum):
@@ -219,8 +220,8 @@ def deploy(
     Ctrl-C and SIGTERM, if it was already stopped; a second one ends the run at once.
 
     This runs the same flow as `prefect deployment run`, but in this process. If no Prefect server
-    is configured (PREFECT_API_URL), a temporary one is started. It is safe to run again: only what
-    differs from the file is changed.
+    is configured (PREFECT_API_URL), one is started on this machine, and kept for the next command.
+    It is safe to run again: only what differs from the file is changed.
 
     Example: pd-deploy deploy qwq-3p1d.yaml
     """

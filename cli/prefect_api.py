@@ -1,34 +1,31 @@
 """Talking to the Prefect server: turn the client's errors into our own."""
 
-import atexit
 import base64
 import ipaddress
 import json
 import os
-import re
-import signal
 import socket
 import ssl
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
 
 import httpx
 import typer
 from prefect.blocks.core import Block
+from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
-from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
+from pd_deploy.cli import local_server
 from pd_deploy.errors import PdDeployError
 
 ANSWER_TIMEOUT_S = 10.0
-LOOK_EVERY_S = 0.1
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-NO_SERVER = "run `prefect server start`, or unset PREFECT_API_URL for a temporary one"
+NO_SERVER = "run `prefect server start`, or unset PREFECT_API_URL for one of this machine"
+STARTED = (
+    "pd-deploy: started a Prefect server on this machine, for this and later commands; "
+    "`pd-deploy server stop` ends it"
+)
 
 
 class ServerLost(PdDeployError):
@@ -76,14 +73,14 @@ def reached() -> Iterator[None]:
 
 @contextmanager
 def served() -> Iterator[None]:
-    """Make sure that there is a Prefect server first, a temporary one if need be; else as
+    """Make sure that there is a Prefect server first, one of this machine if need be; else as
     `reached`."""
     with reached():
         url = get_current_settings().api.url
         if url:
             require_server(url)
         elif get_current_settings().server.ephemeral.enabled:
-            _start_temporary()
+            _use_local()
         else:
             raise ServerLost(
                 "expected a Prefect server, found none configured",
@@ -173,75 +170,16 @@ def _refusal(url: str, status: int) -> ServerRefuses:
     )
 
 
-def _start_temporary() -> None:
-    """Start the temporary server that Prefect would start, and see at once if it ends.
-
-    Raises:
-        ServerLost: it does not start.
-    """
-    server = SubprocessASGIServer()
-    if server.running:
-        return
-    with tempfile.TemporaryFile() as stderr:
-        server.port = server.find_available_port()
-        process = server.server_process = _spawned(server, stderr)
-        try:
-            _await_health(server.api_url, process, stderr)
-        except BaseException:
-            process.kill()
-            process.wait()
-            server.server_process = None
-            raise
-    server.running = True
-    atexit.register(server.stop)
-
-
-def _await_health(url: str, process: "subprocess.Popen[bytes]", stderr: IO[bytes]) -> None:
-    patience = get_current_settings().server.ephemeral.startup_timeout_seconds
-    deadline = time.monotonic() + patience
-    while not _is_healthy(url):
-        ended = process.poll()
-        if ended is not None or time.monotonic() > deadline:
-            raise ServerLost(
-                "the temporary Prefect server did not start "
-                + (f"within {patience} s" if ended is None else f"(it ended with {ended})")
-                + _last_line(stderr),
-                hint=f"see that {get_current_settings().home} is writable and has room, and "
-                "that no other version of Prefect has used it; or run `prefect server start` "
-                "and set PREFECT_API_URL",
-            )
-        time.sleep(LOOK_EVERY_S)
-
-
-def _spawned(server: SubprocessASGIServer, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start the server out of the reach of Ctrl-C, with its standard error in a file.
-
-    A terminal sends Ctrl-C to all processes of a command, but the run still needs its server. Where
-    the server fails, it prints tracebacks.
-    """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    saved = os.dup(2)
-    os.dup2(stderr.fileno(), 2)
-    try:
-        return server._run_uvicorn_command()
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", trust_env=False, timeout=ANSWER_TIMEOUT_S).is_success
-    except httpx.TransportError:
-        return False
-
-
-def _last_line(stderr: IO[bytes]) -> str:
-    stderr.seek(0)
-    lines = stderr.read().decode(errors="replace").split("\n")
-    errors = [line.strip() for line in lines if re.match(r"\S*(Error|Exception)\b", line)]
-    return f": {errors[-1][:300]}" if errors else ""
+def _use_local() -> None:
+    """Use the server that pd-deploy keeps on this machine; start it if need be."""
+    server, fresh = local_server.ensure()
+    if fresh:
+        typer.echo(STARTED, err=True)
+    # For all threads: what a context holds, Prefect's threads for logs and events do not see.
+    os.environ["PREFECT_API_URL"] = server.api
+    os.environ["PREFECT_API_AUTH_STRING"] = server.password
+    os.environ["PREFECT_UI_URL"] = ""  # it has none, so no run is said to be seen there
+    refresh_global_settings_context()
 
 
 def save(block: Block, name: str) -> None:

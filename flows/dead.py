@@ -32,7 +32,7 @@ async def bury(owner: Owner, taker: str) -> None:
                 await client.set_flow_run_state(run.id, Crashed(message=message))
                 get_run_logger().info("%s is dead; it is Crashed now", owner.run)
     except (ObjectNotFound, ValueError):
-        pass  # a run by command, whose temporary server is gone as well
+        pass  # a run by command on another machine, with a server of its own
     except Exception as fault:
         get_run_logger().warning("%s is dead; the server could not be told: %s", owner.run, fault)
 

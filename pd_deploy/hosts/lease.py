@@ -18,7 +18,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, PdDeployError, TransientError
 from pd_deploy.hosts.files import disk_error
 from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.processes import machine, started
 from pd_deploy.hosts.settled import carried_out, settled
 
 POLL_S = 0.5
@@ -339,7 +339,7 @@ class Lease:
 
 def this_process() -> dict[str, Any]:
     """Return what identifies this process, for `Owner`."""
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
 
 
 def _held(holder: Owner | None, age: int) -> str:
@@ -353,22 +353,7 @@ def _held(holder: Owner | None, age: int) -> str:
 
 def _is_gone(holder: Owner) -> bool:
     """Tell whether the owner's process has provably ended: it was on this very machine and boot."""
-    return holder.machine == _machine() and _started(holder.pid) != holder.started
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    namespace = Path("/proc/self/ns/pid")
-    return f"{os.uname().nodename} {boot.read_text().strip()} {namespace.readlink()}"
-
-
-def _started(pid: int) -> str:
-    """When a process started, in clock ticks since boot; empty if it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    return holder.machine == machine() and started(holder.pid) != holder.started
 
 
 def _lines(text: str) -> list[str]:

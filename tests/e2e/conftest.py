@@ -1,5 +1,6 @@
 """A real Prefect server with its own database, and services of the tests' own on the lab."""
 
+import json
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from bench.lab_service import LabService, write_file
 from demo.processes import Processes
+from pd_deploy.cli.local_server import LocalServer
 from pd_deploy.flows import deployment_file
 from pd_deploy.lab import Lab
 from tests import prefect_settings
@@ -63,6 +65,27 @@ def prefect(prefect_env: dict[str, str]) -> Callable[..., str]:
         return done.stdout if status == 0 else done.stdout + done.stderr
 
     return run
+
+
+@pytest.fixture
+def without_a_server(service: "Service") -> Iterator[dict[str, str]]:
+    """Environment of somebody without a Prefect server, with a key in the usual place."""
+    home = service.path.parent
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    env |= {"PREFECT_HOME": str(home / "prefect"), "HOME": str(home)}
+    (home / ".ssh").mkdir(mode=0o700)
+    sources = {"id_ed25519": service.lab.ssh_key, "known_hosts": service.lab.known_hosts}
+    for name, source in sources.items():
+        (home / ".ssh" / name).write_text(source.read_text())
+        (home / ".ssh" / name).chmod(0o600)
+    yield env
+    subprocess.run([f"{BIN}/pd-deploy", "server", "stop"], env=env, check=True)
+
+
+def local_server_of(env: dict[str, str]) -> LocalServer:
+    """The server that a command started in an environment without one."""
+    (record,) = Path(env["PREFECT_HOME"]).glob("pd-deploy/*.json")
+    return LocalServer(**json.loads(record.read_text()))
 
 
 @pytest.fixture(scope="session")

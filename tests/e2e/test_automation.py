@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import BIN, ROOT, Service, long, until
+from tests.e2e.conftest import BIN, ROOT, Service, local_server_of, long, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 NAME = "lab-qwq-3p1d"
@@ -164,20 +163,19 @@ async def test_killed_worker_does_not_interrupt_its_run(
 
 @long
 async def test_killed_server_leaves_nothing_that_the_next_run_does_not_mend(
-    service: Service,
+    service: Service, without_a_server: dict[str, str]
 ) -> None:
-    """The temporary server of `pd-deploy deploy` is killed while the servers load."""
+    """The server that `pd-deploy deploy` started is killed while the servers load."""
     service.change(ssh={"credentials": None, "user": "root"}, gates={"lease_lasts": 3})
-    await deploy_by_command(service)
+    await deploy_by_command(service, without_a_server)
     service.change(settings=CHANGED)
     service.faults("p1", load_seconds=10)
-    running = asyncio.ensure_future(deploy_by_command(service))
-    await asyncio.to_thread(until, lambda: epoch(service, "p1") == "2", 60)
-    for server in servers_of(service.file):
-        os.kill(server, signal.SIGKILL)
+    running = asyncio.ensure_future(deploy_by_command(service, without_a_server))
+    await asyncio.to_thread(until, lambda: epoch(service, "p1") == "2", 120)
+    os.kill(local_server_of(without_a_server).pid, signal.SIGKILL)
     service.faults("p1")
     await running
-    await deploy_by_command(service)
+    await deploy_by_command(service, without_a_server)
     assert {epoch(service, name) for name in INSTANCES} == {"2"}
     assert service.completes()
 
@@ -237,42 +235,13 @@ def process_of(run: UUID) -> int:
     raise AssertionError(f"no process of {run}")
 
 
-async def deploy_by_command(service: Service) -> int | None:
+async def deploy_by_command(service: Service, env: dict[str, str]) -> int | None:
     """`pd-deploy deploy` without a Prefect server of its own set up; its exit code."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    env |= {"PREFECT_HOME": str(service.path.parent / "prefect"), "HOME": str(service.path.parent)}
-    ssh = service.path.parent / ".ssh"
-    ssh.mkdir(mode=0o700, exist_ok=True)
-    sources = {"id_ed25519": service.lab.ssh_key, "known_hosts": service.lab.known_hosts}
-    for name, source in sources.items():
-        (ssh / name).write_text(source.read_text())
-        (ssh / name).chmod(0o600)
-    command = [str(Path(sys.executable).parent / "pd-deploy"), "deploy", service.file]
     process = await asyncio.create_subprocess_exec(
-        *command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        f"{BIN}/pd-deploy", "deploy", service.file, env=env, cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     return await process.wait()
-
-
-def servers_of(file: str) -> list[int]:
-    """The temporary Prefect servers of commands that deploy a file."""
-    parents = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if _read(path).endswith(f"deploy\0{file}\0")
-    ]
-    return [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if (fields := _read(path).rpartition(")")[2].split()) and int(fields[1]) in parents
-    ]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def _update(file: str) -> DeploymentUpdate:

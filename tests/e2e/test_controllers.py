@@ -1,7 +1,6 @@
 """Who runs the controller, and where: not only root on a third machine."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from bench.lab_service import INSTANCES
 from pd_deploy.blocks.ssh import SshCredentials
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import ROOT, Service
+from tests.e2e.conftest import BIN, ROOT, Service
 
 HOME = "/home/deployer"
 
@@ -42,7 +41,7 @@ async def test_a_user_in_the_docker_group_needs_no_root(as_deployer: Service) ->
 
 
 def test_the_controller_may_be_one_of_the_hosts(service: Service, tmp_path: Path) -> None:
-    """`pd-deploy deploy` run on p0's host, with its own temporary Prefect server."""
+    """`pd-deploy deploy` run on p0's host, with a Prefect server of its own, which stays there."""
     host = service.lab.hosts["a"]
     work = "/root/controller"
     service.change(
@@ -58,8 +57,9 @@ def test_the_controller_may_be_one_of_the_hosts(service: Service, tmp_path: Path
         host.run(["install", "-m", "600", "/dev/stdin", path], input=content)
     env = {"HOME": "/root", "PATH": os.environ["PATH"], "PREFECT_HOME": f"{work}/prefect",
            "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}  # fmt: skip
-    command = [str(Path(sys.executable).parent / "pd-deploy"), "deploy", f"{work}/file.yaml"]
+    command = [f"{BIN}/pd-deploy", "deploy", f"{work}/file.yaml"]
     done = host.run(command, env=env, check=False, timeout=180)
+    assert "stopped pid" in host.run([f"{BIN}/pd-deploy", "server", "stop"], env=env).stdout
     host.run(["rm", "-rf", work, "/root/.ssh/id_ed25519"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "serves at http://" in done.stdout

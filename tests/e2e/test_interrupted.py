@@ -4,16 +4,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
-from tests.e2e.conftest import BIN, ROOT, Service, until
+from tests.e2e.conftest import BIN, ROOT, Service, local_server_of, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 Start = Callable[[dict[str, str]], subprocess.Popen[bytes]]
@@ -77,13 +77,13 @@ async def test_a_signal_after_the_cut_over_goes_back_and_a_second_one_ends_that_
 
 
 async def test_ctrl_c_goes_back_to_what_served_and_says_so(
-    service: Service, start: Start, printed: Callable[[], str]
+    service: Service, start: Start, printed: Callable[[], str], without_a_server: dict[str, str]
 ) -> None:
-    """It does not end the command's temporary server, which is in the same process group."""
+    """It does not end the server that the command started, which the next one uses."""
     await deploy(service.file)
     service.change(settings=CHANGED, ssh={"credentials": None, "user": "root"})
     service.faults("p1", load_seconds=60)
-    process = start(without_a_server(service))
+    process = start(without_a_server)
     until(lambda: epoch(service, "p1") == "2", 120)
     service.faults("p1")
     os.killpg(process.pid, signal.SIGINT)
@@ -95,20 +95,13 @@ async def test_ctrl_c_goes_back_to_what_served_and_says_so(
     assert service.completes()
     ends = {name.partition("-")[0]: o["result"] for name, o in service.record()["outcomes"].items()}
     assert ends == {"1": "good", "2": "interrupted"}
-
-
-def without_a_server(service: Service) -> dict[str, str]:
-    """The environment of somebody without a Prefect server, with a key in the usual place."""
-    home = service.path.parent
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    ssh = home / ".ssh"
-    ssh.mkdir(mode=0o700)
-    sources = {"id_ed25519": service.lab.ssh_key, "known_hosts": service.lab.known_hosts}
-    for name, source in sources.items():
-        (ssh / name).write_text(source.read_text())
-        (ssh / name).chmod(0o600)
-    path = f"{Path(sys.executable).parent}:{env['PATH']}"
-    return env | {"PREFECT_HOME": str(home / "prefect"), "HOME": str(home), "PATH": path}
+    server = local_server_of(without_a_server)
+    path = f"{server.api}/flow_runs/filter"
+    async with httpx.AsyncClient() as client:
+        assert (await client.post(path, json={})).status_code == 401
+        known = httpx.BasicAuth(*server.password.split(":"))
+        runs = (await client.post(path, json={}, auth=known)).json()
+    assert [run["state_type"] for run in runs] == ["CANCELLED"]
 
 
 def epoch(service: Service, instance: str) -> str | None:

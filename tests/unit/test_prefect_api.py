@@ -2,16 +2,12 @@
 
 import http.server
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, temporary_settings
 
 from pd_deploy.cli import prefect_api
@@ -132,24 +128,3 @@ def test_a_server_nearby_is_not_asked_through_a_proxy(
     monkeypatch.setenv("NO_PROXY", "")
     prefect_api.spare_the_proxy(f"http://{host}:4200/api")
     assert (host in os.environ["NO_PROXY"].split(",")) == near
-
-
-def test_a_temporary_server_that_ends_is_told_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """With its reason, and without its traceback."""
-
-    def ends(_: SubprocessASGIServer) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, "-c", "raise OSError('no room')"])
-
-    monkeypatch.setattr(SubprocessASGIServer, "_instances", {})
-    monkeypatch.setattr(SubprocessASGIServer, "_run_uvicorn_command", ends)
-    with (
-        temporary_settings(restore_defaults={PREFECT_API_URL}),
-        pytest.raises(
-            ServerLost, match=r"it ended with 1\): OSError: no room → see that .* is writ"
-        ),
-        prefect_api.served(),
-    ):
-        pytest.fail("there is no server")
-    assert capfd.readouterr().err == ""
