@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 
 from pd_deploy import errors
+from pd_deploy.hosts import facts
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerSpec, Mount
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import PART_BYTES, Host
@@ -108,6 +109,20 @@ class Commands:
         assert done.exit_status == 127
         assert "no-such-command" in done.stderr
         assert "No such file" in done.stderr
+
+    async def test_several_in_one_session_each_with_its_output(self, host: Host) -> None:
+        assert await host.outputs(["true"], ["sh", "-c", facts.MISSING, "sh", "/no\n!"]) == [
+            "",
+            "/no\n!\0",
+        ]
+        assert await host.outputs() == []
+
+    async def test_of_several_none_runs_after_one_that_failed(self, host: Host) -> None:
+        failing = [["true"], ["no-such-command", "x"], ["sleep", "600"]]
+        with pytest.raises(errors.CommandFailed, match="`no-such-command x` exited") as caught:
+            await host.outputs(*failing)
+        assert (caught.value.exit_status, caught.value.argv) == (127, failing[1])
+        assert "no-such-command" in caught.value.stderr
 
     async def test_slow_command_times_out(self, host: Host) -> None:
         with pytest.raises(errors.TimedOut, match=r"`sleep 600` did not end within 0\.2 s"):
@@ -235,7 +250,8 @@ class FilesOfAHost:
         self, host: Host, place: str
     ) -> None:
         root, logs = f"{place}/root", f"{place}/logs"
-        assert await host.facts.tree(root, logs) == {}
+        command = facts.tree(root, logs)
+        assert facts.parse_tree(await host.output(command)) == {}
         await host.make_dirs([f"{root}/1-a/p0", f"{logs}/1-a/p0/deeper"])
         await host.write_files(
             {
@@ -245,7 +261,7 @@ class FilesOfAHost:
                 f"{logs}/1-a/p0/x.log": File(b"log"),
             }
         )
-        tree = await host.facts.tree(root, logs)
+        tree = facts.parse_tree(await host.output(command))
         files = {path: (s.mode, s.sha256) for path, s in tree.items() if not s.is_directory}
         assert files == {
             f"{root}/.record.json.0.tmp": (0o600, ""),
@@ -259,14 +275,15 @@ class FilesOfAHost:
 
 class Facts:
     async def test_facts(self, host: Host, console: Console) -> None:
-        facts = host.facts
-        assert await facts.interface_of(host.address) == console.interface
-        assert await facts.interface_of("127.0.0.1") is None
-        assert await facts.loopback_of("127.0.0.1") == "lo"
-        assert await facts.interface_of("192.0.2.1") is None
-        assert await facts.missing_paths(["/var", "/no such", "/no"]) == ["/no such", "/no"]
-        assert await facts.missing_paths([]) == []
-        assert await facts.disk_free("/var/not/yet/there") > 0
+        read = host.facts
+        addresses = await host.output(facts.ADDRESSES)
+        assert facts.parse_interface(addresses, host.address) == console.interface
+        assert facts.parse_interface(addresses, "127.0.0.1") is None
+        assert facts.parse_loopback(addresses, "127.0.0.1") == "lo"
+        assert facts.parse_interface(addresses, "192.0.2.1") is None
+        assert await read.missing_paths(["/var", "/no such", "/no"]) == ["/no such", "/no"]
+        assert await read.missing_paths([]) == []
+        assert min(await read.disk_free("/var/not/yet/there", "/var")) > 0
 
     async def test_ports_and_who_holds_them(self, host: Host, console: Console) -> None:
         assert await host.facts.ports_taken([PORT]) == {}

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Literal, TypeVar
@@ -82,9 +82,9 @@ class DockerClient:
 
     async def info(self) -> DockerInfo:
         """Version, architecture, and place of the engine's data."""
-        info, version = await self._read("info", lambda c: (c.info(), c.version()))
+        info = await self._read("info", lambda c: c.info())
         return DockerInfo(
-            version=version["Version"],
+            version=info["ServerVersion"],
             root_dir=info["DockerRootDir"],
             architecture=oci_architecture(info["Architecture"]),
             remaps_users=any("name=userns" in each for each in info.get("SecurityOptions") or ()),
@@ -182,7 +182,11 @@ class DockerClient:
         entries = await self._read(
             "list containers", lambda c: c.containers(all=True, filters=filters)
         )
-        states = await together(self._inspect_if_there(entry["Id"]) for entry in entries)
+        return await self.states(entry["Id"] for entry in entries)
+
+    async def states(self, ids: Iterable[str]) -> list[ContainerState]:
+        """Return the states of containers, sorted by name; leave out those that are gone."""
+        states = await together(map(self._inspect_if_there, ids))
         return sorted((state for state in states if state), key=lambda state: state.name)
 
     async def listed(self) -> list[ListedContainer]:

@@ -70,8 +70,13 @@ class Runner(Protocol):
         """Return the standard output of a command."""
         ...
 
+    async def outputs(self, *commands: Sequence[str]) -> list[str]:
+        """Return the standard output of each command."""
+        ...
+
 
 ADDRESSES = ["ip", "-j", "-4", "addr"]
+LISTENERS = ["ss", "-Hltnp"]
 # Paths go as arguments and come back ended by NUL, so that any name is safe.
 MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
 # Links in a directory with where they lead, the directory's own path among them; files there that
@@ -132,19 +137,6 @@ class Facts:
     def __init__(self, host: Runner) -> None:
         self._host = host
 
-    async def interface_of(self, address: str) -> str | None:
-        """Find the network interface that owns an IPv4 address; return None if none does.
-
-        Loopback interfaces don't count: nothing reaches another host through them.
-        """
-        output = await self._host.output(ADDRESSES)
-        return parse_interface(output, address, self._host.where)
-
-    async def loopback_of(self, address: str) -> str | None:
-        """Find the loopback interface that owns an IPv4 address; return None if none does."""
-        output = await self._host.output(ADDRESSES)
-        return parse_loopback(output, address, self._host.where)
-
     async def missing_paths(self, paths: Sequence[str]) -> list[str]:
         """Which of the paths do not exist (a broken link does not)."""
         if not paths:
@@ -157,15 +149,6 @@ class Facts:
         further paths lead."""
         output = await self._host.output(["sh", "-c", LINKS, "sh", directory, *paths])
         return parse_links(output)
-
-    async def tree(self, directory: str, logs: str) -> dict[str, Seen]:
-        """List what is in a deployment's directory, and the directories in that of its logs."""
-        return parse_tree(await self._host.output(["sh", "-c", TREE, "sh", directory, logs]))
-
-    async def listening_ports(self) -> dict[int, str]:
-        """List the TCP ports listened on, each with its process's name ("" if not visible)."""
-        output = await self._host.output(["ss", "-Hltnp"])
-        return parse_listeners(output, self._host.where)
 
     async def ports_in_ephemeral_range(self, ports: Sequence[int]) -> list[int]:
         """Find those of the ports that the kernel may give to an outbound connection."""
@@ -195,10 +178,11 @@ class Facts:
         output = await self._host.output(["sh", "-c", AGES, "sh", socket])
         return parse_ages(output, self._host.where)
 
-    async def disk_free(self, path: str) -> int:
-        """Bytes free for the SSH user where `path` is or would be."""
-        output = await self._host.output(["sh", "-c", FREE, "sh", posixpath.normpath(path)])
-        return parse_disk_free(output, self._host.where)
+    async def disk_free(self, *paths: str) -> list[int]:
+        """Bytes free for the SSH user where each path is or would be."""
+        commands = [["sh", "-c", FREE, "sh", posixpath.normpath(path)] for path in paths]
+        outputs = await self._host.outputs(*commands)
+        return [parse_disk_free(output, self._host.where) for output in outputs]
 
     async def tail(
         self, paths: Sequence[str], lines: int = 20, max_bytes: int = 16384
@@ -217,6 +201,12 @@ class Facts:
         return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+def tree(directory: str, logs: str) -> list[str]:
+    """Make the command for `parse_tree`: what is in a deployment's directory, and the directories
+    in that of its logs."""
+    return ["sh", "-c", TREE, "sh", directory, logs]
+
+
 def parse_tree(output: str) -> dict[str, Seen]:
     """Path → what is there, from lines of `stat -c '%f %n'` and of `sha256sum`."""
     tree: dict[str, Seen] = {}
@@ -232,13 +222,16 @@ def parse_tree(output: str) -> dict[str, Seen]:
 
 
 def parse_interface(output: str, address: str, where: str = "") -> str | None:
-    """Find the interface with `address` in the output of `ip -j -4 addr`; ignore loopback."""
+    """Find the network interface that owns an IPv4 address in the output of `ADDRESSES`.
+
+    Loopback interfaces don't count: nothing reaches another host through them.
+    """
     owners = _owners(output, address, where)
     return next((name for name, loopback in owners if not loopback), None)
 
 
 def parse_loopback(output: str, address: str, where: str = "") -> str | None:
-    """Find the loopback interface with `address` in the output of `ip -j -4 addr`."""
+    """Find the loopback interface that owns an IPv4 address in the output of `ADDRESSES`."""
     owners = _owners(output, address, where)
     return next((name for name, loopback in owners if loopback), None)
 
@@ -262,7 +255,8 @@ def _owners(output: str, address: str, where: str) -> list[tuple[str, bool]]:
 
 
 def parse_listeners(output: str, where: str = "") -> dict[int, str]:
-    """Parse port → holder in the output of `ss -Hltnp`."""
+    """Parse the TCP ports listened on in the output of `LISTENERS`, each with its process's name
+    ("" if not visible)."""
     listeners: dict[int, str] = {}
     for line in output.splitlines():
         socket = re.match(r"LISTEN\s+\d+\s+\d+\s+\S+:(\d+)\s+\S+\s*(?:users:\(\((.*)\)\))?", line)

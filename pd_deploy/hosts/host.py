@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import posixpath
+import secrets
 import shlex
 import ssl
 from collections.abc import (
@@ -14,7 +15,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -158,6 +159,28 @@ class Host:
     async def output(self, argv: Sequence[str]) -> str:
         """Return the standard output of a command that succeeds; raise as `run` does."""
         return (await self.run(argv)).stdout
+
+    async def outputs(self, *commands: Sequence[str], timeout: float = 60.0) -> list[str]:
+        """Run commands one after the other in one session; return each's standard output.
+
+        A session costs the host a process and a login shell, which may be slow to start.
+
+        Args:
+            timeout: seconds for all of them.
+
+        Raises:
+            CommandFailed, TimedOut, ConnectionDropped: as in `run`; none runs after one that
+                failed.
+        """
+        if not commands:
+            return []
+        end = secrets.token_hex(16)  # no command's output has it
+        script = "\n".join(f"{shlex.join(argv)} || exit\necho {end}" for argv in commands)
+        done = await self.run(["sh", "-c", script], check=False, timeout=timeout)
+        *outputs, rest = done.stdout.split(f"{end}\n")
+        if done.exit_status != 0:
+            raise self._failed(commands[len(outputs)], replace(done, stdout=rest))
+        return outputs
 
     async def write_files(self, files: Mapping[str, File], *, dir_mode: int = 0o755) -> list[str]:
         """Write the files that differ in content or mode, each atomically.

@@ -16,7 +16,7 @@ from pd_deploy.errors import (
     HostError,
     InUse,
 )
-from pd_deploy.hosts.concurrent import task_group, together
+from pd_deploy.hosts.concurrent import task_group
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import InstancePlan
 from pd_deploy.records import generations
@@ -31,18 +31,23 @@ class Holder:
     """Who has a device or a port.
 
     Attributes:
-        what: e.g. `port 9000`.
+        kind: `device` or `port`.
         number: of the device or port.
         who: the process, and its container if it is in one.
         is_stranger: whether it is known to live on, and to be none of this deployment's.
         is_ours: whether it is known to be this deployment's.
     """
 
-    what: str
+    kind: str
     number: int
     who: str
     is_stranger: bool
     is_ours: bool = False
+
+    @property
+    def what(self) -> str:
+        """E.g. `port 9000`."""
+        return f"{self.kind} {self.number}"
 
     def __str__(self) -> str:
         return f"{self.what} with {self.who}"
@@ -67,9 +72,7 @@ async def holders(
         name, is_ours = containers.get(homes.get(pid or 0, ""), ("", False))
         shown = who.replace(")", f", container {name})") if name else who
         is_stranger = pid in homes and not is_ours
-        holding.append(
-            Holder(f"{kind} {number}", number, shown or "a process", is_stranger, is_ours)
-        )
+        holding.append(Holder(kind, number, shown or "a process", is_stranger, is_ours))
     return holding
 
 
@@ -151,7 +154,7 @@ async def _container(rollout: Rollout, host: Host, container: str) -> tuple[str,
 async def _full(rollout: Rollout, host: Host) -> list[str]:
     paths = rollout.session.deployment.paths
     directories = sorted({paths.state, paths.logs})
-    free_bytes = await together(host.facts.disk_free(path) for path in directories)
+    free_bytes = await host.facts.disk_free(*directories)
     return [path for path, free in zip(directories, free_bytes, strict=True) if free < FULL_BYTES]
 
 

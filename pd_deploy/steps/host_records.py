@@ -137,7 +137,16 @@ async def read(host: Host, root: str) -> HostRecords:
     Raises:
         FactsError: a file of ours there cannot be understood.
     """
-    output = await host.output(["sh", "-c", READ, "sh", root])
+    return parse(await host.output(command(root)), host, root)
+
+
+def command(root: str) -> list[str]:
+    """Make the command whose output `parse` takes."""
+    return ["sh", "-c", READ, "sh", root]
+
+
+def parse(output: str, host: Host, root: str) -> HostRecords:
+    """Parse what a host knows of a deployment; see `read`."""
     parts = output.split("\0")[:-1]
     contents = dict(zip(parts[::2], parts[1::2], strict=True))
     record, releases = Record(), []

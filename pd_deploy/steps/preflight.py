@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from pd_deploy.errors import DiskFull, FileDenied, FileMissing, HostError, InUse, PortTaken
 from pd_deploy.hosts.concurrent import together
-from pd_deploy.hosts.container_values import ContainerState, Mount
+from pd_deploy.hosts.container_values import ListedContainer, Mount
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
@@ -37,7 +37,7 @@ async def preflight(rollout: Rollout, name: str) -> Report:
     # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
     # nothing that a disk with little room left would put at risk.
     if not rollout.is_last_resort:
-        checks += [_model, _disk, _devices, _health, _ports]
+        checks += [_model, _disk, _held, _health]
     faults_by_check = await together(check(rollout, host, name) for check in checks)
     faults = [fault for faults_of_check in faults_by_check for fault in faults_of_check]
     if not rollout.is_last_resort:
@@ -202,7 +202,7 @@ async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
         ]
     if await host.docker.image(rollout.plan.pinned_image) is None:
         needed.append(("the image", state.docker_root, deployment.disk.image))
-    free = await together(host.facts.disk_free(path) for _, path, _ in needed)
+    free = await host.facts.disk_free(*(path for _, path, _ in needed))
     return [
         DiskFull(
             f"expected {_shown(least, least)} free for {purpose} at {path}, "
@@ -219,18 +219,33 @@ def _shown(size: int, scale: int) -> str:
     return f"{size / GIB:.1f} GiB" if scale >= GIB else f"{size / MIB:.1f} MiB"
 
 
-async def _devices(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    """Find devices in use by anything but this deployment's running containers."""
-    needed, ours = _labelled(rollout, name, generations.DEVICES)
-    return [
-        InUse(
-            f"expected {holder.what} to be free for {needed[holder.number]}, "
-            f"found {holder.who} on it",
-            host=host.where,
-            hint="end that process, or use other devices",
-        )
-        for holder in await holders(rollout, host, needed.keys() - ours, ())
-    ]
+async def _held(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    """Find devices and ports in use by anything but this deployment's running containers."""
+    devices, our_devices = _labelled(rollout, name, generations.DEVICES)
+    ports, our_ports = _labelled(rollout, name, generations.PORTS)
+    unused, unbound = devices.keys() - our_devices, ports.keys() - our_ports
+    faults: list[HostError] = []
+    for holder in await holders(rollout, host, unused, unbound):
+        if holder.kind == "device":
+            faults.append(
+                InUse(
+                    f"expected {holder.what} to be free for {devices[holder.number]}, "
+                    f"found {holder.who} on it",
+                    host=host.where,
+                    hint="end that process, or use other devices",
+                )
+            )
+        # An older generation's proxy may have a port that its labels do not name.
+        elif not holder.is_ours:
+            faults.append(
+                PortTaken(
+                    f"expected {holder.what} to be free for {ports[holder.number]}, "
+                    f"found that {holder.who} has it",
+                    host=host.where,
+                    hint="stop that process, or move the port in the deployment file",
+                )
+            )
+    return faults
 
 
 async def _health(rollout: Rollout, host: Host, name: str) -> list[HostError]:
@@ -248,21 +263,6 @@ async def _health(rollout: Rollout, host: Host, name: str) -> list[HostError]:
             hint="look at its driver and cable, or use other devices",
         )
         for device, fault in sorted(faults.items())
-    ]
-
-
-async def _ports(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    needed, ours = _labelled(rollout, name, generations.PORTS)
-    return [
-        PortTaken(
-            f"expected {holder.what} to be free for {needed[holder.number]}, "
-            f"found that {holder.who} has it",
-            host=host.where,
-            hint="stop that process, or move the port in the deployment file",
-        )
-        for holder in await holders(rollout, host, (), needed.keys() - ours)
-        # An older generation's proxy may have a port that its labels do not name.
-        if not holder.is_ours
     ]
 
 
@@ -299,11 +299,11 @@ def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[H
                 )
 
 
-def _holder(state: ContainerState) -> str:
+def _holder(state: ListedContainer) -> str:
     return f"{state.name} of deployment {state.labels[generations.DEPLOYMENT]}"
 
 
-def _uses(state: ContainerState) -> dict[str, set[int]]:
+def _uses(state: ListedContainer) -> dict[str, set[int]]:
     return {
         label: generations.numbers(state.labels.get(label, ""))
         for label in (generations.DEVICES, generations.PORTS)

@@ -21,7 +21,6 @@ class HostState:
     """What a host says of itself and of this deployment on it. Read-only facts.
 
     Attributes:
-        others: the running containers of other deployments.
         tree: what lies in the deployment's own directories, by path.
         strangers: all containers without this deployment's label.
     """
@@ -32,11 +31,16 @@ class HostState:
     docker_version: str
     docker_root: str
     containers: tuple[ContainerState, ...]
-    others: tuple[ContainerState, ...]
     listening: frozenset[int]
     tree: Mapping[str, Seen]
     records: HostRecords
     strangers: tuple[ListedContainer, ...] = ()
+
+    @property
+    def others(self) -> list[ListedContainer]:
+        """The running containers of other deployments."""
+        running = (c for c in self.strangers if c.status in generations.RUNNING)
+        return [c for c in running if generations.DEPLOYMENT in c.labels]
 
     @property
     def has_drafts(self) -> bool:

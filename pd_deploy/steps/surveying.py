@@ -21,6 +21,7 @@ from pd_deploy.errors import (
     SeveralFaults,
     Unrecorded,
 )
+from pd_deploy.hosts import facts
 from pd_deploy.hosts.concurrent import task_group, together
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.docker_client import name_taken
@@ -72,18 +73,24 @@ async def survey(session: Session, name: str) -> HostState:
         HostError, TransientError: as the hosts layer raises them.
     """
     host, deployment = session.host(name), session.deployment.name
+    logs = Layout.log_root_of(session.deployment)
     async with task_group() as group:
+        reading = group.create_task(
+            host.outputs(
+                host_records.command(session.root),
+                facts.tree(session.root, logs),
+                facts.ADDRESSES,
+                facts.LISTENERS,
+            )
+        )
         info = group.create_task(host.docker.info())
-        labelled = group.create_task(host.docker.containers({generations.DEPLOYMENT: ""}))
-        everyone = group.create_task(host.docker.listed())
-        records = group.create_task(host_records.read(host, session.root))
-        logs = Layout.log_root_of(session.deployment)
-        tree = group.create_task(host.facts.tree(session.root, logs))
-        interface_of = group.create_task(host.facts.interface_of(host.address))
-        listening = group.create_task(host.facts.listening_ports())
-    interface, containers = interface_of.result(), labelled.result()
+        containers = await host.docker.listed()
+        ours = {c.id for c in containers if c.labels.get(generations.DEPLOYMENT) == deployment}
+        states = group.create_task(host.docker.states(ours))
+    records, tree, addresses, listeners = reading.result()
+    interface = facts.parse_interface(addresses, host.address, host.where)
     if interface is None:
-        raise await _not_owned(host, name)
+        raise _not_owned(host, name, addresses)
     if info.result().remaps_users:
         raise HostError(
             "expected Docker to leave users as they are, found that it remaps them: containers "
@@ -91,8 +98,6 @@ async def survey(session: Session, name: str) -> HostState:
             host=host.where,
             hint='remove "userns-remap" from /etc/docker/daemon.json and restart Docker',
         )
-    ours = [c for c in containers if c.labels[generations.DEPLOYMENT] == deployment]
-    others = [c for c in containers if c not in ours and c.status in generations.RUNNING]
     entry = session.deployment.hosts.get(name)
     return HostState(
         host=name,
@@ -100,20 +105,17 @@ async def survey(session: Session, name: str) -> HostState:
         architecture=info.result().architecture,
         docker_version=info.result().version,
         docker_root=info.result().root_dir,
-        containers=tuple(ours),
-        others=tuple(others),
-        listening=frozenset(listening.result()),
-        tree=tree.result(),
-        records=records.result(),
-        strangers=tuple(
-            c for c in everyone.result() if c.labels.get(generations.DEPLOYMENT) != deployment
-        ),
+        containers=tuple(states.result()),
+        listening=frozenset(facts.parse_listeners(listeners, host.where)),
+        tree=facts.parse_tree(tree),
+        records=host_records.parse(records, host, session.root),
+        strangers=tuple(c for c in containers if c.id not in ours),
     )
 
 
-async def _not_owned(host: Host, name: str) -> FactsError:
+def _not_owned(host: Host, name: str, addresses: str) -> FactsError:
     """Why no interface of a host can be the one of its address."""
-    loopback = await host.facts.loopback_of(host.address)
+    loopback = facts.parse_loopback(addresses, host.address, host.where)
     if loopback is None:
         message = f"expected the host to own its address {host.address}, found no interface with it"
         return FactsError(

@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from pd_deploy.errors import TimedOut
 
+Way = Literal["session", "sftp", "docker", "http"]
 HANG_S = 60
 """After which the SSH connection gives up a call, or the Docker engine's client."""
 
@@ -17,13 +19,19 @@ class Killed(BaseException):
 
 @dataclass(frozen=True)
 class Moment:
-    """Just before a call takes effect on a host, or just after it; numbers count from 1."""
+    """Just before a call takes effect on a host, or just after it; numbers count from 1.
+
+    Attributes:
+        way: what the call goes through: a session with a command, the SFTP session, the Docker
+            engine's API, or a connection to a port.
+    """
 
     number: int
     host: str
     what: str
     changes: bool
     after: bool
+    way: Way
 
     def __str__(self) -> str:
         return f"{self.number}: {'after' if self.after else 'before'} {self.what} on {self.host}"
@@ -46,20 +54,22 @@ class Calls:
         self.hangs: Callable[[Moment], bool] = lambda _: False
 
     @asynccontextmanager
-    async def passing(self, host: str, what: str, *, changes: bool) -> AsyncIterator[None]:
+    async def passing(
+        self, host: str, what: str, *, changes: bool, way: Way
+    ) -> AsyncIterator[None]:
         """Around what a call does: the moments before and after it."""
-        await self._pass(host, what, changes, after=False)
+        await self._pass(host, what, changes, way, after=False)
         # Others come in between, as on a real connection.
         await asyncio.sleep(0)
         if self.dead:
             raise Killed
         yield
-        await self._pass(host, what, changes, after=True)
+        await self._pass(host, what, changes, way, after=True)
 
-    async def _pass(self, host: str, what: str, changes: bool, *, after: bool) -> None:
+    async def _pass(self, host: str, what: str, changes: bool, way: Way, *, after: bool) -> None:
         if self.dead:
             raise Killed
-        self.moments.append(Moment(len(self.moments) + 1, host, what, changes, after))
+        self.moments.append(Moment(len(self.moments) + 1, host, what, changes, after, way))
         self.watch(self.moments[-1])
         if self.hangs(self.moments[-1]):
             await asyncio.sleep(HANG_S)

@@ -28,14 +28,12 @@ class MemoryClient:
 
     def info(self) -> dict[str, Any]:
         return {
+            "ServerVersion": "27.5.1",
             "Driver": "overlay2",
             "DockerRootDir": "/var/lib/docker",
             "Architecture": "aarch64",
             "SecurityOptions": self._machine.security_options,
         }
-
-    def version(self) -> dict[str, str]:
-        return {"Version": "27.5.1", "ApiVersion": self.api_version}
 
     def inspect_image(self, ref: str) -> dict[str, Any]:
         image = self._machine.find_image(ref)

@@ -7,8 +7,10 @@ import contextlib
 import hashlib
 import json
 import posixpath
+import re
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pd_deploy.engines.omniinfer import npu_smi, ranktable
 from pd_deploy.hosts import facts, files, lease
@@ -33,24 +35,67 @@ class Command:
     changes: bool = False
 
 
-def run(command: Command, machine: Machine, argv: Sequence[str], data: bytes) -> CommandResult:
-    """What a command prints."""
+# What `Host.outputs` has between its commands.
+BETWEEN = re.compile(r" \|\| exit\n(echo [0-9a-f]{32})(?:\n|$)")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A command with its arguments, and what is printed after it."""
+
+    command: Command
+    argv: Sequence[str]
+    end: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of the command, for a moment; a lease's has its verb."""
+        return f"lease {self.argv[5]}" if self.command.name == "lease" else self.command.name
+
+    @property
+    def changes(self) -> bool:
+        """Whether it may change the host."""
+        return self.command.changes
+
+
+def run(asked: Sequence[Asked], machine: Machine, data: bytes) -> CommandResult:
+    """What commands print, one after the other as long as they succeed."""
     machine.cluster.settle()
+    printed = ""
+    for each in asked:
+        done = _one(each, machine, data)
+        printed += done.stdout
+        if done.exit_status != 0:
+            return replace(done, stdout=printed)
+        printed += each.end
+    return CommandResult(0, printed, "")
+
+
+def _one(asked: Asked, machine: Machine, data: bytes) -> CommandResult:
+    arguments = asked.argv[len(asked.command.begins) :]
     try:
-        answer = command.answer(machine, argv[len(command.begins) :], data.decode())
+        answer = asked.command.answer(machine, arguments, data.decode())
     except TimeoutError:
         raise
     except OSError as error:
-        return CommandResult(1, "", f"{argv[0]}: {error.strerror}\n")
+        return CommandResult(1, "", f"{asked.argv[0]}: {error.strerror}\n")
     return CommandResult(0, answer, "") if isinstance(answer, str) else answer
 
 
-def recognised(argv: Sequence[str]) -> Command:
-    """The command of the table.
+def asked(argv: Sequence[str]) -> list[Asked]:
+    """The command of the table, or those that run in one session.
 
     Raises:
-        NotImplementedError: it is not in the table.
+        NotImplementedError: one is not in the table.
     """
+    if list(argv[:2]) != ["sh", "-c"] or not BETWEEN.search(argv[2]):
+        return [Asked(_recognised(argv), argv)]
+    *parts, _ = BETWEEN.split(argv[2])
+    several = [(shlex.split(line), end) for line, end in zip(parts[::2], parts[1::2], strict=True)]
+    return [Asked(_recognised(argv), argv, f"{end.split()[1]}\n") for argv, end in several]
+
+
+def _recognised(argv: Sequence[str]) -> Command:
     for command in TABLE:
         if tuple(argv[: len(command.begins)]) == command.begins:
             return command

@@ -18,7 +18,7 @@ from pd_deploy.hosts.login import Login
 from pd_deploy.hosts.sftp import SftpSession
 from pd_deploy.hosts.tunnel import Tunnel
 from tests.memory import commands
-from tests.memory.calls import Calls
+from tests.memory.calls import Calls, Way
 from tests.memory.client import MemoryClient, NotYet
 from tests.memory.machine import Machine
 from tests.memory.sftp import MemorySftp
@@ -52,10 +52,10 @@ class MemoryHost(Host):
         return self._connects
 
     @asynccontextmanager
-    async def passing(self, what: str, *, changes: bool) -> AsyncIterator[None]:
+    async def passing(self, what: str, *, changes: bool, way: Way) -> AsyncIterator[None]:
         """Around what a call does: the moments before and after it, if it gets there and back."""
         await self.reached(what)
-        async with self.calls.passing(self.machine.name, what, changes=changes):
+        async with self.calls.passing(self.machine.name, what, changes=changes, way=way):
             await self.reached(what)
             yield
         await self.reached(what)
@@ -103,14 +103,12 @@ class MemoryHost(Host):
         return session
 
     async def _run(self, argv: Sequence[str], data: bytes | None, timeout: float) -> CommandResult:
-        command = commands.recognised(argv)
-        what = command.name
-        if what == "lease":
-            what = f"lease {argv[5]}"
+        asked = commands.asked(argv)
         async with asyncio.timeout(timeout):
             await asyncio.sleep(self.machine.answers_after)
-        async with self.passing(what, changes=command.changes):
-            return commands.run(command, self.machine, argv, data or b"")
+        what = ", ".join(dict.fromkeys(each.name for each in asked))
+        async with self.passing(what, changes=any(each.changes for each in asked), way="session"):
+            return commands.run(asked, self.machine, data or b"")
 
 
 class MemoryDocker(DockerClient):
@@ -145,7 +143,7 @@ class MemoryDocker(DockerClient):
         call: Callable[[Any], T],
         refused: Callable[[sdk.APIError], PdDeployError] | None = None,
     ) -> T:
-        async with self._host.passing(what, changes=self._changes(what)):
+        async with self._host.passing(what, changes=self._changes(what), way="docker"):
             while True:
                 with self._errors(what, self._no_tunnel, refused):
                     try:
@@ -169,7 +167,7 @@ class _Transport(httpx.AsyncBaseTransport):
         machine, path = self._host.machine, request.url.path
         what = shlex.join([request.method, f"{self._address}:{self._port}{path}"])
         limit = request.extensions.get("timeout", {}).get("read")
-        async with _in_time(limit), self._host.passing(what, changes=False):
+        async with _in_time(limit), self._host.passing(what, changes=False, way="http"):
             program = machine.cluster.listener(machine, self._address, self._port)
             if program is None:
                 raise httpx.ConnectError("connection refused")

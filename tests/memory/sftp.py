@@ -39,7 +39,7 @@ class MemorySftp:
 
     @asynccontextmanager
     async def _passing(self, what: str, *, changes: bool) -> AsyncIterator[None]:
-        async with self._host.passing(what, changes=changes):
+        async with self._host.passing(what, changes=changes, way="sftp"):
             with _answering():
                 if changes:
                     self._disk.may_change(what.partition(" ")[2])

@@ -58,7 +58,6 @@ def rollout(
             architecture="aarch64",
             docker_version="27.0",
             docker_root="/var/lib/docker",
-            others=(),
             containers=tuple(
                 state(n, known[0] if known and known[0] != wanted else wanted, status)
                 for n, status in states.items()

@@ -302,7 +302,7 @@ class TestQuarantine:
 
         def watch(moment: Moment) -> None:
             breaks(moment)
-            if broken and moment.what == "records":  # The way back has begun.
+            if broken and moment.what.startswith("records, "):  # The way back has begun.
                 put_right()
 
         error = world.run(deploy, image=image(world), watch=watch).error

@@ -25,7 +25,6 @@ from pd_deploy.hosts.container_values import (
 from pd_deploy.hosts.docker_errors import container_error, pull_error
 from pd_deploy.hosts.facts import (
     LINKS,
-    Facts,
     parse_disk_free,
     parse_ephemeral,
     parse_interface,
@@ -314,15 +313,13 @@ class Told:
 
     def __init__(self, address: str, links: str) -> None:
         self.address, self.where, self.links = address, f"a ({address})", links
-        self.facts = Facts(self)
-        none = self.nothing
-        self.docker = SimpleNamespace(info=none, containers=none, listed=none)
+        self.docker = SimpleNamespace(info=self.nothing, listed=self.nothing, states=self.nothing)
 
-    async def output(self, argv: Sequence[str]) -> str:
-        return self.links if argv[0] == "ip" else ""
+    async def outputs(self, *commands: Sequence[str]) -> list[str]:
+        return [self.links if argv[0] == "ip" else "" for argv in commands]
 
-    async def nothing(self, *_: object) -> None:
-        return None
+    async def nothing(self, *_: object) -> list[object]:
+        return []
 
 
 class TestFacts:

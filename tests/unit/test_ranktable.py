@@ -230,7 +230,6 @@ def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> R
             docker_version="24",
             docker_root="/var/lib/docker",
             containers=(),
-            others=(),
             listening=frozenset(),
             tree={},
             records=HostRecords(Record(), (), frozenset(), frozenset(), True),
