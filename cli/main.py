@@ -181,7 +181,9 @@ def plan(
     made = (
         facts_file.make_plan(service, facts)
         if facts
-        else _plan_on_hosts(load_deployment(file), image)
+        else _plan_on_hosts(
+            load_deployment(file), image if image in (None, NEWEST) else service.image
+        )
     )
     if format is Format.SHELL:
         hosts = [host] if host else list(service.hosts)

@@ -4,6 +4,7 @@ import json
 import shlex
 
 from pd_deploy import engines
+from pd_deploy.config.fields import archive_of
 from pd_deploy.config.models import DOCKER_SOCKET, Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.hosts import docker_create
@@ -27,7 +28,7 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
         "set -eu",
         *_engine(deployment.hosts[host].docker_socket),
         "",
-        shlex.join(["docker", "pull", made.pinned_image]),
+        *_image(deployment, made),
         shlex.join(["mkdir", "-p", *planned.directories]),
     ]
     for file in planned.files:
@@ -38,6 +39,15 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
     if host == placed.proxy.host:
         lines += ["", *_open(deployment, placed, made)]
     return "\n".join(lines) + "\n"
+
+
+def _image(deployment: Deployment, made: Plan) -> list[str]:
+    """Bring the image to the host; one in a file lies there under the same path, copied by hand."""
+    if archive := archive_of(deployment.image):
+        return [shlex.join(["docker", "load", "--input", archive])]
+    if made.pinned_image.startswith("sha256:"):
+        return []  # the hosts have it: `pull: never`
+    return [shlex.join(["docker", "pull", made.pinned_image])]
 
 
 def _engine(socket: str) -> list[str]:

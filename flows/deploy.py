@@ -43,8 +43,9 @@ async def deploy(
 
     Args:
         file: the deployment file, relative to the directory of prefect.yaml.
-        image: an image to use instead of the file's; `newest` for the newest one under the file's
-            update policy. By default, the promoted image stays, unless the file's has changed.
+        image: an image to use instead of the file's, `file:PATH` for one in an archive; `newest`
+            for the newest one under the file's update policy. By default, the promoted image stays,
+            unless the file's has changed.
         stages: run only these, in the order cleanup, launch, ranktable, proxy, server.
         dry_run: report what would be done on each host, and change nothing.
         on_failure: rollback, or keep the failed generation as it is, for inspection.
@@ -61,8 +62,12 @@ async def deploy(
         raise InvalidInput([Problem("stages", expected)])
     if image == NEWEST:
         tags.policy_of(deployment)
-    named = image not in (None, NEWEST)
-    placement.build(deployment_file.load(file, image=image) if named else deployment)
+    if image in (None, NEWEST):
+        placement.build(deployment)
+    else:
+        with_image = deployment_file.load(file, image=image)
+        placement.build(with_image)
+        image = with_image.image
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])

@@ -46,12 +46,12 @@ def _every_tenth() -> Callable[[PullProgress], None]:
         tenth = 10 * progress.bytes_done // max(progress.bytes_total, 1)
         if tenth > logged:
             logged = tenth
+            layers = f", {progress.layers_done} of {progress.layers} layers"
             logger.info(
-                "%d of %d MiB, %d of %d layers",
+                "%d of %d MiB%s",
                 progress.bytes_done // MIB,
                 progress.bytes_total // MIB,
-                progress.layers_done,
-                progress.layers,
+                layers if progress.layers else "",
             )
 
     return log

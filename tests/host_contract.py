@@ -6,10 +6,12 @@ a host in memory: so flows in memory meet what they would meet on a real host. A
 """
 
 import asyncio
+import gzip
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -17,11 +19,13 @@ import pytest
 
 from pd_deploy import errors
 from pd_deploy.hosts import facts
-from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerSpec, Mount
+from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerSpec, Mount, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import PART_BYTES, Host
 from pd_deploy.hosts.lease import Lease, Owner, this_process
+from pd_deploy.registry import archives
 from pd_deploy.steps import host_records
+from tests.archives import Image, tar
 
 OURS = "host-contract"
 PLACE = "/var/lib/pd-host-contract"
@@ -317,6 +321,40 @@ class Images:
         # A tag takes the digests of its repository along.
         await host.docker.remove_image(f"{repository}:{tag}")
         assert await host.docker.image(reference) is None
+
+    @pytest.mark.parametrize("tagged", [True, False], ids=["with a name", "without one"])
+    async def test_an_archive_is_loaded(
+        self, host: Host, image: str, tagged: bool, tmp_path: Path
+    ) -> None:
+        """It has its id, no digest, and goes by that id; a layout is what builders write."""
+        there, name = await host.docker.image(image), f"pd-{OURS}:{uuid4().hex[:8]}"
+        assert there
+        made = Image(uuid4().hex, there.architecture)
+        file = tmp_path / "image.tar.gz"
+        await asyncio.to_thread(
+            file.write_bytes, gzip.compress(made.saved(name) if tagged else made.laid_out())
+        )
+        read = await archives.read(str(file))
+        told: list[PullProgress] = []
+        loaded = await host.docker.load(read.id, read.parts, read.size, told.append)
+        assert (loaded.id, loaded.digest, loaded.architecture) == (
+            made.id,
+            None,
+            there.architecture,
+        )
+        assert loaded.tags == ((name,) if tagged else ())
+        await host.docker.load(read.id, read.parts, read.size)
+        await host.docker.remove_image(made.id)
+        assert await host.docker.image(made.id) is None
+        assert {progress.bytes_total for progress in told} == {read.size}
+
+    async def test_an_archive_that_is_none_or_of_another_image(self, host: Host) -> None:
+        made = Image("other")
+        with pytest.raises(errors.ImageNotFound, match="found none with that id"):
+            await host.docker.load(f"sha256:{0:064}", lambda: [made.saved()], 0)
+        await host.docker.remove_image(made.id)
+        with pytest.raises(errors.DockerRefused, match=r"load .*no such file or directory"):
+            await host.docker.load(made.id, lambda: [tar({"x": b""})], 0)
 
     async def test_an_image_goes_with_its_last_name(
         self, host: Host, image: str, console: Console, create: Create

@@ -285,11 +285,14 @@ Text = Annotated[
     str, like(r"(?s:[^\x00-\x1f\x7f]+)", "text, not empty and without control characters")
 ]
 Word = Annotated[str, like(r"[^\x00-\x20\x7f]+", "text without spaces")]
+FILE = "file:"
+"""What an image begins with that is in a file of the controller's."""
 Image = Annotated[
     str,
     like(
+        rf"{FILE}/[^\s@]+|"
         r"[^\s:@]([^\s@]*[^\s:@])?(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})",
-        "an image with a tag or a digest, NAME:TAG, NAME@sha256:… or both",
+        "an image with a tag or a digest, NAME:TAG, NAME@sha256:… or both, or file:PATH",
     ),
 ]
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
@@ -329,6 +332,11 @@ def split_registry(name: str) -> tuple[str, str]:
     return "", name
 
 
+def archive_of(image: str) -> str | None:
+    """Return the path of the archive that an image is in; None for one of a registry."""
+    return image.removeprefix(FILE) if image.startswith(FILE) else None
+
+
 class ImageParts(NamedTuple):
     """An image's name, and its tag and digest (`sha256:…`), each empty where it has none."""
 
@@ -340,6 +348,8 @@ class ImageParts(NamedTuple):
 def split_image(image: str) -> ImageParts:
     """Take an image's reference apart. With both, the digest says which image it is, and the tag
     is what its author called it."""
+    if image.startswith(FILE):
+        return ImageParts(image, "", "")
     name, _, digest = image.partition("@")
     head, _, tag = name.rpartition(":")
     if not head or "/" in tag:

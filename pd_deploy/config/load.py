@@ -19,14 +19,15 @@ _OF_PROFILES = (*DERIVED, "all", "upstream")
 
 
 def load_deployment(path: Path, *, image: str | None = None) -> Deployment:
-    """Load the deployment that a file describes, with `image` in place of the file's own if given.
+    """Load the deployment that a file describes, with `image` in place of the file's own if given;
+    the path in a `file:PATH` is relative to the deployment file.
 
     Raises:
         InvalidInput: all problems of the file, each with the path of its key.
     """
     document = yaml_files.read(path, names_file=("profile",))
     if image is not None:
-        document["image"] = image
+        document["image"] = yaml_files.placed(image, path.resolve())
     return parse_deployment(document, file=str(path))
 
 

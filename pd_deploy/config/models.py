@@ -36,6 +36,7 @@ from pd_deploy.config.fields import (
     Sha256,
     Text,
     Word,
+    archive_of,
     compile_pattern,
     like,
     parse_code,
@@ -457,6 +458,7 @@ class Deployment(Model):
     allow: tuple[Rule, ...] = ()
     image: Image
     pull: Literal["always", "never"] = "always"
+    pull_at_once: Annotated[int, Field(ge=1, le=1000, strict=True)] = 8
     model: ModelSource
     ssh: Ssh = Ssh()
     registry: Registry = Registry()
@@ -487,10 +489,20 @@ class Deployment(Model):
         default=None, description="the upstream files that the profile's section `upstream` follows"
     )
 
+    @field_validator("pull")
+    @classmethod
+    def _not_never_with_a_file(cls, value: str, info: ValidationInfo) -> str:
+        if value == "never" and archive_of(info.data.get("image", "")):
+            raise ValueError(
+                "expected no `pull: never` with an image in a file, which is sent to hosts that "
+                "lack it; found it"
+            )
+        return value
+
     @property
     def image_reference(self) -> str:
         """The image, from the registry that serves it here."""
-        if self.registry.host is None:
+        if self.registry.host is None or archive_of(self.image):
             return self.image
         return f"{self.registry.host}/{split_registry(self.image)[1]}"
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pd_deploy.config import text_files
-from pd_deploy.config.fields import WrittenFloat
+from pd_deploy.config.fields import FILE, WrittenFloat, archive_of
 from pd_deploy.errors import InvalidInput, Problem
 
 Document = dict[str, Any]
@@ -110,7 +110,7 @@ def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
     """Read the mapping that a YAML file holds, merged over the file that it `extends`.
 
     Mappings merge key by key, lists and scalars replace, and a key set to null removes what the
-    extended file gave.
+    extended file gave. The path of an `image: file:PATH` becomes an absolute one.
 
     Args:
         names_file: keys whose value may be the path of a file, relative to the file that has the
@@ -126,6 +126,12 @@ def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
 def is_path(value: str) -> bool:
     """Tell whether a value is written as a path, not as a name."""
     return "/" in value or value.endswith((".yaml", ".yml"))
+
+
+def placed(image: str, named_in: Path) -> str:
+    """Make the path of an image in a file absolute: it is relative to the file that names it."""
+    path = archive_of(image)
+    return image if path is None else f"{FILE}{_resolved(named_in.parent / path, named_in)}"
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
@@ -147,10 +153,11 @@ def _read(path: Path, names_file: tuple[str, ...], seen: tuple[Path, ...]) -> Do
         chain = " → ".join(p.name for p in (*seen, path))
         raise _invalid(path, "extends", f"the files extend each other in a circle: {chain}")
     document = _parse(path)
-    for key in names_file:
-        value = document.get(key)
-        if isinstance(value, str) and is_path(value):
+    for key, value in document.items():
+        if key in names_file and isinstance(value, str) and is_path(value):
             document[key] = str(_resolved(path.parent / value, path))
+        elif key == "image" and isinstance(value, str):
+            document[key] = placed(value, path)
     parent = document.pop("extends", None)
     if parent is None:
         return document

@@ -78,7 +78,7 @@ class Layout:
 class Service:
     """All that an engine is given: the service, where it lies, and what the hosts said.
 
-    `pinned_image` is the image by digest, or by id with `pull: never`.
+    `pinned_image` is the image by digest, or by id with `pull: never` or from a file.
     """
 
     deployment: Deployment

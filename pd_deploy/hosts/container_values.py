@@ -146,7 +146,8 @@ class RegistryLogin:
 
 @dataclass(frozen=True)
 class PullProgress:
-    """How far a pull is; sizes in bytes, of the layers whose size is known so far."""
+    """How far a pull is; sizes in bytes, of the layers whose size is known so far. Of an archive,
+    which is sent as a whole, no layers are known."""
 
     layers_done: int
     layers: int

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pd_deploy.errors import (
     ConnectionDropped,
     ContainerMissing,
     DockerRefused,
+    ImageNotFound,
     NameTaken,
     NotOurs,
     PdDeployError,
@@ -41,7 +43,12 @@ from pd_deploy.hosts.container_values import (
     oci_architecture,
     state_of,
 )
-from pd_deploy.hosts.docker_errors import container_error, explanation, pull_error
+from pd_deploy.hosts.docker_errors import (
+    container_error,
+    explanation,
+    load_error,
+    pull_error,
+)
 from pd_deploy.hosts.docker_socket import DockerSocket
 from pd_deploy.hosts.settled import settled
 from pd_deploy.hosts.threads import in_thread
@@ -135,6 +142,54 @@ class DockerClient:
             return image
         repository = parse_repository_tag(ref.split("@", maxsplit=1)[0])[0]
         return replace(image, digest=f"{repository}@{meter.digest}")
+
+    async def load(
+        self,
+        id: str,
+        parts: Callable[[], Iterable[bytes]],
+        total: int,
+        on_progress: Callable[[PullProgress], None] | None = None,
+    ) -> Image:
+        """Load an image from an archive, all of it at once; return the image.
+
+        Args:
+            id: the image's id.
+            parts: gives the archive from its beginning, in parts; called on another thread.
+            total: bytes, for the progress.
+            on_progress: called on the event loop, about once a second.
+
+        Raises:
+            ImageNotFound: the engine has no image with that id after it.
+            DiskFull, DockerRefused: as they say.
+        """
+        report = _reporter(on_progress)
+
+        def send() -> Iterator[bytes]:
+            sent = 0
+            for part in parts():
+                yield part
+                sent += len(part)
+                report(PullProgress(0, 0, sent, total))
+
+        def load(client: APIClient) -> Image | None:
+            messages = client.load_image(send())  # type: ignore[no-untyped-call]
+            for message in messages:
+                if "error" in message:
+                    raise load_error(message["error"], what, self._where)
+            try:
+                return _inspect_image(client, id)
+            except sdk.NotFound:
+                return None
+
+        what = f"load {id[:19]}"
+        if image := await self._long(what, load):
+            return image
+        raise ImageNotFound(
+            f"expected the image {id[:19]} after the archive was loaded, found none with that id",
+            host=self._where,
+            hint="an engine that keeps images in containerd gives them other ids: load it by hand "
+            "on every host, and use `pull: never`",
+        )
 
     async def resolve(self, ref: str, auth: RegistryLogin | None = None) -> str:
         """Ask the registry for the digest (`sha256:…`) of `ref`; pull nothing.
@@ -550,7 +605,7 @@ def _reporter(
 ) -> Callable[[PullProgress], None]:
     """Hand progress from the pull's thread to the event loop, not too often."""
     loop = asyncio.get_running_loop()
-    reported_at = 0.0
+    reported_at = -math.inf
 
     def report(progress: PullProgress) -> None:
         nonlocal reported_at

@@ -146,6 +146,11 @@ def pull_error(text: str, ref: str, where: str) -> PdDeployError:
     return DockerRefused(f"pulling {ref} failed: {_short(text)}", host=where)
 
 
+def load_error(text: str, what: str, where: str) -> PdDeployError:
+    """Make the error for an archive that the engine does not load, with its message `text`."""
+    return _other(text, None, what, where)
+
+
 def explanation(exc: sdk.APIError) -> str:
     """Return the engine's own words."""
     return str(exc.explanation or exc)

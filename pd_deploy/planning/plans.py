@@ -144,7 +144,7 @@ class Plan(_Frozen):
     Attributes:
         servers: the generation whose servers it runs, as they are: its own, or an older one when
             only the proxy differs.
-        pinned_image: the image by digest, or by id with `pull: never`.
+        pinned_image: the image by digest, or by id with `pull: never` or from a file.
     """
 
     deployment: str

@@ -49,7 +49,7 @@ class Release(_Frozen):
         servers: the generation whose servers it runs; another one when only the proxy changed.
         servers_fingerprint: stands for all of its servers.
         chosen_image: the image as somebody wrote it, with a tag.
-        pinned_image: the image by digest, or by id with `pull: never`.
+        pinned_image: the image by digest, or by id with `pull: never` or from a file.
         file_image: what the deployment file said at that time.
         hosts: all its hosts by their names then.
         logs: where its log files are on them.

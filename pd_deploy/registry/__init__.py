@@ -3,5 +3,5 @@
     async with client.reach(repository_of(deployment), login=login, via=host) as registry:
         build = await client.newest(registry, tags.policy_of(deployment))
 
-Nothing is pulled.
+Nothing is pulled. `archives` reads what images in local files are.
 """

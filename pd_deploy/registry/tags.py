@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from pd_deploy.config.fields import split_image
+from pd_deploy.config.fields import archive_of, split_image
 from pd_deploy.config.models import Deployment, UpdatePolicy
 from pd_deploy.errors import InvalidInput, Problem
 
@@ -61,8 +61,21 @@ def policy_of(deployment: Deployment) -> UpdatePolicy:
     """Return the file's update policy; without one, that of its tag's family.
 
     Raises:
-        InvalidInput: the tag belongs to no family; the hint says what to write.
+        InvalidInput: the tag belongs to no family, or the image is in a file, which has no newer
+            builds; the hint says what to write.
     """
+    if archive_of(deployment.image):
+        raise InvalidInput(
+            [
+                Problem(
+                    "image",
+                    "expected an image of a registry, of which newer builds can be "
+                    "listed, found one in a file",
+                )
+            ],
+            source=deployment.name,
+            hint="name the next file with `--image file:PATH`, or in the deployment file",
+        )
     if deployment.update:
         return deployment.update
     tag = split_image(deployment.image).tag

@@ -7,10 +7,12 @@ from functools import partial
 
 import httpx
 
+from pd_deploy.config.fields import archive_of
 from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.errors import (
     Abandoned,
     HostError,
+    ImageNotFound,
     InstanceDied,
     NotReady,
     OutOfOrder,
@@ -22,6 +24,8 @@ from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
+from pd_deploy.records.releases import local_tag
+from pd_deploy.registry import archives
 from pd_deploy.steps import host_faults
 from pd_deploy.steps.patience import patiently
 from pd_deploy.steps.report import Report
@@ -37,32 +41,63 @@ CONNECT_S = 5.0  # to a port on the host's own network
 async def pull(
     rollout: Rollout, name: str, on_progress: Callable[[PullProgress], None] | None = None
 ) -> Report:
-    """Pull the image on a host unless it is there.
+    """Pull the image on a host unless it is there, or send it there from a file; wait for a turn.
 
     Raises:
         NotReady: it took longer than `gates.pull`.
         WrongArchitecture: its programs are for other machines.
+        ImageNotFound: the file holds another image now than when it was planned.
     """
     host, image = rollout.session.host(name), rollout.plan.pinned_image
     if present := await host.docker.image(image):
         _require_architecture(rollout, name, present)
         return Report("pull image", name, name, False, "present")
-    await rollout.locked.may_change(host)
-    limit = rollout.session.deployment.gates.pull
-    try:
-        async with asyncio.timeout(limit):
-            pulled = await host.docker.pull(image, rollout.session.registry_login, on_progress)
-    except TimeoutError as error:
-        raise NotReady(
-            f"expected {image} to be pulled within {limit:g} s",
-            host=host.where,
-            hint="raise gates.pull, or pull it on the host by hand",
-        ) from error
+    archive = archive_of(rollout.release.chosen_image)
+    verb, limit = "loaded" if archive else "pulled", rollout.session.deployment.gates.pull
+    async with rollout.session.pulling:
+        await rollout.locked.may_change(host)
+        try:
+            async with asyncio.timeout(limit):
+                if archive:
+                    pulled = await _load(rollout, name, archive, on_progress)
+                else:
+                    login = rollout.session.registry_login
+                    pulled = await host.docker.pull(image, login, on_progress)
+        except TimeoutError as error:
+            raise NotReady(
+                f"expected {image} to be {verb} within {limit:g} s",
+                host=host.where,
+                hint="raise gates.pull, or bring it to the host by hand",
+            ) from error
     _require_architecture(rollout, name, pulled)
-    return Report("pull image", name, name, True, f"pulled {image.rpartition('@')[2][:19]}")
+    return Report("pull image", name, name, True, f"{verb} {image.rpartition('@')[2][:19]}")
 
 
-def _require_architecture(rollout: Rollout, name: str, image: Image) -> None:
+async def _load(
+    rollout: Rollout,
+    name: str,
+    path: str,
+    on_progress: Callable[[PullProgress], None] | None,
+) -> Image:
+    """Send a host the image in a file of the controller's, and name it after its generation."""
+    host, image = rollout.session.host(name), rollout.plan.pinned_image
+    archive = await archives.read(path)
+    if archive.id != image:
+        raise ImageNotFound(
+            f"expected the image {image[:19]} in {path}, found {archive.id[:19]}",
+            host=host.where,
+            hint="give each build a file of its own, or name this one with `--image`",
+        )
+    _require_architecture(rollout, name, archive)
+    loaded = await host.docker.load(image, archive.parts, archive.size, on_progress)
+    await rollout.locked.may_change(host)
+    # It may have no other name, and is not to be pruned before it runs.
+    generation = local_tag(rollout.session.deployment.name, rollout.plan.generation)
+    await host.docker.tag(image, generation)
+    return loaded
+
+
+def _require_architecture(rollout: Rollout, name: str, image: Image | archives.Archive) -> None:
     """Refuse an image whose programs the host can't run, before anything of it is started."""
     machine = rollout.states[name].architecture
     if image.architecture not in ("", machine):

@@ -16,7 +16,7 @@ from pd_deploy.errors import (
     HostError,
     InUse,
 )
-from pd_deploy.hosts.concurrent import task_group
+from pd_deploy.hosts.concurrent import task_group, together
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import InstancePlan
 from pd_deploy.records import generations

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
+from pd_deploy.config.fields import archive_of
 from pd_deploy.errors import DiskFull, FileDenied, FileMissing, HostError, InUse, PortTaken
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ListedContainer, Mount
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
+from pd_deploy.registry import archives
 from pd_deploy.steps.host_faults import Holder, holders
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
@@ -201,7 +203,11 @@ async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
             ("logs", deployment.paths.logs, deployment.disk.logs),
         ]
     if await host.docker.image(rollout.plan.pinned_image) is None:
-        needed.append(("the image", state.docker_root, deployment.disk.image))
+        least = deployment.disk.image
+        if archive := archive_of(rollout.release.chosen_image):
+            # The engine unpacks it all, then takes the layers from there.
+            least = max(least, 2 * (await archives.read(archive)).unpacked_size)
+        needed.append(("the image", state.docker_root, least))
     free = await host.facts.disk_free(*(path for _, path, _ in needed))
     return [
         DiskFull(

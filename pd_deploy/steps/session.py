@@ -1,5 +1,6 @@
 """The connected hosts of a deployment, and the right to change them."""
 
+import asyncio
 from collections.abc import Iterable
 from typing import Self
 
@@ -39,6 +40,7 @@ class Session:
         self.registry_login = registry_login
         self.forgotten = frozenset(forgotten)
         self.barrier = Barrier()
+        self.pulling = asyncio.Semaphore(deployment.pull_at_once)
 
     @property
     def root(self) -> str:

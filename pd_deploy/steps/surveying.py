@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from pd_deploy.config.fields import split_image
+from pd_deploy.config.fields import archive_of, split_image
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import (
     FactsError,
@@ -29,7 +29,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
 from pd_deploy.records.releases import Choice, History, Release
-from pd_deploy.registry import tags
+from pd_deploy.registry import archives, tags
 from pd_deploy.registry.client import Build, newest, reach
 from pd_deploy.registry.repository import repository_of
 from pd_deploy.steps import host_records
@@ -375,14 +375,17 @@ async def resolve_image(session: Session, choice: Choice, patience: float = 0) -
     """Look up the digest behind a tag, so that every host runs the same bytes.
 
     It is asked through the proxy's host, because the controller may not reach the registry. With
-    `pull: never` it is the id of the image that the hosts have.
+    `pull: never` it is the id of the image that the hosts have, of an image in a file its id.
 
     Args:
         patience: seconds to wait for a registry that is out of order.
 
     Raises:
         ImageNotFound: no such image, or with `pull: never` not on every host.
+        InvalidInput: the file holds no image.
     """
+    if archive := archive_of(choice.chosen_image):
+        return ResolvedImage(choice, choice.digest or (await archives.read(archive)).id)
     deployment = session.deployment.model_copy(update={"image": choice.chosen_image})
     reference = deployment.image_reference
     if deployment.pull == "never":

@@ -5,6 +5,7 @@ Only containers with the deployment's label and directories of its own are touch
 
 from collections.abc import Iterable
 
+from pd_deploy.config.fields import archive_of
 from pd_deploy.engines.base import Layout
 from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.hosts.container_values import ContainerState
@@ -33,7 +34,9 @@ async def prune(session: LockedSession, name: str, history: History) -> Report:
     for generation in outdated:
         await _remove_generation(session, host, history, generation)
     needed = {release.pinned_image for release in _known(history, kept)}
-    images = {release.pinned_image for release in _known(history, outdated)} - needed
+    images = [
+        release for release in _known(history, outdated) if release.pinned_image not in needed
+    ]
     await _remove_images(session, host, outdated, images)
     await session.may_change(host)
     drafts = await host.output(["sh", "-c", DRAFTS, "sh", session.root])
@@ -50,8 +53,7 @@ async def clear(session: LockedSession, name: str, history: History) -> Report:
     host, deployment = session.host(name), session.deployment.name
     containers = await host.docker.containers({generations.DEPLOYMENT: deployment})
     await _remove_containers(session, host, containers)
-    images = {release.pinned_image for release in history.releases.values()}
-    await _remove_images(session, host, sorted(history.generations), images)
+    await _remove_images(session, host, sorted(history.generations), history.releases.values())
     for release in history.releases.values():
         await _remove_logs(session, host, release)
     await session.may_change(host)
@@ -125,16 +127,20 @@ async def _remove_logs(session: LockedSession, host: Host, release: Release) -> 
 
 
 async def _remove_images(
-    session: LockedSession, host: Host, generations: Iterable[str], images: Iterable[str]
+    session: LockedSession, host: Host, generations: Iterable[str], unneeded: Iterable[Release]
 ) -> None:
-    """Untag the generations' images; remove each that no other deployment keeps."""
+    """Untag the generations' images; remove those of releases that nobody needs, unless another
+    deployment keeps them, or somebody else has brought them to the host (`pull: never`)."""
     deployment = session.deployment.name
     for name in generations:
         if await host.docker.image(local_tag(deployment, name)):
             await session.may_change(host)
             await host.docker.remove_image(local_tag(deployment, name))
-    for reference in images:
+    brought = {
+        r.pinned_image: archive_of(r.chosen_image) or "@" in r.pinned_image for r in unneeded
+    }
+    for reference in (reference for reference, by_us in brought.items() if by_us):
         image = await host.docker.image(reference)
-        if image and image.digest and not any(t.startswith("pd-deploy/") for t in image.tags):
+        if image and not any(tag.startswith("pd-deploy/") for tag in image.tags):
             await session.may_change(host)
             await host.docker.remove_image(reference)

@@ -1,13 +1,17 @@
 """The Docker engine of a machine in memory: its API as the SDK's client has it."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import requests
 from docker import errors as sdk
 
 from tests.memory import programs
-from tests.memory.machine import Build, Container, Machine
+from tests.memory.machine import Build, Container, LocalImage, Machine
 
 NEVER = "0001-01-01T00:00:00Z"
 
@@ -50,12 +54,28 @@ class MemoryClient:
         return {"Descriptor": {"digest": self._build(ref).digest}}
 
     def pull(self, ref: str, **_: object) -> Iterator[dict[str, Any]]:
-        build, now = self._build(ref), self._machine.clock.seconds()
-        if now < self._pulling.setdefault(ref, now + self._machine.pulls_for):
-            raise NotYet
-        del self._pulling[ref]
+        build = self._build(ref)
+        self._take_time(ref)
         self._machine.pull(ref, build)
         yield {"status": f"Digest: {build.digest}"}
+
+    def load_image(self, data: Iterable[bytes]) -> Iterator[dict[str, str]]:
+        self._take_time("load")
+        with tarfile.open(fileobj=io.BytesIO(b"".join(data))) as tar:
+            members = {member.name: tar.extractfile(member) for member in tar}
+            content = {name: member.read() for name, member in members.items() if member}
+        try:
+            (image,) = json.loads(content["manifest.json"])
+            config = content[image["Config"]]
+        except KeyError as missing:
+            yield {"error": f"open {missing}: no such file or directory"}
+            return
+        image_id = f"sha256:{hashlib.sha256(config).hexdigest()}"
+        build = Build(image_id, architecture=json.loads(config)["architecture"])
+        loaded = self._machine.images.setdefault(image_id, LocalImage(image_id, build))
+        for name in image["RepoTags"] or []:
+            self.tag(image_id, *name.rsplit(":", 1))
+        yield {"stream": f"Loaded image ID: {loaded.id}\n"}
 
     def tag(self, ref: str, repository: str, tag: str) -> bool:
         image = self._machine.find_image(ref)
@@ -79,7 +99,7 @@ class MemoryClient:
         # The last tag of a repository takes the repository's digests along.
         if "@" not in name and _repository(name) not in map(_repository, image.tags):
             image.digests = {d for d in image.digests if _repository(d) != _repository(name)}
-        if not image.tags and not image.digests:
+        if (not image.tags and not image.digests) or (name == image.id and len(image.tags) <= 1):
             del self._machine.images[image.id]
 
     def containers(
@@ -203,6 +223,13 @@ class MemoryClient:
         ]
         kept = [line.encode() for line in (lines if tail == "all" else lines[-int(tail) :])]
         return iter(kept) if stream else b"".join(kept)
+
+    def _take_time(self, what: str) -> None:
+        """What brings an image takes as long as the machine says."""
+        now = self._machine.clock.seconds()
+        if now < self._pulling.setdefault(what, now + self._machine.pulls_for):
+            raise NotYet
+        del self._pulling[what]
 
     def _find(self, name: str) -> Container:
         self._machine.cluster.settle()

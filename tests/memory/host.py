@@ -26,7 +26,7 @@ from tests.memory.sftp import MemorySftp
 T = TypeVar("T")
 
 LOOK_EVERY_S = 0.05
-CHANGES = ("create", "start", "stop", "kill", "remove", "tag", "pull")
+CHANGES = ("create", "start", "stop", "kill", "remove", "tag", "pull", "load")
 
 
 class MemoryHost(Host):

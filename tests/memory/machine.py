@@ -109,7 +109,7 @@ class Machine:
     Attributes:
         held_devices, held_ports: what processes outside of any container have, by name.
         answers_after: seconds that each command takes.
-        pulls_for: seconds that a pull takes.
+        pulls_for: seconds that a pull takes, or a load.
         silence: seconds after which a connection without an answer counts as lost.
         unplugged_until: when its cable is plugged in again, by the clock's seconds.
         health: what npu-smi says of devices that are not OK.

@@ -32,6 +32,7 @@ from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
+from pd_deploy.registry import archives
 from pd_deploy.steps import surveying
 from tests.memory import programs
 from tests.memory.calls import Calls, Moment
@@ -399,11 +400,17 @@ def _without_prefect(
             (publish, "acreate_table_artifact", artifacts or nowhere),
             (time, "monotonic", world.cluster.clock.seconds),
             (surveying, "reach", reaching(world.cluster)),
+            (archives, "in_thread", _in_place),
             (yaml_files, "_parse", _parsed),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         stack.enter_context(disable_run_logger())
         yield
+
+
+async def _in_place(call: Callable[[], T], _: str) -> T:
+    """What a thread would do: the hosts' time does not wait for one."""
+    return call()
 
 
 def _parsed(path: Path) -> dict[str, Any]:

@@ -77,3 +77,20 @@ def test_the_workers_own_configuration_allows_more(
 
 def test_at_a_prompt_any_file_may_be_given(place: Path) -> None:
     assert load(place / "beside/x.yaml", by_a_worker=False).name == "qwq-3p1d"
+
+
+def test_images_in_files_lie_where_deployment_files_may(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "work/link.tar").symlink_to(place / "beside/x.yaml")
+    file = place / "work/x.yml"
+    for image, allowed in (("image.tar", True), ("../beside/i.tar", False), ("link.tar", False)):
+        file.write_text(f"extends: {example.FILE}\nimage: file:{image}\n")
+        assert load(file, by_a_worker=False).image == f"file:{(place / 'work' / image).resolve()}"
+        if allowed:
+            assert load(file).image == f"file:{place}/work/image.tar"
+            continue
+        with pytest.raises(InvalidInput, match="image: expected an image archive in the worker's"):
+            load(file)
+    monkeypatch.setenv(deployment_file.DIRECTORIES, str(place / "beside"))
+    assert load(file).image == f"file:{place}/beside/x.yaml"

@@ -9,7 +9,7 @@ all counters grow, but decode reads the KV of other heads and answers garbage (c
 from collections.abc import Iterator
 from datetime import date
 
-from pd_deploy.config.fields import split_image
+from pd_deploy.config.fields import archive_of, split_image
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Finding
@@ -62,7 +62,8 @@ def _number(value: str | int, topology: Topology) -> int:
 
 def _untold(deployment: Deployment) -> str:
     tag = split_image(deployment.image).tag
-    reference = f"the tag {tag}, which does not tell the image's age" if tag else "a digest"
+    name = "a file" if archive_of(deployment.image) else "a digest"
+    reference = f"the tag {tag}, which does not tell the image's age" if tag else name
     return (
         f"expected an image whose tag tells when it was built, found {reference}; give "
         f"`kv_parallel_size: {_OLD}` (built before 2025-08-13) or "
