@@ -213,16 +213,18 @@ def parse_group(value: object) -> object:
     return value
 
 
-def require_with(info: ValidationInfo, family: str, value: str | None, expected: str) -> None:
-    """Demand a key that only one family has where that family is given, and refuse it elsewhere."""
+def require_with(
+    info: ValidationInfo, families: Sequence[str], value: str | None, expected: str
+) -> None:
+    """Demand a key that only some families have where one is given, and refuse it elsewhere."""
     file_family = info.data.get("family")
     if file_family is None:
         return  # The family itself is wrong; one problem is enough.
-    if file_family == family and value is None:
-        raise ValueError(f"expected {expected}, because the family is {family}; found none")
-    if file_family != family and value is not None:
+    if file_family in families and value is None:
+        raise ValueError(f"expected {expected}, because the family is {file_family}; found none")
+    if file_family not in families and value is not None:
         raise ValueError(
-            f"expected none, because the family is {file_family} and not {family}, "
+            f"expected none, because the family is {file_family} and not {' or '.join(families)}, "
             f"found {shown(value)}"
         )
 

@@ -119,14 +119,27 @@ WINDOW_S = 7200  # a nightly that starts later could restart the servers in work
 class UpdatePolicy(Model):
     """Which of a repository's tags count as newer builds of what runs, and their order.
 
-    The families are those of `pd_deploy.registry.tags`. `branch` belongs to family branch-daily,
-    `pattern` and `order` (names or numbers of its groups, the most significant first) to family
-    pattern. `window` is how late a scheduled run may start, in seconds.
+    The families are those of `pd_deploy.registry.tags`. `branch` belongs to families branch-daily
+    and branch-engine, `engine` to branch-engine and release-timed, `suffix` to version (none where
+    its tags have none), `pattern` and `order` (names or numbers of its groups, the most significant
+    first) to pattern. `window` is how late a scheduled run may start, in seconds.
     """
 
-    family: Literal["daily", "branch-daily", "timestamp", "date", "release", "pattern"]
+    family: Literal[
+        "daily",
+        "branch-daily",
+        "timestamp",
+        "date",
+        "release",
+        "release-timed",
+        "branch-engine",
+        "version",
+        "pattern",
+    ]
     repository: RepositoryName | None = None
     branch: Annotated[str | None, Field(validate_default=True)] = None
+    engine: Annotated[str | None, Field(validate_default=True)] = None
+    suffix: str | None = None
     pattern: Annotated[str | None, Field(validate_default=True)] = None
     order: tuple[Annotated[int | str, BeforeValidator(parse_group)], ...] = ()
     window: Seconds = WINDOW_S
@@ -134,15 +147,34 @@ class UpdatePolicy(Model):
     @field_validator("branch")
     @classmethod
     def _branch_of_its_family(cls, value: str | None, info: ValidationInfo) -> str | None:
-        require_with(info, "branch-daily", value, "a branch such as master")
+        require_with(info, ("branch-daily", "branch-engine"), value, "a branch such as master")
         if value is not None and not re.fullmatch(r"\w[\w.-]{0,99}", value, re.ASCII):
             raise ValueError(f"expected a branch as tags spell it, found {shown(value)}")
+        return value
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_of_its_family(cls, value: str | None, info: ValidationInfo) -> str | None:
+        require_with(info, ("release-timed", "branch-engine"), value, "an engine such as vllm")
+        if value is not None and not re.fullmatch(r"[a-z][a-z0-9]*", value):
+            raise ValueError(f"expected an engine as tags spell it, found {shown(value)}")
+        return value
+
+    @field_validator("suffix")
+    @classmethod
+    def _suffix_of_its_family(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            require_with(info, ("version",), value, "")
+            if not re.fullmatch(r"-[a-z][\w.-]*", value, re.ASCII):
+                raise ValueError(
+                    f"expected what follows the version, such as -a3, found {shown(value)}"
+                )
         return value
 
     @field_validator("pattern")
     @classmethod
     def _pattern_to_compare_by(cls, value: str | None, info: ValidationInfo) -> str | None:
-        require_with(info, "pattern", value, r"a regular expression such as build-(\d+)")
+        require_with(info, ("pattern",), value, r"a regular expression such as build-(\d+)")
         if value is not None and not compile_pattern(value).groups:
             raise ValueError(
                 r"expected groups to compare tags by, as in build-(\d+), "

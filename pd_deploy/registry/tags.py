@@ -5,6 +5,10 @@
     timestamp     202506272026                    by time
     date          20250611                        by date
     release       release_v0.4.2, release_v0.4.2_0926_2000
+    release-timed release_1.2.1.post1-202607241407-vllm   of one engine, by version, then by time
+    branch-engine master-202512022014-vllm, master-202601290115-daily_vllm
+                                                  of one branch and engine, by time
+    version       v0.23.0-a3, v0.23.0rc1-a3       of one suffix, as Python's versions are ordered
     pattern       what the user's regular expression matches, by its groups
 
 Families are never mixed: a tag of another family, or with a further suffix (test, yes, RC1), is no
@@ -94,7 +98,8 @@ def policy_of(deployment: Deployment) -> UpdatePolicy:
 
 def described(policy: UpdatePolicy) -> str:
     """Describe a policy in messages."""
-    detail = policy.branch or policy.pattern
+    details = (policy.branch, policy.engine, policy.suffix, policy.pattern)
+    detail = ", ".join(filter(None, details))
     return f"{policy.family} ({detail})" if detail else policy.family
 
 
@@ -107,7 +112,7 @@ def _key(policy: UpdatePolicy, tag: str) -> Key | None:
         return _by_groups(groups, policy.order) if groups else None
     family = _FAMILIES[policy.family]
     match = _matched(family, tag)
-    if match is None or match.groupdict().get("branch") != policy.branch:
+    if match is None or any(getattr(policy, key) != of for key, of in match.groupdict().items()):
         return None
     return family.key(match)
 
@@ -144,6 +149,19 @@ def _by_version(match: re.Match[str]) -> Key:
     return *version, 0, _time(_ANY_YEAR + stamp.replace("_", ""))
 
 
+# A candidate comes before what it is a candidate for, a post-release after it.
+_PHASES = {"a": 0, "b": 1, "rc": 2, None: 3}
+
+
+def _by_python_version(match: re.Match[str]) -> Key:
+    release, phase, number, post = match.group(1, 2, 3, 4)
+    numbers = [int(part) for part in release.split(".")]
+    while numbers and numbers[-1] == 0:  # 1.0 is 1.0.0
+        numbers.pop()
+    return tuple(numbers), _PHASES[phase], int(number or 0), int(post or -1)
+
+
+_ENGINE = r"(?P<engine>(?!daily$)[a-z][a-z0-9]*)"
 _FAMILIES = {
     name: _Family(re.compile(pattern, re.ASCII), key)
     for name, pattern, key in (
@@ -156,5 +174,20 @@ _FAMILIES = {
         ("timestamp", r"(\d{12})", lambda match: (_time(match[1]),)),
         ("date", r"(\d{8})", lambda match: (_time(match[1]),)),
         ("release", r"release_v(\d+)\.(\d+)\.(\d+)(?:_(\d{4}_\d{4}))?", _by_version),
+        (
+            "release-timed",
+            r"release_v?(\d+)\.(\d+)\.(\d+)(?:\.post(\d+))?-(\d{8}|\d{12})-" + _ENGINE,
+            lambda match: (*(int(part or -1) for part in match.groups()[:4]), _time(match[5])),
+        ),
+        (
+            "branch-engine",
+            r"(?P<branch>\w[\w.-]{0,99})-(\d{12})-(?:daily[-_])?" + _ENGINE,
+            lambda match: (_time(match[2]),),
+        ),
+        (
+            "version",
+            r"v(\d+(?:\.\d+)+)(?:(a|b|rc)(\d+))?(?:\.post(\d+))?(?P<suffix>-[a-z][\w.-]*)?",
+            _by_python_version,
+        ),
     )
 }

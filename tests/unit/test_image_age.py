@@ -83,7 +83,15 @@ def test_every_day_is_found_in_every_form_of_tag(day: date, form: str) -> None:
 
 @pytest.mark.parametrize(
     "tag",
-    ["20250722_26", "master-202508191159-daily", "202506272026", "20250611", "release_v0.4.2"],
+    [
+        "20250722_26",
+        "master-202508191159-daily",
+        "202506272026",
+        "20250611",
+        "release_v0.4.2",
+        "release_1.2.1.post1-202607241407-vllm",
+        "master-202601290115-daily_vllm",
+    ],
 )
 def test_every_family_built_in_tells_its_age(tag: str) -> None:
     assert tags.recognised(tag)
@@ -91,4 +99,7 @@ def test_every_family_built_in_tells_its_age(tag: str) -> None:
 
 
 def test_every_family_is_among_those() -> None:
-    assert set(tags._FAMILIES) == {"daily", "branch-daily", "timestamp", "date", "release"}
+    # A version alone, of whichever engine, tells no age.
+    assert set(tags._FAMILIES) - {"version"} == {
+        "daily", "branch-daily", "timestamp", "date", "release", "release-timed", "branch-engine",
+    }  # fmt: skip

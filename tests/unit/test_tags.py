@@ -30,6 +30,28 @@ MIXED = [
     "release_v0.5.0_0918_yes",
     "release_v0.5.0",
     "release_v0.10.0_0101_0000",
+    "release_v0.6.0-20251111-vllm",
+    "release_v0.7.1-202512052350-vllm",
+    "release_v0.7.1-202602061150-vllm",
+    "release_1.2.1.post1-202606292354-vllm",
+    "release_1.2.1.post1-202607241407-vllm",
+    "release_1.2.1-202608010000-vllm",
+    "release_1.10.0-202607010000-vllm",
+    "release_v0.7.0_rc1-202511151600-sglang-no_nnal",
+    "release_v0.7.0-202511151600-sglang",
+    "master-202512022014-vllm",
+    "master-202601290115-daily_vllm",
+    "master-202511200900-sglang",
+    "v0.23.0-a3",
+    "v0.23.0rc1-a3",
+    "v0.9.2-a3",
+    "v0.25.1rc1-a3",
+    "nightly-main",
+    "v0.5.13.post1-cann9.0.0-a3",
+    "v0.5.13-cann9.0.0-a3",
+    "main-cann9.0.0-a3",
+    "0.0.1",
+    "master_20251025_0.6.0_v2",
     "v0.4.0_20250906",
     "test_0.5.0_20250920_v5",
     "B001",
@@ -74,6 +96,40 @@ class TestFamilies:
             "release_v0.4.2_0926_2000",
             "release_v0.4.2_0925_0000",
         ]
+
+    def test_timed_releases_are_those_of_the_engine_by_version_then_by_time(self) -> None:
+        assert order(family="release-timed", engine="vllm") == [
+            "release_1.10.0-202607010000-vllm",
+            "release_1.2.1.post1-202607241407-vllm",
+            "release_1.2.1.post1-202606292354-vllm",
+            "release_1.2.1-202608010000-vllm",
+            "release_v0.7.1-202602061150-vllm",
+            "release_v0.7.1-202512052350-vllm",
+            "release_v0.6.0-20251111-vllm",
+        ]
+        assert order(family="release-timed", engine="sglang") == [
+            "release_v0.7.0-202511151600-sglang"
+        ]
+
+    def test_builds_of_a_branch_and_engine_are_ordered_by_time_in_both_spellings(self) -> None:
+        assert order(family="branch-engine", branch="master", engine="vllm") == [
+            "master-202601290115-daily_vllm",
+            "master-202512022014-vllm",
+        ]
+        assert order(family="branch-engine", branch="main", engine="vllm") == []
+
+    def test_versions_are_those_with_the_suffix_and_a_final_is_above_its_candidates(self) -> None:
+        assert order(family="version", suffix="-a3") == [
+            "v0.25.1rc1-a3", "v0.23.0-a3", "v0.23.0rc1-a3", "v0.9.2-a3",
+        ]  # fmt: skip
+        assert order(family="version", suffix="-cann9.0.0-a3") == [
+            "v0.5.13.post1-cann9.0.0-a3",
+            "v0.5.13-cann9.0.0-a3",
+        ]
+        assert order(family="version") == []
+        assert order(["v1.0", "v1.0.0.1", "v1.0a2", "v1.0b1", "v1.0.post2"], family="version") == [
+            "v1.0.0.1", "v1.0.post2", "v1.0", "v1.0b1", "v1.0a2",
+        ]  # fmt: skip
 
     @pytest.mark.parametrize("suffix", ["_test", "_yes", "_RC1", "-rc", "_0926", "_0926_2000_yes"])
     def test_releases_with_another_suffix_never_count(self, suffix: str) -> None:
@@ -156,9 +212,16 @@ class TestAnyTags:
             assert order(found, **policy) == first
             assert set(first) <= set(found)
 
+    @pytest.mark.parametrize(
+        "tag",
+        ["v0.4.0_20250906", "0.0.1", "nightly-main", "B001", "latest", "master_20251025_0.6.0_v2"],
+    )
+    def test_what_belongs_to_no_family_is_not_recognised(self, tag: str) -> None:
+        assert tags.recognised(tag) is None
+
     @given(st.sampled_from(MIXED) | st.from_regex(r"[0-9]{8}(_[0-9]+)?|[0-9]{12}", fullmatch=True))
     def test_a_tag_is_of_one_family_at_most(self, tag: str) -> None:
-        families = ("daily", "timestamp", "date", "release")
+        families = ("daily", "timestamp", "date", "release", "version")
         assert sum(tag in order([tag], family=family) for family in families) <= 1
 
 
@@ -173,6 +236,9 @@ class TestPolicyOfAFile:
             ("20250611", "date", None),
             ("release_v0.5.0", "release", None),
             ("release_v0.4.2_0926_2000", "release", None),
+            ("release_1.2.1.post1-202607241407-vllm", "release-timed", None),
+            ("master-202601290115-daily_vllm", "branch-engine", "master"),
+            ("v0.23.0rc1-a3", "version", None),
         ],
     )
     def test_is_recognised_from_the_tag_it_has(
@@ -201,8 +267,8 @@ class TestPolicyOfAFile:
             ("daily", "update: expected a mapping, found 'daily'"),
             (
                 {"family": "weekly"},
-                "update.family: expected 'daily', 'branch-daily', 'timestamp', 'date', 'release' "
-                "or 'pattern', found 'weekly'",
+                "update.family: expected 'daily', 'branch-daily', 'timestamp', 'date', 'release', "
+                "'release-timed', 'branch-engine', 'version' or 'pattern', found 'weekly'",
             ),
             (
                 {"family": "branch-daily"},
@@ -211,8 +277,26 @@ class TestPolicyOfAFile:
             ),
             (
                 {"family": "daily", "branch": "master"},
-                "update.branch: expected none, because the family is daily and not branch-daily, "
-                "found 'master'",
+                "update.branch: expected none, because the family is daily and not branch-daily or "
+                "branch-engine, found 'master'",
+            ),
+            (
+                {"family": "release-timed"},
+                "update.engine: expected an engine such as vllm, because the family is "
+                "release-timed; found none",
+            ),
+            (
+                {"family": "release-timed", "engine": "v LLM"},
+                "update.engine: expected an engine as tags spell it, found 'v LLM'",
+            ),
+            (
+                {"family": "date", "suffix": "-a3"},
+                "update.suffix: expected none, because the family is date and not version, found "
+                "'-a3'",
+            ),
+            (
+                {"family": "version", "suffix": "a3"},
+                "update.suffix: expected what follows the version, such as -a3, found 'a3'",
             ),
             (
                 {"family": "branch-daily", "branch": "a/b"},

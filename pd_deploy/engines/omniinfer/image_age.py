@@ -11,7 +11,7 @@ from datetime import date, datetime
 
 _FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
 _DIGITS = re.compile(r"(?<!\d)(?:\d{12}|\d{8})(?!\d)", re.ASCII)
-_RELEASE = re.compile(r"release_v(\d+)\.(\d+)\.(\d+)(?!\d)", re.ASCII)
+_RELEASE = re.compile(r"release_v?(\d+)\.(\d+)\.(\d+)(?!\d)", re.ASCII)
 _PLAUSIBLE = range(2020, 2100)  # years; other digits are build numbers and the like
 
 
