@@ -34,10 +34,14 @@ MANIFESTS = (
 
 @dataclass(frozen=True)
 class Build:
-    """A build: its tag, and the digest (`sha256:…`) that the tag had when it was looked up."""
+    """A build: its tag, and the digest (`sha256:…`) that the tag had when it was looked up.
+
+    `other_newer` are tags with a later date that the policy does not take.
+    """
 
     tag: str
     digest: str
+    other_newer: tuple[str, ...] = ()
 
 
 class Registry:
@@ -220,7 +224,7 @@ async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str]
         except ImageNotFound:
             continue  # Deleted; some registries go on listing such a tag.
         if digest not in skip:
-            return Build(tag, digest)
+            return Build(tag, digest, tags.newer_of_other_forms(policy, tag, all_tags))
         skipped += 1
     raise ImageNotFound(
         f"expected a build of family {tags.described(policy)} in {registry.repository.name}, found "

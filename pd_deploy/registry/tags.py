@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from pd_deploy.config.fields import archive_of, split_image
 from pd_deploy.config.models import Deployment, UpdatePolicy
+from pd_deploy.engines.omniinfer.image_age import built
 from pd_deploy.errors import InvalidInput, Problem
 
 NEWEST = "newest"
@@ -50,6 +51,21 @@ def newest_first(policy: UpdatePolicy, tags: Iterable[str]) -> list[str]:
     """
     keyed = {tag: key for tag in tags if (key := _key(policy, tag)) is not None}
     return sorted(keyed, key=lambda tag: (keyed[tag], tag), reverse=True)
+
+
+def newer_of_other_forms(
+    policy: UpdatePolicy, newest: str, all_tags: Iterable[str]
+) -> tuple[str, ...]:
+    """List the tags that are no builds under a policy and whose date is later than that of its
+    newest build: whoever makes the builds may call them differently since. The latest come first.
+    """
+    since = built(newest)
+    if since is None:
+        return ()
+    dated = (
+        (day, tag) for tag in set(all_tags) if (day := built(tag)) and _key(policy, tag) is None
+    )
+    return tuple(tag for day, tag in sorted(dated, reverse=True) if day > since)
 
 
 def recognised(tag: str) -> UpdatePolicy | None:

@@ -4,6 +4,7 @@ Changes nothing.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ from pd_deploy.steps.session import Session, host_accesses
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
+SHOWN_TAGS = 3
 ASK_AGAIN_S = 15.0  # a registry that is out of order is not asked more often
 
 
@@ -205,6 +209,11 @@ async def choose(
 
     build = await _when_in_order(look_up, patience)
     rule = f"the newest build of family {tags.described(policy)} that is not in quarantine"
+    if build.other_newer:
+        listed = ", ".join(build.other_newer[:SHOWN_TAGS])
+        more = f" and {count} more" if (count := len(build.other_newer[SHOWN_TAGS:])) else ""
+        rule += f"; tags with later dates are of forms that `update` does not take: {listed}{more}"
+        log.warning("%s: %s", deployment.update_repository, rule)
     return Choice(f"{deployment.update_repository}:{build.tag}", build.digest, rule)
 
 

@@ -572,7 +572,8 @@ class TestNewest:
             for tag in ("20250722_9", "20250722_26", "latest", "20250723_rc", "202601010000")
         }
         found = await newest(ask(anyone, repository), DAILY)
-        assert found == Build("20250722_26", pushed["20250722_26"])
+        others = ("202601010000", "20250723_rc")
+        assert found == Build("20250722_26", pushed["20250722_26"], others)
 
     async def test_leaves_out_what_is_in_quarantine_under_whichever_tag(
         self, anyone: str, repository: str, ask: Ask

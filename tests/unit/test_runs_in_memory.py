@@ -104,7 +104,11 @@ class TestNewest:
         build = world.cluster.registry[f"{REPOSITORY}:20250801_10"]
         assert release == f"{REPOSITORY}@{build.digest}"
         before = world.state()
-        assert "Already on" in world.run(deploy, image="newest").message
+        for tag in ("release_v0.7.0-20260101-vllm", "nightly-20260102", "nightly-20250102"):
+            world.push(tag)
+        message = world.run(deploy, image="newest").message
+        assert message.startswith("Already on")
+        assert message.endswith("not take: nightly-20260102, release_v0.7.0-20260101-vllm")
         assert world.state() == before
         world.assert_coherent()
 

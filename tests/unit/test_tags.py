@@ -212,6 +212,14 @@ class TestAnyTags:
             assert order(found, **policy) == first
             assert set(first) <= set(found)
 
+    def test_tags_of_other_forms_with_a_later_date_are_told(self) -> None:
+        policy = UpdatePolicy.model_validate({"family": "daily"})
+        found = [*order(family="daily"), "20250723_x", "v0.4.0_20250906", "release_v0.4.2", "x"]
+        assert tags.newer_of_other_forms(policy, "20250723_1", found) == ("v0.4.0_20250906",)
+        assert tags.newer_of_other_forms(policy, "20251001_1", found) == ()
+        release = UpdatePolicy.model_validate({"family": "release"})
+        assert tags.newer_of_other_forms(release, "release_v0.4.2", found) == ()
+
     @pytest.mark.parametrize(
         "tag",
         ["v0.4.0_20250906", "0.0.1", "nightly-main", "B001", "latest", "master_20251025_0.6.0_v2"],
