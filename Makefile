@@ -5,7 +5,7 @@ PYTHON ?= python3
 PREFILLS ?= 3
 N ?= 200
 
-.PHONY: help demo demo-vllm demo-down test test-all test-unit coverage lint bench soak lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-ha demo-down test test-all test-unit coverage lint bench soak lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -15,6 +15,9 @@ demo: ready     ## Deploy QwQ-32B's 3P1D on the lab through Prefect, and leave i
 
 demo-vllm: ready ## The same with vLLM itself on this machine's CPUs, 3P1D; PREFILLS=1 for 1P1D.
 	@$(BIN)/python -m demo vllm --prefills $(PREFILLS)
+
+demo-ha: check-machine ready-dev ## Prefect as in production; half of it dies during an upgrade.
+	@$(BIN)/python -m demo ha
 
 demo-down:      ## Remove every trace of the demo.
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m demo down; else echo "nothing to remove"; fi
@@ -45,7 +48,7 @@ soak: ready     ## N=200 upgrades in a row with traffic and faults; fails if any
 
 lock:           ## Update the lock files.
 	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras --extra build -o requirements.lock pyproject.toml
-	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras --extra build --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+	$(BIN)/pip-compile -q --generate-hashes --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --strip-extras --extra build --extra production --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
 
 ready: check-machine $(VENV)/ready
 

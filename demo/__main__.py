@@ -1,4 +1,4 @@
-"""`python -m demo up|vllm|down`: lab, Prefect server, worker, and a real deployment run.
+"""`python -m demo up|vllm|ha|down`: lab, Prefect server, worker, and a real deployment run.
 
 Every command that a user would type is shown before it runs.
 """
@@ -9,15 +9,18 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from demo import services
 from demo.preconditions import PORT
 from demo.processes import Processes
+from demo.production import MACHINES, Production
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".demo"
@@ -34,6 +37,8 @@ ENV = os.environ | {
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "DO_NOT_TRACK": "1",
 }
+PRODUCTION = HOME / "production"  # leads to what `ha` made
+POOL = "site-a"
 processes = Processes(HOME)
 
 
@@ -74,14 +79,94 @@ def up(deployment: str, *prepare: str) -> int:
     run("pd-deploy", "credentials", "ssh", "pd-lab-ssh", "--private-key", f"{LAB}/id_ed25519",
         "--known-hosts", f"{LAB}/known_hosts")  # fmt: skip
     run("prefect", "--no-prompt", "deploy", "--all", quiet=True)
-    output = run("prefect", "deployment", "run", f"pd-deploy/{deployment}", quiet=True)
+    flow_run = _start_run(ENV, deployment)
+    code = _follow(flow_run, ENV)
+    print(f"\nLook around: http://127.0.0.1:{PORT}/runs/flow-run/{flow_run}")
+    print("Run again: the same command      Remove everything: make demo-down")
+    return code
+
+
+def _start_run(env: Mapping[str, str], deployment: str = services.EXAMPLE) -> str:
+    output = run("prefect", "deployment", "run", f"pd-deploy/{deployment}", quiet=True, env=env)
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", output)
     if not flow_run:
         raise RuntimeError(f"expected the id of a flow run, found:\n{output}")
-    followed = subprocess.run(["pd-deploy", "follow", flow_run[0]], env=ENV, check=False)
-    print(f"\nLook around: http://127.0.0.1:{PORT}/runs/flow-run/{flow_run[0]}")
-    print("Run again: the same command      Remove everything: make demo-down")
-    return followed.returncode
+    return flow_run[0]
+
+
+def _follow(flow_run: str, env: Mapping[str, str]) -> int:
+    return subprocess.run(["pd-deploy", "follow", flow_run], env=env, check=False).returncode
+
+
+def high_availability() -> int:
+    """Set Prefect up as in production, and kill half of it during an upgrade.
+
+    Returns:
+        0 if the upgrade completed nevertheless.
+    """
+    if processes.running("server"):
+        raise RuntimeError("the other demo is up; run `make demo-down` first")
+    run("pd-deploy", "lab", "up")
+    if processes.running("nginx"):
+        production = Production.load(processes, PRODUCTION.resolve())
+    else:
+        print("starting PostgreSQL, Redis, nginx, two Prefect servers and their services")
+        production = Production.create(processes, PORT)
+        HOME.mkdir(mode=0o700, exist_ok=True)
+        PRODUCTION.unlink(missing_ok=True)
+        PRODUCTION.symlink_to(production.directory)
+        production.start()
+        _create_services(production)
+    for number in MACHINES:
+        if not processes.running(f"server-{number}"):
+            production.start_server(number)
+        if not processes.running(f"worker-{number}"):
+            production.start_worker(f"worker-{number}", POOL)
+    env = production.client_env("operator") | services.GIT
+    directory = production.directory / "services"
+    first = _start_run(env)
+    if code := _follow(first, env):
+        return code
+    print("\nAn upgrade, during which a server and the run's worker die, and PostgreSQL restarts:")
+    changed = {"settings": {"all": {"environment": {"DEMO": first}}}}
+    services.change(directory, changed)
+    run("git", "commit", "-q", "-a", "-m", "An upgrade", env=env, cwd=directory)
+    run("git", "push", "-q", env=env, cwd=directory)
+    second = _start_run(env)
+    follower = subprocess.Popen(["pd-deploy", "follow", second], env=env)
+    production.until("nginx", lambda: production.has_begun(second))
+    worker = production.worker_of(second) or ""
+    for name, kill in (
+        ("server-1", processes.kill),
+        (worker, lambda name: processes.kill(name, children=False)),
+        ("postgres", processes.kill),
+    ):
+        print(f"$ kill -9 {name}", flush=True)
+        kill(name)
+    production.start_postgres()
+    try:
+        code = follower.wait()
+    except KeyboardInterrupt:
+        follower.send_signal(signal.SIGINT)
+        raise
+    print(f"\nLook around: {production.url}/runs/flow-run/{second}")
+    print(f"The UI asks for the login in {production.directory}/login")
+    print(
+        "Start what died, and do it again: the same command      Remove everything: make demo-down"
+    )
+    return code
+
+
+def _create_services(production: Production) -> None:
+    directory = production.directory / "services"
+    directory.mkdir()
+    env = production.client_env("operator") | services.GIT
+
+    def command(*argv: str) -> str:
+        return run(*argv, quiet=True, env=env, cwd=directory)
+
+    credentials = ("pd-lab-ssh", LAB / "id_ed25519", LAB / "known_hosts")
+    services.create(command, directory, POOL, credentials, {})
 
 
 def down(*, keep_lab: bool = False) -> int:
@@ -92,7 +177,9 @@ def down(*, keep_lab: bool = False) -> int:
     """
     ended = processes.stop_all()
     if ended:
-        print(f"stopped Prefect {' and '.join(ended)}")
+        print(f"stopped {', '.join(ended)}")
+    if PRODUCTION.is_symlink():
+        shutil.rmtree(PRODUCTION.resolve(), ignore_errors=True)
     shutil.rmtree(HOME, ignore_errors=True)
     if keep_lab:
         print("kept the lab, which was up before; `make demo-down` removes it")
@@ -102,14 +189,14 @@ def down(*, keep_lab: bool = False) -> int:
     return 0
 
 
-def run(*argv: str, quiet: bool = False) -> str:
+def run(*argv: str, quiet: bool = False, env: Mapping[str, str] = ENV, cwd: Path = ROOT) -> str:
     """Print and run a command; if `quiet`, return its output instead of showing it."""
     print(f"$ {shlex.join(argv)}", flush=True)
     pipe, both = (subprocess.PIPE, subprocess.STDOUT) if quiet else (None, None)
     done = subprocess.run(
         argv,
-        env=ENV,
-        cwd=ROOT,
+        env=env,
+        cwd=cwd,
         stdout=pipe,
         stderr=both,
         text=True,
@@ -133,18 +220,21 @@ def answers() -> bool:
 def main() -> int:
     """Run the command; take down what a failed or interrupted start left."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
-    parser.add_argument("verb", choices=["up", "vllm", "down"])
+    parser.add_argument("verb", choices=["up", "vllm", "ha", "down"])
     parser.add_argument("--prefills", type=int, choices=[1, 3], default=3)
     arguments = parser.parse_args()
     fresh, had_lab = False, True
     try:
         with alone():
-            fresh, had_lab = not processes.running("server"), (LAB / "lab.json").exists()
+            fresh = not processes.running("server") and not processes.running("nginx")
+            had_lab = (LAB / "lab.json").exists()
             if arguments.verb == "down":
                 return down()
             if arguments.verb == "vllm":
                 return up(f"lab-vllm-{arguments.prefills}p1d", "pd-deploy", "lab", "vllm")
-            return up("lab-qwq-3p1d")
+            if arguments.verb == "ha":
+                return high_availability()
+            return up(services.EXAMPLE)
     except (RuntimeError, KeyboardInterrupt) as error:
         print(f"demo: {str(error) or 'interrupted'}", file=sys.stderr)
         if fresh:

@@ -28,13 +28,16 @@ class Processes:
         """Return the process id of the process of that name; 0 if there was none."""
         return self._read().get(name, (0, ""))[0]
 
-    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
+    def start(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str], cwd: Path | None = None
+    ) -> None:
         """Start a process in a session of its own, with a log file of its name."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        with (self._directory / f"{name}.log").open("wb") as log:
+        with (self._directory / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 argv,
                 env=dict(env),
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -46,7 +49,7 @@ class Processes:
         """End all of them, each with its children; return the names of those that were alive."""
         alive = [name for name in self._read() if self.running(name)]
         for name in reversed(alive):
-            self._stop(name)
+            self.stop(name)
         self._record.unlink(missing_ok=True)
         return alive
 
@@ -64,7 +67,8 @@ class Processes:
                 raise RuntimeError(f"{name} not ready in {timeout:g} s:\n{self._tail(name)}")
             time.sleep(POLL_S)
 
-    def _stop(self, name: str) -> None:
+    def stop(self, name: str) -> None:
+        """End a process with its children, at first by SIGTERM."""
         group = self._read()[name][0]
         os.killpg(group, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -72,6 +76,20 @@ class Processes:
             time.sleep(POLL_S)
         if _group_lives(group):
             os.killpg(group, signal.SIGKILL)
+
+    def kill(self, name: str, *, children: bool = True) -> None:
+        """Kill a process and wait until it is gone.
+
+        Args:
+            children: kill those as well, as where a machine dies.
+        """
+        pid = self._read()[name][0]
+        if children:
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+        while _group_lives(pid) if children else _started(pid):
+            time.sleep(POLL_S)
 
     def _tail(self, name: str) -> str:
         lines = (self._directory / f"{name}.log").read_text(errors="replace").splitlines()

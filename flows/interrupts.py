@@ -1,10 +1,12 @@
 """Requests to end a run: Ctrl-C, Prefect's cancel, `kill`. Each cancels the flow's task.
 
 The first one ends what the run does; what it has to undo it undoes then. Another one ends that.
+That nobody reads its output any more, as its worker has died, is no request.
 """
 
 import asyncio
 import functools
+import logging
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -16,6 +18,7 @@ from typing import Any, ParamSpec
 
 from prefect import State
 from prefect.logging import get_run_logger
+from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.states import Cancelled
 
 from pd_deploy.flows.run import remedy
@@ -55,6 +58,7 @@ def interruptible(left: str) -> Callable[[Runbook[P]], Runbook[P]]:
         @functools.wraps(runbook)
         async def run(*args: P.args, **kwargs: P.kwargs) -> State[None]:
             end = ending.get(Ending())
+            outlive_reader()
             with _signals_cancel_this_task(end.signals):
                 try:
                     end.state = await runbook(*args, **kwargs)
@@ -67,6 +71,17 @@ def interruptible(left: str) -> Callable[[Runbook[P]], Runbook[P]]:
         return run
 
     return decorate
+
+
+def outlive_reader() -> None:
+    """Lose log lines that can't be printed; the server has them as well.
+
+    A worker reads what its runs print. Once it has died, the next line would end a run: Rich, which
+    prints for Prefect, exits where a pipe is broken.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.console.on_broken_pipe = lambda: None  # type: ignore[method-assign]
 
 
 def goes_on(rollout: Rollout) -> bool:

@@ -1,6 +1,7 @@
 """Runs on hosts in memory that are cancelled, or meet a fault, at any call: the end is coherent."""
 
 import asyncio
+import logging
 import os
 import signal
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from prefect import State
 from prefect.logging import disable_run_logger
+from prefect.logging.handlers import PrefectConsoleHandler
 
 from pd_deploy.errors import ConnectionDropped, HostError
 from pd_deploy.flows import interrupts
@@ -210,3 +212,16 @@ def test_a_report_that_the_server_does_not_take_decides_nothing(
     assert outcome.message.startswith("Generation 1-")
     world.assert_coherent()
     assert world.cluster.clock.seconds() - begin < 60
+
+
+def test_a_line_that_nobody_reads_does_not_end_a_run() -> None:
+    """Its worker, which read them, has died."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    handler = PrefectConsoleHandler(stream=os.fdopen(writer, "w"))
+    logging.getLogger().addHandler(handler)
+    try:
+        interrupts.outlive_reader()
+        logging.getLogger("any").error("healthy")
+    finally:
+        logging.getLogger().removeHandler(handler)
