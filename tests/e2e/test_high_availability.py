@@ -1,6 +1,8 @@
 """Prefect as docs/production.md sets it up, from the files in deploy/: whatever of it dies during
 an upgrade, the upgrade completes, or its recovery does."""
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 
 from demo import services
 from demo.processes import Processes
-from demo.production import Production
+from demo.production import Production, environments
 from pd_deploy.lab import Lab
 from tests import wheel
 from tests.e2e.conftest import BLOCK, INSTANCES, Service, long, until
@@ -245,3 +247,27 @@ def test_an_upgrade_survives(site: Site, what: str) -> None:
     assert state["type"] == "COMPLETED", state
     site.assert_serves()
     assert not site.runs_of("pd-recover")
+
+
+@long
+def test_an_upgrade_whose_machine_dies_is_undone_by_another_worker(site: Site) -> None:
+    """Worker and run are killed: the automation finds that it fell silent."""
+    mend(site)
+    run = site.begin(load=60)
+    worker = site.runner(run)
+    earlier = site.runs_of("pd-recover")
+    killed = time.monotonic()
+    for environment in environments():
+        if environment.get("PREFECT__FLOW_RUN_ID") == run:
+            os.kill(int(environment["pid"]), signal.SIGKILL)
+    site.processes.kill(worker)
+    site.service.faults("p1")
+    until(lambda: len(site.runs_of("pd-recover")) > len(earlier), PATIENCE_S)
+    # Where it marks the dead run as crashed, that starts another one, which finds nothing to do.
+    later = [run for run in site.runs_of("pd-recover") if run not in earlier]
+    state = site.ended(min(later, key=lambda run: str(run["created"]))["id"])
+    print(f"recovered {time.monotonic() - killed:.0f} s after the kill")
+    assert state["type"] == "COMPLETED", state
+    site.generation -= 1
+    site.assert_serves()
+    assert site.state(run)["type"] == "CRASHED"
