@@ -12,12 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.lab_service import INSTANCES
 from demo import services
 from demo.processes import Processes
 from demo.production import Production, environments
 from pd_deploy.lab import Lab
 from tests import wheel
-from tests.e2e.conftest import BLOCK, INSTANCES, Service, long, until
+from tests.e2e.conftest import BLOCK, Service, long, until
 
 NAME = services.EXAMPLE
 POOL = "site-a"
@@ -264,7 +265,8 @@ def test_an_upgrade_whose_machine_dies_is_undone_by_another_worker(site: Site) -
     site.service.faults("p1")
     until(lambda: len(site.runs_of("pd-recover")) > len(earlier), PATIENCE_S)
     # Where it marks the dead run as crashed, that starts another one, which finds nothing to do.
-    later = [run for run in site.runs_of("pd-recover") if run not in earlier]
+    known = {run["id"] for run in earlier}
+    later = [run for run in site.runs_of("pd-recover") if run["id"] not in known]
     state = site.ended(min(later, key=lambda run: str(run["created"]))["id"])
     print(f"recovered {time.monotonic() - killed:.0f} s after the kill")
     assert state["type"] == "COMPLETED", state
