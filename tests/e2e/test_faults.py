@@ -11,6 +11,7 @@ from pd_deploy.blocks.ssh import SshCredentials
 from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import Service, until
 
+LOAD_S = 40
 TRACEBACK = "Traceback (most recent call last)"
 
 
@@ -20,34 +21,37 @@ async def run(service: Service, **parameters: object) -> State[None]:
 
 
 def seconds_after_death(service: Service, instance: str, state: State[None]) -> float:
-    """From the end of an instance's container to the end of the run."""
+    """From the end of an instance's container to the end of the run.
+
+    At once is before the others have loaded; a busy machine has seconds of its own.
+    """
     finished = service.containers()[instance]["State"]["FinishedAt"]
     return (state.timestamp - datetime.fromisoformat(finished)).total_seconds()
 
 
 async def test_server_that_dies_while_loading_fails_the_run_at_once(service: Service) -> None:
     """With the last lines of its log; the rest is stopped, and the proxy never opened."""
-    service.faults("p1", load_seconds=30, crash_after=1.5, exit_code=3)
-    service.faults("p2", load_seconds=30)
+    service.faults("p1", load_seconds=LOAD_S, crash_after=1.5, exit_code=3)
+    service.faults("p2", load_seconds=LOAD_S)
     state = await run(service)
     message = str(state.message)
     assert state.is_failed()
     assert "instance p1: ended with exit code 0" in message
     assert TRACEBACK in message
-    assert seconds_after_death(service, "p1", state) < 2
+    assert seconds_after_death(service, "p1", state) < LOAD_S / 2
     assert service.containers(running=True) == {}
     assert not service.port_open()
 
 
 async def test_server_killed_from_outside_fails_the_run_at_once(service: Service) -> None:
     """Also without a word in its log."""
-    service.faults("d0", load_seconds=30)
+    service.faults("d0", load_seconds=LOAD_S)
     running = asyncio.ensure_future(run(service))
     await asyncio.to_thread(until, lambda: {"d0", "p0"} <= service.containers(running=True).keys())
     await asyncio.to_thread(service.kill, "d0")
     state = await running
     assert "instance d0: ended with exit code 137" in str(state.message)
-    assert seconds_after_death(service, "d0", state) < 2
+    assert seconds_after_death(service, "d0", state) < LOAD_S / 2
 
 
 async def test_the_proxy_opens_only_when_the_smoke_test_has_passed(service: Service) -> None:
@@ -79,7 +83,8 @@ async def test_server_that_lives_but_does_not_serve(
     service: Service, faults: dict[str, object], expected: str
 ) -> None:
     """Hanging, garbage and errors are failures, each by its name."""
-    service.change(gates={"ready": 6})
+    if "hang" in faults:
+        service.change(gates={"ready": 6})
     service.faults("d0", **faults)
     state = await run(service)
     assert state.is_failed()
@@ -214,7 +219,7 @@ async def test_image_without_nginx_is_prepared_from_the_given_sources(service: S
 
 async def test_cancelled_run_stops_what_it_started(service: Service) -> None:
     """Nothing is left running, nothing is lost, and the run says so."""
-    service.faults("d0", load_seconds=30)
+    service.faults("d0", load_seconds=LOAD_S)
     running = asyncio.ensure_future(run(service))
     await asyncio.to_thread(until, lambda: len(service.containers(running=True)) == 5)
     running.cancel()

@@ -3,7 +3,6 @@
 import asyncio
 import datetime
 import itertools
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,13 @@ def fresh(service: Service) -> Service:
 
 
 async def test_the_newest_build_is_taken_by_number_not_by_text(fresh: Service) -> None:
-    """And the next night there is nothing to do, within seconds."""
+    """And the next night there is nothing to do."""
     for tag in (fresh.tag(9), fresh.tag(26), fresh.tag("30_test"), "latest"):
         fresh.push(tag, {"/etc/example": tag})
     assert (await nightly(fresh)).is_completed()
     assert images(fresh) == {fresh.tag(26)}
-    before, begin = fresh.states(), time.monotonic()
+    before = fresh.states()
     state = await nightly(fresh)
-    assert time.monotonic() - begin < 10
     assert str(state.message).startswith("Already on ")
     assert fresh.states() == before
 
@@ -79,7 +77,8 @@ async def test_bad_build_is_rolled_back_and_not_taken_again(
     fresh: Service, faults: dict[str, Any]
 ) -> None:
     """Until there is a newer one. A run by hand stays on the promoted one, too."""
-    fresh.change(gates={"ready": 8})
+    if "hang" in faults:
+        fresh.change(gates={"ready": 12})
     fresh.push(fresh.tag(1), {"/etc/example": "good"})
     await nightly(fresh)
     fresh.push_bad(fresh.tag(2), **faults)

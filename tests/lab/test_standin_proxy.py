@@ -523,7 +523,7 @@ def test_a_prompt_of_61000_token_ids_passes(root: Path, tmp_path: Path) -> None:
             body = BODY | {"prompt": [100] * 61000}
             begin = time.monotonic()
             answer = entry.request("/v1/completions", body)
-            assert time.monotonic() - begin < 5
+            assert time.monotonic() - begin < 20
             assert answer.body["usage"]["prompt_tokens"] == 61000
             direct = instances["d0"].request("/v1/completions", body)
             assert answer.body["choices"] == direct.body["choices"]
