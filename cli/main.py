@@ -16,7 +16,7 @@ import typer
 
 from pd_deploy.cli import credentials, facts_file, server, shell, show
 from pd_deploy.cli import init as scaffolding
-from pd_deploy.config.load import load_deployment
+from pd_deploy.config.load import load_deployment, naming_lines
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.planning import placement
@@ -132,7 +132,7 @@ def init(
 def check(file: File, image: Image = None) -> None:
     """Check a deployment file, without connecting to any host.
 
-    All problems are reported at once, each with the path of its key.
+    All problems are reported at once, each with its line and the path of its key.
 
     Example: pd-deploy check qwq-3p1d.yaml
     """
@@ -412,10 +412,12 @@ def _load(file: Path, image: str | None = None) -> Deployment:
 
     Which image is the newest only the registry knows: for that, check the file's policy.
     """
-    service = load_deployment(file, image=None if image == NEWEST else image)
-    if image == NEWEST:
-        tags.policy_of(service)
-    placement.build(service)
+    named = None if image == NEWEST else image
+    service = load_deployment(file, image=named)
+    with naming_lines(file, image=named):
+        if image == NEWEST:
+            tags.policy_of(service)
+        placement.build(service)
     return service
 
 

@@ -1,7 +1,10 @@
 """The runbook: bring a service up and prove that it serves."""
 
+from pathlib import Path
+
 from prefect import State, flow
 
+from pd_deploy.config.load import naming_lines
 from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
 from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.interrupts import interruptible
@@ -62,12 +65,12 @@ async def deploy(
         raise InvalidInput([Problem("stages", expected)])
     if image == NEWEST:
         tags.policy_of(deployment)
-    if image in (None, NEWEST):
-        placement.build(deployment)
-    else:
-        with_image = deployment_file.load(file, image=image)
-        placement.build(with_image)
-        image = with_image.image
+    named = None if image == NEWEST else image
+    checked = deployment_file.load(file, image=named) if named else deployment
+    with naming_lines(Path(file), image=named):
+        placement.build(checked)
+    if named:
+        image = checked.image
     if on_failure == "keep" and run.scheduled:
         expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])

@@ -116,13 +116,15 @@ class PdDeployError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the input: `key` is its path, `message` says expected and found."""
+    """One thing wrong with the input: `key` is its path, `message` says expected and found, and
+    `place` is the line where it stands, if a file has it."""
 
     key: str
     message: str
+    place: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.message}" if self.key else self.message
+        return ": ".join(filter(None, (self.place, self.key, self.message)))
 
 
 class InvalidInput(PdDeployError):

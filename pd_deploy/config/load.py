@@ -1,13 +1,14 @@
 """Reading a deployment file: merge it over its profile, and report all of its problems at once."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from pd_deploy.config import yaml_files
+from pd_deploy.config import lines, yaml_files
 from pd_deploy.config.fields import shown
 from pd_deploy.config.models import DERIVED, Deployment, InstanceEntry
 from pd_deploy.config.problems import problems_of
@@ -23,12 +24,23 @@ def load_deployment(path: Path, *, image: str | None = None) -> Deployment:
     the path in a `file:PATH` is relative to the deployment file.
 
     Raises:
-        InvalidInput: all problems of the file, each with the path of its key.
+        InvalidInput: all problems of the file, each with its line and the path of its key.
     """
-    document = yaml_files.read(path, names_file=("profile",))
-    if image is not None:
-        document["image"] = yaml_files.placed(image, path.resolve())
-    return parse_deployment(document, file=str(path))
+    with naming_lines(path, image=image):
+        document = yaml_files.read(path, names_file=("profile",))
+        if image is not None:
+            document["image"] = yaml_files.placed(image, path.resolve())
+        return parse_deployment(document, file=str(path))
+
+
+def naming_lines(path: Path, *, image: str | None = None) -> AbstractContextManager[None]:
+    """Name file and line in the problems that are found within.
+
+    Args:
+        path: the deployment file.
+        image: what the deployment has in place of the file's own.
+    """
+    return lines.named(path, PROFILES, without=("image",) if image is not None else ())
 
 
 def parse_deployment(document: Mapping[str, Any], *, file: str = "deployment") -> Deployment:

@@ -64,6 +64,7 @@ class TestFile:
             ("model:\n\tpath: /a\n", "not valid YAML: line 2: found character '\\t'"),
             ("a: [1\n", "not valid YAML: line 2"),
             ("a: &a [*a]\n", "not valid YAML: line 1"),
+            ("&a\nname: x\n<<: *a\n", "profile: expected one of"),
             ("? [a]\n: b\n", "not valid YAML"),
             ("1: a\n", "1: expected keys that are text, found 1"),
             (b"name: \xff\n", "expected UTF-8 text"),

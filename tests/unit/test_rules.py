@@ -342,11 +342,11 @@ class TestProfiles:
             (
                 "./sub/my.yaml",
                 "profile: ./my.yaml\n",
-                "my.yaml: 1 problem\n  profile: expected one",
+                "my.yaml: 1 problem\n  line 1: profile: expected one",
             ),
             ("./sub/my.yaml", "devices_per_host: x\n", "devices_per_host: expected a whole number"),
             ("./sub/my.yaml", "prefil: {}\n", "prefil: is not a known key; did you mean prefill?"),
-            ("./sub/my.yaml", "all: {x: 1}\n", "profile_settings.all.x: is not a known key"),
+            ("./sub/my.yaml", "all: {x: 1}\n", "sub/my.yaml, line 1: all.x: is not a known key"),
             ("my", "", "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, v"),
             ("[1]", "", "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, v"),
         ],
