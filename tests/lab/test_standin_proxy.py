@@ -126,17 +126,30 @@ def test_a_start_without_nginx_names_the_build(tmp_path: Path) -> None:
     assert "run build.sh first" in done.stderr
 
 
-def test_the_build_needs_unpacked_sources_and_no_http_proxy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("built", "version", "given"),
+    [
+        ("2025-07-22", "1.24.0", {}),
+        ("2025-10-23", "1.28.0", {}),
+        ("2025-10-23", "1.24.0", {"NGINX_VERSION": "1.24.0"}),
+    ],
+)
+def test_the_build_needs_unpacked_sources_of_the_version_that_it_wants(
+    tmp_path: Path, built: str, version: str, given: dict[str, str]
+) -> None:
+    set_built(tmp_path, built)
     build = tmp_path / "build.sh"
     build.write_text(BUILD.read_text())
     kept = tmp_path / "usr/libexec/standin"
     kept.mkdir(parents=True)
     (kept / "nginx").write_text("binary")
     (kept / HANDOVER.name).write_text("lua")
-    assert "does not exist: unpack" in run(tmp_path, script=build).stderr
-    (tmp_path / "nginx-1.24.0").mkdir()
-    assert "unset both" in run(tmp_path, script=build, http_proxy="http://proxy:3128").stderr
-    assert run(tmp_path, script=build).returncode == 0
+    for other in {"1.24.0", "1.28.0"} - {version}:
+        (tmp_path / f"nginx-{other}").mkdir()
+    done = run(tmp_path, script=build, **given)
+    assert f"nginx-{version} does not exist: unpack" in done.stderr
+    (tmp_path / f"nginx-{version}").mkdir()
+    assert run(tmp_path, script=build, **given).returncode == 0
     assert (tmp_path / "usr/local/nginx/nginx").read_text() == "binary"
     assert (tmp_path / "usr/local/nginx/modules" / HANDOVER.name).read_text() == "lua"
 

@@ -1,6 +1,7 @@
 """Containers, variants and start scripts. Values against the documented ones: test_golden.py."""
 
 import hashlib
+import os
 import shlex
 import socket
 import subprocess
@@ -20,6 +21,10 @@ from tests.unit import example
 
 SERVERS = ("p0", "p1", "p2", "d0")
 STATE = f"/var/lib/pd-deploy/qwq-3p1d/{example.GENERATION}"
+BUILD = (
+    example.ROOT
+    / "lab/standin/image/workspace/omniinfer/omni/accelerators/sched/global_proxy/build.sh"
+)
 LOGS = f"/data/log_path/qwq-3p1d/{example.GENERATION}"
 
 
@@ -288,6 +293,36 @@ class TestVariants:
         assert done.returncode == (0 if is_genuine else 1)
         assert ("went on" in done.stdout) is is_genuine
         assert is_genuine or f"with SHA-256 {digest}, found " in done.stdout
+
+    @pytest.mark.parametrize("built", ["2025-07-22", "2026-01-31"])
+    def test_sources_are_built_whichever_version_the_build_script_would_take(
+        self, tmp_path: Path, built: str
+    ) -> None:
+        """Upstream's passes over those of another version than it wants, and downloads its own."""
+        root, sources = tmp_path / "root", tmp_path / "nginx-1.24.0"
+        sources.mkdir()
+        subprocess.run(
+            ["tar", "czf", "nginx-1.24.0.tar.gz", sources.name], cwd=tmp_path, check=True
+        )
+        sources.rmdir()
+        for name, text in (
+            ("usr/local/Ascend/latest/standin/built", built),
+            ("usr/libexec/standin/nginx", "binary"),
+            ("usr/libexec/standin/pd_handover.lua", "lua"),
+        ):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        (tmp_path / "build.sh").symlink_to(BUILD)
+        done = subprocess.run(
+            ["bash", "-c", omniinfer._BUILD_NGINX],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "STANDIN_ROOT": str(root)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (root / "usr/local/nginx/nginx").read_text() == "binary"
 
     def test_http_proxy_is_for_building_only(self) -> None:
         service = example.for_engine({"http_proxy": "http://proxy.example:3128"})

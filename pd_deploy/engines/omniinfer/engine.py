@@ -540,9 +540,7 @@ if ! command -v nginx >/dev/null; then
     echo "pd-deploy: the image has no nginx; building {_NGINX}"
     cd {code}/omniinfer/omni/accelerators/sched/global_proxy || exit 1
 {_fetch_nginx(service)}
-    export NGINX_VERSION={_NGINX.removeprefix("nginx-")}
-    tar xzf {_NGINX}.tar.gz && bash build.sh || {{ echo "pd-deploy: nginx was not built"; exit 1; }}
-fi
+{_BUILD_NGINX}fi
 unset http_proxy https_proxy
 cd {code}/omniinfer/tools/scripts || exit 1
 proxy=({shlex.join(command(service, service.topology.proxy.name))})
@@ -568,6 +566,13 @@ echo {shlex.quote(OPENED)}
 tail --pid="$master" -f /dev/null & waiter=$!
 while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
 [ -n "$stopped" ] || {{ echo "pd-deploy: nginx ended"; exit 1; }}
+"""
+
+
+# Build scripts differ in the version that they take unless they are told one.
+_BUILD_NGINX = f"""\
+    export NGINX_VERSION={_NGINX.removeprefix("nginx-")}
+    tar xzf {_NGINX}.tar.gz && bash build.sh || {{ echo "pd-deploy: nginx was not built"; exit 1; }}
 """
 
 

@@ -1,20 +1,32 @@
 #!/bin/bash
-# Stand-in for the proxy's build (contract 5.1): needs the unpacked nginx sources beside it.
+# Stand-in for the proxy's build (contract 5.1): needs the unpacked nginx sources beside it, of the
+# version that NGINX_VERSION says; sources of another one are passed over.
 # "Compiles" what the image's variant without nginx keeps below /usr/libexec/standin.
 set -eu
+
+# Upstream's default version was another one by this day, if not before; an ISO date compares as text.
+NEW_VERSION_SINCE=2025-10-23
 
 ROOT=${STANDIN_ROOT:-}
 KEPT=$ROOT/usr/libexec/standin
 PREFIX=$ROOT/usr/local/nginx
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-sources=$here/nginx-${NGINX_VERSION:-1.24.0}
+
+built() { # the date of the image, below the root or else below the one that this script is in
+    local file=usr/local/Ascend/latest/standin/built
+    cat "$ROOT/$file" 2>/dev/null || cat "$here/../../../../../../$file"
+}
+
+version=1.24.0
+[[ $(built) < $NEW_VERSION_SINCE ]] || version=1.28.0
+sources=$here/nginx-${NGINX_VERSION:-$version}
 
 fail() {
     echo "build.sh: $1" >&2
     exit 1
 }
 
-[ -z "${http_proxy:-}${https_proxy:-}" ] || fail "http_proxy or https_proxy is set: unset both first"
+# Upstream's script downloads what is not there.
 [ -d "$sources" ] || fail "$sources does not exist: unpack the nginx sources there first"
 if [ -x "$PREFIX/nginx" ]; then
     echo "build.sh: $PREFIX/nginx is there already"
@@ -22,7 +34,7 @@ if [ -x "$PREFIX/nginx" ]; then
 fi
 [ -f "$KEPT/nginx" ] || fail "$KEPT/nginx does not exist: this image cannot build nginx"
 echo "build.sh: compiling $(basename "$sources") with nine modules"
-sleep 1 # models the compiler
+sleep 0.2 # models the compiler
 mkdir -p "$PREFIX/conf" "$PREFIX/modules"
 cp "$KEPT/pd_handover.lua" "$PREFIX/modules/"
 # Copies, so that the directory can be kept and used in another container.
