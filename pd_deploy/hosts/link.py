@@ -192,9 +192,11 @@ class Link:
                 login_timeout=self._connect_timeout,
                 keepalive_interval=KEEPALIVE_INTERVAL_S,
                 keepalive_count_max=KEEPALIVE_COUNT,
-                # ~/.ssh/config may ask for both, for those who log in by hand.
+                config=ssh_config.files(),
+                # A configuration may ask for these, for those who log in by hand.
                 request_pty=False,
                 command=None,
+                send_env=[],
                 **options,
             )
         except (asyncssh.Error, OSError, ValueError) as exc:

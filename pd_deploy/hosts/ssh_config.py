@@ -1,6 +1,7 @@
 """What ssh_config says of a host: as OpenSSH reads it, where asyncssh does not."""
 
 import getpass
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,11 @@ class _Config(SSHClientConfig):
     }
 
 
-def users_config() -> Path:
-    """Return the path of the user's own configuration."""
-    return Path.home() / ".ssh" / "config"
+def files() -> list[Path]:
+    """List the configurations that there are: the user's own, then the system's, whose options
+    count where the user's don't say otherwise."""
+    paths = (Path.home() / ".ssh" / "config", SYSTEM)
+    return [path for path in paths if path.is_file() and os.access(path, os.R_OK)]
 
 
 def read(address: str, user: str | None, port: int | None) -> SshConfig:
@@ -56,10 +59,9 @@ def read(address: str, user: str | None, port: int | None) -> SshConfig:
     Raises:
         ValueError: it can't be read.
     """
-    files = [file for file in (users_config(), SYSTEM) if file.is_file()]
     try:
         config = _Config.load(
-            None, files, False, False, False, getpass.getuser(), user or (), address, port or ()
+            None, files(), False, False, False, getpass.getuser(), user or (), address, port or ()
         )
     except OSError as exc:
         raise ValueError(f"{exc.filename}: {exc.strerror}") from None

@@ -1,0 +1,125 @@
+"""ssh_config counts as OpenSSH has it: the user's, and where that says nothing the system's."""
+
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncssh
+import pytest
+
+from pd_deploy.hosts import ssh_config
+from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.login import Login
+
+CLIENT = Path("/usr/bin/ssh")
+
+
+class Server(asyncssh.SSHServer):
+    """An SSH server that lets everybody in and remembers whom."""
+
+    def __init__(self, users: list[str]) -> None:
+        self._users = users
+
+    def begin_auth(self, username: str) -> bool:
+        self._users.append(username)
+        return False
+
+
+def talk(process: "asyncssh.SSHServerProcess[str]") -> None:
+    """Answer each command with its environment, in which nothing of ours should be."""
+    process.stdout.write("pd-deploy-begins\n" + ",".join(sorted(process.env)))
+    process.stderr.write("pd-deploy-begins\n")
+    process.exit(0)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[tuple[int, list[str]]]:
+    """A server's port, and the users that have logged in."""
+    users: list[str] = []
+    listener = await asyncssh.listen(
+        "127.0.0.1",
+        0,
+        server_factory=lambda: Server(users),
+        process_factory=talk,
+        server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
+    )
+    yield listener.get_port(), users
+    listener.close()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's directory; the system's configuration is `system` in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ssh_config, "SYSTEM", tmp_path / "system")
+    (tmp_path / ".ssh").mkdir()
+    return tmp_path
+
+
+async def test_the_systems_options_count_where_the_users_say_nothing(
+    home: Path, server: tuple[int, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, users = server
+    monkeypatch.setenv("LANG", "de_DE.UTF-8")
+    (home / "system").write_text(
+        f"Host node\nHostName 127.0.0.1\nPort {port}\nUser of-all\nStrictHostKeyChecking no\n"
+        "Ciphers no-such@example,aes256-ctr\nKexAlgorithms no-such,curve25519-sha256\n"
+        "Host *\nSendEnv LANG LC_*\nGSSAPIAuthentication yes\nHashKnownHosts yes\n"
+    )
+    for config, user, expected in (
+        (None, None, "of-all"),
+        ("Host node\nUser mine\n", None, "mine"),
+        ("Host other\nUser mine\n", None, "of-all"),
+        ("Host node\nUser mine\n", "given", "given"),
+    ):
+        if config:
+            (home / ".ssh/config").write_text(config)
+        host = Host("a", "node", Login(user))
+        assert (await host.run(["env"])).stdout == ""
+        await host.aclose()
+        assert users.pop() == expected
+
+
+async def test_a_configuration_that_may_not_be_read_is_passed_over(home: Path) -> None:
+    (home / ".ssh/config").mkdir()
+    assert ssh_config.files() == []
+
+
+@pytest.mark.skipif(not CLIENT.exists(), reason="there is no OpenSSH client")
+@pytest.mark.parametrize(
+    ("users", "systems"),
+    [
+        ("", ""),
+        ("Host node\nUserKnownHostsFile {home}/mine\n", "UserKnownHostsFile {home}/theirs\n"),
+        ("", "StrictHostKeyChecking accept-new\nGlobalKnownHostsFile {home}/a {home}/b\n"),
+        ("Host other\nStrictHostKeyChecking no\n", "StrictHostKeyChecking yes\n"),
+        ("Host node\nStrictHostKeyChecking off\nHost *\nStrictHostKeyChecking yes\n", ""),
+        ("IdentityFile {home}/one\n", "Host n*\nIdentityFile {home}/two\n"),
+        ("User u\nHostName name.example\n", "UserKnownHostsFile {home}/%h-%r\n"),
+        ("Match host node user me\nUserKnownHostsFile {home}/x\n", "UserKnownHostsFile {home}/y\n"),
+    ],
+)
+def test_files_and_strictness_are_those_of_an_openssh_client(
+    home: Path, users: str, systems: str
+) -> None:
+    """Which reads both files one after the other, as if they were one."""
+    texts = [text.format(home=home) for text in (users, systems)]
+    (home / ".ssh/config").write_text(texts[0])
+    (home / "system").write_text(texts[1])
+    (home / "both").write_text("\nMatch all\n".join(texts))
+    config = ssh_config.read("node", "me", None)
+    asked = [str(CLIENT), "-G", "-F", str(home / "both"), "-l", "me", "node"]
+    said: dict[str, list[str]] = {}
+    for line in subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    ):
+        option, _, value = line.partition(" ")
+        said.setdefault(option, []).extend(value.split(" "))
+    strict = said["stricthostkeychecking"][0]
+    assert config.accepts_new is (strict in ("accept-new", "false"))
+    assert config.accepts_changed is (strict == "false")
+    known = said["userknownhostsfile"] + said["globalknownhostsfile"]
+    assert [path.name for path in config.known_hosts] == [Path(path).name for path in known]
+    identities = [Path(path).name for path in said["identityfile"]]
+    assert [path.name for path in config.identities] in (identities, [])
+    assert bool(config.identities) == ("IdentityFile" in users + systems)
