@@ -293,7 +293,8 @@ class ProxyEntry(Model):
     nginx_tarball: AbsolutePath | None = Field(
         default=None, description="nginx sources on the host, for an image without nginx"
     )
-    # Of nginx-1.24.0.tar.gz, as nginx.org has it: they are built as root.
+    # Of nginx-1.24.0.tar.gz as nginx.org has it, computed from the copy in Ubuntu's source package:
+    # they are built as root.
     nginx_sha256: Sha256 = "77a2541637b92a621e3ee76776c8b7b40cf6d707e69ba53a940283e30ff2f55d"
     environment: Environment = {}
     arguments: Arguments = {}

@@ -128,12 +128,17 @@ def oci_architecture(machine: str) -> str:
 
 @dataclass(frozen=True)
 class DockerInfo:
-    """The Docker engine of a host; `architecture` is the machine's, in the names of OCI."""
+    """The Docker engine of a host; `architecture` is the machine's, in the names of OCI.
+
+    `is_rootless` says that its containers' host network is one of its own; that of a rootless
+    Podman is the host's.
+    """
 
     version: str
     root_dir: str
     architecture: str
     remaps_users: bool = False
+    is_rootless: bool = False
 
 
 @dataclass(frozen=True)

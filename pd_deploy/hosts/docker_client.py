@@ -90,11 +90,13 @@ class DockerClient:
     async def info(self) -> DockerInfo:
         """Version, architecture, and place of the engine's data."""
         info = await self._read("info", lambda c: c.info())
+        security = " ".join(info.get("SecurityOptions") or ())
         return DockerInfo(
             version=info["ServerVersion"],
             root_dir=info["DockerRootDir"],
             architecture=oci_architecture(info["Architecture"]),
-            remaps_users=any("name=userns" in each for each in info.get("SecurityOptions") or ()),
+            remaps_users="name=userns" in security,
+            is_rootless="name=rootless" in security and "BuildahVersion" not in info,
         )
 
     async def image(self, ref: str) -> Image | None:

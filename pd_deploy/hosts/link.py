@@ -212,6 +212,14 @@ class Link:
         if isinstance(exc, asyncssh.PermissionDenied) or "authentication failures" in str(exc):
             unread = [] if login.explicit else ssh_config.unreadable(identities)
             but = f", but can't read {', '.join(unread)}" if unread else ""
+            if "Too many authentication failures" in str(exc):
+                return AuthenticationFailed(
+                    f"{target} let user {login.who} try no further key; tried {login.offers}{but}",
+                    host=self.where,
+                    hint="name the right key in ssh_config (`IdentityFile`, with "
+                    "`IdentitiesOnly yes` if an SSH agent has many), or raise MaxAuthTries in its "
+                    "sshd_config",
+                )
             return AuthenticationFailed(
                 f"{target} does not let user {login.who} in; tried {login.offers}{but}",
                 host=self.where,

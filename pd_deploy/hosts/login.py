@@ -206,7 +206,10 @@ class HostKeys:
         log.warning("trusting %s on first use: %s", self._where, key.get_fingerprint())
         self._pinned[host, port] = key
         if not has_text and config.known_hosts:
-            _remember(config.known_hosts[0], known_hosts_line(host, port, key))
+            try:
+                _remember(config.known_hosts[0], known_hosts_line(host, port, key))
+            except OSError as exc:  # `ssh` goes on, too
+                log.warning("%s can't be written: %s", config.known_hosts[0], exc.strerror)
         return True
 
     def _known_keys(

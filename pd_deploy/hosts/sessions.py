@@ -160,5 +160,6 @@ async def begin(link: Link, process: Process) -> bool:
         f"{output!r}",
         host=link.where,
         hint=f"`{link.command} echo ok` must print ok: in ~/.bashrc and the like, `exit` only "
-        "from interactive shells; a user with nologin needs a shell",
+        "from interactive shells; a user with nologin needs a shell, and a ForceCommand in "
+        "sshd_config must run what it is given",
     )

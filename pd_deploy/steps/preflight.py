@@ -47,7 +47,12 @@ async def preflight(rollout: Rollout, name: str) -> Report:
     if len(faults) == 1:
         raise faults[0]
     if faults:
-        raise HostError("; ".join(fault.message for fault in faults), host=host.where)
+        hints = dict.fromkeys(fault.hint for fault in faults if fault.hint)
+        raise HostError(
+            "; ".join(fault.message for fault in faults),
+            host=host.where,
+            hint="; ".join(hints) or None,
+        )
     state = rollout.states[name]
     detail = f"{state.architecture}, Docker {state.docker_version}, {state.interface}"
     ports, _ = _labelled(rollout, name, generations.PORTS)

@@ -95,6 +95,13 @@ async def survey(session: Session, name: str) -> HostState:
     interface = facts.parse_interface(addresses, host.address, host.where)
     if interface is None:
         raise _not_owned(host, name, addresses)
+    if info.result().is_rootless:
+        raise HostError(
+            "expected Docker to run as root, found a rootless engine: other hosts can't reach what "
+            "its containers listen on",
+            host=host.where,
+            hint="say in `docker_socket` of the host where the system's engine listens",
+        )
     if info.result().remaps_users:
         raise HostError(
             "expected Docker to leave users as they are, found that it remaps them: containers "

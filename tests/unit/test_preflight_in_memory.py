@@ -60,6 +60,8 @@ def test_links_of_the_model_that_lead_out_of_the_mounts(world: World) -> None:
     assert f"found {model}/config.json → /opt/hf/blobs/0123, and 1 more" in said
     assert f"expected files that root can read, found {model}/model.safetensors" in said
     assert "tokenizer" not in said
+    assert "→ mount /opt/hf/blobs at the same path" in said
+    assert "root_squash" in said
     a.closed = []
     del a.links[f"{model}/gone"]
     for machine in world.machines.values():
@@ -68,8 +70,17 @@ def test_links_of_the_model_that_lead_out_of_the_mounts(world: World) -> None:
     assert world.run(deploy).completed
 
 
-def test_an_engine_that_remaps_users(world: World) -> None:
-    world.machines["b"].security_options.append("name=userns")
-    assert "host b (10.0.0.2): expected Docker to leave users as they are" in refused(world)
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("name=userns", "expected Docker to leave users as they are"),
+        ("name=rootless", "expected Docker to run as root, found a rootless engine"),
+    ],
+)
+def test_an_engine_whose_containers_are_cut_off_from_the_host(
+    world: World, option: str, says: str
+) -> None:
+    world.machines["b"].security_options.append(option)
+    assert f"host b (10.0.0.2): {says}" in refused(world)
     world.machines["b"].security_options.pop()
     assert world.run(deploy).completed

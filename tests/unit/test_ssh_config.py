@@ -80,6 +80,20 @@ async def test_the_systems_options_count_where_the_users_say_nothing(
         assert users.pop() == expected
 
 
+async def test_known_hosts_that_cannot_be_written_keep_nobody_out(
+    home: Path, server: tuple[int, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    port, _ = server
+    (home / "file").touch()
+    (home / ".ssh/config").write_text(
+        f"Port {port}\nStrictHostKeyChecking accept-new\nUserKnownHostsFile {home}/file/known\n"
+    )
+    host = Host("a", "127.0.0.1", Login("me"))
+    assert (await host.run(["env"])).stdout == ""
+    await host.aclose()
+    assert f"{home}/file/known can't be written: " in caplog.text
+
+
 async def test_a_configuration_that_may_not_be_read_is_passed_over(home: Path) -> None:
     (home / ".ssh/config").mkdir()
     assert ssh_config.files() == []
