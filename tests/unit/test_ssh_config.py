@@ -7,6 +7,7 @@ from pathlib import Path
 import asyncssh
 import pytest
 
+from pd_deploy.errors import AuthenticationFailed
 from pd_deploy.hosts import ssh_config
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.login import Login
@@ -92,6 +93,27 @@ async def test_known_hosts_that_cannot_be_written_keep_nobody_out(
     assert (await host.run(["env"])).stdout == ""
     await host.aclose()
     assert f"{home}/file/known can't be written: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("refusal", "says"),
+    [
+        (asyncssh.PermissionDenied("no"), r"does not let user me in.*authorized_keys"),
+        (
+            asyncssh.ProtocolError("Too many authentication failures"),
+            r"let user me try no further key; tried the SSH agent's keys.*IdentitiesOnly yes",
+        ),
+    ],
+)
+async def test_a_login_that_fails_of_too_many_keys_is_told_from_a_wrong_key(
+    monkeypatch: pytest.MonkeyPatch, refusal: Exception, says: str
+) -> None:
+    async def connect(*_: object, **__: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr(asyncssh, "connect", connect)
+    with pytest.raises(AuthenticationFailed, match=says):
+        await Host("a", "127.0.0.1", Login("me")).run(["true"])
 
 
 async def test_a_configuration_that_may_not_be_read_is_passed_over(home: Path) -> None:
