@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import SecretStr
 
 from pd_deploy.config import text_files
 from pd_deploy.errors import InvalidInput, Problem
@@ -46,14 +45,18 @@ def ssh(
     Example: pd-deploy credentials ssh pd-ssh --private-key ~/.ssh/id_ed25519
     --known-hosts ~/.ssh/known_hosts
     """
-    # Prefect takes seconds to import.
-    from pd_deploy.blocks.ssh import SshCredentials  # noqa: PLC0415
-    from pd_deploy.cli.prefect_api import save  # noqa: PLC0415
+    from pydantic import SecretStr
+
+    from pd_deploy.blocks.ssh import SshCredentials
+    from pd_deploy.cli.prefect_api import save
+
+    def secret(text: str | None) -> SecretStr | None:
+        return None if text is None else SecretStr(text)
 
     block = SshCredentials(
-        private_key=_secret(_content("--private-key", private_key)),
-        passphrase=_secret(_ask("Passphrase") if passphrase else None),
-        password=_secret(_ask("Password") if password else None),
+        private_key=secret(_content("--private-key", private_key)),
+        passphrase=secret(_ask("Passphrase") if passphrase else None),
+        password=secret(_ask("Password") if password else None),
         known_hosts=_content("--known-hosts", known_hosts),
         trust_on_first_use=trust_on_first_use,
         jump_host=jump_host,
@@ -83,8 +86,10 @@ def registry(
 
     Example: pd-deploy credentials registry pd-registry --username robot
     """
-    from pd_deploy.blocks.registry import RegistryCredentials  # noqa: PLC0415  as above
-    from pd_deploy.cli.prefect_api import save  # noqa: PLC0415
+    from pydantic import SecretStr
+
+    from pd_deploy.blocks.registry import RegistryCredentials
+    from pd_deploy.cli.prefect_api import save
 
     save(RegistryCredentials(username=username, password=SecretStr(_ask("Password"))), name)
 
@@ -93,10 +98,6 @@ def _ask(secret: str) -> str:
     if sys.stdin.isatty():
         return str(typer.prompt(secret, hide_input=True))
     return sys.stdin.readline().removesuffix("\n")
-
-
-def _secret(text: str | None) -> SecretStr | None:
-    return None if text is None else SecretStr(text)
 
 
 def _content(option: str, path: Path | None) -> str | None:

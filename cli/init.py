@@ -4,9 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 
-import yaml
-
-from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, Problem
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -65,12 +62,16 @@ def _contents(example: str) -> dict[str, str]:
 
 def _with_extended(path: Path) -> Iterator[Path]:
     """Yield a deployment file and those that it extends."""
+    import yaml
+
     yield path
     if parent := yaml.safe_load(path.read_text()).get("extends"):
         yield from _with_extended(path.parent / parent)
 
 
 def _values(example: str) -> dict[str, str]:
+    from pd_deploy.config.load import load_deployment
+
     deployment = load_deployment(EXAMPLES / f"{example}.yaml")
     is_lab = example.startswith("lab-")
     return {

@@ -2,27 +2,23 @@
 
 Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid, 130 interrupted by Ctrl-C,
 143 by SIGTERM.
+
+Each command imports what it needs when it runs, the file's models before Prefect: so `--help` takes
+a tenth of a second of CPU, and an invalid file is refused long before Prefect is imported.
 """
 
 import os
 import sys
 from enum import StrEnum
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 from uuid import UUID
 
 import typer
 
-from pd_deploy.cli import credentials, facts_file, server, shell, show
+from pd_deploy.cli import credentials, server
 from pd_deploy.cli import init as scaffolding
-from pd_deploy.config.load import load_deployment, naming_lines
-from pd_deploy.config.models import Deployment
-from pd_deploy.errors import InvalidInput, PdDeployError, Problem
-from pd_deploy.planning import placement
-from pd_deploy.planning.plans import Plan
-from pd_deploy.registry import tags
-from pd_deploy.registry.tags import NEWEST
+from pd_deploy.errors import InvalidInput, PdDeployError
 
 FAILED, INVALID = 1, 2
 
@@ -86,6 +82,8 @@ Image = Annotated[
 
 def _print_version(requested: bool) -> None:
     if requested:
+        from importlib import metadata
+
         typer.echo(f"pd-deploy {metadata.version('pd-deploy')}")
         raise typer.Exit
 
@@ -136,8 +134,9 @@ def check(file: File, image: Image = None) -> None:
 
     Example: pd-deploy check qwq-3p1d.yaml
     """
-    service = _load(file, image)
-    typer.echo(show.topology(service, placement.build(service)))
+    from pd_deploy.cli.check import describe, load
+
+    typer.echo(describe(load(file, image)))
 
 
 @app.command()
@@ -171,26 +170,10 @@ def plan(
 
     Example: pd-deploy plan qwq-3p1d.yaml --format json
     """
-    service = _load(file, image)
-    if host is not None and host not in service.hosts:
-        message = f"expected one of the file's hosts ({', '.join(service.hosts)}), found {host}"
-        raise InvalidInput([Problem("--host", message)])
-    if facts and image == NEWEST:
-        message = "expected an image by name with --facts, as no registry is asked; found newest"
-        raise InvalidInput([Problem("--image", message)])
-    made = (
-        facts_file.make_plan(service, facts)
-        if facts
-        else _plan_on_hosts(
-            load_deployment(file), image if image in (None, NEWEST) else service.image
-        )
-    )
-    if format is Format.SHELL:
-        hosts = [host] if host else list(service.hosts)
-        placed = placement.build(service)
-        typer.echo("\n".join(shell.script(service, placed, made, name) for name in hosts), nl=False)
-    else:
-        typer.echo(made.model_dump_json(indent=2) if format is Format.JSON else show.plan(made))
+    from pd_deploy.cli.plan import text_of
+
+    text = text_of(file, image, format=format.value, host=host, facts=facts)
+    typer.echo(text, nl=False)
 
 
 @app.command()
@@ -227,10 +210,10 @@ def deploy(
 
     Example: pd-deploy deploy qwq-3p1d.yaml
     """
-    _load(file)
-    _load(file, image)
-    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from pd_deploy.flows.deploy import deploy as flow  # noqa: PLC0415  as above
+    _refuse_invalid(file)
+    _refuse_invalid(file, image)
+    from pd_deploy.cli import run
+    from pd_deploy.flows.deploy import deploy as flow
 
     stages = [entry.value for entry in stage] if stage else None
     raise typer.Exit(
@@ -261,9 +244,9 @@ def rollback(
 
     Example: pd-deploy rollback qwq-3p1d.yaml
     """
-    _load(file)
-    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from pd_deploy.flows.rollback import rollback as flow  # noqa: PLC0415  as above
+    _refuse_invalid(file)
+    from pd_deploy.cli import run
+    from pd_deploy.flows.rollback import rollback as flow
 
     raise typer.Exit(run.here(flow, file=str(file), generation=generation))
 
@@ -277,9 +260,9 @@ def recover(file: File) -> None:
 
     Example: pd-deploy recover qwq-3p1d.yaml
     """
-    _load(file)
-    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from pd_deploy.flows.recover import recover as flow  # noqa: PLC0415  as above
+    _refuse_invalid(file)
+    from pd_deploy.cli import run
+    from pd_deploy.flows.recover import recover as flow
 
     raise typer.Exit(run.here(flow, file=str(file)))
 
@@ -295,10 +278,13 @@ def releases(
 
     Example: pd-deploy releases qwq-3p1d.yaml
     """
-    service = _load(file)
-    from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import show
+    from pd_deploy.cli.check import load
 
-    history, running = hosts.read_history(service)
+    deployment = load(file)
+    from pd_deploy.cli import hosts
+
+    history, running = hosts.read_history(deployment)
     record = history.record
     typer.echo(
         record.model_dump_json(indent=2) if as_json else show.release_table(history, running)
@@ -323,10 +309,12 @@ def logs(
 
     Example: pd-deploy logs qwq-3p1d.yaml --to ./logs
     """
-    service = _load(file)
-    from pd_deploy.cli import logs as collecting  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli.check import load
 
-    typer.echo(f"copied to {collecting.collect(service, generation, to)}")
+    deployment = load(file)
+    from pd_deploy.cli import logs as collecting
+
+    typer.echo(f"copied to {collecting.collect(deployment, generation, to)}")
 
 
 @app.command()
@@ -338,9 +326,9 @@ def prune(file: File) -> None:
 
     Example: pd-deploy prune qwq-3p1d.yaml
     """
-    _load(file)
-    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from pd_deploy.flows.prune import prune as flow  # noqa: PLC0415  as above
+    _refuse_invalid(file)
+    from pd_deploy.cli import run
+    from pd_deploy.flows.prune import prune as flow
 
     raise typer.Exit(run.here(flow, file=str(file)))
 
@@ -356,11 +344,14 @@ def teardown(
 
     Example: pd-deploy teardown qwq-3p1d.yaml --yes
     """
-    service = _load(file)
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
     if not yes:
-        typer.confirm(f"Remove {service.name} from hosts {', '.join(service.hosts)}?", abort=True)
-    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
-    from pd_deploy.flows.teardown import teardown as flow  # noqa: PLC0415  as above
+        hosts = ", ".join(deployment.hosts)
+        typer.confirm(f"Remove {deployment.name} from hosts {hosts}?", abort=True)
+    from pd_deploy.cli import run
+    from pd_deploy.flows.teardown import teardown as flow
 
     raise typer.Exit(run.here(flow, file=str(file)))
 
@@ -373,7 +364,7 @@ def follow(
 
     The exit code is 0 if the run completed, 1 if it didn't.
     """
-    from pd_deploy.cli import run  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import run
 
     raise typer.Exit(run.follow(flow_run))
 
@@ -388,8 +379,7 @@ def follow(
 )
 def lab(context: typer.Context) -> None:
     """Simulate two NPU hosts on this machine."""
-    # The lab's own imports would make `check` half as slow again.
-    from pd_deploy.lab.cli import app as commands  # noqa: PLC0415
+    from pd_deploy.lab.cli import app as commands
 
     commands(context.args, prog_name=context.command_path)
 
@@ -407,26 +397,13 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _load(file: Path, image: str | None = None) -> Deployment:
-    """Load a file's deployment; check its values, and the topology that they make.
+def _refuse_invalid(file: Path, image: str | None = None) -> None:
+    """End here if the file is invalid, before anything that takes seconds to import."""
+    from pd_deploy.cli.check import load
 
-    Which image is the newest only the registry knows: for that, check the file's policy.
-    """
-    named = None if image == NEWEST else image
-    service = load_deployment(file, image=named)
-    with naming_lines(file, image=named):
-        if image == NEWEST:
-            tags.policy_of(service)
-        placement.build(service)
-    return service
+    load(file, image)
 
 
 def _fail(error: PdDeployError | str, code: int) -> NoReturn:
     typer.echo(f"pd-deploy: {error}", err=True)
     sys.exit(code)
-
-
-def _plan_on_hosts(service: Deployment, image: str | None) -> Plan:
-    from pd_deploy.cli import hosts  # noqa: PLC0415  Prefect takes seconds to import
-
-    return hosts.plan(service, image)

@@ -13,7 +13,7 @@ app = typer.Typer(
 @app.command()
 def status() -> None:
     """Show whether it runs, and where its log is."""
-    from pd_deploy.cli import local_server  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import local_server
 
     server = local_server.find()
     if not server:
@@ -29,7 +29,7 @@ def stop() -> None:
 
     A run that uses it ends as one does whose server is lost: wait for it first.
     """
-    from pd_deploy.cli import local_server  # noqa: PLC0415  Prefect takes seconds to import
+    from pd_deploy.cli import local_server
 
     server = local_server.stop()
     typer.echo(f"stopped pid {server.pid}" if server else "not running")

@@ -1,68 +1,12 @@
-"""What the command prints for people to read."""
+"""Plans and releases as the command prints them for people to read."""
 
 from collections.abc import Sequence
 
-from pd_deploy.config.models import Deployment
-from pd_deploy.config.topology import Topology
+from pd_deploy.cli.tables import aligned
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
 from pd_deploy.records import generations, releases
 from pd_deploy.records.releases import History
-
-
-def topology(deployment: Deployment, placed: Topology) -> str:
-    """Print a deployment as a table of instances."""
-    rows = [("instance", "role", "host", "address", "devices", "master", "zmq")]
-    rows += [
-        (
-            i.name,
-            i.role,
-            i.host,
-            i.server,
-            i.device_list,
-            str(i.master_port),
-            str(i.zmq_port),
-        )
-        for i in placed.instances
-    ]
-    proxy = placed.proxy
-    rows += [(proxy.name, "proxy", proxy.host, f"{proxy.address}:{proxy.port}", "", "", "")]
-    return "\n".join(
-        [
-            f"{deployment.name}: {len(placed.prefill)} prefill + {len(placed.decode)} decode, "
-            f"{deployment.engine}, profile {deployment.profile}",
-            f"image {deployment.image_reference}",
-            *_unusual(deployment),
-            "",
-            *table(rows),
-            "",
-            "The file is valid. Next: pd-deploy plan FILE",
-        ]
-    )
-
-
-def _unusual(deployment: Deployment) -> list[str]:
-    lines = [_upstream(deployment)] if deployment.compat else []
-    if deployment.allow:
-        lines.append(f"allowed to break the rules {', '.join(dict.fromkeys(deployment.allow))}")
-    return lines
-
-
-def _upstream(deployment: Deployment) -> str:
-    """Say which upstream files the values follow, as the profile says."""
-    if deployment.upstream_source:
-        return f"values as upstream has them in {deployment.upstream_source}"
-    section = f"values from the section `upstream` of profile {deployment.profile}"
-    return f"{section}, which does not say where upstream has them"
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align rows in columns, one line each; the first row is the heading."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def release_table(history: History, running: Sequence[ContainerState]) -> str:
@@ -75,7 +19,7 @@ def release_table(history: History, running: Sequence[ContainerState]) -> str:
         return f"no host knows what was deployed, but these containers run: {names}"
     if not rows:
         return "nothing has been deployed yet"
-    lines = table([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    lines = aligned([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
     for digest, entry in history.record.quarantine.items():
         lines.append(f"in quarantine: {entry.image} ({digest[:19]}): {entry.reason}")
     return "\n".join(lines)

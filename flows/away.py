@@ -15,6 +15,7 @@ from pd_deploy.errors import (
     SeveralFaults,
     TransientError,
     faults_of,
+    headline,
     is_transient,
 )
 from pd_deploy.hosts.host import Host
@@ -57,7 +58,7 @@ async def with_all_hosts(
             deadline = time.monotonic() + seconds if deadline is None else deadline
             if not away and time.monotonic() >= deadline:
                 raise
-            get_run_logger().warning("%s; trying again", _first_line(fault))
+            get_run_logger().warning("%s; trying again", headline(fault))
             await _until_back(hosts, away, seconds, deadline)
 
 
@@ -71,7 +72,7 @@ async def _until_back(
             for fault in away.values():
                 remaining = max(deadline - time.monotonic(), 0)
                 get_run_logger().warning(
-                    "waiting for at most %.0f s (gates.away) for %s", remaining, _first_line(fault)
+                    "waiting for at most %.0f s (gates.away) for %s", remaining, headline(fault)
                 )
         if away and time.monotonic() >= deadline:
             raise _not_back(hosts, away, seconds)

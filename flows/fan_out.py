@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Coroutine, Iterable
 from typing import TypeVar
 
-from pd_deploy.errors import Abandoned, SeveralFaults, headline
+from pd_deploy.errors import Abandoned, SeveralFaults, faults_of, headline
 from pd_deploy.steps.barrier import Barrier
 
 T = TypeVar("T")
@@ -27,7 +27,12 @@ async def fan_out(barrier: Barrier, steps: Iterable[Awaitable[T]]) -> list[T]:
         for step in steps:
             if isinstance(step, Coroutine):
                 step.close()  # also where it was cancelled before it began
-    faults = [fault for result in results for fault in _faults(result)]
+    faults: list[Exception] = []
+    for result in results:
+        if isinstance(result, Exception):
+            faults += faults_of(result)
+        elif isinstance(result, BaseException):
+            raise result
     causes = [fault for fault in faults if not isinstance(fault, Abandoned)] or faults[:1]
     causes = list({(type(cause), str(cause)): cause for cause in causes}.values())
     if len(causes) == 1:
@@ -43,13 +48,3 @@ async def _guarded(barrier: Barrier, step: Awaitable[T]) -> T:
     except Exception as error:
         barrier.fail(headline(error))
         raise
-
-
-def _faults(result: object) -> list[Exception]:
-    if isinstance(result, SeveralFaults):
-        return result.faults
-    if isinstance(result, Exception):
-        return [result]
-    if isinstance(result, BaseException):
-        raise result
-    return []

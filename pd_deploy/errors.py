@@ -54,7 +54,9 @@ Messages never carry a secret: no key, password, token or command input.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class PdDeployError(Exception):
@@ -352,7 +354,7 @@ class RegistryUnavailable(TransientError):
     """The registry can't be reached, or answers that it is overloaded."""
 
 
-def faults_of(error: BaseException) -> Sequence[BaseException]:
+def faults_of(error: E) -> Sequence[E | Exception]:
     """List the faults that an error reports: those of several steps, or itself."""
     if isinstance(error, SeveralFaults):
         return [cause for fault in error.faults for cause in faults_of(fault)]

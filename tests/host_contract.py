@@ -27,6 +27,20 @@ from pd_deploy.registry import archives
 from pd_deploy.steps import host_records
 from tests.archives import Image, tar
 
+# What the two modules of tests take from here.
+__all__ = [
+    "TestCommands",
+    "TestConnections",
+    "TestContainers",
+    "TestDisks",
+    "TestFacts",
+    "TestFiles",
+    "TestImages",
+    "TestLeases",
+    "create",
+    "place",
+]
+
 OURS = "host-contract"
 PLACE = "/var/lib/pd-host-contract"
 PORT = 4243
@@ -95,7 +109,7 @@ async def create(host: Host, image: str) -> AsyncIterator[Create]:
         await host.docker.remove(state.id, deployment=OURS, force=True)
 
 
-class Commands:
+class TestCommands:
     async def test_input_comes_out_of_cat(self, host: Host) -> None:
         done = await host.run(["cat"], input="a secret\n")
         assert (done.exit_status, done.stdout, done.stderr) == (0, "a secret\n", "")
@@ -133,7 +147,7 @@ class Commands:
             await host.run(["sleep", "600"], timeout=0.2)
 
 
-class Connections:
+class TestConnections:
     async def test_an_unplugged_host(self, host: Host, create: Create, console: Console) -> None:
         """A call under way is lost; the next one finds no host; then all goes on as before."""
         id = await create("sh", "-c", "trap '' TERM; echo deaf; sleep 600")
@@ -153,7 +167,7 @@ class Connections:
         assert host.connects == before + 1
 
 
-class FilesOfAHost:
+class TestFiles:
     async def test_only_what_differs_is_written(
         self, host: Host, console: Console, place: str
     ) -> None:
@@ -277,7 +291,7 @@ class FilesOfAHost:
         }  # fmt: skip
 
 
-class Facts:
+class TestFacts:
     async def test_facts(self, host: Host, console: Console) -> None:
         read = host.facts
         addresses = await host.output(facts.ADDRESSES)
@@ -300,7 +314,7 @@ class Facts:
         assert await host.facts.ports_taken([PORT]) == {}
 
 
-class Images:
+class TestImages:
     async def test_pull_and_resolve_give_the_registrys_digest(
         self, host: Host, image: str, console: Console
     ) -> None:
@@ -411,7 +425,7 @@ class Images:
             await host.docker.resolve("127.0.0.1:5998/some/image:1")
 
 
-class Containers:
+class TestContainers:
     async def test_life(self, host: Host, image: str, create: Create) -> None:
         docker = host.docker
         more = {DEPLOYMENT_LABEL: OURS, "pd-deploy.x": "1"}
@@ -646,7 +660,7 @@ async def age(host: Host, seconds: int) -> None:
 
 
 @pytest.mark.usefixtures("place")
-class Leases:
+class TestLeases:
     async def test_taken_checked_and_given_back(self, host: Host, console: Console) -> None:
         """Its number counts up with every taking, and nothing else is left in the directory."""
         for number in (1, 2):
@@ -816,7 +830,7 @@ class Leases:
 
 
 @pytest.mark.usefixtures("place")
-class Disks:
+class TestDisks:
     """What a full or a read-only disk does."""
 
     async def test_a_full_one_keeps_no_lease_from_being_taken_renewed_and_given_back(
@@ -887,16 +901,3 @@ class Disks:
                 assert refused.value.host == host.where
             assert await host.read_file(path) == b"old"
             assert await host.read_file(f"{LEASED}/lease") == released
-
-
-__all__ = [
-    "Commands",
-    "Containers",
-    "Disks",
-    "Facts",
-    "FilesOfAHost",
-    "Images",
-    "Leases",
-    "create",
-    "place",
-]

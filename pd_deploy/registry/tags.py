@@ -32,14 +32,14 @@ from pd_deploy.errors import InvalidInput, Problem
 NEWEST = "newest"
 """Written instead of an image: use the newest one under the file's update policy."""
 Key = tuple[Any, ...]
-_TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
+_TAG = r"\w[\w.-]{0,127}"
 # The stamps of releases have no year; this one has a 29 February.
 _ANY_YEAR = "2000"
 _FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
 
 
 class _Family(NamedTuple):
-    pattern: re.Pattern[str]
+    pattern: str
     key: Callable[[re.Match[str]], Key]
     """Raises ValueError if the digits are not a date."""
 
@@ -121,10 +121,10 @@ def described(policy: UpdatePolicy) -> str:
 
 def _key(policy: UpdatePolicy, tag: str) -> Key | None:
     """Return a tag's sort key; None if the tag is no candidate."""
-    if not _TAG.fullmatch(tag):
+    if not re.fullmatch(_TAG, tag, re.ASCII):
         return None
     if policy.pattern is not None:
-        groups = re.compile(policy.pattern, re.ASCII).fullmatch(tag)
+        groups = re.fullmatch(policy.pattern, tag, re.ASCII)
         return _by_groups(groups, policy.order) if groups else None
     family = _FAMILIES[policy.family]
     match = _matched(family, tag)
@@ -134,7 +134,7 @@ def _key(policy: UpdatePolicy, tag: str) -> Key | None:
 
 
 def _matched(family: _Family, tag: str) -> re.Match[str] | None:
-    match = family.pattern.fullmatch(tag)
+    match = re.fullmatch(family.pattern, tag, re.ASCII)
     try:
         return match if match and family.key(match) else None
     except ValueError:
@@ -179,7 +179,7 @@ def _by_python_version(match: re.Match[str]) -> Key:
 
 _ENGINE = r"(?P<engine>(?!daily$)[a-z][a-z0-9]*)"
 _FAMILIES = {
-    name: _Family(re.compile(pattern, re.ASCII), key)
+    name: _Family(pattern, key)
     for name, pattern, key in (
         ("daily", r"(\d{8})_(\d+)", lambda match: (_time(match[1]), int(match[2]))),
         (

@@ -10,10 +10,7 @@ import pytest
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.login import Login
 from pd_deploy.lab import Lab, LabHost
-from tests import host_contract
-from tests.host_contract import create, place
-
-__all__ = ["create", "place"]
+from tests.host_contract import *  # noqa: F403  all of its tests, and their fixtures
 
 LISTEN = """
 import signal, socket
@@ -105,27 +102,3 @@ async def image(host: Host, lab: Lab) -> str:
     if await host.docker.image(lab.image) is None:
         await host.docker.pull(lab.image)
     return lab.image
-
-
-class TestCommands(host_contract.Commands): ...
-
-
-class TestConnections(host_contract.Connections): ...
-
-
-class TestFiles(host_contract.FilesOfAHost): ...
-
-
-class TestFacts(host_contract.Facts): ...
-
-
-class TestImages(host_contract.Images): ...
-
-
-class TestContainers(host_contract.Containers): ...
-
-
-class TestLeases(host_contract.Leases): ...
-
-
-class TestDisks(host_contract.Disks): ...

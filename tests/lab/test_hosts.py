@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ import pytest
 
 from pd_deploy import errors
 from pd_deploy.hosts.container_values import (
-    DEPLOYMENT_LABEL,
-    ContainerSpec,
     PullProgress,
     RegistryLogin,
     oci_architecture,
@@ -25,8 +23,10 @@ from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Jump, Login
 from pd_deploy.lab import Lab, LabHost
+from tests.host_contract import OURS, Create, create
 
-OURS = "hosts-test"
+__all__ = ["create"]
+
 BASHRC = "/home/deployer/.bashrc"
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 OTHER_PORT = 2222
@@ -129,22 +129,19 @@ async def image(host: Host, lab: Lab) -> str:
 
 
 @pytest.fixture
-async def container(host: Host, image: str) -> AsyncIterator[Callable[..., Awaitable[str]]]:
-    """Creates labelled containers that are removed after the test."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty home of a user without an agent."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return tmp_path
 
-    async def make(*command: str, **more: object) -> str:
-        spec = ContainerSpec(
-            name=f"{OURS}-{uuid4().hex[:8]}",
-            image=image,
-            command=command or ("sleep", "600"),
-            labels={DEPLOYMENT_LABEL: OURS},
-            stop_timeout=1,
-        )
-        return await host.docker.create(spec.model_copy(update=more))
 
-    yield make
-    for state in await host.docker.containers({DEPLOYMENT_LABEL: OURS}):
-        await host.docker.remove(state.id, deployment=OURS, force=True)
+@pytest.fixture
+def ssh(home: Path) -> Path:
+    """The user's ~/.ssh."""
+    directory = home / ".ssh"
+    directory.mkdir(mode=0o700)
+    return directory
 
 
 FORWARDS_NOTHING = ("AllowStreamLocalForwarding no", "AllowTcpForwarding no")
@@ -275,35 +272,21 @@ class TestLoginFaults:
         assert (await host.run(["true"])).exit_status == 0
 
     async def test_trust_on_first_use_is_remembered(
-        self,
-        connect: Callable[..., Host],
-        login: Login,
-        box: LabHost,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, connect: Callable[..., Host], login: Login, box: LabHost, home: Path
     ) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path))
         own = replace(login, known_hosts=None)
         with pytest.raises(errors.HostKeyMismatch, match="not known"):
             await connect(own).run(["true"])
         await connect(replace(own, trust_on_first_use=True)).run(["true"])
-        known = tmp_path / ".ssh" / "known_hosts"
+        known = home / ".ssh" / "known_hosts"
         assert known.read_text().startswith(f"{box.address} ssh-ed25519 ")
         assert known.stat().st_mode & 0o777 == 0o600
         await connect(own).run(["true"])
 
     async def test_without_credentials_the_users_own_serve(
-        self,
-        connect: Callable[..., Host],
-        lab: Lab,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, connect: Callable[..., Host], lab: Lab, ssh: Path
     ) -> None:
-        ssh = tmp_path / ".ssh"
-        ssh.mkdir(mode=0o700)
         (ssh / "known_hosts").write_text(lab.known_hosts.read_text())
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
         with pytest.raises(errors.AuthenticationFailed, match=r"keys in ~/\.ssh"):
             await connect(Login("root")).run(["true"])
         (ssh / "id_ed25519").write_text(lab.ssh_key.read_text())
@@ -317,13 +300,11 @@ class TestLoginFaults:
         lab: Lab,
         box: LabHost,
         another_sshd: Callable[..., int],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        ssh: Path,
     ) -> None:
         """Name, port, terminal, identities, files with known hosts, strictness; with credentials
         of the deployment's own, all but these."""
-        port, ssh = another_sshd(), tmp_path / ".ssh"
-        ssh.mkdir(mode=0o700)
+        port = another_sshd()
         key = box.run(["cat", "/etc/ssh/ssh_host_ed25519_key.pub"]).stdout
         (ssh / "known_of_b").write_text(f"not a line\nnode-1 {key}")
         (ssh / "key").write_text(lab.ssh_key.read_text())
@@ -338,8 +319,6 @@ class TestLoginFaults:
             "IdentityFile ~/.ssh/key",
             "UserKnownHostsFile ~/.ssh/known_of_a ~/.ssh/known_of_b",
         ]
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
 
         async def runs(login: Login, *more: str) -> None:
             (ssh / "config").write_text("\n".join([*settings, *more, ""]))
@@ -363,17 +342,9 @@ class TestLoginFaults:
         await runs(Login("root"))
 
     async def test_keys_that_cannot_be_read_are_named(
-        self,
-        connect: Callable[..., Host],
-        lab: Lab,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, connect: Callable[..., Host], lab: Lab, ssh: Path
     ) -> None:
-        ssh = tmp_path / ".ssh"
-        ssh.mkdir(mode=0o700)
         (ssh / "known_hosts").write_text(lab.known_hosts.read_text())
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
         key = asyncssh.generate_private_key("ssh-rsa", key_size=2048)
         encrypted = key.export_private_key("pkcs1-pem", passphrase="right")
         for name in ("id_rsa", "other"):
@@ -536,13 +507,13 @@ class TestServersOfOtherKinds:
         connect: Callable[..., Host],
         login: Login,
         another_sshd: Callable[..., int],
-        container: Callable[..., Awaitable[str]],
+        create: Create,
         most: int,
     ) -> None:
         port = another_sshd(f"MaxSessions {most}", *FORWARDS_NOTHING)
         host = connect(replace(login, port=port))
         assert await host.read_file("/etc/hostname")
-        id = await container()
+        id = await create()
         await host.docker.start(id)
         waits = [asyncio.ensure_future(host.docker.wait(id)) for _ in range(5)]
         await eventually(lambda: threads("wait for") == 5)
@@ -675,10 +646,8 @@ class TestCancelled:
         assert await host.read_file(f"{place}/large") is None
         assert await host.write_files({f"{place}/small": File(b"1")})
 
-    async def test_a_start_is_known_afterwards(
-        self, host: Host, container: Callable[..., Awaitable[str]]
-    ) -> None:
-        made = await container()
+    async def test_a_start_is_known_afterwards(self, host: Host, create: Create) -> None:
+        made = await create()
         call = asyncio.ensure_future(host.docker.start(made))
         await eventually(lambda: threads(f"start {made}") == 1)
         call.cancel()
@@ -765,18 +734,16 @@ class TestDocker:
         assert found is not None
         assert (found.id, found.digest) == (image.id, ref)
 
-    async def test_both_output_streams_are_logged(
-        self, host: Host, container: Callable[..., Awaitable[str]]
-    ) -> None:
-        id = await container("sh", "-c", "echo out; echo err >&2; sleep 600")
+    async def test_both_output_streams_are_logged(self, host: Host, create: Create) -> None:
+        id = await create("sh", "-c", "echo out; echo err >&2; sleep 600")
         await host.docker.start(id)
         assert await host.docker.wait_log(id, "err", 30) == "seen"
         assert set((await host.docker.logs(id)).split()) == {"out", "err"}
 
     async def test_wait_survives_a_reconnect(
-        self, host: Host, box: LabHost, container: Callable[..., Awaitable[str]]
+        self, host: Host, box: LabHost, create: Create
     ) -> None:
-        id = await container("sh", "-c", "while ! [ -e /tmp/go ]; do sleep 0.1; done; exit 7")
+        id = await create("sh", "-c", "while ! [ -e /tmp/go ]; do sleep 0.1; done; exit 7")
         await host.docker.start(id)
         waiting = asyncio.ensure_future(host.docker.wait(id))
         await eventually(lambda: threads("wait for") == 1)
@@ -786,10 +753,8 @@ class TestDocker:
         box.run(["docker", "exec", id, "touch", "/tmp/go"])
         assert await waiting == 7
 
-    async def test_a_cancelled_wait_leaves_nothing_behind(
-        self, host: Host, container: Callable[..., Awaitable[str]]
-    ) -> None:
-        id = await container()
+    async def test_a_cancelled_wait_leaves_nothing_behind(self, host: Host, create: Create) -> None:
+        id = await create()
         await host.docker.start(id)
         waiting = asyncio.ensure_future(host.docker.wait(id))
         await eventually(lambda: threads("wait for") == 1)
@@ -799,10 +764,8 @@ class TestDocker:
         await eventually(lambda: threads("wait for") == 0)
         assert (await host.docker.inspect(id)).running
 
-    async def test_more_waits_than_sessions(
-        self, host: Host, container: Callable[..., Awaitable[str]]
-    ) -> None:
-        id = await container()
+    async def test_more_waits_than_sessions(self, host: Host, create: Create) -> None:
+        id = await create()
         await host.docker.start(id)
         waits = [asyncio.ensure_future(host.docker.wait(id)) for _ in range(20)]
         await eventually(lambda: threads("wait for") == 20)
@@ -847,11 +810,11 @@ class TestEngineFaults:
         connect: Callable[..., Host],
         login: Login,
         no_forwarding: int,
-        container: Callable[..., Awaitable[str]],
+        create: Create,
     ) -> None:
         host = connect(replace(login, port=no_forwarding))
         assert (await host.docker.info()).version
-        id = await container()
+        id = await create()
         await host.docker.start(id)
         waits = [asyncio.ensure_future(host.docker.wait(id)) for _ in range(12)]
         await eventually(lambda: threads("wait for") == 12)
@@ -935,10 +898,8 @@ class TestEngineFaults:
         with pytest.raises(errors.ImageNotFound):
             await host.docker.pull(strict_registry, RegistryLogin("me", "open-sesame"))
 
-    async def test_no_such_command(
-        self, host: Host, container: Callable[..., Awaitable[str]]
-    ) -> None:
-        id = await container("no-such-command", init=False)
+    async def test_no_such_command(self, host: Host, create: Create) -> None:
+        id = await create("no-such-command", init=False)
         with pytest.raises(errors.DockerRefused, match="no-such-command"):
             await host.docker.start(id)
 

@@ -7,15 +7,12 @@ import pytest
 
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
-from tests import host_contract
-from tests.host_contract import create, place
+from tests.host_contract import *  # noqa: F403  all of its tests, and their fixtures
 from tests.memory import commands, programs
 from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock
 from tests.memory.host import MemoryHost
 from tests.memory.machine import Build, Cluster, Container, Machine
-
-__all__ = ["create", "place"]
 
 REPOSITORY = "registry.example/omni"
 
@@ -105,30 +102,6 @@ async def image(host: Host, console: Console) -> str:
     console.push("1")
     await host.docker.pull(f"{REPOSITORY}:1")
     return f"{REPOSITORY}:1"
-
-
-class TestCommands(host_contract.Commands): ...
-
-
-class TestConnections(host_contract.Connections): ...
-
-
-class TestFiles(host_contract.FilesOfAHost): ...
-
-
-class TestFacts(host_contract.Facts): ...
-
-
-class TestImages(host_contract.Images): ...
-
-
-class TestContainers(host_contract.Containers): ...
-
-
-class TestLeases(host_contract.Leases): ...
-
-
-class TestDisks(host_contract.Disks): ...
 
 
 async def test_a_draft_is_closed_to_others_until_it_is_whole(machine: Machine) -> None:
