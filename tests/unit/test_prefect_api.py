@@ -38,7 +38,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[tuple[str, type[Answers]]]:
     answers = type("Answers", (Answers,), {})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answers) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{listening.server_port}", answers
         listening.shutdown()
 
