@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +18,9 @@ from demo.processes import Processes
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 600  # the first start creates the database: minutes on a busy machine
+ANSWER_TIMEOUT_S = 60
+RETRY_DELAYS_S = (1, 2, 4, 8, 16)
+BUSY = (429, 502, 503)  # 503 where SQLite is locked for too long
 SERVER, WORKER = "server", "worker"
 
 
@@ -85,14 +89,20 @@ class PrefectServer:
         return done.stdout
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Send a request to the server's API; return what it answers.
+        """Send a request to the server's API, as often as Prefect's client would; return what it
+        answers.
 
         Raises:
-            httpx.HTTPError: it refuses, or does not answer within 30 s.
+            httpx.HTTPError: it refuses, or does not answer.
         """
-        answer = httpx.request(
-            method, f"{self.api}/{path}", json=body, trust_env=False, timeout=30
-        ).raise_for_status()
+        for delay in (*RETRY_DELAYS_S, None):
+            answer = httpx.request(
+                method, f"{self.api}/{path}", json=body, trust_env=False, timeout=ANSWER_TIMEOUT_S
+            )
+            if answer.status_code not in BUSY or delay is None:
+                break
+            time.sleep(delay)
+        answer.raise_for_status()
         return answer.json() if answer.content else None
 
     def _answers(self) -> bool:

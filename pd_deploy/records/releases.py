@@ -22,6 +22,9 @@ from pd_deploy.records.generations import Generation, latest
 RELEASE = "release.json"
 PLAN = "plan.json"
 RECORD = "record.json"
+QUARANTINE = (
+    100  # images at most; `newest` would have to be bad as often in a row to take one again
+)
 Result = Literal["good", "failed", "interrupted"]
 
 
@@ -158,8 +161,13 @@ class Record(_Frozen):
         return self._changed(outcomes={**self.outcomes, generation: outcome})
 
     def quarantined(self, digest: str, why: Quarantined) -> "Record":
-        """Put an image into quarantine."""
-        return self._changed(quarantine={**self.quarantine, digest: why})
+        """Put an image into quarantine; the oldest of too many leave it.
+
+        The record is read and written at each run, and a service may live for years.
+        """
+        entries = {**self.quarantine, digest: why}.items()
+        youngest = sorted(entries, key=lambda entry: entry[1].when)[-QUARANTINE:]
+        return self._changed(quarantine=dict(youngest))
 
     def released(self, digest: str) -> "Record":
         """Take an image out of quarantine."""

@@ -92,6 +92,15 @@ class TestRecord:
         record = Record().ended(ONE, outcome("failed")).promoted(ONE, NOW, "x")
         assert record.outcomes[ONE].result == "good"
 
+    def test_the_record_does_not_grow_with_every_bad_build(self) -> None:
+        record = Record()
+        for day in range(150):
+            why = BAD.model_copy(update={"when": NOW + timedelta(days=day)})
+            record = record.quarantined(f"sha256:{day:064x}", why)
+        assert len(record.quarantine) == releases.QUARANTINE
+        assert f"sha256:{149:064x}" in record.quarantine
+        assert f"sha256:{0:064x}" not in record.quarantine
+
     def test_images_go_into_quarantine_and_out_of_it(self) -> None:
         record = Record().quarantined(DIGEST, BAD)
         assert record.quarantine == {DIGEST: BAD}
