@@ -1,20 +1,26 @@
 """Reading from the hosts, without a flow run."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from pd_deploy.cli.prefect_api import reached
 from pd_deploy.config.models import Deployment
+from pd_deploy.errors import PdDeployError
 from pd_deploy.flows import survey
-from pd_deploy.flows.session import open_former, open_session
+from pd_deploy.flows.session import open_former, open_session, session_on
 from pd_deploy.hosts.concurrent import together
-from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.hosts.container_values import ContainerState, ListedContainer
+from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records import generations
-from pd_deploy.records.releases import History
+from pd_deploy.records.releases import History, HostAccess
+from pd_deploy.records.status import Status
 from pd_deploy.steps import host_records
 from pd_deploy.steps.session import Session
+from pd_deploy.steps.status import status
+
+AT_ONCE = 32  # deployments whose hosts are asked at the same time
 
 
 def plan(deployment: Deployment, image: str | None) -> Plan:
@@ -39,6 +45,42 @@ def read_history(deployment: Deployment) -> tuple[History, list[ContainerState]]
 
     with reached():
         return asyncio.run(read())
+
+
+def read_statuses(deployments: Iterable[Deployment]) -> list[Status | PdDeployError]:
+    """Ask the hosts of many deployments what serves; see `statuses`."""
+    with reached():
+        return asyncio.run(statuses(deployments))
+
+
+async def statuses(deployments: Iterable[Deployment]) -> list[Status | PdDeployError]:
+    """Ask all hosts of all deployments side by side what serves; each host is listed once.
+
+    Returns:
+        For each deployment its status, or why its hosts could not be asked.
+    """
+    shared: dict[HostAccess, Host] = {}
+    listings: dict[Host, asyncio.Future[list[ListedContainer]]] = {}
+    turns = asyncio.Semaphore(AT_ONCE)
+
+    async def listed(host: Host) -> list[ListedContainer]:
+        if host not in listings:
+            listings[host] = asyncio.ensure_future(host.docker.listed())
+        return await listings[host]
+
+    async def asked(deployment: Deployment) -> Status | PdDeployError:
+        async with turns:
+            try:
+                return await status(await session_on(shared, deployment), listed)
+            except PdDeployError as error:
+                return error
+
+    try:
+        return await together(map(asked, deployments))
+    finally:
+        for listing in listings.values():
+            listing.cancel()
+        await Hosts.of({str(access): host for access, host in shared.items()}).aclose()
 
 
 @asynccontextmanager

@@ -19,6 +19,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
+    WorkQueueFilter,
+    WorkQueueFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.exceptions import TerminationSignal
@@ -145,7 +147,7 @@ def waits(run: FlowRun, state: State[Any], ahead: str) -> str:
     pool = run.work_pool_name or "its work pool"
     due = state.state_details.scheduled_time
     if ahead:
-        why = f"for {ahead}, which works on the same deployment"
+        why = f"for {ahead}"
     elif state.name == QUEUED:
         why = "for its turn: another run of its deployment has just ended, or is about to begin"
     elif state.is_pending():
@@ -160,23 +162,34 @@ def waits(run: FlowRun, state: State[Any], ahead: str) -> str:
 
 
 async def _ahead(client: PrefectClient, run: FlowRun) -> str:
-    """Name the other runs of a run's deployment that hold its slot."""
+    """Name the runs that have a run's place: others of its deployment, or those of its queue."""
     same = DeploymentFilter(
         id=DeploymentFilterId(any_=[run.deployment_id] if run.deployment_id else [])
     )
+    if others := await _at_work(client, run, deployment_filter=same):
+        return f"{', '.join(others)}, which works on the same deployment"
+    queue = await client.read_work_queue(run.work_queue_id) if run.work_queue_id else None
+    if not queue or not queue.concurrency_limit:
+        return ""
+    chosen = WorkQueueFilter(id=WorkQueueFilterId(any_=[queue.id]))
+    others = await _at_work(client, run, work_queue_filter=chosen)
+    full = len(others) >= queue.concurrency_limit
+    return f"{', '.join(others)}, which has the queue {queue.name}" if full else ""
+
+
+async def _at_work(client: PrefectClient, run: FlowRun, **chosen: Any) -> list[str]:
+    """Name the other runs of a filter that hold a slot."""
     active = FlowRunFilterState(
         type=FlowRunFilterStateType(
             any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
         )
     )
-    runs = await client.read_flow_runs(
-        deployment_filter=same, flow_run_filter=FlowRunFilter(state=active)
-    )
-    return ", ".join(
+    runs = await client.read_flow_runs(flow_run_filter=FlowRunFilter(state=active), **chosen)
+    return [
         f"run {other.name!r} ({other.id}), {other.state_name}"
         for other in runs
         if other.id != run.id
-    )
+    ]
 
 
 def _show(tasks: Iterable[TaskRun], shown: set[tuple[UUID, UUID]]) -> bool:

@@ -28,6 +28,10 @@ P = ParamSpec("P")
 Runbook = Callable[P, Coroutine[Any, Any, State[None]]]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GOES_BACK = (
+    "this run ends what it does, and goes back to what served before if it has stopped that; "
+    "another one ends it at once (then run {remedy})"
+)
 
 
 @dataclass
@@ -47,11 +51,12 @@ ending: ContextVar[Ending] = ContextVar("ending")
 """Of the run in this context, where somebody wants to know."""
 
 
-def interruptible(left: str) -> Callable[[Runbook[P]], Runbook[P]]:
+def interruptible(left: str, first: str = GOES_BACK) -> Callable[[Runbook[P]], Runbook[P]]:
     """Have a flow's function end by itself when it is asked to end, as Cancelled.
 
     Args:
         left: what became of the hosts when it was cancelled in a part that undoes nothing.
+        first: what the first request does; `{remedy}` is the command that repairs the rest.
     """
 
     def decorate(runbook: Runbook[P]) -> Runbook[P]:
@@ -59,7 +64,7 @@ def interruptible(left: str) -> Callable[[Runbook[P]], Runbook[P]]:
         async def run(*args: P.args, **kwargs: P.kwargs) -> State[None]:
             end = ending.get(Ending())
             outlive_reader()
-            with _signals_cancel_this_task(end.signals):
+            with _signals_cancel_this_task(end.signals, first):
                 try:
                     end.state = await runbook(*args, **kwargs)
                 except asyncio.CancelledError:
@@ -98,7 +103,7 @@ def goes_on(rollout: Rollout) -> bool:
 
 
 @contextmanager
-def _signals_cancel_this_task(seen: list[int]) -> Iterator[None]:
+def _signals_cancel_this_task(seen: list[int], first: str) -> Iterator[None]:
     """Have each signal cancel this task, and it alone, for as long as the body runs.
 
     Prefect's handler raises an exception wherever the process is just then: in the event loop it
@@ -107,6 +112,7 @@ def _signals_cancel_this_task(seen: list[int]) -> Iterator[None]:
 
     Args:
         seen: gets the number of each.
+        first: see `interruptible`.
     """
     task, loop, logger = asyncio.current_task(), asyncio.get_running_loop(), get_run_logger()
     assert task is not None
@@ -116,12 +122,7 @@ def _signals_cancel_this_task(seen: list[int]) -> Iterator[None]:
         seen.append(number)
         name = signal.Signals(number).name
         if len(seen) == 1:
-            logger.warning(
-                "%s: this run ends what it does, and goes back to what served before if it has "
-                "stopped that; another one ends it at once (then run %s)",
-                name,
-                hint,
-            )
+            logger.warning("%s: %s", name, first.format(remedy=hint))
         else:
             logger.warning("%s again: this run ends at once; then run %s", name, hint)
         task.cancel()

@@ -86,7 +86,7 @@ async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
         markdown=actions.as_markdown(plan),
         description=f"What a run of {_file()} would do",
     )
-    await _if_the_server_takes_it(artifact)
+    await if_the_server_takes_it(artifact)
     changes = sum(len(host.actions) for host in plan.hosts.values())
     return Completed(message=f"Dry run: {changes} changes; nothing was touched")
 
@@ -172,7 +172,7 @@ async def rolled_back(
 
 async def listing(deployment: str, history: History) -> None:
     """Publish a deployment's releases."""
-    await _if_the_server_takes_it(_listing(deployment, history))
+    await if_the_server_takes_it(_listing(deployment, history))
 
 
 async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:
@@ -188,7 +188,7 @@ async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:
         key=f"{deployment}-instances", table=[], description=f"Instances of {_file()}"
     )
     nothing = History(Record(), {}, frozenset())
-    await _if_the_server_takes_it(report, instances, _listing(deployment, nothing))
+    await if_the_server_takes_it(report, instances, _listing(deployment, nothing))
     return Completed(message=f"{deployment} is gone: {details}")
 
 
@@ -209,7 +209,7 @@ async def _publish(
         table=_instances(rollout),
         description=f"Instances of {_file()}",
     )
-    await _if_the_server_takes_it(report, instances, _listing(deployment, rollout.history))
+    await if_the_server_takes_it(report, instances, _listing(deployment, rollout.history))
 
 
 def _listing(deployment: str, history: History) -> Coroutine[Any, Any, object]:
@@ -220,7 +220,7 @@ def _listing(deployment: str, history: History) -> Coroutine[Any, Any, object]:
     )
 
 
-async def _if_the_server_takes_it(*artifacts: Coroutine[Any, Any, object]) -> None:
+async def if_the_server_takes_it(*artifacts: Coroutine[Any, Any, object]) -> None:
     """Publish artifacts, if that is possible in `PATIENCE_S`.
 
     They decide nothing: what a run did to its hosts is so, whether its server hears of it or not,

@@ -6,6 +6,9 @@ from datetime import UTC, datetime, timedelta
 from prefect import runtime
 from prefect.context import FlowRunContext
 
+FLEET = "pd-fleet"
+"""Tag of runs that a roll through a fleet started."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -33,7 +36,8 @@ def this_run() -> Run:
     assert flow_run is not None
     creator = flow_run.created_by.display_value if flow_run.created_by else None
     scheduled = bool(flow_run.auto_scheduled)
-    started_by = "the schedule" if scheduled else creator or "hand"
+    by_fleet = FLEET in flow_run.tags
+    started_by = "the schedule" if scheduled else FLEET if by_fleet else creator or "hand"
     url = runtime.flow_run.ui_url if flow_run.deployment_id else None
     now = datetime.now(UTC)
     due = flow_run.expected_start_time if scheduled else None

@@ -50,6 +50,27 @@ async def open_session(
         yield Session(deployment, opened, registry_login, forget)
 
 
+async def session_on(shared: dict[HostAccess, Host], deployment: Deployment) -> Session:
+    """Give a deployment's hosts as `open_session` does, of which several deployments may have some.
+
+    Args:
+        shared: hosts by how they are reached, without their names; gets those that are new.
+            Whoever has it closes them.
+
+    Raises:
+        InvalidInput: blocks that do not exist, all at once.
+    """
+    blocks, registry_login = await _load_blocks(deployment)
+    named = {}
+    for name, place in host_accesses(deployment).items():
+        key = place.model_copy(update={"name": ""})
+        if key not in shared:
+            block = blocks.get(place.credentials or "")
+            shared[key] = _host(name, place, block, deployment)
+        named[name] = shared[key]
+    return Session(deployment, Hosts.of(named), registry_login)
+
+
 @asynccontextmanager
 async def locked_session(
     deployment: Deployment,

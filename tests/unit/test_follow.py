@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from prefect.client.schemas.filters import WorkQueueFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.states import (
     AwaitingConcurrencySlot,
@@ -20,15 +21,24 @@ from prefect.states import (
 
 from pd_deploy.cli import run as following
 
-RUN = UUID(int=1)
+RUN, QUEUE = UUID(int=1), UUID(int=3)
 SOON = datetime.now(UTC) + timedelta(hours=1)
 
 
 class Server:
     """A server on which a run stays in a state for some polls, and then completes."""
 
-    def __init__(self, state: State[Any], *, ahead: str = "", tasks: int = 0) -> None:
+    def __init__(
+        self,
+        state: State[Any],
+        *,
+        ahead: str = "",
+        queued: str = "",
+        limit: int = 1,
+        tasks: int = 0,
+    ) -> None:
         self.state, self.polls, self.ahead = state, 20, ahead
+        self.queued, self.limit = queued, limit
         self.tasks = [
             TaskRun(
                 id=uuid4(),
@@ -50,13 +60,25 @@ class Server:
         self.polls -= 1
         state = self.state if self.polls > 0 else Completed(message="served")
         return FlowRun(
-            id=RUN, flow_id=uuid4(), deployment_id=uuid4(), state=state, work_pool_name="pd-pool"
+            id=RUN,
+            flow_id=uuid4(),
+            deployment_id=uuid4(),
+            state=state,
+            work_pool_name="pd-pool",
+            work_queue_id=QUEUE if self.queued else None,
         )
 
-    async def read_flow_runs(self, **_: object) -> list[Any]:
+    async def read_flow_runs(
+        self, *, work_queue_filter: WorkQueueFilter | None = None, **_: object
+    ) -> list[Any]:
         itself = SimpleNamespace(id=RUN, name="itself", state_name="Pending")
-        other = SimpleNamespace(id=UUID(int=2), name=self.ahead, state_name="Pending")
-        return [itself, other] if self.ahead else [itself]
+        name = self.queued if work_queue_filter else self.ahead
+        other = SimpleNamespace(id=UUID(int=2), name=name, state_name="Pending")
+        return [itself, other] if name else [itself]
+
+    async def read_work_queue(self, queue: UUID) -> Any:
+        assert queue == QUEUE
+        return SimpleNamespace(id=QUEUE, name="hosts-a-b", concurrency_limit=self.limit)
 
     async def read_task_runs(self, *, limit: int, offset: int, **_: object) -> list[TaskRun]:
         assert limit <= 200  # Prefect's server refuses more
@@ -104,6 +126,15 @@ def test_who_is_ahead_of_a_run_is_named(followed: Any, state: State[Any]) -> Non
         f"{state.name}: waits for run 'orphan' ({UUID(int=2)}), Pending, "
         "which works on the same deployment"
     )
+
+
+def test_who_has_the_queue_of_a_run_s_hosts_is_named(followed: Any) -> None:
+    line, _ = followed(Server(Late(), queued="neighbour"))
+    assert line == (
+        f"Late: waits for run 'neighbour' ({UUID(int=2)}), Pending, which has the queue hosts-a-b"
+    )
+    line, _ = followed(Server(Late(), queued="neighbour", limit=2))
+    assert "none of pool pd-pool takes it" in line
 
 
 def test_a_run_that_works_waits_for_nothing(followed: Any) -> None:

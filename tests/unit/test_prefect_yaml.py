@@ -17,7 +17,7 @@ from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.server.schemas.schedules import CronSchedule
 
-from pd_deploy.flows import catalogue
+from pd_deploy.flows import catalogue, fleet, nights
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
 
@@ -27,13 +27,14 @@ DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_
     "deployments"
 ]
 NIGHTLY = [one for one in DEPLOYMENTS if one["name"].endswith("-nightly")]
+(FLEET,) = (one for one in DEPLOYMENTS if one["entrypoint"].endswith(".fleet"))
 FLOWS = {"deploy": deploy, "rollback": rollback}
 RECOVER = [one for one in DEPLOYMENTS if "recover" in one["entrypoint"]]
 
 
 def test_each_service_with_a_recovery_has_a_nightly_and_no_other_has_a_schedule() -> None:
     assert {f"{one['name']}-nightly" for one in RECOVER} == {one["name"] for one in NIGHTLY}
-    assert [one for one in DEPLOYMENTS if "schedules" in one] == NIGHTLY
+    assert [one for one in DEPLOYMENTS if "schedules" in one] == [*NIGHTLY, FLEET]
 
 
 @pytest.mark.parametrize("nightly", NIGHTLY, ids=lambda one: one["name"])
@@ -47,19 +48,37 @@ def test_what_makes_a_night_a_night_is_no_parameter_of_a_schedule(nightly: dict[
     assert not any("parameters" in schedule for schedule in nightly["schedules"])
 
 
-@pytest.mark.parametrize("one", [*NIGHTLY, *RECOVER], ids=lambda one: one["name"])
+@pytest.mark.parametrize("one", [*NIGHTLY, FLEET, *RECOVER], ids=lambda one: one["name"])
 def test_switches_are_kept_by_a_step_that_asks_for_this_very_deployment(
     one: dict[str, Any],
 ) -> None:
-    flow = "pd-deploy" if one in NIGHTLY else "pd-recover"
+    flow = "pd-deploy" if one in NIGHTLY else "pd-fleet" if one is FLEET else "pd-recover"
     step = {"pd_deploy.flows.switches.as_left": {"deployment": f"{flow}/{one['name']}"}}
-    assert one["build"] == [step]
+    assert one["build"][0] == step
     switches = [schedule["active"] for schedule in one.get("schedules", ())]
     switches += [trigger["enabled"] for trigger in one.get("triggers", ())]
     names = ["{{ automations.interrupted }}", "{{ automations.silent }}"]
-    assert switches == (["{{ schedule }}"] if one in NIGHTLY else names)
+    assert switches == (names if one in RECOVER else ["{{ schedule }}"])
     for trigger, name in zip(one.get("triggers", ()), ("interrupted", "silent"), strict=False):
         assert trigger["name"].split()[-1] == name
+
+
+@pytest.mark.parametrize("nightly", NIGHTLY, ids=lambda one: one["name"])
+def test_each_night_has_the_minute_of_its_service(nightly: dict[str, Any]) -> None:
+    (step,) = nightly["build"][1:]
+    given = step["pd_deploy.flows.nights.spread"]
+    assert given["name"] == nightly["parameters"]["file"].split("/")[-1].removesuffix(".yaml")
+    (schedule,) = nightly["schedules"]
+    assert schedule["cron"] == "{{ night }}"
+    CronSchedule(cron=nights.spread(**given)["night"], timezone=schedule["timezone"])
+
+
+def test_the_fleet_is_made_of_deployments_that_there_are() -> None:
+    waves = FLEET["parameters"]["waves"]
+    deployed = {one["name"] for one in DEPLOYMENTS if one["entrypoint"].endswith(".deploy")}
+    assert {service for wave in waves for service in wave} <= deployed
+    assert FLEET["parameters"].keys() <= fleet.fleet.parameters.properties.keys()
+    assert FLEET["concurrency_limit"]["limit"] == 1
 
 
 @pytest.mark.parametrize("path", ["prefect.yaml", "cli/scaffold/prefect.yaml"])
