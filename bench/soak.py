@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,8 @@ SETTINGS = {
 RUN_TIMEOUT_S = 600  # for a machine that is busy with other things as well
 STEP_TIMEOUT_S = 120
 POLL_S = 0.25
+# What an upgrade that could not be followed to its end fails of, where the machine is too busy.
+OF_OTHERS = (httpx.HTTPError, sqlite3.Error, subprocess.SubprocessError)
 PAUSE_S = 0.1  # between two requests of the client: it is not to be the load
 LOADING_S = 6.0  # long enough for a fault to come while an engine loads
 FAULT_EVERY = 3
@@ -100,7 +103,7 @@ class Upgrade:
     """One upgrade: what went wrong on purpose, and how it ended.
 
     Attributes:
-        seconds: from the request to the end of the run, and of a recovery.
+        seconds: from the request to the last look at what the run, or a recovery, left.
         down: the client's longest time without a completion, in s.
         problem: what is not as it has to be; empty if all is well.
     """
@@ -139,15 +142,21 @@ class Soak:
     def upgrade(self, number: int, fault: Fault | None) -> Upgrade:
         """Upgrade the service to the other image; look at what serves then."""
         self._client.gap, begin = 0.0, time.monotonic()
-        other = self._good[self._serving == self._good[0]]
+        other, figures = self._good[self._serving == self._good[0]], dict[str, float]()
         try:
             problem = self._upgrade(number, fault, other)
-        except (LabError, RuntimeError, httpx.HTTPError, LookupError) as error:
+            if not (fault or problem):
+                figures = self._figures()
+        except (LabError, RuntimeError, LookupError, OSError, *OF_OTHERS) as error:
             problem = f"{type(error).__name__}: {error}"
-        seconds = time.monotonic() - begin
-        gap = self._client.gap
-        figures = {} if fault or problem else self._figures()
-        return Upgrade(number, fault.name if fault else "", seconds, gap, problem, figures)
+        return Upgrade(
+            number,
+            fault.name if fault else "",
+            time.monotonic() - begin,
+            self._client.gap,
+            problem,
+            figures,
+        )
 
     def _upgrade(self, number: int, fault: Fault | None, image: str) -> str:
         fault = fault or Fault("none")
