@@ -1,4 +1,4 @@
-"""`pd-deploy lab`: two simulated hosts on which to try pd-deploy."""
+"""`pd-deploy lab`: simulated hosts on which to try pd-deploy."""
 
 import json
 import os
@@ -22,26 +22,31 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Simulate two NPU hosts on this machine, to try pd-deploy without hardware.",
+    help="Simulate NPU hosts on this machine, to try pd-deploy without hardware.",
 )
 Name = Annotated[str, typer.Option(help="The lab's name; several can run side by side.")]
-Host = Annotated[str, typer.Argument(help="The host: a or b.", metavar="HOST")]
+Host = Annotated[str, typer.Argument(help="The host: a, b, …", metavar="HOST")]
 
 
 @app.command()
 def up(
     name: Name = DEFAULT_NAME,
     subnet: Annotated[
-        str, typer.Option(help="The lab's network; the registry gets .1, the hosts .11 and .12.")
+        str, typer.Option(help="The lab's network; the registry gets .1, the hosts .11, .12, …")
     ] = DEFAULT_SUBNET,
+    hosts: Annotated[
+        int | None,
+        typer.Option(help="How many hosts. [default: 2, or those of the lab that is up]"),
+    ] = None,
 ) -> None:
-    """Start the lab: hosts a and b with SSH and Docker, and a registry with the stand-in image.
+    """Start the lab: hosts a, b, … with SSH and Docker, and a registry with the stand-in image.
 
     Needs root. The first start takes a minute or two, because it downloads Debian packages. A lab
-    that is already up is kept; what is left of a broken one is removed first.
+    that is already up is kept; what is left of a broken one is removed first. Beyond z, hosts are
+    named aa, ab, and so on.
     """
     with _plain_errors():
-        _print_access(Lab.up(name, subnet, say=_say))
+        _print_access(Lab.up(name, subnet, hosts=hosts, say=_say))
 
 
 @app.command()

@@ -1,20 +1,24 @@
 """Starting, loading and stopping a lab."""
 
+import itertools
 import os
 import re
 import secrets
+import string
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pd_deploy.lab import cache, images, network, seed, vllm
-from pd_deploy.lab.box import Box, kill_recorded
+from pd_deploy.lab.box import Box, kill_recorded, recorded_init
 from pd_deploy.lab.errors import LabError
 from pd_deploy.lab.host import LabHost
 from pd_deploy.lab.system import install_missing_packages, remove_tree, require_root, wait_until
@@ -23,9 +27,12 @@ STATE = Path("/var/lib/pd-deploy-lab")
 STANDIN = Path(__file__).with_name("standin")
 DEFAULT_NAME = "pdlab"
 DEFAULT_SUBNET = "10.77.0.0/24"
-HOSTS = {"a": 11, "b": 12}  # name -> number of its address in the subnet
+DEFAULT_HOSTS = 2
+FIRST_HOST = 11  # number of its address in the subnet; the others follow
+LAST_HOST = 253
 SWITCH = 1
 MACHINE = -2  # the machine's own interface: the last usable address
+AT_ONCE = 8  # hosts that start or stop at the same time
 REGISTRY_PORT = 5000
 REPOSITORY = "omni-ci/daily_omniinfer"
 TAG = "20250722_26"
@@ -41,6 +48,7 @@ KEPT_NGINX = "usr/libexec/standin/nginx"  # what its build script installs
 CGROUPS = Path("/sys/fs/cgroup")
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class Lab(BaseModel):
@@ -78,6 +86,7 @@ class Lab(BaseModel):
         name: str = DEFAULT_NAME,
         subnet: str = DEFAULT_SUBNET,
         *,
+        hosts: int | None = None,
         share: Iterable[Path] | None = None,
         say: Say = lambda _: None,
     ) -> "Lab":
@@ -86,29 +95,32 @@ class Lab(BaseModel):
         In a running lab, cut cables are plugged in again and changed stand-in images are pushed.
 
         Args:
-            subnet: hosts get .11 and .12 of it, the registry .1, the machine the last address.
+            subnet: hosts get .11, .12, … of it, the registry .1, the machine the last address.
+            hosts: how many; by default as many as a running lab has, and two in a new one.
             share: paths of the machine that the hosts see, read-only, at the same paths; by
                 default this checkout and the running Python.
             say: is called with a line about each step.
 
         Raises:
-            LabError: not root, name or subnet taken, or a step failed; nothing is left behind.
+            LabError: not root, name or subnet taken, a running lab has another subnet or number of
+                hosts, or a step failed; nothing is left behind.
         """
         require_root()
         _check_name(name)
         network_address = network.parse_subnet(subnet)
+        numbers = _numbers(DEFAULT_HOSTS if hosts is None else hosts, network_address)
         install_missing_packages(say)
         with cache.locked(name):
             running = _running(name)
             if running is not None:
-                return _reuse(running, network_address, say)
+                return _reuse(running, network_address, hosts, say)
             for removed in _remove(name):
                 say(f"removed what was left of a broken lab: {removed}")
             network.check_free(name, network_address)
             shared = tuple(default_shares() if share is None else share)
             vllm.HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
             try:
-                return _start(name, network_address, shared, say)
+                return _start(name, network_address, numbers, shared, say)
             except BaseException:
                 _remove(name)
                 raise
@@ -130,7 +142,7 @@ class Lab(BaseModel):
 
     @property
     def ssh_key(self) -> Path:
-        """Private key that root, deployer and nodocker accept on both hosts."""
+        """Private key that root, deployer and nodocker accept on all hosts."""
         return self.directory / "id_ed25519"
 
     @property
@@ -239,7 +251,13 @@ def default_shares() -> list[Path]:
     ]
 
 
-def _start(name: str, subnet: IPv4Network, shared: tuple[Path, ...], say: Say) -> Lab:
+def _start(
+    name: str,
+    subnet: IPv4Network,
+    numbers: Mapping[str, int],
+    shared: tuple[Path, ...],
+    say: Say,
+) -> Lab:
     began = time.monotonic()
 
     def step(progress: str) -> None:
@@ -248,20 +266,16 @@ def _start(name: str, subnet: IPv4Network, shared: tuple[Path, ...], say: Say) -
     cached = prepare(step)
     directory = _directory(name)
     directory.mkdir(mode=0o700, parents=True)
-    switch, hosts = _plan(name, subnet, cached.root, shared)
+    switch, hosts = _plan(name, subnet, numbers, cached.root, shared)
     _write_seeds(name, subnet, hosts)
     lab = Lab(name=name, subnet=subnet, switch=switch, hosts=hosts, images={})
     _boot(lab)
     step("switch and hosts booted")
-    for host in hosts.values():
-        host.start_engine(wait=False)
-        host.start_sshd()
-        _set_password(host, lab.password_file)
+    _side_by_side(partial(_start_daemons, password_file=lab.password_file), hosts.values())
     step("SSH servers up")
     lab = lab.model_copy(update={"images": _push_images(lab, cached)})
     step("registry up, stand-in images pushed")
-    for host in hosts.values():
-        host.wait_for_engine()
+    _side_by_side(LabHost.wait_for_engine, hosts.values())
     step("Docker engines up")
     # The record is written last: a lab without one has only half started.
     record = directory / "lab.json"
@@ -269,8 +283,35 @@ def _start(name: str, subnet: IPv4Network, shared: tuple[Path, ...], say: Say) -
     return lab
 
 
+def host_names(count: int) -> list[str]:
+    """Name the hosts of a lab: a to z, then aa, ab, and so on, as a spreadsheet its columns."""
+    letters = string.ascii_lowercase
+    words = (
+        "".join(word)
+        for length in itertools.count(1)
+        for word in itertools.product(letters, repeat=length)
+    )
+    return list(itertools.islice(words, count))
+
+
+def _numbers(count: int, subnet: IPv4Network) -> dict[str, int]:
+    """Choose the numbers of so many hosts' addresses in the subnet, by name.
+
+    Raises:
+        LabError: there is no room for them.
+    """
+    room = min(LAST_HOST, subnet.num_addresses + MACHINE - 1) - FIRST_HOST + 1
+    if not 1 <= count <= room:
+        raise LabError(f"expected 1 to {room} hosts, which {subnet} has room for, found {count}")
+    return {name: FIRST_HOST + index for index, name in enumerate(host_names(count))}
+
+
 def _plan(
-    name: str, subnet: IPv4Network, root: Path, shared: tuple[Path, ...]
+    name: str,
+    subnet: IPv4Network,
+    numbers: Mapping[str, int],
+    root: Path,
+    shared: tuple[Path, ...],
 ) -> tuple[Box, dict[str, LabHost]]:
     directory = _directory(name)
     gateway = str(subnet[SWITCH])
@@ -290,7 +331,7 @@ def _plan(
     switch = box("switch", SWITCH)
     hosts = {
         host: LabHost(name=host, address=str(subnet[number]), box=box(host, number), switch=switch)
-        for host, number in HOSTS.items()
+        for host, number in numbers.items()
     }
     return switch, hosts
 
@@ -325,8 +366,21 @@ def _boot(lab: Lab) -> None:
     network.plug_in_machine(lab.name, machine, lab.switch)
     config = "/etc/docker/registry/config.yml"
     lab.switch.start_daemon(["docker-registry", "serve", config], "/var/log/registry.log")
-    for host in lab.hosts.values():
-        host.boot()
+    _side_by_side(LabHost.boot, lab.hosts.values())
+
+
+def _start_daemons(host: LabHost, password_file: Path) -> None:
+    host.start_engine(wait=False)
+    host.start_sshd()
+    host.run(["chpasswd"], input=f"deployer:{password_file.read_text()}")
+
+
+def _side_by_side(work: Callable[[T], object], items: Iterable[T]) -> None:
+    """Do something with all items, some at a time; raise the first error when all have ended."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        results = [threads.submit(work, item) for item in items]
+    for result in results:
+        result.result()
 
 
 def _push_images(lab: Lab, cached: cache.Cached) -> dict[str, str]:
@@ -359,11 +413,16 @@ def _running(name: str) -> Lab | None:
     return lab
 
 
-def _reuse(lab: Lab, subnet: IPv4Network, say: Say) -> Lab:
+def _reuse(lab: Lab, subnet: IPv4Network, hosts: int | None, say: Say) -> Lab:
     """Keep a running lab; push the stand-in images again if their files have changed."""
+    differences = []
     if lab.subnet != subnet:
+        differences.append(f"on {lab.subnet}, not on {subnet}")
+    if hosts not in (None, len(lab.hosts)):
+        differences.append(f"with {len(lab.hosts)} hosts, not with {hosts}")
+    if differences:
         raise LabError(
-            f"lab {lab.name} is up on {lab.subnet}, not on {subnet}: "
+            f"lab {lab.name} is up {' and '.join(differences)}: "
             "run `pd-deploy lab down` first, or choose another --name"
         )
     say(f"lab {lab.name} is already up")
@@ -380,7 +439,8 @@ def _remove(name: str) -> list[str]:
     """Remove all that exists of a lab, complete or not."""
     directory = _directory(name)
     boxes = sorted(path.parent for path in directory.glob("*/init.json"))
-    removed = [f"{name}-{box.name}" for box in boxes if kill_recorded(box)]
+    removed = [f"{name}-{box.name}" for box in boxes if recorded_init(box)]
+    _side_by_side(kill_recorded, boxes)
     if boxes and network.unplug_machine(name):
         removed.append(f"network interface {name}")
     if _remove_cgroups(name):
@@ -408,10 +468,6 @@ def _rmdirs(top: Path) -> bool:
         except OSError:
             return False
     return True
-
-
-def _set_password(host: LabHost, password_file: Path) -> None:
-    host.run(["chpasswd"], input=f"deployer:{password_file.read_text()}")
 
 
 def _registry_answers(registry: str) -> bool:

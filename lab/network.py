@@ -25,7 +25,7 @@ def parse_subnet(text: str) -> IPv4Network:
         raise LabError(
             f"expected a subnet such as 10.77.0.0/24, found {text!r} ({error})"
         ) from None
-    # At least 32 addresses: the hosts get .11 and .12, the machine the last one.
+    # At least 32 addresses: the hosts get .11, .12, …, the machine the last one.
     if not 16 <= subnet.prefixlen <= 27:
         raise LabError(f"expected a subnet with a prefix length from 16 to 27, found {text}")
     return subnet

@@ -321,12 +321,12 @@ def test_an_interrupted_up_leaves_nothing(lab: Lab) -> None:
 
 def test_down_leaves_nothing(lab: Lab) -> None:
     before = firewall()
-    other = Lab.up(OTHER, OTHER_SUBNET)
+    other = Lab.up(OTHER, OTHER_SUBNET, hosts=3)
     run = ["docker", "run", "-d", "--net", "host", "--init", other.image, "sleep", "99"]
-    other.hosts["a"].run(run)
+    other.hosts["c"].run(run)
     assert traces(OTHER) != []
     removed = other.down()
-    assert removed[:3] == [f"{OTHER}-a", f"{OTHER}-b", f"{OTHER}-switch"]
+    assert removed[:4] == [f"{OTHER}-{box}" for box in ("a", "b", "c", "switch")]
     assert traces(OTHER) == []
     assert firewall() == before
     assert lab.healthy()
@@ -371,6 +371,18 @@ def test_a_bad_name_is_refused(name: str) -> None:
 def test_a_bad_subnet_is_refused(subnet: str) -> None:
     with pytest.raises(LabError, match="subnet"):
         Lab.up(OTHER, subnet)
+
+
+@pytest.mark.parametrize("hosts", [0, 244])
+def test_a_number_of_hosts_that_the_subnet_has_no_room_for_is_refused(hosts: int) -> None:
+    with pytest.raises(LabError, match=f"expected 1 to 243 hosts, .* found {hosts}"):
+        Lab.up(OTHER, OTHER_SUBNET, hosts=hosts)
+
+
+def test_a_lab_that_is_up_with_another_number_of_hosts_is_left_alone(lab: Lab) -> None:
+    with pytest.raises(LabError, match="up with 2 hosts, not with 3: run `pd-deploy lab down`"):
+        Lab.up(lab.name, str(lab.subnet), hosts=3)
+    assert lab.healthy()
 
 
 def test_status_tells_what_is_up(lab: Lab) -> None:
