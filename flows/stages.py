@@ -3,6 +3,7 @@ those after it."""
 
 import time
 
+from pd_deploy.config.topology import Topology
 from pd_deploy.flows.line import Line
 from pd_deploy.planning.plans import Stage
 from pd_deploy.steps import promotion
@@ -87,14 +88,16 @@ async def serve_all(line: Line, rollout: Rollout) -> None:
     await line.joined("devices and ports free")
     topology, engine = rollout.session.topology, rollout.session.engine
     first = {i.name: engine.starts_after(topology, i.name) for i in topology.instances}
-    servers = [serve(line, rollout, instance, first[instance]) for instance in first]
-    joins = [all_started(line, rollout, group) for group in dict.fromkeys(first.values()) if group]
+    gates = {group: _started(topology, group) for group in dict.fromkeys(first.values()) if group}
+    servers = [serve(line, rollout, name, gates.get(group)) for name, group in first.items()]
+    joins = [all_started(line, gate, group) for group, gate in gates.items()]
     await line.branches([*servers, *joins, prepare(line.branch(), rollout)])
 
 
-async def serve(line: Line, rollout: Rollout, instance: str, first: tuple[str, ...]) -> Line:
-    """Start a server after those that it has to follow; wait until it is ready."""
-    followed = await line.barrier.passed([_started(rollout, first)] if first else [])
+async def serve(line: Line, rollout: Rollout, instance: str, gate: str | None) -> Line:
+    """Start a server once the gate of those that it has to follow, if any, is open; wait until it
+    is ready."""
+    followed = await line.barrier.passed([gate] if gate else [])
     branch = line.branch(*followed)
     await branch.together([start_server.after(*branch.ends)(rollout, instance)])
     line.barrier.open(instance, branch.ends[0])
@@ -102,18 +105,16 @@ async def serve(line: Line, rollout: Rollout, instance: str, first: tuple[str, .
     return branch
 
 
-async def all_started(line: Line, rollout: Rollout, servers: tuple[str, ...]) -> Line:
+async def all_started(line: Line, gate: str, servers: tuple[str, ...]) -> Line:
     """Open one gate for all instances that start after the same servers."""
-    name = _started(rollout, servers)
     join = Line(line.barrier, *await line.barrier.passed(servers))
-    await join.joined(name)
-    line.barrier.open(name, join.ends[0])
+    await join.joined(gate)
+    line.barrier.open(gate, join.ends[0])
     return join
 
 
-def _started(rollout: Rollout, servers: tuple[str, ...]) -> str:
-    instances = rollout.session.topology.instances
-    roles = dict.fromkeys(i.role for i in instances if i.name in servers)
+def _started(topology: Topology, servers: tuple[str, ...]) -> str:
+    roles = dict.fromkeys(i.role for i in map(topology.instance, servers) if i)
     return f"{' and '.join(roles)} started"
 
 

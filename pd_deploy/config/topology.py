@@ -135,6 +135,11 @@ class Pod:
         """Whether it has several copies of the model (data parallel)."""
         return self.master.has_copies
 
+    @cached_property
+    def device_list(self) -> str:
+        """The devices of all of its hosts, host by host, as the runtime wants them."""
+        return ",".join(member.device_list for member in self.members)
+
     @property
     def device_count(self) -> int:
         """The number of its devices, on all of its hosts."""
@@ -196,17 +201,46 @@ class Topology:
         """Names of all that runs: instances, then the proxy."""
         return (*(i.name for i in self.instances), self.proxy.name)
 
+    @cached_property
+    def decode_names(self) -> tuple[str, ...]:
+        """Names of decode's instances."""
+        return tuple(member.name for pod in self.decode for member in pod.members)
+
+    @cached_property
+    def ray_names(self) -> tuple[str, ...]:
+        """Names of the instances that ray joins: members of prefills that span hosts."""
+        return tuple(i.name for i in self.instances if i.uses_ray)
+
+    def instance(self, name: str) -> Instance | None:
+        """Return an instance; None if it is the proxy."""
+        return self._instances.get(name)
+
     def pod_of(self, name: str) -> Pod:
         """Return the pod that an instance belongs to."""
-        return next(p for p in self.pods if any(m.name == name for m in p.members))
+        return self._pods[name]
 
     def on_host(self, host: str) -> tuple[Instance, ...]:
         """List the instances of one host."""
-        return tuple(i for i in self.instances if i.host == host)
+        return self._on_host.get(host, ())
 
     def host_of(self, name: str) -> str:
         """Return the name of the host that an instance, or the proxy, runs on."""
         return self._hosts[name]
+
+    @cached_property
+    def _instances(self) -> dict[str, Instance]:
+        return {i.name: i for i in self.instances}
+
+    @cached_property
+    def _pods(self) -> dict[str, Pod]:
+        return {member.name: pod for pod in self.pods for member in pod.members}
+
+    @cached_property
+    def _on_host(self) -> dict[str, tuple[Instance, ...]]:
+        on_host: dict[str, list[Instance]] = {}
+        for instance in self.instances:
+            on_host.setdefault(instance.host, []).append(instance)
+        return {host: tuple(instances) for host, instances in on_host.items()}
 
     @cached_property
     def _hosts(self) -> dict[str, str]:

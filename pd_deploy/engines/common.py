@@ -23,7 +23,7 @@ one_step_on() {
 
 def instance_of(service: Service, name: str) -> Instance | None:
     """Return the instance of that name; None for the proxy."""
-    return next((i for i in service.topology.instances if i.name == name), None)
+    return service.topology.instance(name)
 
 
 def mount(source: str, target: str | None = None, read_only: bool = False) -> Mount:

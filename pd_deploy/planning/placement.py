@@ -1,5 +1,7 @@
 """What follows from a deployment: its pods with their ranks, ports and servers. Pure."""
 
+from itertools import accumulate
+
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment, InstanceEntry
 from pd_deploy.config.topology import Instance, Pod, Proxy, ServingRole, Topology
@@ -52,17 +54,20 @@ def _pod(
     base = rank if role == "prefill" else ports.decode_offset + rank
     offsets = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
     zmq = [ports.zmq + offset * ports.zmq_step for offset in offsets]
+    addresses = tuple(deployment.hosts[host].address for host in hosts)
+    # Of each member: the copies of the model on those before it. The last number counts them all.
+    ranks = list(accumulate((member.ranks for member in brought_up), initial=0))
     members = tuple(
         Instance(
             name=name if len(hosts) == 1 else f"{name}-{index}",
             pod=name,
             role=role,
             host=host,
-            address=deployment.hosts[host].address,
+            address=addresses[index],
             devices=entry.devices_on(host),
             kv_rank=kv_rank,
             node_rank=index,
-            pod_addresses=tuple(deployment.hosts[h].address for h in hosts),
+            pod_addresses=addresses,
             master_port=ports.master + base,
             api_port=ports.api + offsets[index],
             api_ports=tuple(
@@ -73,8 +78,8 @@ def _pod(
             ray_port=ports.ray + rank,
             tensor_parallel=tp,
             ranks=brought_up[index].ranks,
-            server_offset=sum(member.ranks for member in brought_up[:index]),
-            data_parallel=max(1, sum(member.ranks for member in brought_up)),
+            server_offset=ranks[index],
+            data_parallel=max(1, ranks[-1]),
             settings=settings,
         )
         for index, host in enumerate(hosts)

@@ -301,7 +301,7 @@ def _container(
     engine: Engine, service: Service, generation: Generation, name: str
 ) -> ContainerSpec:
     topology = service.topology
-    instance = next((i for i in topology.instances if i.name == name), None)
+    instance = topology.instance(name)
     ports = list(instance.ports.values()) if instance else [*topology.proxy.ports.values()]
     labels = {
         generations.DEPLOYMENT: service.deployment.name,

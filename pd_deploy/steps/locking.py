@@ -49,7 +49,7 @@ async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report
 def _claim(session: Session, owner: Owner, host: str) -> Owner:
     """Add what the run is going to use on a host."""
     topology = session.topology
-    instances = [i for i in topology.instances if i.host == host]
+    instances = topology.on_host(host)
     ports = [port for i in instances for port in i.ports.values()]
     ports += [*topology.proxy.ports.values()] if topology.proxy.host == host else []
     devices = [device for i in instances for device in i.devices]

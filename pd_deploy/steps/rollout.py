@@ -131,11 +131,15 @@ class Rollout:
         """Containers, with their host, that cleanup has to stop."""
         return generations.to_stop(self.plan.roles, self.containers)
 
+    @cached_property
+    def _names_stopping(self) -> frozenset[str]:
+        return frozenset(state.name for _, state in self.stopping)
+
     def to_start(self, host: str) -> list[plans.InstancePlan]:
         """Instances on a host whose container does not run, or has to stop first."""
         states = self.states[host].containers if host in self.states else ()
-        stopping = {state.name for _, state in self.stopping}
-        running = {s.name for s in states if s.status in generations.RUNNING} - stopping
+        running = {s.name for s in states if s.status in generations.RUNNING}
+        running -= self._names_stopping
         instances = self.plan.hosts[host].instances.values() if host in self.plan.hosts else ()
         return [instance for instance in instances if instance.container.name not in running]
 
@@ -147,7 +151,7 @@ class Rollout:
     def may_prepare_early(self) -> bool:
         """Whether the proxy can be prepared while the old one still serves."""
         proxy = self.plan.instance(self.session.topology.proxy.name)
-        return proxy.container.name not in {state.name for _, state in self.stopping}
+        return proxy.container.name not in self._names_stopping
 
     def to_clean_up(self) -> tuple[list[str], list[str]]:
         """Proxies and servers, by instance name, that cleanup looks at: all that are in the file

@@ -4,6 +4,7 @@ A server follows the stand-in in what matters to a deployment: it holds its devi
 with all of its peers while loading and only then, and hands KV over by the engine's protocol.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -165,7 +166,7 @@ class Server(_Process):
         self.links: frozenset[str] = frozenset()
         self.kv: dict[str, str] = {}
         self.served = self.kv_tokens = 0
-        self.api_port, self.peers, self.ranktable = 0, (0, 0), ""
+        self.api_port, self.peers, self.ranktable = 0, 0, ""
         if script := self.script():
             environment = dict(re.findall(r"^export (\w+)=(\S*)$", script, re.MULTILINE))
             self._load(environment)
@@ -212,8 +213,8 @@ class Server(_Process):
         """What is looked at before loading begins."""
         self.say(f"{omniinfer.STARTED} {self.role} {self.instance}")
         self.api_port = int(environment["API_PORT"])
-        self.peers = int(environment["PREFILL_POD_NUM"]), int(environment["DECODE_POD_NUM"])
         self.ranktable = self.machine.disk.read(environment["GLOBAL_RANK_TABLE_FILE_PATH"])
+        self.peers = _servers_in(self.ranktable)
         wanted = generations.numbers(self.container.labels[generations.DEVICES])
         taken = wanted & self.machine.device_users().keys()
         ports = self._ports & {port for _, port, *_ in self.machine.listeners()}
@@ -240,8 +241,7 @@ class Server(_Process):
             and container.program.ranktable == self.ranktable
             and container.image.build == self.container.image.build
         ]
-        count = tuple(sum(p.role == role for p in peers) for role in ("prefill", "decode"))
-        if count == self.peers and all(p.is_loaded and not p.links for p in peers):
+        if len(peers) == self.peers and all(p.is_loaded and not p.links for p in peers):
             links = frozenset(p.container.run_id for p in peers)
             for peer in peers:
                 peer.links = links
@@ -355,6 +355,14 @@ class Proxy(_Process):
             if program:
                 return program.answer(path, body)
         return httpx.Response(502, text="no server answers")
+
+
+@functools.cache
+def _servers_in(ranktable: str) -> int:
+    """The servers of a service, by the global ranktable: those of all hosts of all pods."""
+    if not ranktable:
+        return 0
+    return sum(len(pod["server_list"]) for pod in json.loads(ranktable)["server_group_list"])
 
 
 def _prompt_of(body: Mapping[str, Any]) -> str:

@@ -78,17 +78,18 @@ class Outcome:
 
 
 class World:
-    """Two machines, a registry, a deployment file, and runs on them.
+    """Machines, two by default, a registry, a deployment file, and runs on them.
 
     Args:
         directory: for the deployment file.
+        addresses: of the machines, by name.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, addresses: Mapping[str, str] = ADDRESSES) -> None:
         self.path = directory / f"{NAME}.yaml"
         self.document = CHANGES
         self.change()
-        self.cluster = Cluster(Clock(), ADDRESSES)
+        self.cluster = Cluster(Clock(), addresses)
         for machine in self.cluster.machines.values():
             _furnish(machine)
         self.buried: list[str] = []

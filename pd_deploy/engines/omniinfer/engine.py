@@ -169,12 +169,12 @@ def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
     """Start a prefill on one host once decode has started, and decode once the prefills that span
     hosts have: all link to each other while loading, so none can wait for another to be ready
     (contract sections 3.3 and 4.5)."""
-    instance = next((i for i in topology.instances if i.name == name), None)
+    instance = topology.instance(name)
     if instance is None or instance.uses_ray:
         return ()
     if instance.role == "prefill":
-        return tuple(i.name for pod in topology.decode for i in pod.members)
-    return tuple(i.name for pod in topology.prefill for i in pod.members if i.uses_ray)
+        return topology.decode_names
+    return topology.ray_names
 
 
 def device_users_command() -> list[str]:
@@ -342,12 +342,11 @@ def _role_environment(service: Service, instance: Instance) -> dict[str, Scalar]
             "NODE_IP_LIST": ",".join(instance.pod_addresses),
             **(_ray_environment(instance) if instance.uses_ray else {}),
         }
-    members = service.topology.pod_of(instance.name).members
     return {
         "MODEL_LEN_MAX_DECODE": model.max_len_decode,
         "DECODE_SERVER_LIST": instance.device_list,
         "DECODE_TENSOR_PARALLEL_SIZE": instance.tensor_parallel,
-        "DECODE_DATA_PARALLEL_SIZE": ",".join(member.device_list for member in members),
+        "DECODE_DATA_PARALLEL_SIZE": service.topology.pod_of(instance.name).device_list,
         "NUM_SERVERS": len(instance.devices),
     }
 
