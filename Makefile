@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PREFILLS ?= 3
+HOSTS ?= 24
 N ?= 200
 
-.PHONY: help demo demo-vllm demo-ha demo-down test test-all test-unit coverage lint bench soak lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-fleet demo-ha demo-down test test-all test-unit coverage lint bench bench-hosts soak lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -15,6 +16,9 @@ demo: ready     ## Deploy QwQ-32B's 3P1D on the lab through Prefect, and leave i
 
 demo-vllm: ready ## The same with vLLM itself on this machine's CPUs, 3P1D; PREFILLS=1 for 1P1D.
 	@$(BIN)/python -m demo vllm --prefills $(PREFILLS)
+
+demo-fleet: ready ## An 18P1D-like service on 24 simulated hosts, decode over 6 of them; HOSTS=8 for 6P1D.
+	@$(BIN)/python -m demo fleet --hosts $(HOSTS)
 
 demo-ha: check-machine ready-dev ## Prefect as in production; half of it dies during an upgrade.
 	@$(BIN)/python -m demo ha
@@ -42,6 +46,9 @@ lint: ready-dev ## Format, lint and type checks.
 
 bench: ready    ## Measure the control plane's own time, by part.
 	@$(BIN)/python -m bench
+
+bench-hosts: ready ## What runs on 2, 8, 24 and 48 simulated hosts cost; takes half an hour and 8 GB.
+	@$(BIN)/python -m bench.hosts
 
 soak: ready     ## N=200 upgrades in a row with traffic and faults; fails if any does, or if anything grows.
 	@$(BIN)/python -m bench.soak --count $(N)

@@ -75,6 +75,10 @@ class PrefectServer:
         """Return the process id of the server or the worker."""
         return self._processes.pid(name)
 
+    def cpu_seconds(self, name: str) -> float:
+        """Return the CPU time that the server or the worker has used, in s."""
+        return self._processes.cpu_seconds(name)
+
     def run(self, *argv: str) -> str:
         """Run a command that talks to the server; return its standard output.
 

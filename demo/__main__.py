@@ -1,4 +1,4 @@
-"""`python -m demo up|vllm|ha|down`: lab, Prefect server, worker, and a real deployment run.
+"""`python -m demo up|vllm|fleet|ha|down`: lab, Prefect server, worker, and a real deployment run.
 
 Every command that a user would type is shown before it runs.
 """
@@ -17,10 +17,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from demo import services
+import yaml
+
+from demo import fleet, services
 from demo.preconditions import PORT
 from demo.processes import Processes
 from demo.production import MACHINES, Production
+from pd_deploy.lab import Lab, LabError
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".demo"
@@ -63,11 +66,7 @@ def up(deployment: str, *prepare: str) -> int:
     Args:
         prepare: a command to run before the deployment, once the lab is up.
     """
-    if not processes.running("server"):
-        host, port = "127.0.0.1", str(PORT)
-        processes.start(
-            "server", [f"{BIN}/prefect", "server", "start", "--host", host, "--port", port], ENV
-        )
+    start_server()
     run("pd-deploy", "lab", "up")
     if prepare:
         run(*prepare)
@@ -76,8 +75,7 @@ def up(deployment: str, *prepare: str) -> int:
     run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite", quiet=True)
     if not processes.running("worker"):
         processes.start("worker", [f"{BIN}/prefect", "worker", "start", "--pool", "pd-pool"], ENV)
-    run("pd-deploy", "credentials", "ssh", "pd-lab-ssh", "--private-key", f"{LAB}/id_ed25519",
-        "--known-hosts", f"{LAB}/known_hosts")  # fmt: skip
+    save_key()
     run("prefect", "--no-prompt", "deploy", "--all", quiet=True)
     flow_run = _start_run(ENV, deployment)
     code = _follow(flow_run, ENV)
@@ -169,6 +167,40 @@ def _create_services(production: Production) -> None:
     services.create(command, directory, POOL, credentials, {})
 
 
+def up_fleet(hosts: int) -> int:
+    """Start a lab of so many hosts and Prefect, deploy a service over all of them from here; return
+    0 if it completed."""
+    start_server()
+    run("pd-deploy", "lab", "up", "--hosts", str(hosts))
+    processes.until("server", answers, 120)
+    save_key()
+    addresses = {name: host.address for name, host in Lab.load().hosts.items()}
+    file = HOME / "lab-fleet.yaml"
+    file.write_text(yaml.safe_dump(fleet.document(addresses), sort_keys=False))
+    print(f"wrote {file}: {fleet.described(hosts)}")
+    command = ["pd-deploy", "deploy", str(file)]
+    print(f"$ {shlex.join(command)}", flush=True)
+    deployed = subprocess.run(command, env=ENV, cwd=ROOT, check=False)
+    print(f"\nLook around: http://127.0.0.1:{PORT}/runs")
+    print("Run again: the same command      Remove everything: make demo-down")
+    return deployed.returncode
+
+
+def start_server() -> None:
+    """Start the Prefect server unless it runs."""
+    if not processes.running("server"):
+        host, port = "127.0.0.1", str(PORT)
+        processes.start(
+            "server", [f"{BIN}/prefect", "server", "start", "--host", host, "--port", port], ENV
+        )
+
+
+def save_key() -> None:
+    """Save the key of the lab's hosts as a block."""
+    run("pd-deploy", "credentials", "ssh", "pd-lab-ssh", "--private-key", f"{LAB}/id_ed25519",
+        "--known-hosts", f"{LAB}/known_hosts")  # fmt: skip
+
+
 def down(*, keep_lab: bool = False) -> int:
     """Remove everything, except the lab's cache of Debian packages and images.
 
@@ -220,8 +252,9 @@ def answers() -> bool:
 def main() -> int:
     """Run the command; take down what a failed or interrupted start left."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
-    parser.add_argument("verb", choices=["up", "vllm", "ha", "down"])
+    parser.add_argument("verb", choices=["up", "vllm", "fleet", "ha", "down"])
     parser.add_argument("--prefills", type=int, choices=[1, 3], default=3)
+    parser.add_argument("--hosts", type=int, default=24)
     arguments = parser.parse_args()
     fresh, had_lab = False, True
     try:
@@ -232,10 +265,12 @@ def main() -> int:
                 return down()
             if arguments.verb == "vllm":
                 return up(f"lab-vllm-{arguments.prefills}p1d", "pd-deploy", "lab", "vllm")
+            if arguments.verb == "fleet":
+                return up_fleet(arguments.hosts)
             if arguments.verb == "ha":
                 return high_availability()
             return up(services.EXAMPLE)
-    except (RuntimeError, KeyboardInterrupt) as error:
+    except (LabError, RuntimeError, KeyboardInterrupt) as error:
         print(f"demo: {str(error) or 'interrupted'}", file=sys.stderr)
         if fresh:
             down(keep_lab=had_lab)

@@ -12,6 +12,18 @@ MOST_PREFILLS = 32  # omni-infer's proxy chooses none beyond these
 DECODE_DEVICES = 2
 
 
+def prefills(hosts: int) -> int:
+    """Choose how many of so many hosts have a prefill: three of four, as far as the engine can."""
+    return min(hosts - max(1, hosts // 4), MOST_PREFILLS) or 1
+
+
+def described(hosts: int) -> str:
+    """Say what a service on so many hosts is."""
+    prefill, decode = prefills(hosts), hosts - prefills(hosts) or 1
+    each = "1 prefill" if prefill == 1 else f"{prefill} prefills, each on a host of its own,"
+    return f"{each} and a decode over {decode} {'host' if decode == 1 else 'hosts'}"
+
+
 def document(hosts: Mapping[str, str], decode_devices: int = DECODE_DEVICES) -> dict[str, Any]:
     """Make the deployment file of a service on hosts of the lab: 18P1D on 24 of them.
 
@@ -20,7 +32,7 @@ def document(hosts: Mapping[str, str], decode_devices: int = DECODE_DEVICES) -> 
         decode_devices: of each of decode's hosts; as many API servers run there.
     """
     names = list(hosts)
-    prefill = min(len(names) - max(1, len(names) // 4), MOST_PREFILLS) or 1
+    prefill = prefills(len(names))
     decode = names[prefill:] or names
     # On a single host the two share the devices, and a decode counts its own from 0.
     devices = "0-15" if len(names) > 1 else f"{decode_devices}-15"

@@ -1,11 +1,12 @@
 """Background processes that outlive the command that started them, and are recorded in a file."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 STOP_TIMEOUT_S = 20  # a worker ends its flow run first
@@ -44,6 +45,13 @@ class Processes:
                 start_new_session=True,
             )
         self._write(self._read() | {name: (process.pid, _started(process.pid))})
+
+    def cpu_seconds(self, name: str) -> float:
+        """Return the CPU time that a process and those it has started have used, in s."""
+        group = self.pid(name)
+        # utime, stime, and those of children that have ended
+        ticks = [sum(map(int, f[11:15])) for f in _all_processes() if int(f[2]) == group]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK")
 
     def stop_all(self) -> list[str]:
         """End all of them, each with its children; return the names of those that were alive."""
@@ -117,11 +125,11 @@ def _started(pid: int) -> str:
 
 
 def _group_lives(group: int) -> bool:
+    return any(int(fields[2]) == group and fields[0] != "Z" for fields in _all_processes())
+
+
+def _all_processes() -> Iterator[list[str]]:
+    """List each process's fields in /proc/PID/stat from its state on, the third."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            return True
-    return False
+        with contextlib.suppress(OSError):
+            yield stat.read_text().rpartition(")")[2].split()

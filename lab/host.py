@@ -18,6 +18,7 @@ from pd_deploy.lab.system import wait_until
 ENGINE_SOCKET = "/run/docker.sock"
 ENGINE_LOG = "/var/log/dockerd.log"
 ENGINE_PID = "/run/docker.pid"
+SSHD_LOG = "/var/log/sshd.log"
 SSHD_PID = "/run/sshd.pid"
 
 
@@ -106,7 +107,7 @@ class LabHost(BaseModel):
 
     def start_sshd(self) -> None:
         """Start the SSH server and wait until it accepts connections."""
-        self.run(["/usr/sbin/sshd", "-E", "/var/log/sshd.log"])
+        self.run(["/usr/sbin/sshd", "-E", SSHD_LOG])
         wait_until(f"sshd on {self.address}:22", self.ssh_answers, timeout=10)
 
     def stop_sshd(self) -> None:

@@ -271,11 +271,11 @@ def _start(
     lab = Lab(name=name, subnet=subnet, switch=switch, hosts=hosts, images={})
     _boot(lab)
     step("switch and hosts booted")
-    _side_by_side(partial(_start_daemons, password_file=lab.password_file), hosts.values())
+    side_by_side(partial(_start_daemons, password_file=lab.password_file), hosts.values())
     step("SSH servers up")
     lab = lab.model_copy(update={"images": _push_images(lab, cached)})
     step("registry up, stand-in images pushed")
-    _side_by_side(LabHost.wait_for_engine, hosts.values())
+    side_by_side(LabHost.wait_for_engine, hosts.values())
     step("Docker engines up")
     # The record is written last: a lab without one has only half started.
     record = directory / "lab.json"
@@ -366,7 +366,7 @@ def _boot(lab: Lab) -> None:
     network.plug_in_machine(lab.name, machine, lab.switch)
     config = "/etc/docker/registry/config.yml"
     lab.switch.start_daemon(["docker-registry", "serve", config], "/var/log/registry.log")
-    _side_by_side(LabHost.boot, lab.hosts.values())
+    side_by_side(LabHost.boot, lab.hosts.values())
 
 
 def _start_daemons(host: LabHost, password_file: Path) -> None:
@@ -375,7 +375,7 @@ def _start_daemons(host: LabHost, password_file: Path) -> None:
     host.run(["chpasswd"], input=f"deployer:{password_file.read_text()}")
 
 
-def _side_by_side(work: Callable[[T], object], items: Iterable[T]) -> None:
+def side_by_side(work: Callable[[T], object], items: Iterable[T]) -> None:
     """Do something with all items, some at a time; raise the first error when all have ended."""
     with ThreadPoolExecutor(AT_ONCE) as threads:
         results = [threads.submit(work, item) for item in items]
@@ -440,7 +440,7 @@ def _remove(name: str) -> list[str]:
     directory = _directory(name)
     boxes = sorted(path.parent for path in directory.glob("*/init.json"))
     removed = [f"{name}-{box.name}" for box in boxes if recorded_init(box)]
-    _side_by_side(kill_recorded, boxes)
+    side_by_side(kill_recorded, boxes)
     if boxes and network.unplug_machine(name):
         removed.append(f"network interface {name}")
     if _remove_cgroups(name):

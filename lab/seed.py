@@ -49,6 +49,7 @@ PasswordAuthentication yes
 KbdInteractiveAuthentication no
 UsePAM no
 UseDNS no
+LogLevel VERBOSE
 Subsystem sftp /usr/lib/openssh/sftp-server
 """
 REGISTRY_CONFIG = """\
