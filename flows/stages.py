@@ -7,6 +7,7 @@ from pd_deploy.config.topology import Topology
 from pd_deploy.flows.line import Line
 from pd_deploy.planning.plans import Stage
 from pd_deploy.steps import promotion
+from pd_deploy.steps.readiness import ALL_STARTED
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import (
@@ -91,7 +92,8 @@ async def serve_all(line: Line, rollout: Rollout) -> None:
     gates = {group: _started(topology, group) for group in dict.fromkeys(first.values()) if group}
     servers = [serve(line, rollout, name, gates.get(group)) for name, group in first.items()]
     joins = [all_started(line, gate, group) for group, gate in gates.items()]
-    await line.branches([*servers, *joins, prepare(line.branch(), rollout)])
+    timed = time_loading(line, list(first))
+    await line.branches([*servers, *joins, timed, prepare(line.branch(), rollout)])
 
 
 async def serve(line: Line, rollout: Rollout, instance: str, gate: str | None) -> Line:
@@ -103,6 +105,13 @@ async def serve(line: Line, rollout: Rollout, instance: str, gate: str | None) -
     line.barrier.open(instance, branch.ends[0])
     await branch.together([until_ready.after(*branch.ends)(rollout, instance)])
     return branch
+
+
+async def time_loading(line: Line, servers: list[str]) -> Line:
+    """Let the time for loading begin when all servers are started: they wait for each other."""
+    await line.barrier.passed(servers)
+    line.barrier.open(ALL_STARTED, None)
+    return line.branch()
 
 
 async def all_started(line: Line, gate: str, servers: tuple[str, ...]) -> Line:

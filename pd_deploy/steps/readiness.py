@@ -15,6 +15,8 @@ POLL_INTERVAL_S = 0.25  # a server that is ready, or ended, is noticed within th
 PROBE_TIMEOUT_S = 5.0  # a server that compiles graphs answers slowly
 PATIENCE_S = 5.0
 """How long a host may be away before the step says so and is retried."""
+ALL_STARTED = "all servers started"
+"""The gate from which on the time for loading counts; one for all, as each would wait for all."""
 
 
 async def until_ready(rollout: Rollout, instance: str) -> Report:
@@ -60,8 +62,7 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
 
 
 async def _time_is_up(rollout: Rollout, seconds: float) -> None:
-    servers = [instance.name for instance in rollout.session.topology.instances]
-    await rollout.session.barrier.passed(servers)
+    await rollout.session.barrier.passed([ALL_STARTED])
     await asyncio.sleep(seconds)
 
 
@@ -69,8 +70,8 @@ async def _healthy(rollout: Rollout, instance: str) -> None:
     """Wait until all API servers of an instance answer 200 on /health. One without any is ready
     when its pod's master is."""
     pod = rollout.session.topology.pod_of(instance)
-    member = next(m for m in pod.members if m.name == instance)
-    answering = member if member.api_ports else pod.master
+    member = rollout.session.topology.instance(instance)
+    answering = member if member and member.api_ports else pod.master
     host = rollout.session.host_of(answering.name)
     await together(_server_healthy(host, answering.address, port) for port in answering.api_ports)
 
