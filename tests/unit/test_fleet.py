@@ -20,6 +20,7 @@ from prefect.logging import disable_run_logger
 from prefect.states import Cancelled, Completed, Failed, Running, Scheduled
 
 from pd_deploy.cli import fleet as command
+from pd_deploy.cli import fleet_status
 from pd_deploy.cli import hosts as asking
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput
@@ -152,11 +153,11 @@ class TestCommand:
         for name in ("b.yaml", "a.yml", "prefect.yaml", "notes.md"):
             (tmp_path / name).touch()
         single = tmp_path / "a.yml"
-        assert command.files_of([single, tmp_path]) == [single, tmp_path / "b.yaml"]
+        assert fleet_status.files_of([single, tmp_path]) == [single, tmp_path / "b.yaml"]
 
     def test_paths_without_a_file_are_all_named(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidInput) as refused:
-            command.files_of([tmp_path, tmp_path / "absent.yaml"])
+            fleet_status.files_of([tmp_path, tmp_path / "absent.yaml"])
         assert f"{tmp_path}: expected a deployment file" in str(refused.value)
         assert "absent.yaml: expected a deployment file" in str(refused.value)
 
@@ -168,7 +169,7 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(command, "statuses", lambda _: rows)
+        monkeypatch.setattr(fleet_status, "statuses", lambda _: rows)
         with pytest.raises(typer.Exit) as ended:
             command.status([ROOT / "deployments"])
         assert ended.value.exit_code == code
@@ -177,7 +178,7 @@ class TestCommand:
         assert told[1].split() == ["one", "3-0123abcd", "daily:20250722_26", SERVES]
 
     def test_json_has_the_same(self) -> None:
-        told = json.loads(command.as_documents(self.ROWS))
+        told = json.loads(fleet_status.as_documents(self.ROWS))
         assert [(row["deployment"], row["serves"]) for row in told] == [
             ("one", True),
             ("two", False),
@@ -189,10 +190,10 @@ class TestCommand:
         good, bad = ROOT / "deployments/qwq-3p1d.yaml", tmp_path / "bad.yaml"
         bad.write_text(f"extends: {good}\nkeep: 0\nunknown: 1\n")
         monkeypatch.setattr(asking, "read_statuses", lambda _: [Status("qwq-3p1d")])
-        first, second = command.statuses([bad, good])
+        first, second = fleet_status.statuses([bad, good])
         assert (first.deployment, second.deployment) == ("bad", "qwq-3p1d")
-        assert f"{bad}: keep: " in first.state
-        assert f"{bad}: unknown: " in first.state
+        assert f"{bad}: line 2: keep: " in first.state
+        assert f"{bad}: line 3: unknown: " in first.state
         assert second.serves
 
 
