@@ -235,8 +235,9 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
 def _end(error: BaseException) -> str:
     if isinstance(error, asyncio.CancelledError):
         return "was stopped, as the run was interrupted"
-    step = getattr(error, "step", None)
-    at = f"at `{step}` " if step else ""
+    steps = [getattr(fault, "step", None) for fault in faults_of(error)]
+    at = ", ".join(f"`{step}`" for step in dict.fromkeys(filter(None, steps)))
+    at = f"at {at} " if at else ""
     return f"failed {at}because {headline(error)}"
 
 

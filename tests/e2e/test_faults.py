@@ -250,13 +250,14 @@ async def test_server_that_dies_of_the_first_request(service: Service) -> None:
 async def test_host_lost_while_loading_is_the_error_and_the_rest_is_stopped(
     service: Service,
 ) -> None:
-    """What could not be stopped, because its host is gone, does not hide why the run failed."""
+    """What could not be stopped, because its host is gone, does not hide that."""
     service.change(gates={"connect": 0.5, "ready": 8})
     service.faults("d0", load_seconds=60)
     running = asyncio.ensure_future(run(service))
     await asyncio.to_thread(until, lambda: len(service.containers(running=True)) == 5)
     service.lab.hosts["b"].cut()
     state = await running
-    assert "expected an answer on its health endpoint" in str(state.message)
+    lost = f"host b ({service.lab.hosts['b'].address}): no SSH connection"
+    assert f"HostUnreachable: {lost}" in str(state.message)
     host = service.lab.hosts["a"]
     assert host.run(["docker", "ps", "-q"]).stdout == ""

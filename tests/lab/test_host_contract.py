@@ -39,7 +39,7 @@ class Console:
 
     @contextmanager
     def small_disk(self, directory: str) -> Iterator[None]:
-        self.box.run(["mkdir", directory])
+        self.box.run(["mkdir", "-p", directory])
         self.box.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", directory])
         try:
             yield

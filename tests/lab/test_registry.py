@@ -642,6 +642,7 @@ class TestThroughAHost:
         for process in processes:
             process.kill()
             process.wait()
+        wait_until("the host's registry to end", lambda: not reachable(box), 20)
 
     async def test_a_registry_in_reach_of_this_machine_is_asked_straight(
         self, lab: Lab, host: Host

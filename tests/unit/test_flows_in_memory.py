@@ -210,3 +210,14 @@ def test_a_scheduled_run_waits_for_another_one_when_one_by_hand_gives_up(
     assert first.completed
     assert second.completed is by_schedule
     assert by_schedule or "works on qwq-3p1d" in str(second.error)
+
+
+def test_servers_that_are_late_together_are_all_named(world: World) -> None:
+    """Their time counts from the same moment, so no one of them is the first."""
+    world.run(deploy)
+    late = {instance: Faults(hangs=True) for instance in ("p0", "p1", "p2", "d0")}
+    error = world.run(deploy, image=world.push("20250724_1", late)).error
+    steps = ", ".join(sorted(f"`ready {instance}`" for instance in late))
+    said = re.search(r"new generation 2-\w+ failed at (.*) because host ", str(error))
+    assert said
+    assert ", ".join(sorted(said[1].split(", "))) == steps
