@@ -34,11 +34,12 @@ async def stop(
     is_proxy = state.labels.get(generations.ROLE) == "proxy"
     async with task_group() as group:
         clients = _Clients(host, state)
-        counting = group.create_task(clients.count_from(seconds - LOOK_BEFORE_S, is_proxy))
+        counting = group.create_task(clients.count(seconds)) if is_proxy else None
         try:
             await host.docker.stop(state.id, deployment=deployment, timeout=seconds)
         finally:
-            counting.cancel()
+            if counting:
+                counting.cancel()
     return clients.connected if clients.connected and await _was_killed(host, state) else 0
 
 
@@ -59,15 +60,19 @@ class _Clients:
         self._host = host
         self._port = int(state.labels.get(generations.PORTS, "").partition(",")[0] or 0)
 
-    async def count_from(self, seconds: float, is_proxy: bool) -> None:
-        """Count them again and again, from some seconds on."""
-        if not is_proxy or not self._port:
+    async def count(self, seconds: float) -> None:
+        """Count them again and again, until the proxy is killed after some seconds."""
+        if not self._port:
             return
-        await asyncio.sleep(max(seconds, 0))
+        killed_at = asyncio.get_running_loop().time() + seconds
+        await asyncio.sleep(max(seconds - LOOK_BEFORE_S, 0))
         while True:
             # The stop goes on, counted or not.
             with contextlib.suppress(PdDeployError):
-                self.connected = await self._host.facts.connections(self._port)
+                connected = await self._host.facts.connections(self._port)
+                # A later count would miss those that were cut by then.
+                if asyncio.get_running_loop().time() < killed_at:
+                    self.connected = connected
             await asyncio.sleep(POLL_S)
 
 

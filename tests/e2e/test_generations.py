@@ -103,6 +103,24 @@ class TestUpgrade:
         stopped = datetime.fromisoformat(service.finished(old))
         assert -1 < (stopped - answered).total_seconds() < 9  # of 10 that the proxy may take
 
+    async def test_requests_that_the_stop_cuts_are_counted(self, service: Service) -> None:
+        """Those that take longer than the proxy may."""
+        service.change(container={"stop_timeout": 3})
+        await deploy(service.file)
+        service.change(settings=CHANGED)
+        service.faults("d0", token_seconds=1)
+        body = {"model": "qwen", "max_tokens": 60, "prompt": "a long story"}
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+            url = f"{service.url}/v1/completions"
+            asking = [asyncio.ensure_future(client.post(url, json=body)) for _ in range(3)]
+            host, under_way = service.lab.hosts["a"], ["ss", "-Htn", "sport = :7000"]
+            await asyncio.to_thread(until, lambda: host.run(under_way).stdout.count("ESTAB") == 3)
+            upgrading = asyncio.ensure_future(run(deploy, service))
+            answers = await asyncio.gather(*asking, return_exceptions=True)
+            service.faults("d0")
+        assert all(isinstance(answer, httpx.TransportError) for answer in answers)
+        assert "cut 3 requests that were not answered within 3 s" in str((await upgrading).message)
+
     async def test_promoted_image_stays_until_the_files_own_changes(self, service: Service) -> None:
         """A run without an image never undoes one with."""
         service.push("20250723_2", {"/etc/example": "newer"})
