@@ -8,14 +8,13 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import statistics
 import sys
 from collections.abc import Callable
 
+from bench.command import measured, say
 from bench.service import Upgrade, on_lab
 from bench.timeline import Measured
-from pd_deploy.lab import LabError
 
 EXPECTED_S = 8.0  # own time of a run on clean hosts, on 2 idle cores
 EXPECTED_REST_S = 3.0  # downtime of an upgrade besides the engine's load time
@@ -51,20 +50,20 @@ class Result:
 
 def bench(runs: int) -> Result:
     """Measure runs on clean hosts, each followed by one that finds nothing to do."""
-    _say("starting a lab and a Prefect server (a minute or two the first time)")
+    say("starting a lab and a Prefect server (a minute or two the first time)")
     with on_lab() as service:
         first = service.bring_up()
-        _say(f"warm-up, with the pull: {first.wall:.1f} s")
+        say(f"warm-up, with the pull: {first.wall:.1f} s")
         up, again, upgrades = [], [], []
         for number in range(1, runs + 1):
             service.clean()
             up.append(service.bring_up())
             again.append(service.run_again())
-            _say(f"run {number} of {runs}: {up[-1].wall:.1f} s, again: {again[-1].wall:.1f} s")
+            say(f"run {number} of {runs}: {up[-1].wall:.1f} s, again: {again[-1].wall:.1f} s")
         for number in range(1, runs + 1):
             upgrades.append(service.upgrade(number))
-            _say(f"upgrade {number} of {runs}: down for {upgrades[-1].down:.1f} s")
-        _say("taking the lab down")
+            say(f"upgrade {number} of {runs}: down for {upgrades[-1].down:.1f} s")
+        say("taking the lab down")
     return Result(first.parts["image present"], up, again, upgrades)
 
 
@@ -118,16 +117,7 @@ def main() -> int:
     parser.add_argument("--runs", type=_at_least_one, default=3, help="how often (default: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     options = parser.parse_args()
-    # Take the lab down on SIGTERM as well.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        result = bench(options.runs)
-    except (LabError, RuntimeError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bench: interrupted; the lab was taken down", file=sys.stderr)
-        return 130
+    result = measured("bench", lambda: bench(options.runs))
     print(as_json(result) if options.json else f"\n{table(result)}")
     return 0
 
@@ -159,10 +149,6 @@ def _at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
     return number
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,10 +19,11 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
+from bench.command import measured, say
 from bench.lab_service import CONTAINERS, LOGS, ROOT, STATE
 from bench.prefect_server import SERVER, PrefectServer
 from demo import fleet
-from pd_deploy.lab import Lab, LabError, LabHost
+from pd_deploy.lab import Lab, LabHost
 from pd_deploy.lab.host import SSHD_LOG
 from pd_deploy.lab.lifecycle import side_by_side, take_down
 
@@ -182,10 +182,10 @@ def on_lab(hosts: int) -> Iterator[Fleet]:
 def bench(hosts: Sequence[int]) -> Costs:
     """Measure a run of each kind on so many hosts."""
     costs: Costs = {kind: {} for kind in KINDS}
-    _say(f"starting a lab of {max(hosts)} hosts and a Prefect server")
+    say(f"starting a lab of {max(hosts)} hosts and a Prefect server")
     with on_lab(max(hosts)) as service:
         service.describe(max(hosts))
-        _say(f"{max(hosts)} hosts: warm-up, with the pull")
+        say(f"{max(hosts)} hosts: warm-up, with the pull")
         service.cost()
         service.clean()
         for count in sorted(set(hosts), reverse=True):
@@ -194,9 +194,9 @@ def bench(hosts: Sequence[int]) -> Costs:
                 if kind == "upgrade":
                     service.describe(count, "changed")
                 of_count[count] = service.cost()
-                _say(f"{count} hosts, {kind}: {_cells(of_count[count])}")
+                say(f"{count} hosts, {kind}: {_cells(of_count[count])}")
             service.clean()
-        _say("taking the lab down")
+        say("taking the lab down")
     return {kind: dict(sorted(by_hosts.items())) for kind, by_hosts in costs.items()}
 
 
@@ -253,16 +253,7 @@ def main() -> int:
     parser.add_argument("hosts", type=int, nargs="*", default=HOSTS, help="numbers of hosts")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     options = parser.parse_args()
-    # Take the lab down on SIGTERM as well.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        costs = bench(options.hosts)
-    except (LabError, RuntimeError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("bench: interrupted; the lab was taken down", file=sys.stderr)
-        return 130
+    costs = measured("bench", lambda: bench(options.hosts))
     print(as_json(costs) if options.json else f"\n{table(costs)}")
     return 0
 
@@ -277,10 +268,6 @@ def _cells(cost: Cost) -> str:
     return " | ".join(
         f"{value:.2f}" if isinstance(value, float) else f"{value}" for value in values
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from uuid import uuid4
 import httpx
 
 from bench.client import Client
+from bench.command import measured, say
 from bench.growth import Comparison, Limit, compare
 from bench.lab_service import INSTANCES, LOGS, STATE, LabService, write_file
 from bench.prefect_server import SERVER, WORKER, PrefectServer
@@ -373,26 +374,18 @@ def main() -> int:
     parser.add_argument("--subnet", default=SUBNET, help=f"of the lab (default: {SUBNET})")
     parser.add_argument("--samples", type=Path, help="also write each upgrade here, as JSON lines")
     options = parser.parse_args()
-    # Take the lab down on SIGTERM as well.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     done: list[Upgrade] = []
 
     def told(upgrade: Upgrade) -> None:
         done.append(upgrade)
-        print(_line(upgrade), file=sys.stderr, flush=True)
+        say(_line(upgrade))
         if options.samples:
             with options.samples.open("a") as lines:
                 print(json.dumps(dataclasses.asdict(upgrade)), file=lines)
 
     try:
-        soak(options.count, options.minutes, options.lab, options.subnet,
-             options.fault_every, told)  # fmt: skip
-    except (LabError, RuntimeError, httpx.HTTPError) as error:
-        print(f"soak: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("soak: interrupted; the lab was taken down", file=sys.stderr)
-        return 130
+        given = (options.count, options.minutes, options.lab, options.subnet, options.fault_every)
+        measured("soak", lambda: soak(*given, told), httpx.HTTPError)
     finally:
         print(report(done))
     return int(failed(done))

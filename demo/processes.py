@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pd_deploy.hosts.processes import started
+
 STOP_TIMEOUT_S = 20  # a worker ends its flow run first
 POLL_S = 0.1
 
@@ -22,8 +24,8 @@ class Processes:
 
     def running(self, name: str) -> bool:
         """Tell whether the process of that name is alive."""
-        pid, started = self._read().get(name, (0, ""))
-        return bool(pid) and _started(pid) == started
+        pid, recorded = self._read().get(name, (0, ""))
+        return bool(pid) and started(pid) == recorded
 
     def pid(self, name: str) -> int:
         """Return the process id of the process of that name; 0 if there was none."""
@@ -44,7 +46,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._write(self._read() | {name: (process.pid, _started(process.pid))})
+        self._write(self._read() | {name: (process.pid, started(process.pid))})
 
     def cpu_seconds(self, name: str) -> float:
         """Return the CPU time that a process and those it has started have used, in s."""
@@ -96,7 +98,7 @@ class Processes:
             os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(pid, signal.SIGKILL)
-        while _group_lives(pid) if children else _started(pid):
+        while _group_lives(pid) if children else started(pid):
             time.sleep(POLL_S)
 
     def _tail(self, name: str) -> str:
@@ -113,15 +115,6 @@ class Processes:
         draft = self._record.with_suffix(".new")
         draft.write_text(json.dumps(record))
         draft.replace(self._record)
-
-
-def _started(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot; "" if it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
 
 
 def _group_lives(group: int) -> bool:
