@@ -35,6 +35,8 @@ os.environ |= {
     "PREFECT_API_URL": API,
     "PREFECT_WORKER_QUERY_SECONDS": "1",
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+    # Two labs start processes beside it: SQLite's lock may be held for longer than its 10 s.
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
 }

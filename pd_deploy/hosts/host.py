@@ -383,7 +383,12 @@ class Host:
         stdin = asyncssh.PIPE if data else asyncssh.DEVNULL
         async with self._commands.process(_bounded(argv, timeout), stdin=stdin) as process:
             async with asyncio.timeout(timeout):
-                stdout, stderr = await process.communicate(data)
+                if data:
+                    # It may have ended already, without reading: its status tells what that means.
+                    with contextlib.suppress(BrokenPipeError):
+                        process.stdin.write(data)
+                        process.stdin.write_eof()
+                stdout, stderr = await process.communicate()
         if process.returncode is None:
             raise self._link.dropped(f"the connection was lost while `{shlex.join(argv)}` ran")
         return CommandResult(process.returncode, _text(stdout), _text(stderr))

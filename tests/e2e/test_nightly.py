@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from prefect.client.base import PrefectHttpxSyncClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
@@ -171,7 +171,8 @@ def switch(
 
     def by_api(on: bool) -> None:
         path = f"/deployments/{scheduled.id}/schedules/{schedule.id}"
-        httpx.patch(f"{prefect_settings.API}{path}", json={"active": on}).raise_for_status()
+        with PrefectHttpxSyncClient(base_url=prefect_settings.API) as client:
+            client.patch(path, json={"active": on})
 
     with page(tmp_path / "browser") as shown:
 
