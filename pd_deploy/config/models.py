@@ -477,6 +477,8 @@ KvParallelSize = Annotated[
     Literal["by-image", "prefill-pods-plus-one", "decode-tensor-parallel"] | int,
     BeforeValidator(parse_kv_parallel_size),
 ]
+ContractName = Literal["v0-early", "v0", "v1", "roles"]
+"""What an omni-infer image expects of its deployer, by the age of the image."""
 EngineId = Annotated[Literal["kv-rank"] | int, BeforeValidator(parse_engine_id)]
 Rule = Annotated[str, BeforeValidator(parse_rule)]
 
@@ -512,6 +514,7 @@ class Deployment(Model):
     disk: Disk = Disk()
     keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
+    contract: Literal["by-image"] | ContractName = "by-image"
     kv_parallel_size: KvParallelSize = "by-image"
     decode_engine_id: EngineId = "kv-rank"
     vllm: VllmOptions | None = None

@@ -42,7 +42,7 @@ COUNTERS = Counters(
     kv_bytes=Counter("vllm:nixl_bytes_transferred_sum"),
 )
 UNUSED_KEYS: tuple[str, ...] = (
-    "code", "compat", "decode_engine_id", "http_proxy", "kv_parallel_size", "ports.ray",
+    "code", "compat", "contract", "decode_engine_id", "http_proxy", "kv_parallel_size", "ports.ray",
     "proxy.*.core_num", "proxy.*.decode_lb_sdk", "proxy.*.log_level", "proxy.*.nginx_sha256",
     "proxy.*.nginx_tarball", "proxy.*.prefill_lb_sdk", "proxy.*.start_core_index",
     "supports.server_offset", "supports.tensor_parallel",
