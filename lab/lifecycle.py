@@ -361,6 +361,7 @@ def _write_seeds(name: str, subnet: IPv4Network, hosts: Mapping[str, LabHost]) -
 
 
 def _boot(lab: Lab) -> None:
+    network.make_room_for_neighbours(len(lab.hosts))
     lab.switch.start().go_on()
     machine = f"{lab.machine_address}/{lab.subnet.prefixlen}"
     network.plug_in_machine(lab.name, machine, lab.switch)

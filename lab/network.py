@@ -7,10 +7,14 @@ forwarding settings and Docker engine don't affect the lab's traffic, and no tra
 import contextlib
 import json
 from ipaddress import IPv4Network, ip_network
+from pathlib import Path
 
 from pd_deploy.lab.box import Box
 from pd_deploy.lab.errors import LabError
 from pd_deploy.lab.system import run
+
+NEIGHBOURS = Path("/proc/sys/net/ipv4/neigh/default/gc_thresh3")
+"""How many neighbours the kernel knows, of all network namespaces together; 1024 by default."""
 
 
 def parse_subnet(text: str) -> IPv4Network:
@@ -54,6 +58,27 @@ def check_free(link: str, subnet: IPv4Network) -> None:
                 f"subnet {subnet} overlaps {destination} on interface "
                 f"{route.get('dev', '?')}: choose another --subnet"
             )
+
+
+def make_room_for_neighbours(hosts: int) -> None:
+    """Let the kernel know as many neighbours as hosts that all talk to each other have.
+
+    Beyond its limit, which counts for the whole machine and lasts until it restarts, packets are
+    dropped: from about 30 hosts on, connections between them would stand still for minutes.
+
+    Raises:
+        LabError: the limit can't be raised.
+    """
+    needed = 2 * (hosts + 2) ** 2
+    if int(NEIGHBOURS.read_text()) >= needed:
+        return
+    try:
+        NEIGHBOURS.write_text(str(needed))
+    except OSError as error:
+        raise LabError(
+            f"expected {NEIGHBOURS} to be {needed} or more, as {hosts} hosts need, and could not "
+            f"write it ({error.strerror}): start fewer hosts, or set it with sysctl"
+        ) from None
 
 
 def plug_in_host(cable: str, host_pid: int, switch: Box) -> None:

@@ -1,6 +1,7 @@
 """Asking an instance whether it is ready."""
 
 import asyncio
+import time
 
 import httpx
 
@@ -11,7 +12,10 @@ from pd_deploy.steps import containers
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 
-POLL_INTERVAL_S = 0.25  # a server that is ready, or ended, is noticed within this time
+POLL_INTERVAL_S = 0.25
+POLL_SHARE = 0.01
+"""How much later than it happens a server's readiness is noticed, as a share of how long that took;
+at least `POLL_INTERVAL_S`. 48 servers that load for minutes are asked a few times a second."""
 PROBE_TIMEOUT_S = 5.0  # a server that compiles graphs answers slowly
 PATIENCE_S = 5.0
 """How long a host may be away before the step says so and is retried."""
@@ -77,10 +81,11 @@ async def _healthy(rollout: Rollout, instance: str) -> None:
 
 
 async def _server_healthy(host: Host, address: str, port: int) -> None:
+    begin = time.monotonic()
     async with host.http(address, port) as client:
-        # An asyncio.Event can't be set from another machine
-        while not await _answers(client, f"http://{address}:{port}/health"):  # noqa: ASYNC110
-            await asyncio.sleep(POLL_INTERVAL_S)
+        while not await _answers(client, f"http://{address}:{port}/health"):
+            waited = time.monotonic() - begin
+            await asyncio.sleep(max(POLL_INTERVAL_S, waited * POLL_SHARE))
 
 
 async def _answers(client: httpx.AsyncClient, url: str) -> bool:
