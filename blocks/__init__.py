@@ -1,1 +1,1 @@
-"""Prefect blocks that hold secrets."""
+"""Prefect blocks that hold secrets, and logging in to hosts with them."""

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
+from pd_deploy.blocks.opening import open_former, open_session, session_on
 from pd_deploy.cli.prefect_api import reached
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import PdDeployError
 from pd_deploy.flows import survey
-from pd_deploy.flows.session import open_former, open_session, session_on
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState, ListedContainer
 from pd_deploy.hosts.host import Host, Hosts

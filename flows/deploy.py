@@ -4,19 +4,14 @@ from pathlib import Path
 
 from prefect import State, flow
 
+from pd_deploy.blocks.opening import open_former, open_session
 from pd_deploy.config.load import naming_lines
 from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
 from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
-from pd_deploy.flows.session import (
-    connected,
-    locked_session,
-    open_former,
-    open_session,
-    patient,
-)
+from pd_deploy.flows.session import connected, locked_session, patient
 from pd_deploy.flows.survey import plan
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import STAGES, Stage

@@ -7,6 +7,7 @@ from prefect import State, flow
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
+from pd_deploy.blocks.opening import open_session
 from pd_deploy.errors import HostAway, NothingServes, PdDeployError
 from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.away import with_all_hosts
@@ -15,7 +16,7 @@ from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import Run, this_run
-from pd_deploy.flows.session import locked, open_session, patient
+from pd_deploy.flows.session import locked, patient
 from pd_deploy.flows.survey import plan, restore, survey_hosts
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.records import generations

@@ -24,6 +24,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.logging import disable_run_logger
 
+from pd_deploy.blocks import opening
 from pd_deploy.config import yaml_files
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
@@ -394,7 +395,7 @@ def _without_prefect(
     with ExitStack() as stack:
         for target, attribute, replacement in (
             (Task, "__call__", _run_in_place),
-            (session, "Host", host),
+            (opening, "Host", host),
             (session, "bury", buried),
             (interrupts, "SIGNALS", ()),
             (publish, "acreate_markdown_artifact", artifacts or nowhere),

@@ -3,8 +3,8 @@
 import pytest
 from prefect.blocks.core import Block
 
+from pd_deploy.blocks import opening
 from pd_deploy.errors import InvalidInput
-from pd_deploy.flows import session
 from tests.unit import example
 
 
@@ -23,7 +23,7 @@ async def test_unknown_blocks_of_both_kinds_are_told_at_once(
         }
     )
     with pytest.raises(InvalidInput) as caught:
-        async with session.open_session(deployment):
+        async with opening.open_session(deployment):
             pass
     assert {problem.key for problem in caught.value.problems} == {
         "ssh.credentials",

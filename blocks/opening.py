@@ -1,0 +1,110 @@
+"""From the deployment file to its hosts, logged in to with the credentials of its blocks.
+
+Prefect is imported only for a file that names a block: that takes a second.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+from pd_deploy.config.models import Deployment
+from pd_deploy.hosts.container_values import RegistryLogin
+from pd_deploy.hosts.host import Host, Hosts
+from pd_deploy.hosts.login import Login
+from pd_deploy.records.releases import History, HostAccess
+from pd_deploy.steps.session import Session, host_accesses
+
+Logins = dict[str, Callable[[str, int], Login]]
+"""Block → what makes a login of a user and a port."""
+
+
+@asynccontextmanager
+async def open_session(
+    deployment: Deployment, forget: Iterable[str] = ()
+) -> AsyncIterator[Session]:
+    """Give the deployment's hosts, with the credentials of its blocks; close them at the end.
+
+    Connections are made when the first step needs them.
+
+    Raises:
+        InvalidInput: blocks that do not exist, all at once.
+    """
+    logins, registry_login = await _credentials(deployment)
+    hosts = [
+        host_of(name, access, logins, deployment)
+        for name, access in host_accesses(deployment).items()
+    ]
+    async with Hosts(hosts) as opened:
+        yield Session(deployment, opened, registry_login, forget)
+
+
+async def session_on(shared: dict[HostAccess, Host], deployment: Deployment) -> Session:
+    """Give a deployment's hosts as `open_session` does, of which several deployments may have some.
+
+    Args:
+        shared: hosts by how they are reached, without their names; gets those that are new.
+            Whoever has it closes them.
+
+    Raises:
+        InvalidInput: blocks that do not exist, all at once.
+    """
+    logins, registry_login = await _credentials(deployment)
+    named = {}
+    for name, place in host_accesses(deployment).items():
+        key = place.model_copy(update={"name": ""})
+        if key not in shared:
+            shared[key] = host_of(name, place, logins, deployment)
+        named[name] = shared[key]
+    return Session(deployment, Hosts.of(named), registry_login)
+
+
+async def open_former(session: Session, history: History, also: Iterable[HostAccess] = ()) -> None:
+    """Add hosts on which former generations may have left something; see `locked_session`."""
+    addresses = {host.address for host in session.hosts.values()} | session.forgotten
+    for access in (*history.record.hosts.values(), *also):
+        if access.address not in addresses:
+            addresses.add(access.address)
+            name = access.address if access.name in session.hosts else access.name
+            session.hosts.add(await _former(name, access, session.deployment))
+
+
+async def _former(name: str, access: HostAccess, deployment: Deployment) -> Host:
+    logins: Logins = {}
+    if access.credentials:
+        from pd_deploy.blocks import loading
+
+        key = f"credentials of the former host {access.address}"
+        logins = {access.credentials: await loading.ssh(access.credentials, key)}
+    return host_of(name, access, logins, deployment)
+
+
+def host_of(name: str, access: HostAccess, logins: Logins, deployment: Deployment) -> Host:
+    """Make a host, not yet connected, that is reached as `access` says."""
+    to_login = logins.get(access.credentials or "")
+    login = (
+        to_login(access.user or "root", access.port)
+        if to_login
+        else Login(user=access.user, port=access.port)
+    )
+    return Host(
+        name,
+        access.address,
+        login,
+        ssh_address=access.ssh_address,
+        docker_socket=access.docker_socket,
+        connect_timeout=deployment.gates.connect,
+    )
+
+
+def names_blocks(deployment: Deployment) -> bool:
+    """Tell whether a deployment's credentials are in blocks of a Prefect server."""
+    accesses = host_accesses(deployment).values()
+    ssh = (deployment.ssh.credentials, *(access.credentials for access in accesses))
+    return any((*ssh, deployment.registry.credentials))
+
+
+async def _credentials(deployment: Deployment) -> tuple[Logins, RegistryLogin | None]:
+    if not names_blocks(deployment):
+        return {}, None
+    from pd_deploy.blocks import loading
+
+    return await loading.of(deployment)
