@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-DOES_NOT_SERVE = 1  # exit code: something does not serve, or was not reached
-
 app = typer.Typer(
     help="Look at many deployments at once.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -31,12 +29,14 @@ def status(
     """Print which generation of which image serves, of each deployment.
 
     All hosts are asked at once, and nothing is changed. A host that does not answer, and a file
-    that is invalid, are told in their row. The exit code is 0 if every deployment serves, else 1.
+    that is invalid, are told in their row. The exit code is that of the worst: 0 all serve, 1 a
+    file is invalid or its hosts can't be asked, 3 one is degraded, 4 one is down.
 
     Example: pd-deploy fleet status deployments/
     """
+    from pd_deploy.cli import exit_codes
     from pd_deploy.cli.fleet_status import as_documents, files_of, statuses, table
 
     rows = statuses(files_of(paths or [Path()]))
     typer.echo(as_documents(rows) if as_json else table(rows))
-    raise typer.Exit(0 if all(row.serves for row in rows) else DOES_NOT_SERVE)
+    raise typer.Exit(exit_codes.of(row.verdict for row in rows))

@@ -9,7 +9,7 @@ from pd_deploy.cli.tables import aligned
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
-from pd_deploy.records.status import Status
+from pd_deploy.records.status import Status, Verdict
 
 SUFFIXES = (".yaml", ".yml")
 PREFECT_FILE = "prefect.yaml"
@@ -55,11 +55,16 @@ def table(rows: Iterable[Status]) -> str:
             row.generation,
             row.image.rpartition("/")[2],
             f"{row.since:%Y-%m-%d %H:%M:%S}" if row.since else "",
-            "; ".join(filter(None, (row.state, row.remark))),
+            "; ".join(filter(None, (_state(row), row.remark))),
         )
         for row in rows
     ]
     return "\n".join(aligned([("deployment", "generation", "image", "since", "state"), *cells]))
+
+
+def _state(row: Status) -> str:
+    is_told = row.verdict in (None, Verdict.SERVING)
+    return row.state if is_told else f"{row.verdict}: {row.state}"
 
 
 def as_documents(rows: Iterable[Status]) -> str:

@@ -1,14 +1,13 @@
 """Reading from the hosts, without a flow run."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
-from pd_deploy.blocks.opening import open_former, open_session, session_on
-from pd_deploy.cli.prefect_api import reached
+from pd_deploy.blocks.opening import names_blocks, open_former, open_session, session_on
 from pd_deploy.config.models import Deployment
-from pd_deploy.errors import PdDeployError
-from pd_deploy.flows import survey
+from pd_deploy.errors import PdDeployError, SeveralFaults
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState, ListedContainer
 from pd_deploy.hosts.host import Host, Hosts
@@ -16,40 +15,94 @@ from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, HostAccess
 from pd_deploy.records.status import Status
+from pd_deploy.records.status import status as judge
 from pd_deploy.steps import host_records
+from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.status import status
 
 AT_ONCE = 32  # deployments whose hosts are asked at the same time
 
 
+@contextmanager
+def asking(deployments: Iterable[Deployment]) -> Iterator[None]:
+    """Turn errors of the Prefect server into ours, where deployments have credentials there.
+
+    Others are read without Prefect, which takes a second to load.
+    """
+    if not any(map(names_blocks, deployments)):
+        yield
+        return
+    from pd_deploy.cli.prefect_api import reached
+
+    with reached():
+        yield
+
+
 def plan(deployment: Deployment, image: str | None) -> Plan:
     """Make the plan that a deployment would carry out now; change nothing on the hosts."""
 
-    async def survey_hosts() -> Plan:
-        async with connected(deployment) as (session, _):
-            return (await survey.plan(session, image, "a look")).with_actions(STAGES)
+    from pd_deploy.flows import survey
 
-    with reached():
+    async def survey_hosts() -> Plan:
+        async with connected(deployment) as reached:
+            reached.require_all()
+            return (await survey.plan(reached.session, image, "a look")).with_actions(STAGES)
+
+    with asking([deployment]):
         return asyncio.run(survey_hosts())
 
 
-def read_history(deployment: Deployment) -> tuple[History, list[ContainerState]]:
+@dataclass(frozen=True)
+class Past:
+    """What was deployed and what became of it, and what runs.
+
+    Attributes:
+        running: the containers that run.
+        away: why hosts did not answer.
+    """
+
+    history: History
+    running: Sequence[ContainerState]
+    status: Status
+    away: Sequence[str] = ()
+
+
+def read_past(deployment: Deployment) -> Past:
     """Read from the hosts what was deployed and what became of it, and which containers run."""
+    with asking([deployment]):
+        return asyncio.run(past(deployment))
+
+
+async def past(deployment: Deployment) -> Past:
+    """Read a deployment's past from the hosts that answer; see `read_past`."""
     label = {generations.DEPLOYMENT: deployment.name}
 
-    async def read() -> tuple[History, list[ContainerState]]:
-        async with connected(deployment) as (session, recorded):
-            states = await together(h.docker.containers(label) for h in session.hosts.values())
-            return recorded, [s for host in states for s in host if s.status in generations.RUNNING]
+    async def containers(host: Host) -> list[ContainerState] | PdDeployError:
+        try:
+            return await host.docker.containers(label)
+        except PdDeployError as error:
+            return error
 
-    with reached():
-        return asyncio.run(read())
+    async with connected(deployment) as reached:
+        asked = list(reached.session.hosts.values())
+        answers = await together(map(containers, asked))
+        states, away = dict[str, list[ContainerState]](), dict(reached.away)
+        for host, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, PdDeployError):
+                away[host.address] = answer
+            else:
+                states[host.address] = answer
+    headlines = {address: error.headline for address, error in away.items()}
+    running = [s for host in states.values() for s in host if s.status in generations.RUNNING]
+    judged = judge(deployment.name, reached.history, states, headlines)
+    return Past(reached.history, running, judged, list(headlines.values()))
 
 
 def read_statuses(deployments: Iterable[Deployment]) -> list[Status | PdDeployError]:
     """Ask the hosts of many deployments what serves; see `statuses`."""
-    with reached():
+    deployments = list(deployments)
+    with asking(deployments):
         return asyncio.run(statuses(deployments))
 
 
@@ -83,11 +136,65 @@ async def statuses(deployments: Iterable[Deployment]) -> list[Status | PdDeployE
         await Hosts.of({str(access): host for access, host in shared.items()}).aclose()
 
 
+@dataclass(frozen=True)
+class Reached:
+    """The hosts of a deployment that answer, former ones included, and what they know of its past.
+
+    Attributes:
+        session: with those hosts alone.
+        away: by address, why each of the others does not answer.
+    """
+
+    session: Session
+    history: History
+    away: Mapping[str, PdDeployError]
+
+    def require_all(self) -> None:
+        """Refuse to go on without a host.
+
+        Raises:
+            PdDeployError: the only one that is away.
+            SeveralFaults: several of them.
+        """
+        faults = list(self.away.values())
+        if faults:
+            raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
+
+
 @asynccontextmanager
-async def connected(deployment: Deployment) -> AsyncIterator[tuple[Session, History]]:
-    """Connect to a deployment's hosts, former ones included, and read its history."""
+async def connected(deployment: Deployment) -> AsyncIterator[Reached]:
+    """Connect to a deployment's hosts, former ones included, and read its history.
+
+    Raises:
+        PdDeployError, SeveralFaults: no host answers.
+    """
     async with open_session(deployment) as session:
-        reading = [host_records.read(host, session.root) for host in session.hosts.values()]
-        recorded = host_records.merged(await together(reading))
+        answers = await _records(session, list(session.hosts))
+        recorded = host_records.merged(a for a in answers.values() if isinstance(a, HostRecords))
+        present = set(session.hosts)
         await open_former(session, recorded)
-        yield session, recorded
+        answers |= await _records(session, [name for name in session.hosts if name not in present])
+        away = {
+            session.host(name).address: answer
+            for name, answer in answers.items()
+            if isinstance(answer, PdDeployError)
+        }
+        here = {n: h for n, h in session.hosts.items() if h.address not in away}
+        history = host_records.merged(a for a in answers.values() if isinstance(a, HostRecords))
+        reached = Reached(session.with_hosts(Hosts.of(here)), history, away)
+        if not here:
+            reached.require_all()
+        yield reached
+
+
+async def _records(
+    session: Session, names: Iterable[str]
+) -> dict[str, HostRecords | PdDeployError]:
+    async def read(name: str) -> HostRecords | PdDeployError:
+        try:
+            return await host_records.read(session.host(name), session.root)
+        except PdDeployError as error:
+            return error
+
+    names = list(names)
+    return dict(zip(names, await together(map(read, names)), strict=True))

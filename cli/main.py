@@ -9,6 +9,7 @@ a tenth of a second of CPU, and an invalid file is refused long before Prefect i
 
 import os
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -20,7 +21,7 @@ from pd_deploy.cli import credentials, fleet, server
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.errors import InvalidInput, PdDeployError
 
-FAILED, INVALID = 1, 2
+FAILED, INVALID, INTERRUPTED = 1, 2, 130
 
 # For the server that is started when none is configured. It may need longer than Prefect's 20 s on
 # a busy machine, and sends no telemetry. What the user has set takes precedence.
@@ -269,6 +270,36 @@ def recover(file: File) -> None:
 
 
 @app.command()
+def status(
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Print it again every 2 s, until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Show what serves, and how each part of it is.
+
+    Asks all hosts at once and changes nothing. Requests and KV tokens are those since the last
+    look; with --watch, since the one before. A host that does not answer is told in its row.
+
+    Exit codes: 0 serving, 3 degraded (something does not run or was not reached, but a whole
+    prefill, a whole decode and the proxy are there), 4 down.
+
+    Example: pd-deploy status qwq-3p1d.yaml --watch
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import status as showing
+
+    try:
+        code = showing.show(deployment, file, as_json=as_json, watch=watch)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    raise typer.Exit(code)
+
+
+@app.command()
 def releases(
     file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -285,11 +316,12 @@ def releases(
     deployment = load(file)
     from pd_deploy.cli import hosts
 
-    history, running = hosts.read_history(deployment)
-    record = history.record
-    typer.echo(
-        record.model_dump_json(indent=2) if as_json else show.release_table(history, running)
-    )
+    past = hosts.read_past(deployment)
+    if as_json:
+        _tell_away(past.away)
+        typer.echo(past.history.record.model_dump_json(indent=2))
+    else:
+        typer.echo(show.release_table(past))
 
 
 @app.command()
@@ -306,7 +338,8 @@ def logs(
     """Collect a generation's logs from all hosts.
 
     Works after a failure, too. DIR/HOST/INSTANCE/ gets what the container printed, and the log
-    files of the server or proxy.
+    files of the server or proxy. If a host does not answer, those of the others are copied, and
+    the exit code is 1.
 
     Example: pd-deploy logs qwq-3p1d.yaml --to ./logs
     """
@@ -315,7 +348,10 @@ def logs(
     deployment = load(file)
     from pd_deploy.cli import logs as collecting
 
-    typer.echo(f"copied to {collecting.collect(deployment, generation, to)}")
+    directory, away = collecting.collect(deployment, generation, to)
+    typer.echo(f"copied to {directory}")
+    _tell_away(away)
+    raise typer.Exit(FAILED if away else 0)
 
 
 @app.command()
@@ -403,6 +439,11 @@ def _refuse_invalid(file: Path, image: str | None = None) -> None:
     from pd_deploy.cli.check import load
 
     load(file, image)
+
+
+def _tell_away(why: Iterable[str]) -> None:
+    for host in why:
+        typer.echo(f"pd-deploy: no answer from {host}", err=True)
 
 
 def _fail(error: PdDeployError | str, code: int) -> NoReturn:

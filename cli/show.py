@@ -1,27 +1,31 @@
 """Plans and releases as the command prints them for people to read."""
 
-from collections.abc import Sequence
-
+from pd_deploy.cli.hosts import Past
 from pd_deploy.cli.tables import aligned
-from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
 from pd_deploy.records import generations, releases
-from pd_deploy.records.releases import History
 
 
-def release_table(history: History, running: Sequence[ContainerState]) -> str:
-    """Print the releases as a table, and the images in quarantine."""
+def release_table(past: Past) -> str:
+    """Print the releases as a table, the images in quarantine, and what is not as it should be."""
+    history, running = past.history, past.running
     rows = releases.table(
-        history, {state.labels.get(generations.GENERATION, "") for state in running}
+        history,
+        {state.labels.get(generations.GENERATION, "") for state in running},
+        past.status.serves,
     )
+    away = [f"no answer from {why}" for why in past.away]
     if not rows and running:
         names = ", ".join(f"{state.name} of image {state.image}" for state in running)
-        return f"no host knows what was deployed, but these containers run: {names}"
+        lost = f"no host knows what was deployed, but these containers run: {names}"
+        return "\n".join([lost, *away])
     if not rows:
-        return "nothing has been deployed yet"
+        return "\n".join(["nothing has been deployed yet", *away])
     lines = aligned([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
     for digest, entry in history.record.quarantine.items():
         lines.append(f"in quarantine: {entry.image} ({digest[:19]}): {entry.reason}")
+    if past.status.verdict and not past.status.serves:
+        lines.append(f"{past.status.verdict}: {past.status.state}")
     return "\n".join(lines)
 
 

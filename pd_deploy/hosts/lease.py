@@ -42,9 +42,9 @@ export LC_ALL=C
 dir=$1; lease=$1/lease; token=$3
 [ "$2" != take ] || mkdir -p "$dir" || exit 1
 umask 077
-[ -d "$dir" ] || { [ "$2" = release ] || echo gone; exit 0; }
-exec 9>>"$dir/.lease.lock" || exit 1
-flock -w "$6" 9 || { echo "its file lock is held" >&2; exit 1; }
+[ -d "$dir" ] || { [ "$2" != renew ] || echo gone; exit 0; }
+[ "$2" = look ] || exec 9>>"$dir/.lease.lock" || exit 1
+[ "$2" = look ] || flock -w "$6" 9 || { echo "its file lock is held" >&2; exit 1; }
 start=$(cat /proc/sys/kernel/random/boot_id)
 read -r now rest </proc/uptime
 now=${now%.*}${now#*.}; now=${now#0}; now=${now#0}
@@ -89,6 +89,7 @@ renew)
   elif [ "$holder" != "$token" ]; then echo lost; show
   else put "$token" "$owner" || exit 1; echo kept; fi ;;
 release) [ "$holder" != "$token" ] || put "" "" ,fsync ;;
+look) [ -z "$holder" ] || { echo "held $(($(age "$lease") / 100))"; show; } ;;
 esac
 """
 CALL_TIMEOUT_S = 60.0
@@ -125,6 +126,29 @@ class Other:
 
     owner: Owner
     age: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A lease that is held: by whom, and the seconds since it was renewed."""
+
+    owner: Owner | None
+    age: int
+
+    def __str__(self) -> str:
+        return _held(self.owner, self.age)
+
+
+def look_command(root: str) -> list[str]:
+    """Make the command whose output `parse_look` takes; it changes nothing and waits for nobody."""
+    return ["sh", "-c", SCRIPT, "sh", root, "look", "", "", "", "", ""]
+
+
+def parse_look(output: str) -> Holding | None:
+    """Parse who holds a lease; return None if nobody does."""
+    head, _, rest = output.partition("\n")
+    _, _, age = head.partition(" ")
+    return Holding(_owner(_lines(rest)[2]), int(age)) if head else None
 
 
 @dataclass

@@ -44,6 +44,14 @@ class HostAccess(_Frozen):
     docker_socket: str = DOCKER_SOCKET
 
 
+class Place(_Frozen):
+    """Where an instance, or the proxy, of a release is; `host` is the host's name then."""
+
+    role: str
+    pod: str
+    host: str
+
+
 class Release(_Frozen):
     """One generation: when and why it was made, and of what.
 
@@ -55,6 +63,7 @@ class Release(_Frozen):
         pinned_image: the image by digest, or by id with `pull: never` or from a file.
         file_image: what the deployment file said at that time.
         hosts: all its hosts by their names then.
+        instances: where each instance and the proxy is; older versions wrote none.
         logs: where its log files are on them.
         created: when it was first attempted, by the controller's clock.
         started_by: the run that made it, and who or what started that.
@@ -68,6 +77,7 @@ class Release(_Frozen):
     pinned_image: str = Field(validation_alias=AliasChoices("pinned_image", "exact"))
     file_image: str
     hosts: dict[str, HostAccess]
+    instances: dict[str, Place] = {}
     logs: str
     created: datetime
     started_by: str
@@ -310,14 +320,17 @@ def local_tag(deployment: str, generation: str) -> str:
     return f"pd-deploy/{deployment}:{generation}"
 
 
-def table(history: History, running: Collection[str] | None = None) -> Sequence[Mapping[str, str]]:
+def table(
+    history: History, running: Collection[str] | None = None, is_whole: bool = True
+) -> Sequence[Mapping[str, str]]:
     """List the releases as rows, the youngest first.
 
     Args:
         running: the generations of which containers run, if that was looked at.
+        is_whole: whether all of what serves does.
     """
     releases = sorted(history.releases.values(), key=_age, reverse=True)
-    return [_row(history, release, running) for release in releases]
+    return [_row(history, release, running, is_whole) for release in releases]
 
 
 def _age(release: Release) -> Generation:
@@ -326,13 +339,17 @@ def _age(release: Release) -> Generation:
     return parsed
 
 
-def _row(history: History, release: Release, running: Collection[str] | None) -> Mapping[str, str]:
+def _row(
+    history: History, release: Release, running: Collection[str] | None, is_whole: bool
+) -> Mapping[str, str]:
     outcome = history.record.outcomes.get(release.generation)
     serves = history.record.serving == release.generation
     result: str = outcome.result if outcome else "unfinished"
     if serves:
         runs = running is None or {release.generation, release.servers} <= set(running)
-        opened = "promoted, does not serve" if history.record.closed else "serving"
+        opened = "serving" if is_whole else "serving in part"
+        if history.record.closed:
+            opened = "promoted, does not serve"
         result = opened if runs else "promoted, does not run"
     if release.digest in history.record.quarantine:
         result += ", image quarantined"

@@ -1,14 +1,72 @@
-"""What serves, by the records and the containers of a deployment's hosts. Pure."""
+"""What serves, by the records and the containers of a deployment's hosts. Pure.
 
-from collections.abc import Mapping, Sequence
+All that says whether a service serves, `status` as well as `fleet status`, judges by `verdict`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
+from typing import Protocol, TypeVar
 
-from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ListedContainer
-from pd_deploy.records.generations import GENERATION, INSTANCE, RUNNING, latest
-from pd_deploy.records.releases import History, Release
+from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
+from pd_deploy.records.generations import GENERATION, INSTANCE, ROLE, RUNNING, latest
+from pd_deploy.records.releases import History, Place, Release
 
 SERVES = "serves"
+ROLES = ("prefill", "decode", "proxy")
+GONE = "gone"
+
+
+class Verdict(StrEnum):
+    """Whether clients get answers.
+
+    Serving: all of the promoted generation runs. Degraded: something of it does not, or was not
+    reached, but there is a whole prefill, a whole decode and the proxy. Down: there is not, or the
+    service is closed to clients, or nothing was promoted.
+    """
+
+    SERVING = "serving"
+    DEGRADED = "degraded"
+    DOWN = "down"
+
+
+class AnyContainer(Protocol):
+    """What is needed of a container, listed or inspected."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Its labels."""
+        ...
+
+    @property
+    def status(self) -> str:
+        """Docker's word for its state."""
+        ...
+
+
+C = TypeVar("C", bound=AnyContainer)
+
+
+@dataclass(frozen=True)
+class Member:
+    """An instance, or the proxy, of what is to serve.
+
+    Attributes:
+        host: the address of its host.
+        trouble: why it does not serve; empty if it does.
+    """
+
+    name: str
+    role: str
+    pod: str
+    host: str
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -21,6 +79,8 @@ class Status:
         since: when it was promoted last.
         state: `SERVES`, or what is not as it should be.
         remark: what else people want to know.
+        verdict: whether clients get answers, as far as can be seen from here; None if no host was
+            asked.
     """
 
     deployment: str
@@ -29,18 +89,20 @@ class Status:
     since: datetime | None = None
     state: str = SERVES
     remark: str = ""
+    verdict: Verdict | None = None
 
     @property
     def serves(self) -> bool:
         """Whether all of it runs and clients can connect."""
-        return self.state == SERVES
+        return self.verdict == Verdict.SERVING
 
 
 def status(
     deployment: str,
     history: History,
-    containers: Mapping[str, Sequence[ListedContainer]],
+    containers: Mapping[str, Sequence[AnyContainer]],
     away: Mapping[str, str],
+    unhealthy: Mapping[str, str] | None = None,
 ) -> Status:
     """Say what serves.
 
@@ -48,6 +110,8 @@ def status(
         history: what the hosts that answered know of the deployment's past.
         containers: all containers of each host that answered, by its address.
         away: the hosts that did not answer, by address: name, address and why.
+        unhealthy: instances that run and do not answer as they should, and what was found, if they
+            were asked.
     """
     ours = {
         address: [c for c in listed if c.labels.get(DEPLOYMENT_LABEL) == deployment]
@@ -63,8 +127,10 @@ def status(
             troubles.append("no generation serves")
         elif not away:
             troubles.append("nothing is deployed")
-        return Status(deployment, state="; ".join(troubles), remark=_last_attempt(history))
-    troubles += _troubles(release, ours, away)
+        state, remark = "; ".join(troubles), _last_attempt(history)
+        return Status(deployment, state=state, remark=remark, verdict=Verdict.DOWN)
+    parts = members(release, ours, away, unhealthy or {})
+    troubles += _troubles(release, parts, ours, away)
     if record.closed:
         troubles.append(f"closed to clients since {record.closed:%Y-%m-%d %H:%M:%S}")
     outcome = record.outcomes.get(release.generation)
@@ -75,32 +141,108 @@ def status(
         outcome.when if outcome else None,
         "; ".join(troubles) or SERVES,
         _last_attempt(history),
+        verdict(parts, bool(record.closed), bool(troubles)),
     )
+
+
+def verdict(parts: Iterable[Member], closed: bool, troubled: bool) -> Verdict:
+    """Judge whether a service serves.
+
+    Args:
+        parts: all of the promoted generation.
+        closed: whether clients can't connect.
+        troubled: whether anything is not as it should be.
+    """
+    whole: dict[tuple[str, str], bool] = {}
+    for part in parts:
+        key = part.role, part.pod
+        whole[key] = whole.get(key, True) and not part.trouble
+    answering = {role for (role, _), is_whole in whole.items() if is_whole}
+    if closed or not answering.issuperset(ROLES):
+        return Verdict.DOWN
+    return Verdict.DEGRADED if troubled else Verdict.SERVING
+
+
+def members(
+    release: Release,
+    ours: Mapping[str, Sequence[AnyContainer]],
+    away: Mapping[str, str],
+    unhealthy: Mapping[str, str],
+) -> list[Member]:
+    """List all instances of a release and the proxy, with what is wrong with each."""
+    found = {
+        host.name: containers_of(release, ours.get(host.address, ()))
+        for host in release.hosts.values()
+    }
+    return [
+        Member(
+            name,
+            place.role,
+            place.pod,
+            address := release.hosts[place.host].address,
+            _unasked(address, ours, away)
+            or _ended(found[place.host].get(name, ()))
+            or unhealthy.get(name, ""),
+        )
+        for name, place in (release.instances or _by_labels(found)).items()
+    ]
+
+
+def containers_of(release: Release, listed: Iterable[C]) -> dict[str, list[C]]:
+    """Group a release's containers on a host by instance.
+
+    Where only the proxy changed, that of the servers' own generation is kept, and ended.
+    """
+    by_instance: dict[str, list[C]] = {}
+    for container in listed:
+        if container.labels.get(GENERATION) in (release.generation, release.servers):
+            name = container.labels.get(INSTANCE, container.name)
+            by_instance.setdefault(name, []).append(container)
+    return by_instance
+
+
+def _by_labels(found: Mapping[str, Mapping[str, Sequence[AnyContainer]]]) -> dict[str, Place]:
+    """Where the instances are of a release that does not say so: older versions wrote none."""
+    return {
+        name: Place(role=containers[0].labels.get(ROLE, ""), pod=name, host=host)
+        for host, by_instance in found.items()
+        for name, containers in by_instance.items()
+    }
+
+
+def _unasked(
+    address: str, ours: Mapping[str, Sequence[AnyContainer]], away: Mapping[str, str]
+) -> str:
+    if address in away:
+        return "no answer from its host"
+    return "" if address in ours else "its host has left the file, and was not asked"
+
+
+def _ended(containers: Sequence[AnyContainer]) -> str:
+    if any(c.status in RUNNING for c in containers):
+        return ""
+    return containers[0].status if containers else GONE
 
 
 def _troubles(
     release: Release,
-    ours: Mapping[str, Sequence[ListedContainer]],
+    parts: Sequence[Member],
+    ours: Mapping[str, Sequence[AnyContainer]],
     away: Mapping[str, str],
 ) -> list[str]:
-    """List what of a release does not run, host by host."""
+    """Name what of a release does not serve, host by host."""
     troubles = []
-    names = {release.generation, release.servers}
     for host in release.hosts.values():
         where = f"{host.name} ({host.address})"
         if host.address in away:
             continue
         if host.address not in ours:
             troubles.append(f"{where} has left the file, and was not asked")
-            continue
-        members = [c for c in ours[host.address] if c.labels.get(GENERATION) in names]
-        ended = [c for c in members if c.status not in RUNNING]
-        # Where only the proxy changed, that of the servers' own generation is kept, and ended.
-        replaced = {c.labels.get(INSTANCE) for c in members if c not in ended}
-        down = [c for c in ended if c.labels.get(INSTANCE) not in replaced]
-        if not members:
+        elif not containers_of(release, ours[host.address]):
             troubles.append(f"nothing of it is on {where}")
-        troubles += [f"{c.labels.get(INSTANCE, c.name)} on {where}: {c.status}" for c in down]
+        else:
+            here = [part for part in parts if part.host == host.address]
+            troubles += [f"{p.name} on {where}: {p.trouble}" for p in here if p.trouble]
     return troubles
 
 

@@ -74,6 +74,10 @@ class Session:
             named[host.name if host.name not in named else host.where] = host
         return self._like(deployment, Hosts.of(named))
 
+    def with_hosts(self, hosts: Hosts) -> Self:
+        """Take the same deployment on these hosts alone."""
+        return self._like(self.deployment, hosts)
+
     def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
         return type(self)(deployment, hosts, self.registry_login, self.forgotten)
 

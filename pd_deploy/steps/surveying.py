@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from pd_deploy.config.fields import archive_of, split_image
+from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.errors import (
     FactsError,
@@ -29,7 +30,7 @@ from pd_deploy.hosts.docker_client import name_taken
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
-from pd_deploy.records.releases import Choice, History, Release
+from pd_deploy.records.releases import Choice, History, Place, Release
 from pd_deploy.registry import archives, tags
 from pd_deploy.registry.client import Build, newest, reach
 from pd_deploy.registry.repository import repository_of
@@ -266,6 +267,7 @@ def planned(
         pinned_image=image.pinned_image,
         file_image=file_image,
         hosts=host_accesses(deployment),
+        instances=_places(session.topology),
         logs=Layout.of(deployment, rendered.plan.generation).log_root,
         created=datetime.now(UTC),
         started_by=by,
@@ -282,6 +284,13 @@ def planned(
         image.choice.rule,
         Attempt.begin(history.record),
     )
+
+
+def _places(topology: Topology) -> dict[str, Place]:
+    """Say where each instance and the proxy is."""
+    places = {i.name: Place(role=i.role, pod=i.pod, host=i.host) for i in topology.instances}
+    proxy = topology.proxy
+    return places | {proxy.name: Place(role="proxy", pod=proxy.name, host=proxy.host)}
 
 
 async def saved(session: Session, name: str) -> tuple[Session, Saved]:

@@ -55,7 +55,7 @@ class Asked:
     @property
     def changes(self) -> bool:
         """Whether it may change the host."""
-        return self.command.changes
+        return self.command.changes and self.name != "lease look"
 
 
 def run(asked: Sequence[Asked], machine: Machine, data: bytes) -> CommandResult:
@@ -261,7 +261,11 @@ def _lease(machine: Machine, arguments: Sequence[str], content: str) -> str:
     if verb == "take":
         disk.add_directory(root)
     elif disk.get(root) is None:
-        return "" if verb == "release" else "gone\n"
+        return "gone\n" if verb == "renew" else ""
+    if verb == "look":
+        number, holder, owner, renewed = lease_lines(machine, root)
+        age = _age(machine, renewed) // 100
+        return f"held {age}\n{number}\n{holder}\n{owner}\n" if holder else ""
     lock = f"{root}/.lease.lock"
     if disk.get(lock) is None:
         disk.put(lock, b"", 0o600)

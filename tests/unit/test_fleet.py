@@ -28,7 +28,7 @@ from pd_deploy.flows import fleet, nights, queues
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.run import FLEET
 from pd_deploy.hosts.docker_client import DockerClient
-from pd_deploy.records.status import SERVES, Status
+from pd_deploy.records.status import SERVES, Status, Verdict
 from tests.memory.clock import Clock, VirtualLoop
 from tests.memory.machine import Faults, Machine
 from tests.memory.world import NAME, World
@@ -145,8 +145,15 @@ def container(machine: Machine, instance: str) -> Any:
 
 class TestCommand:
     ROWS: ClassVar = [
-        Status("one", "3-0123abcd", "registry.example/omni/daily:20250722_26"),
-        Status("two", state="nothing is deployed"),
+        Status(
+            "one",
+            "3-0123abcd",
+            "registry.example/omni/daily:20250722_26",
+            verdict=Verdict.SERVING,
+        ),
+        Status("two", state="nothing is deployed", verdict=Verdict.DOWN),
+        Status("three", state="p1 on a (10.0.0.1): exited", verdict=Verdict.DEGRADED),
+        Status("four", state="four.yaml: no such file"),
     ]
 
     def test_a_directory_stands_for_the_deployment_files_in_it(self, tmp_path: Path) -> None:
@@ -161,8 +168,11 @@ class TestCommand:
         assert f"{tmp_path}: expected a deployment file" in str(refused.value)
         assert "absent.yaml: expected a deployment file" in str(refused.value)
 
-    @pytest.mark.parametrize(("rows", "code"), [(ROWS, 1), (ROWS[:1], 0)])
-    def test_the_exit_code_says_whether_all_serve(
+    @pytest.mark.parametrize(
+        ("rows", "code"),
+        [(ROWS, 4), (ROWS[:1], 0), ([ROWS[0], *ROWS[2:]], 3), ([ROWS[0], ROWS[3]], 1)],
+    )
+    def test_the_exit_code_is_that_of_the_worst(
         self,
         rows: list[Status],
         code: int,
@@ -182,6 +192,8 @@ class TestCommand:
         assert [(row["deployment"], row["serves"]) for row in told] == [
             ("one", True),
             ("two", False),
+            ("three", False),
+            ("four", False),
         ]
 
     def test_an_invalid_file_is_a_row_with_all_of_its_problems(
@@ -189,7 +201,9 @@ class TestCommand:
     ) -> None:
         good, bad = ROOT / "deployments/qwq-3p1d.yaml", tmp_path / "bad.yaml"
         bad.write_text(f"extends: {good}\nkeep: 0\nunknown: 1\n")
-        monkeypatch.setattr(asking, "read_statuses", lambda _: [Status("qwq-3p1d")])
+        monkeypatch.setattr(
+            asking, "read_statuses", lambda _: [Status("qwq-3p1d", verdict=Verdict.SERVING)]
+        )
         first, second = fleet_status.statuses([bad, good])
         assert (first.deployment, second.deployment) == ("bad", "qwq-3p1d")
         assert f"{bad}: line 2: keep: " in first.state

@@ -43,6 +43,14 @@ def test_each_hosts_files_are_copied_whole(world: World, tmp_path: Path) -> None
     assert "starting prefill p0" in (tmp_path / "logs/a/p0/docker.log").read_text()
 
 
+def test_a_host_that_is_away_is_told_and_the_others_logs_come(world: World, tmp_path: Path) -> None:
+    world.machines["b"].unplug()
+    _, away = world.asked(logs._collect(load_deployment(world.path), None, tmp_path / "logs"))
+    assert [why.partition(": ")[0] for why in away] == ["host b (10.0.0.2)"]
+    hosts = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert hosts == {"a"}
+
+
 @pytest.mark.parametrize("path", ["/etc/cron.d/x", "{0}/../../x", "{0}//etc/x", "{0}/p0/./x"])
 def test_no_file_of_a_host_leads_out_of_the_directory(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 from pd_deploy.cli import show
+from pd_deploy.cli.hosts import Past
 from pd_deploy.errors import NothingServes, Unrecorded
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.records.releases import History, Record, merge
+from pd_deploy.records.status import Status, Verdict
 from tests.memory.calls import Moment
 from tests.memory.world import ROOT, World
 
@@ -113,7 +115,8 @@ def container(name: str, generation: str) -> ContainerState:
 
 def test_releases_tells_what_runs_where_nothing_is_recorded() -> None:
     nothing: History = merge([Record()], [], [])
-    assert show.release_table(nothing, []) == "nothing has been deployed yet"
-    shown = show.release_table(nothing, [container("p0", "1-0d51c0f7")])
+    status = Status("x", verdict=Verdict.DOWN)
+    assert show.release_table(Past(nothing, [], status)) == "nothing has been deployed yet"
+    shown = show.release_table(Past(nothing, [container("p0", "1-0d51c0f7")], status))
     assert "no host knows what was deployed" in shown
     assert "p0 of image image:1" in shown

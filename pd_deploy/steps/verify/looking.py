@@ -1,0 +1,308 @@
+"""Looking at a service from all sides, as `pd-deploy status` does: changes nothing, runs no request
+of its own through the service, and a host may be away.
+
+Per host: two sessions, one for what a survey reads and one for lease and devices, beside calls to
+its Docker engine; per server: its health and its counters. All hosts are asked at the same time.
+"""
+
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, TypeVar
+
+import httpx
+
+from pd_deploy.errors import PdDeployError
+from pd_deploy.hosts import lease
+from pd_deploy.hosts.concurrent import together
+from pd_deploy.hosts.container_values import ContainerState
+from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.lease import Holding
+from pd_deploy.planning.plans import STAGES
+from pd_deploy.records import releases
+from pd_deploy.records import status as statuses
+from pd_deploy.records.generations import RUNNING
+from pd_deploy.records.releases import History, Release
+from pd_deploy.records.status import Status
+from pd_deploy.steps import host_records, surveying
+from pd_deploy.steps.rollout import HostState
+from pd_deploy.steps.session import Session
+from pd_deploy.steps.surveying import Addresses, ResolvedImage
+from pd_deploy.steps.verify import metrics
+
+T = TypeVar("T")
+
+ANSWER_TIMEOUT_S = 3.0
+HEALTHY = "healthy"
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class InstanceLook:
+    """An instance, or the proxy, as it is.
+
+    Attributes:
+        container: Docker's word for its container's state, or `gone`; empty if that is not known.
+        health: `healthy`, or what is wrong with its answer; empty if it was not asked.
+        since: when its container was started last or, if it has ended, when it ended.
+        was_restarted: whether its container has been started more than once. Docker counts only
+            what it restarts by itself, which pd-deploy does not let it do.
+        run: tells this run of its container from all others.
+        requests: completed requests that its servers count; None where they don't.
+        kv_tokens: prompt tokens whose KV it got from a prefill; None where it does not count them.
+    """
+
+    name: str
+    role: str
+    host: str
+    devices: tuple[int, ...] = ()
+    container: str = ""
+    health: str = ""
+    since: datetime | None = None
+    was_restarted: bool = False
+    run: str = ""
+    requests: float | None = None
+    kv_tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class HostLook:
+    """A host as it is.
+
+    Attributes:
+        away: why it did not answer; empty if it did.
+        devices: the state of the devices that the service uses there; empty where nothing tells it.
+        lease: who works there, if anybody does.
+    """
+
+    name: str
+    address: str
+    away: str = ""
+    devices: str = ""
+    lease: Holding | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """A service from all sides.
+
+    Attributes:
+        release: what serves, or is to.
+        drift: how the hosts differ from what the file makes; None if that is not known.
+        drift_unknown: why it is not.
+    """
+
+    status: Status
+    history: History
+    release: Release | None
+    instances: Sequence[InstanceLook]
+    hosts: Sequence[HostLook]
+    drift: str | None
+    drift_unknown: str = ""
+
+
+@dataclass(frozen=True)
+class _HostAnswer:
+    """What a host said."""
+
+    host: Host
+    state: HostState
+    look: HostLook
+    addresses: Addresses = field(default_factory=lambda: Addresses("", {}))
+
+
+async def look(session: Session) -> Look:
+    """Look at a service and all of its hosts, former ones excepted."""
+    names = list(session.deployment.hosts)
+    answers = dict(zip(names, await together(_ask(session, name) for name in names), strict=True))
+    here = {name: a for name, a in answers.items() if isinstance(a, _HostAnswer)}
+    away = {name: a for name, a in answers.items() if isinstance(a, PdDeployError)}
+    history = surveying.history_of(answer.state for answer in here.values())
+    drift, drift_unknown = _drift(session, here, away)
+    if drift and history.serving:
+        session = await _as_deployed(session, here, history.serving)
+    instances = await _instances(session, here, history.serving)
+    status = statuses.status(
+        session.deployment.name,
+        history,
+        {a.host.address: a.state.containers for a in here.values()},
+        {session.host(name).address: error.headline for name, error in away.items()},
+        {i.name: i.health for i in instances if i.health not in ("", HEALTHY)},
+    )
+    hosts = [_host(session, name, answer) for name, answer in answers.items()]
+    return Look(status, history, history.serving, instances, hosts, drift, drift_unknown)
+
+
+def _host(session: Session, name: str, answer: "_HostAnswer | PdDeployError") -> HostLook:
+    if isinstance(answer, _HostAnswer):
+        return answer.look
+    return HostLook(name, session.deployment.hosts[name].address, away=answer.message)
+
+
+async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
+    """Ask a host all that it knows."""
+    host, root = session.host(name), session.root
+    devices = [d for instance in session.topology.on_host(name) for d in instance.devices]
+    health = session.engine.device_health_command(devices) if devices else []
+    reading = session.engine.read_addresses_command(devices) if devices else []
+    commands = [lease.look_command(root), *filter(None, (health, reading))]
+    state, printed = await _both(
+        _or_error(surveying.survey(session, name)), _or_error(host.outputs(*commands))
+    )
+    if isinstance(state, PdDeployError):
+        return state
+    entry = HostLook(name, host.address)
+    if isinstance(printed, PdDeployError):
+        unread = HostLook(name, host.address, devices=f"not known: {printed.message}")
+        return _HostAnswer(host, state, unread)
+    holding = lease.parse_look(printed.pop(0))
+    told = ""
+    if health:
+        faulty = session.engine.faulty_devices(printed.pop(0), devices)
+        told = "; ".join(f"device {d}: {why}" for d, why in faulty.items()) or HEALTHY
+    entry = HostLook(name, host.address, devices=told, lease=holding)
+    addresses = Addresses(name, {})
+    if reading:
+        try:
+            of_device = session.engine.parse_addresses(printed.pop(0), devices, host=host.where)
+            addresses = Addresses(name, of_device)
+        except PdDeployError as error:
+            entry = HostLook(name, host.address, devices=error.message, lease=holding)
+    return _HostAnswer(host, state, entry, addresses)
+
+
+async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
+    first, second = await together((one, other))
+    return first, second
+
+
+async def _or_error(call: Coroutine[Any, Any, T]) -> T | PdDeployError:
+    try:
+        return await call
+    except PdDeployError as error:
+        return error
+
+
+def _drift(
+    session: Session, here: Mapping[str, _HostAnswer], away: Mapping[str, PdDeployError]
+) -> tuple[str | None, str]:
+    """Say how the hosts differ from what the file makes, "" if they don't; None and why, if that
+    can't be told."""
+    states = [answer.state for answer in here.values()]
+    history = surveying.history_of(states)
+    if history.serving is None:
+        return None, "nothing serves"
+    choice = releases.choose(session.deployment.image, None, history.serving)
+    if choice.digest != history.serving.digest:
+        return f"the file has another image, {choice.chosen_image}", ""
+    if away:
+        return None, f"no answer from {', '.join(away)}"
+    image = ResolvedImage(choice, history.serving.pinned_image)
+    addresses = [answer.addresses for answer in here.values()]
+    try:
+        rollout = surveying.planned(session, states, addresses, image, "a look")
+    except PdDeployError as error:
+        return None, error.message
+    if rollout.plan.generation != history.serving.generation:
+        return "the file makes another generation than the one that serves", ""
+    hosts = rollout.with_actions(STAGES).hosts.items()
+    changes = [f"{name}: {a.verb} {a.subject}" for name, host in hosts for a in host.actions]
+    more = f" and {count} more" if (count := len(changes[SHOWN:])) else ""
+    return (f"a run would {', '.join(changes[:SHOWN])}{more}" if changes else ""), ""
+
+
+async def _as_deployed(
+    session: Session, here: Mapping[str, _HostAnswer], serving: Release
+) -> Session:
+    """Return the session as it was for what serves, if that can be read; the present one if not."""
+    hosts = {name: answer.host for name, answer in here.items()}
+    try:
+        saved = await host_records.load(hosts, session.root, serving.generation)
+        return session.for_deployment(saved.deployment)
+    except PdDeployError:
+        return session
+
+
+async def _instances(
+    session: Session, here: Mapping[str, _HostAnswer], serving: Release | None
+) -> list[InstanceLook]:
+    """Look at all instances and the proxy: at their containers, and if they run, by their port."""
+    states: dict[str, ContainerState] = {}
+    for answer in here.values():
+        if serving:
+            by_instance = statuses.containers_of(serving, answer.state.containers)
+            for name, containers in by_instance.items():
+                running = [c for c in containers if c.status in RUNNING]
+                states[name] = (running or containers)[0]
+    return await together(
+        _instance(session, name, states.get(name), _absent(session, name, here, serving))
+        for name in session.topology.names
+    )
+
+
+def _absent(
+    session: Session, name: str, here: Mapping[str, _HostAnswer], serving: Release | None
+) -> str:
+    """Say what became of an instance whose container was not seen."""
+    return statuses.GONE if serving and session.topology.host_of(name) in here else ""
+
+
+async def _instance(
+    session: Session, name: str, state: ContainerState | None, absent: str
+) -> InstanceLook:
+    topology, member = session.topology, session.topology.instance(name)
+    role, devices = (member.role, member.devices) if member else ("proxy", ())
+    entry = InstanceLook(name, role, topology.host_of(name), devices)
+    if state is None:
+        return replace(entry, container=absent)
+    entry = replace(
+        entry,
+        container=state.status,
+        since=state.started_at if state.running else state.finished_at,
+        was_restarted=state.running and state.finished_at is not None,
+        run=f"{state.id} {state.started_at}",
+    )
+    if not state.running:
+        return entry
+    host = session.host_of(name)
+    if member is None:
+        health = await _proxy_health(host, topology.proxy.address, topology.proxy.port)
+        return replace(entry, health=health)
+    asked = await together(_server(host, member.address, port) for port in member.api_ports)
+    counters, pages = session.engine.COUNTERS, [page for _, page in asked if page is not None]
+    unwell = [health for health, _ in asked if health != HEALTHY]
+    return replace(
+        entry,
+        health="; ".join(dict.fromkeys(unwell)) or (HEALTHY if asked else ""),
+        requests=metrics.total(pages, counters.served),
+        kv_tokens=metrics.total(pages, counters.kv_tokens) if role == "decode" else None,
+    )
+
+
+async def _server(host: Host, address: str, port: int) -> tuple[str, metrics.Samples | None]:
+    """Ask an API server for its health and its counters."""
+    url = f"http://{address}:{port}"
+    try:
+        async with host.http(address, port) as client:
+            answer = await client.get(f"{url}/health", timeout=ANSWER_TIMEOUT_S)
+            if answer.status_code != httpx.codes.OK:
+                return f"status {answer.status_code} on its health endpoint", None
+            page = await client.get(f"{url}/metrics", timeout=ANSWER_TIMEOUT_S)
+            return HEALTHY, metrics.parse(page.text) if page.is_success else None
+    except (httpx.HTTPError, PdDeployError) as error:
+        return _no_answer(error), None
+
+
+async def _proxy_health(host: Host, address: str, port: int) -> str:
+    """Ask the proxy for anything: what its /health says of servers, they are asked themselves."""
+    try:
+        async with host.http(address, port) as client:
+            await client.get(f"http://{address}:{port}/health", timeout=ANSWER_TIMEOUT_S)
+            return HEALTHY
+    except (httpx.HTTPError, PdDeployError) as error:
+        return _no_answer(error)
+
+
+def _no_answer(error: Exception) -> str:
+    found = error.message if isinstance(error, PdDeployError) else str(error)
+    return f"does not answer ({found or type(error).__name__})"

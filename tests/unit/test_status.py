@@ -1,0 +1,360 @@
+"""What `pd-deploy status` tells, and by which exit code."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pd_deploy.blocks.opening import open_session
+from pd_deploy.cli import exit_codes, looks, next_nightly, show
+from pd_deploy.cli import hosts as asking
+from pd_deploy.cli import status as showing
+from pd_deploy.config.load import load_deployment
+from pd_deploy.errors import SeveralFaults
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.records.releases import Release
+from pd_deploy.records.status import Status, Verdict
+from pd_deploy.steps.verify.looking import HEALTHY
+from tests.memory.calls import Moment
+from tests.memory.programs import Proxy, Server
+from tests.memory.world import ROOT, World
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "none.toml"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return World(tmp_path)
+
+
+def told(world: World, last: looks.LastLook | None = None) -> showing.Told:
+    """What a look tells."""
+
+    async def tell() -> showing.Told:
+        async with open_session(load_deployment(world.path)) as session:
+            return await showing.tell(session, last)
+
+    return world.asked(tell())
+
+
+def of_fleet(world: World) -> Status:
+    """What `fleet status` tells of the same."""
+    (answer,) = world.asked(asking.statuses([load_deployment(world.path)]))
+    assert isinstance(answer, Status)
+    return answer
+
+
+def ended(*instances: str) -> Callable[[World], None]:
+    """Containers that end by themselves."""
+
+    def end(world: World) -> None:
+        for name in instances:
+            container = world.running()[name]
+            machine = next(m for m in world.machines.values() if container.id in m.containers)
+            machine.end(container, 137)
+
+    return end
+
+
+def gone(world: World) -> None:
+    """A container that somebody removes."""
+    (p2,) = [c for c in world.containers() if c.labels["pd-deploy.instance"] == "p2"]
+    del world.machines["b"].containers[p2.id]
+
+
+@pytest.mark.parametrize(
+    ("damage", "verdict"),
+    [
+        (lambda _: None, Verdict.SERVING),
+        (ended("p1"), Verdict.DEGRADED),
+        (gone, Verdict.DEGRADED),
+        (lambda world: world.machines["b"].unplug(), Verdict.DOWN),
+        (ended("p0", "p1", "p2"), Verdict.DOWN),
+        (ended("d0"), Verdict.DOWN),
+        (ended("c0"), Verdict.DOWN),
+    ],
+    ids=[
+        "nothing",
+        "a prefill",
+        "a container removed",
+        "decode's host",
+        "all prefills",
+        "d0",
+        "c0",
+    ],
+)
+def test_both_commands_judge_alike_and_say_it_by_their_exit_code(
+    world: World, damage: Callable[[World], None], verdict: Verdict
+) -> None:
+    world.run(deploy)
+    damage(world)
+    one, other = told(world).look.status, of_fleet(world)
+    assert (one.verdict, one.state) == (other.verdict, other.state)
+    assert one.verdict == verdict
+    code = {Verdict.SERVING: 0, Verdict.DEGRADED: 3, Verdict.DOWN: 4}[verdict]
+    assert exit_codes.of([one.verdict]) == code
+
+
+def test_what_never_was_deployed_is_down(world: World) -> None:
+    look = told(world).look
+    assert (look.status.verdict, look.status.state) == (Verdict.DOWN, "nothing is deployed")
+    assert "nothing is deployed" in showing.text(told(world))
+
+
+def test_a_release_of_an_older_version_is_judged_by_its_containers(world: World) -> None:
+    world.run(deploy)
+    for machine in world.machines.values():
+        path = f"{ROOT}/{world.serving()}/release.json"
+        document = json.loads(machine.disk.read(path))
+        del document["instances"]
+        assert Release.model_validate(document).instances == {}
+        machine.disk.put(path, json.dumps(document).encode(), 0o600)
+    assert told(world).look.status.serves
+    ended("p1")(world)
+    assert told(world).look.status.verdict == Verdict.DEGRADED
+    ended("d0")(world)
+    assert told(world).look.status.verdict == Verdict.DOWN
+
+
+def test_a_server_that_runs_and_does_not_answer_is_told(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run(deploy)
+    answer = Server.answer
+
+    def sick(server: Server, path: str, body: Any) -> httpx.Response:
+        if path == "/health" and server.instance == "p1":
+            return httpx.Response(500)
+        return answer(server, path, body)
+
+    monkeypatch.setattr(Server, "answer", sick)
+    look = told(world).look
+    assert look.status.verdict == Verdict.DEGRADED
+    assert "p1 on a (10.0.0.1): status 500 on its health endpoint" in look.status.state
+    monkeypatch.setattr(Proxy, "serving", lambda _: set())
+    look = told(world).look
+    assert look.status.verdict == Verdict.DOWN
+    assert "c0 on a (10.0.0.1): does not answer (connection refused)" in look.status.state
+
+
+def test_every_part_has_its_row(world: World) -> None:
+    world.run(deploy)
+    world.machines["a"].health[3] = "Alarm"
+    text = showing.text(told(world))
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    release = told(world).look.release
+    assert release
+    assert text.startswith("qwq-3p1d: serving\n")
+    assert release.generation in rows["generation"]
+    assert release.digest[:19] in rows["image"]
+    assert "run of pd-deploy" in rows["created"]
+    assert rows["lease"].split() == ["lease", "free"]
+    assert rows["drift"].split() == ["drift", "none"]
+    assert "no Prefect server is configured" in rows["next"]
+    assert rows["p0"].split()[:6] == ["p0", "prefill", "a", "0-7", "running", HEALTHY]
+    assert rows["d0"].split()[1:3] == ["decode", "b"]
+    assert rows["c0"].split()[1] == "proxy"
+    assert rows["a"].split("  ")[-1].strip() == "device 3: npu-smi says Alarm"
+    assert rows["b"].split()[-1] == HEALTHY
+
+
+def test_an_unreachable_host_has_its_row_and_the_others_theirs(world: World) -> None:
+    world.run(deploy)
+    world.machines["b"].unplug()
+    text = showing.text(told(world))
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert HEALTHY in rows["p0"]
+    assert HEALTHY not in rows["d0"]
+    assert "no answer: no SSH connection" in rows["b"]
+    assert "not known: no answer from b" in rows["drift"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "result", "last"),
+    [
+        (lambda _: None, "serving", ""),
+        (ended("p1"), "serving in part", "degraded: p1 on a (10.0.0.1): exited"),
+        (lambda world: world.machines["b"].unplug(), "serving in part", "down: no answer from"),
+    ],
+)
+def test_releases_are_listed_with_the_same_word_and_a_host_may_be_away(
+    world: World, damage: Callable[[World], None], result: str, last: str
+) -> None:
+    world.run(deploy)
+    damage(world)
+    _, row, *rest = show.release_table(
+        world.asked(asking.past(load_deployment(world.path)))
+    ).splitlines()
+    assert f"  {result}  " in row
+    assert "".join(rest).startswith(last)
+
+
+def test_without_any_host_the_past_is_not_told_as_empty(world: World) -> None:
+    for machine in world.machines.values():
+        machine.unplug()
+    with pytest.raises(SeveralFaults):
+        world.asked(asking.past(load_deployment(world.path)))
+
+
+def test_requests_and_kv_tokens_are_those_since_the_last_look(world: World) -> None:
+    world.run(deploy)
+    first = told(world)
+    assert "first look" in showing.text(first)
+    last = looks.of(first.look.instances, first.when)
+    assert world.completes()
+    second = told(world, last).since
+    # The proxy in memory sends all to the first prefill, which counts its part and decode its own.
+    assert (second["p0"].requests, second["p1"].requests, second["d0"].requests) == (1, 0, 1)
+    assert second["d0"].kv_tokens
+    assert second["p0"].kv_tokens is None
+
+
+def test_a_server_that_started_since_is_counted_from_zero(world: World) -> None:
+    world.run(deploy)
+    last = looks.of(told(world).look.instances, datetime.now(UTC))
+    ended("d0")(world)
+    world.run(deploy)
+    assert world.completes()
+    after = told(world, last)
+    d0 = next(i for i in after.look.instances if i.name == "d0")
+    assert d0.was_restarted
+    assert after.since["d0"].requests == d0.requests
+
+
+def test_the_last_look_is_kept_and_a_damaged_one_is_none(world: World) -> None:
+    world.run(deploy)
+    file = looks.path_of("qwq-3p1d", world.path)
+    assert looks.read(file) is None
+    last = looks.of(told(world).look.instances, datetime.now(UTC))
+    looks.write(file, last)
+    assert looks.read(file) == last
+    file.write_text("{")
+    assert looks.read(file) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "drift"),
+    [
+        ({"image": "registry.example/omni:20250801_1"}, "the file has another image"),
+        (
+            {"settings": {"decode": {"environment": {"EXAMPLE": "1"}}}},
+            "the file makes another generation",
+        ),
+    ],
+)
+def test_drift_against_the_file_is_told(world: World, change: dict[str, Any], drift: str) -> None:
+    world.run(deploy)
+    world.change(**change)
+    look = told(world).look
+    assert (look.drift or "").startswith(drift)
+    assert look.status.serves
+
+
+def test_a_file_that_was_changed_on_a_host_is_drift(world: World) -> None:
+    world.run(deploy)
+    disk = world.machines["b"].disk
+    path = f"{ROOT}/{world.serving()}/d0/start.sh"
+    disk.put(path, b"exit 1", 0o700)
+    assert told(world).look.drift == f"a run would b: write {path}"
+
+
+def test_other_ports_in_the_file_do_not_make_what_serves_unwell(world: World) -> None:
+    world.run(deploy)
+    world.change(proxy={"c0": {"port": 7100}}, ports={"api": 9300})
+    look = told(world).look
+    assert look.drift
+    assert look.status.serves
+
+
+def test_who_works_on_it_is_told(world: World) -> None:
+    world.run(deploy)
+    seen: list[str] = []
+
+    def watch(moment: Moment) -> None:
+        if moment.what.startswith("start ") and not seen:
+            seen.append(world.machines["a"].disk.read(f"{ROOT}/lease"))
+
+    world.run(deploy, image=world.push("20250723_1"), watch=watch)
+    world.machines["a"].disk.put(f"{ROOT}/lease", seen[0].encode(), 0o600)
+    row = next(r for r in showing.text(told(world)).splitlines() if r.startswith("lease"))
+    assert "run of pd-deploy" in row
+    assert "works on qwq-3p1d" in row
+
+
+def test_a_look_changes_nothing_and_costs_two_sessions_a_host(world: World) -> None:
+    world.run(deploy)
+    before, calls = world.state(), Counter[tuple[str, str]]()
+
+    async def tell() -> None:
+        async with open_session(load_deployment(world.path)) as session:
+            for host in session.hosts.values():
+                host.calls.watch = lambda m: calls.update([(m.host, m.way)])  # type: ignore[attr-defined]
+            await showing.tell(session, None)
+
+    world.asked(tell())
+    assert world.state() == before
+    # Each call passes two moments.
+    assert {host: calls[host, "session"] // 2 for host in ("a", "b")} == {"a": 2, "b": 2}
+
+
+def test_json_has_all_of_it(world: World) -> None:
+    world.run(deploy)
+    document = json.loads(showing.as_document(told(world)))
+    assert document["verdict"] == "serving"
+    assert document["generation"] == world.serving()
+    assert [i["name"] for i in document["instances"]] == ["p0", "p1", "p2", "d0", "c0"]
+    assert document["instances"][0]["since_last_look"] == {"requests": None, "kv_tokens": None}
+    assert document["hosts"][0]["lease"] is None
+
+
+class TestNightly:
+    @pytest.fixture(autouse=True)
+    def environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("PREFECT_PROFILES_PATH", str(tmp_path / "profiles.toml"))
+
+    def test_a_server_of_prefects_profile_counts(self, tmp_path: Path) -> None:
+        (tmp_path / "profiles.toml").write_text(
+            'active = "x"\n[profiles.x]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n'
+        )
+        assert asyncio.run(next_nightly.told("qwq-3p1d")) == (
+            "not known, as no Prefect server answered at http://127.0.0.1:9/api"
+        )
+
+    @pytest.mark.parametrize(
+        ("runs", "said"),
+        [
+            ([], "none: its schedule is off"),
+            ([{"expected_start_time": "2025-07-24T03:12:00+00:00"}], "2025-07-2"),
+        ],
+    )
+    def test_the_server_is_asked_for_the_next_run(
+        self, monkeypatch: pytest.MonkeyPatch, runs: list[dict[str, str]], said: str
+    ) -> None:
+        asked: list[httpx.Request] = []
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            asked.append(request)
+            return httpx.Response(200, json=runs)
+
+        client = httpx.AsyncClient
+        monkeypatch.setattr(
+            next_nightly.httpx,
+            "AsyncClient",
+            lambda **kwargs: client(transport=httpx.MockTransport(answer), **kwargs),
+        )
+        monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
+        monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:secret")
+        assert asyncio.run(next_nightly.told("qwq-3p1d")).startswith(said)
+        (request,) = asked
+        assert request.url.path == "/api/flow_runs/filter"
+        assert request.headers["Authorization"].startswith("Basic ")
+        assert json.loads(request.content)["deployments"]["tags"] == {"all_": ["qwq-3p1d"]}
