@@ -25,6 +25,9 @@ class FactsOfHost(_Strict):
 
     interface: Text
     device_addresses: dict[int, Address] = {}
+    route_address: Address | None = Field(
+        default=None, description="On its default route; else the address in the deployment file."
+    )
 
 
 class FactsFile(_Strict):
@@ -40,7 +43,7 @@ def make_plan(deployment: Deployment, path: Path) -> plans.Plan:
 
     Raises:
         InvalidInput: the facts file is wrong, or lacks hosts or devices.
-        FactsError: several devices have the same address.
+        FactsError: devices share an address, or hosts announce another than the file's.
     """
     facts = _read(path)
     placed, engine = placement.build(deployment), engines.get(deployment.engine)
@@ -52,18 +55,26 @@ def make_plan(deployment: Deployment, path: Path) -> plans.Plan:
     missing += [
         Problem(f"hosts.{i.host}.device_addresses.{device}", f"is missing; {i.name} uses it")
         for i in placed.instances
-        if i.host in facts.hosts and engine.read_addresses_command(i.devices)
+        if i.host in facts.hosts and engine.read_addresses_command(deployment, i.devices)
         for device in i.devices
         if device not in facts.hosts[i.host].device_addresses
     ]
     if missing:
         raise InvalidInput(missing, source=str(path))
-    engine.check_addresses({name: f.device_addresses for name, f in facts.hosts.items()})
+    host_facts = {
+        name: HostFacts(
+            facts.hosts[name].interface,
+            facts.hosts[name].device_addresses,
+            facts.hosts[name].route_address or entry.address,
+        )
+        for name, entry in deployment.hosts.items()
+    }
+    engine.check_facts(deployment, host_facts)
     made = plans.make(
         deployment,
         placed,
         engine,
-        facts={n: HostFacts(f.interface, f.device_addresses) for n, f in facts.hosts.items()},
+        facts=host_facts,
         pinned_image=facts.image or deployment.image_reference,
         history=releases.merge((), (), facts.generations),
     )

@@ -87,8 +87,9 @@ async def serve_all(line: Line, rollout: Rollout) -> None:
     busy = [host for host in rollout.plan.hosts if rollout.to_start(host)]
     await line.together(until_free.after(*line.ends)(rollout, host) for host in busy)
     await line.joined("devices and ports free")
-    topology, engine = rollout.session.topology, rollout.session.engine
-    first = {i.name: engine.starts_after(topology, i.name) for i in topology.instances}
+    session = rollout.session
+    topology, starts_after = session.topology, session.engine.starts_after
+    first = {i.name: starts_after(session.deployment, topology, i.name) for i in topology.instances}
     gates = {group: _started(topology, group) for group in dict.fromkeys(first.values()) if group}
     servers = [serve(line, rollout, name, gates.get(group)) for name, group in first.items()]
     joins = [all_started(line, gate, group) for group, gate in gates.items()]

@@ -34,8 +34,9 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
     """
     states = await survey_hosts(session)
     choice = await choose_image.after(*states)(session, states, image, patience)
+    chosen = surveying.with_image(session, choice)
     reading = [
-        device_addresses.after(choice)(session, name) for name in surveying.with_addresses(session)
+        device_addresses.after(choice)(chosen, name) for name in surveying.with_addresses(chosen)
     ]
     looked_up: list[Any] = await fan_out(
         session.barrier,

@@ -299,6 +299,7 @@ class TestFacts:
         assert facts.parse_interface(addresses, "127.0.0.1") is None
         assert facts.parse_loopback(addresses, "127.0.0.1") == "lo"
         assert facts.parse_interface(addresses, "192.0.2.1") is None
+        assert facts.parse_route(await host.output(facts.ROUTE)) in {host.address, None}
         assert await read.missing_paths(["/var", "/no such", "/no"]) == ["/no such", "/no"]
         assert await read.missing_paths([]) == []
         assert min(await read.disk_free("/var/not/yet/there", "/var")) > 0

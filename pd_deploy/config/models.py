@@ -61,6 +61,7 @@ from pd_deploy.config.fields import (
 DERIVED = ("profile_settings", "upstream_source")
 DOCKER_SOCKET = "/var/run/docker.sock"
 EngineName = Literal["omniinfer", "vllm"]
+ProxyProgram = Literal["global", "omni"]
 
 
 class Model(BaseModel):
@@ -277,7 +278,9 @@ class InstanceEntry(Settings):
 class ProxyEntry(Model):
     """The proxy that clients talk to.
 
-    `arguments` and `environment` are for its program: the image's script, or the router.
+    `arguments` and `environment` are for its program: the image's script, or the router. `program`
+    chooses between omni-infer's two. Of omni_proxy, `prefix_aware` sends a prompt where its
+    beginning is cached, and `pass_through` opens the location that relays to any address.
     """
 
     host: Name
@@ -296,17 +299,21 @@ class ProxyEntry(Model):
     # Of nginx-1.24.0.tar.gz as nginx.org has it, computed from the copy in Ubuntu's source package:
     # they are built as root.
     nginx_sha256: Sha256 = "77a2541637b92a621e3ee76776c8b7b40cf6d707e69ba53a940283e30ff2f55d"
+    program: Literal["by-image"] | ProxyProgram = "by-image"
+    prefix_aware: bool = False
+    pass_through: bool = False
     environment: Environment = {}
     arguments: Arguments = {}
 
 
 class Ports(Model):
-    """First port of each kind; instances count up from there (contract section 1.2)."""
+    """First port of each kind; instances count up from there (contract section 1.2). Without
+    `zmq_step` the engine says how far apart they have to be."""
 
     master: Port = 8000
     api: Port = 9000
     zmq: Port = 5568
-    zmq_step: Annotated[int, Field(ge=1, le=256, strict=True)] = 1
+    zmq_step: Annotated[int, Field(ge=1, le=256, strict=True)] | None = None
     ray: Port = 6379
     decode_offset: Annotated[int, Field(ge=1, le=10000, strict=True)] = 100
 
@@ -465,12 +472,13 @@ class VllmOptions(Model):
 
 
 class Supports(Model):
-    """What the image of a profile can do beyond a single-host decode with prefills of its size."""
+    """What the image of a profile can do beyond a single-host decode with prefills of its size.
+    Without `server_offset`, the launcher counts in what the image's contract says."""
 
     multi_host_prefill: Literal["none", "ray"] = "none"
     multi_host_decode: bool = False
     tensor_parallel: Literal["equal", "divisible"] = "equal"
-    server_offset: Literal["servers", "devices"] = "servers"
+    server_offset: Literal["servers", "devices"] | None = None
 
 
 KvParallelSize = Annotated[
@@ -516,6 +524,7 @@ class Deployment(Model):
     smoke: Smoke = Smoke()
     contract: Literal["by-image"] | ContractName = "by-image"
     kv_parallel_size: KvParallelSize = "by-image"
+    kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(parse_json)] = {}
     decode_engine_id: EngineId = "kv-rank"
     vllm: VllmOptions | None = None
     supports: Supports = Supports()

@@ -3,6 +3,7 @@
 
 RULES = {
     "batched-tokens": "`max-num-batched-tokens` holds the longest prompt",
+    "contract-of-image": "`contract` fits the image's age, as far as its tag tells",
     "decode-devices": "decode with several copies of the model has devices 0, 1, … on each host",
     "decode-gear-list": "graph sizes are inside `graph_model_compile_config`, at most 6",
     "derived-arguments": "what follows from the topology is not given as an argument",
@@ -16,12 +17,14 @@ RULES = {
     "mount-targets": "mounts don't cover the paths that pd-deploy mounts itself",
     "multi-host-decode": "decode spans hosts only where the profile supports it",
     "multi-host-prefill": "a prefill spans hosts only where the profile supports it",
-    "one-decode-pod": "there is one decode pod",
+    "one-decode-pod": "there is one decode pod, where the engine reads ranktables",
     "paths-apart": "state and logs are in different directories",
     "ports-distinct": "no two users of a host have the same port",
     "ports-in-range": "ports are at most 65535, prefill's below decode's",
     "prefill-pods": "there are at most 32 prefill pods, because the proxy never chooses others",
     "prefill-sizes": "all prefill pods have the same number of devices",
+    "prefix-aware": "prefix-aware routing has omni_proxy, and prefills that cache prefixes",
+    "proxy-program": "the image's contract has the proxy's program",
     "tensor-parallel": "tensor parallel size and number of devices fit",
     "tensor-parallel-ratio": "prefill's and decode's tensor parallel sizes divide one another",
     "values-without-blanks": "arguments have no spaces, because the launcher splits at them",

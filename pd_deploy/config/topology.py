@@ -19,7 +19,8 @@ class Instance:
     """One launcher on some devices of one host: a pod, or a pod's member on that host.
 
     `api_ports` are those of its API servers; hosts without any follow their pod's master.
-    Peers fetch its KV at `kv_ports`. `data_parallel` counts the copies of the model in its pod,
+    Peers fetch its KV at `kv_ports`; `further_ports` are others that it binds, by purpose.
+    `data_parallel` counts the copies of the model in its pod,
     `ranks` those of this instance, and `server_offset` those of the members before it.
     """
 
@@ -43,6 +44,7 @@ class Instance:
     server_offset: int
     data_parallel: int
     settings: Settings
+    further_ports: tuple[tuple[str, int], ...] = ()
 
     @property
     def key(self) -> str:
@@ -86,7 +88,7 @@ class Instance:
             ports[f"zmq-{index}" if index else "zmq"] = port
         if self.uses_ray and self.is_master:
             ports["ray"] = self.ray_port
-        return ports
+        return ports | dict(self.further_ports)
 
     @property
     def servers(self) -> tuple[str, ...]:

@@ -15,11 +15,17 @@ Finding = tuple[str, Problem]
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What the engine needs to know of a host: the interface that owns its address, and the
-    network address of each device."""
+    """What the engine needs to know of a host.
+
+    Attributes:
+        interface: the one that owns its address.
+        device_addresses: the network address of each device.
+        route_address: its own address on its default route; None if it has no such route.
+    """
 
     interface: str
     device_addresses: Mapping[int, str]
+    route_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,21 @@ class Engine(Protocol):
     ) -> Sequence[Member]:
         """Say what a pod brings up on each of its hosts, given the numbers of its devices."""
 
-    def read_addresses_command(self, devices: Sequence[int]) -> list[str]:
+    def zmq_step(self, deployment: Deployment) -> int:
+        """Return how many ports lie from a pod's zmq port to the next one's, unless the file gives
+        it."""
+
+    def further_ports(
+        self,
+        deployment: Deployment,
+        role: Literal["prefill", "decode"],
+        devices: Sequence[int],
+        api_ports: Sequence[int],
+    ) -> Mapping[str, int]:
+        """List ports that a pod binds on one of its hosts besides those that are derived for every
+        engine, by purpose, given its devices and API ports there."""
+
+    def read_addresses_command(self, deployment: Deployment, devices: Sequence[int]) -> list[str]:
         """Return the command that prints the network addresses of a host's devices; an empty one
         where the engine needs none."""
 
@@ -194,11 +214,11 @@ class Engine(Protocol):
     def longest_prompt(self, deployment: Deployment, topology: Topology) -> int:
         """Return how many tokens a prompt and its answer may have together."""
 
-    def check_addresses(self, addresses: Mapping[str, Mapping[int, str]]) -> None:
-        """Check that the addresses of all hosts' devices fit together: host → device → address.
+    def check_facts(self, deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
+        """Check that what all hosts said fits together, and what the file says of them.
 
         Raises:
-            FactsError: several devices have the same one; names them all.
+            FactsError: names every host or device that does not fit.
         """
 
     def cache_busting_fields(self, nonce: str) -> dict[str, Any]:
@@ -214,7 +234,9 @@ class Engine(Protocol):
         """Render the files that each host needs before instances start there: host → path →
         content; none where the engine needs none."""
 
-    def starts_after(self, topology: Topology, name: str) -> tuple[str, ...]:
+    def starts_after(
+        self, deployment: Deployment, topology: Topology, name: str
+    ) -> tuple[str, ...]:
         """List the instances that must be started (not ready) before this one."""
 
     def device_users_command(self) -> list[str]:

@@ -15,7 +15,15 @@ from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, VllmOptions
 from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import common
-from pd_deploy.engines.base import PROVING_ADDRESS, Counter, Counters, Finding, Member, Service
+from pd_deploy.engines.base import (
+    PROVING_ADDRESS,
+    Counter,
+    Counters,
+    Finding,
+    HostFacts,
+    Member,
+    Service,
+)
 from pd_deploy.engines.common import (
     ONE_STEP_ON,
     exports,
@@ -42,9 +50,10 @@ COUNTERS = Counters(
     kv_bytes=Counter("vllm:nixl_bytes_transferred_sum"),
 )
 UNUSED_KEYS: tuple[str, ...] = (
-    "code", "compat", "contract", "decode_engine_id", "http_proxy", "kv_parallel_size", "ports.ray",
-    "proxy.*.core_num", "proxy.*.decode_lb_sdk", "proxy.*.log_level", "proxy.*.nginx_sha256",
-    "proxy.*.nginx_tarball", "proxy.*.prefill_lb_sdk", "proxy.*.start_core_index",
+    "code", "compat", "contract", "decode_engine_id", "http_proxy", "kv_connector_extra_config",
+    "kv_parallel_size", "ports.ray", "proxy.*.core_num", "proxy.*.decode_lb_sdk",
+    "proxy.*.log_level", "proxy.*.nginx_sha256", "proxy.*.nginx_tarball", "proxy.*.pass_through",
+    "proxy.*.prefill_lb_sdk", "proxy.*.prefix_aware", "proxy.*.program", "proxy.*.start_core_index",
     "supports.server_offset", "supports.tensor_parallel",
 )  # fmt: skip
 DERIVED_ARGUMENTS = frozenset({
@@ -133,7 +142,22 @@ def members(
     ]
 
 
-def read_addresses_command(devices: Sequence[int]) -> list[str]:
+def zmq_step(deployment: Deployment) -> int:
+    """Return 1; profiles give what their connector takes."""
+    return 1
+
+
+def further_ports(
+    deployment: Deployment,
+    role: Literal["prefill", "decode"],
+    devices: Sequence[int],
+    api_ports: Sequence[int],
+) -> Mapping[str, int]:
+    """Return none."""
+    return {}
+
+
+def read_addresses_command(deployment: Deployment, devices: Sequence[int]) -> list[str]:
     """Run nothing: peers are found by their hosts' addresses."""
     return []
 
@@ -162,8 +186,8 @@ def longest_prompt(deployment: Deployment, topology: Topology) -> int:
     return longest_sequence(deployment)
 
 
-def check_addresses(addresses: Mapping[str, Mapping[int, str]]) -> None:
-    """Check nothing: the engine asks for no addresses."""
+def check_facts(deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
+    """Check nothing: every server is told its host's address, and asks for no device's."""
 
 
 def cache_busting_fields(nonce: str) -> dict[str, Any]:
@@ -212,7 +236,7 @@ def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
     return {}
 
 
-def starts_after(topology: Topology, name: str) -> tuple[str, ...]:
+def starts_after(deployment: Deployment, topology: Topology, name: str) -> tuple[str, ...]:
     """Return none: all load at the same time."""
     return ()
 

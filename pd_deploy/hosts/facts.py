@@ -77,6 +77,8 @@ class Runner(Protocol):
 
 ADDRESSES = ["ip", "-j", "-4", "addr"]
 LISTENERS = ["ss", "-Hltnp"]
+# Looked up, not asked: nothing is sent there. Prints nothing where no route leads out.
+ROUTE = ["sh", "-c", "ip -j -4 route get 8.8.8.8 2>/dev/null; true"]
 # Paths go as arguments and come back ended by NUL, so that any name is safe.
 MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
 # Links in a directory with where they lead, the directory's own path among them; files there that
@@ -252,6 +254,15 @@ def _owners(output: str, address: str, where: str) -> list[tuple[str, bool]]:
         raise _unreadable(
             shlex.join(ADDRESSES), "a JSON list of interfaces", output, where
         ) from None
+
+
+def parse_route(output: str, where: str = "") -> str | None:
+    """Parse the host's own address on its default route in the output of `ROUTE`."""
+    try:
+        routes = json.loads(output or "[]")
+        return next((str(route["prefsrc"]) for route in routes if route.get("prefsrc")), None)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise _unreadable("ip -j -4 route get 8.8.8.8", "a JSON list", output, where) from None
 
 
 def parse_listeners(output: str, where: str = "") -> dict[int, str]:

@@ -48,12 +48,17 @@ def _pod(
     settings = deployment.settings_of(role, entry)
     counts = [len(entry.devices_on(host)) for host in hosts]
     tp = settings.tensor_parallel or (sum(counts) if role == "prefill" else counts[0])
-    brought_up = engines.get(deployment.engine).members(deployment, role, counts, tp)
-    ports = deployment.ports
+    engine, ports = engines.get(deployment.engine), deployment.ports
+    brought_up = engine.members(deployment, role, counts, tp)
     # All members of a pod share the master's port; a decode's API ports count over its hosts.
     base = rank if role == "prefill" else ports.decode_offset + rank
     offsets = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
-    zmq = [ports.zmq + offset * ports.zmq_step for offset in offsets]
+    zmq_step = ports.zmq_step or engine.zmq_step(deployment)
+    zmq = [ports.zmq + offset * zmq_step for offset in offsets]
+    api_ports = [
+        tuple(ports.api + offset + i for i in range(member.servers))
+        for offset, member in zip(offsets, brought_up, strict=True)
+    ]
     addresses = tuple(deployment.hosts[host].address for host in hosts)
     # Of each member: the copies of the model on those before it. The last number counts them all.
     ranks = list(accumulate((member.ranks for member in brought_up), initial=0))
@@ -70,9 +75,7 @@ def _pod(
             pod_addresses=addresses,
             master_port=ports.master + base,
             api_port=ports.api + offsets[index],
-            api_ports=tuple(
-                ports.api + offsets[index] + i for i in range(brought_up[index].servers)
-            ),
+            api_ports=api_ports[index],
             zmq_port=zmq[index],
             kv_ports=tuple(zmq[index] + i for i in range(brought_up[index].kv_ports)),
             ray_port=ports.ray + rank,
@@ -81,6 +84,11 @@ def _pod(
             server_offset=ranks[index],
             data_parallel=max(1, ranks[-1]),
             settings=settings,
+            further_ports=tuple(
+                engine.further_ports(
+                    deployment, role, entry.devices_on(host), api_ports[index]
+                ).items()
+            ),
         )
         for index, host in enumerate(hosts)
     )

@@ -22,6 +22,7 @@ class HostState:
 
     Attributes:
         tree: what lies in the deployment's own directories, by path.
+        route_address: its own address on its default route; None if it has no such route.
         strangers: all containers without this deployment's label.
     """
 
@@ -34,6 +35,7 @@ class HostState:
     listening: frozenset[int]
     tree: Mapping[str, Seen]
     records: HostRecords
+    route_address: str | None = None
     strangers: tuple[ListedContainer, ...] = ()
 
     @property

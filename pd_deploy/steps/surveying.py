@@ -86,13 +86,14 @@ async def survey(session: Session, name: str) -> HostState:
                 facts.tree(session.root, logs),
                 facts.ADDRESSES,
                 facts.LISTENERS,
+                facts.ROUTE,
             )
         )
         info = group.create_task(host.docker.info())
         containers = await host.docker.listed()
         ours = {c.id for c in containers if c.labels.get(generations.DEPLOYMENT) == deployment}
         states = group.create_task(host.docker.states(ours))
-    records, tree, addresses, listeners = reading.result()
+    records, tree, addresses, listeners, route = reading.result()
     interface = facts.parse_interface(addresses, host.address, host.where)
     if interface is None:
         raise _not_owned(host, name, addresses)
@@ -114,6 +115,7 @@ async def survey(session: Session, name: str) -> HostState:
     return HostState(
         host=name,
         interface=(entry and entry.interface) or interface,
+        route_address=facts.parse_route(route, host.where),
         architecture=info.result().architecture,
         docker_version=info.result().version,
         docker_root=info.result().root_dir,
@@ -238,24 +240,27 @@ def planned(
         by: the run, and who or what started it.
 
     Raises:
-        FactsError: several devices have the same address.
+        FactsError: devices share an address, or hosts announce another than the file's.
         InvalidInput: the file breaks a rule with this image.
     """
     file_image, history = session.deployment.image, history_of(states)
     deployment = session.deployment.model_copy(update={"image": image.choice.chosen_image})
     placement.build(deployment)  # its rules depend on the image
     session = session.for_deployment(deployment)
-    interfaces = {state.host: state.interface for state in states}
+    by_host = {state.host: state for state in states}
     addresses_of = {entry.host: entry.of_device for entry in addresses}
-    session.engine.check_addresses(addresses_of)
+    host_facts = {
+        name: HostFacts(
+            by_host[name].interface, addresses_of.get(name, {}), by_host[name].route_address
+        )
+        for name in deployment.hosts
+    }
+    session.engine.check_facts(deployment, host_facts)
     rendered = plans.make(
         deployment,
         session.topology,
         session.engine,
-        facts={
-            name: HostFacts(interfaces[name], addresses_of.get(name, {}))
-            for name in deployment.hosts
-        },
+        facts=host_facts,
         pinned_image=image.pinned_image,
         history=history,
     )
@@ -272,7 +277,6 @@ def planned(
         created=datetime.now(UTC),
         started_by=by,
     )
-    by_host = {state.host: state for state in states}
     history = history.with_release(release)
     _require_names(session, rendered.plan, by_host)
     return Rollout(
@@ -368,6 +372,13 @@ async def states(session: Session, of_generations: Collection[str] | None = None
     return "; ".join(await together(of(name) for name in session.hosts))
 
 
+def with_image(session: Session, choice: Choice) -> Session:
+    """Return the session of the deployment with the chosen image, whose age decides what it needs
+    to know."""
+    deployment = session.deployment.model_copy(update={"image": choice.chosen_image})
+    return session.for_deployment(deployment)
+
+
 def with_addresses(session: Session) -> list[str]:
     """List the hosts whose devices have network addresses that the engine needs to know."""
     return [name for name in session.deployment.hosts if _reads_addresses(session, name)]
@@ -380,7 +391,7 @@ async def device_addresses(session: Session, name: str) -> Addresses:
         FactsError: devices without an address; names all of them.
     """
     host, devices = session.host(name), _devices(session, name)
-    command = session.engine.read_addresses_command(devices)
+    command = session.engine.read_addresses_command(session.deployment, devices)
     if not devices or not command:
         return Addresses(name, {})
     result = await host.run(command)
@@ -393,7 +404,7 @@ def _devices(session: Session, name: str) -> list[int]:
 
 def _reads_addresses(session: Session, name: str) -> bool:
     devices = _devices(session, name)
-    return bool(devices and session.engine.read_addresses_command(devices))
+    return bool(devices and session.engine.read_addresses_command(session.deployment, devices))
 
 
 async def resolve_image(session: Session, choice: Choice, patience: float = 0) -> ResolvedImage:

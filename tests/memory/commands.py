@@ -203,6 +203,10 @@ def _addresses(machine: Machine, *_: object) -> str:
     return json.dumps([{"ifname": n, "addr_info": [{"local": a}]} for n, a in links])
 
 
+def _route(machine: Machine, *_: object) -> str:
+    return json.dumps([{"dst": "8.8.8.8", "dev": INTERFACE, "prefsrc": machine.address}])
+
+
 def _listeners(machine: Machine, *_: object) -> str:
     return "".join(
         f'LISTEN 0 128 {address}:{port} 0.0.0.0:* users:(("{name}",pid={pid},fd=3))\n'
@@ -363,6 +367,7 @@ TABLE = (
     ),
     Command("addresses", tuple(facts.ADDRESSES), _addresses),
     Command("listeners", ("ss", "-Hltnp"), _listeners),
+    Command("route", tuple(facts.ROUTE), _route),
     _script("ports taken", facts.TAKEN, _listeners),
     Command("port range", ("sh", "-c", facts.EPHEMERAL), lambda *_: "32768\t60999\n\n"),
     Command("connections", tuple(facts.CONNECTIONS), _connections),

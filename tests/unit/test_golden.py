@@ -524,7 +524,9 @@ def cluster_ids(service: Service) -> dict[str, Any]:
 def start_order(service: Service) -> dict[int, str]:
     """The steps that start servers, at their places in the golden list."""
     names = [i.name for i in service.topology.instances]
-    after = {name: omniinfer.starts_after(service.topology, name) for name in names}
+    after = {
+        name: omniinfer.starts_after(service.deployment, service.topology, name) for name in names
+    }
     first = [name for name in names if not after[name]]
     then = [name for name in names if after[name] == tuple(first)]
     return {

@@ -101,8 +101,8 @@ def test_decode_waits_for_prefills_over_hosts_and_prefills_on_one_host_for_decod
             "p2": None,
         }
     }
-    placed = example.place(changes)
-    assert {name: omniinfer.starts_after(placed, name) for name in placed.names} == {
+    of, placed = example.service(changes), example.place(changes)
+    assert {name: omniinfer.starts_after(of, placed, name) for name in placed.names} == {
         "p0-0": (),
         "p0-1": (),
         "p1": ("d0-0", "d0-1"),

@@ -15,6 +15,7 @@ import pytest
 
 from pd_deploy.engines.base import Service
 from pd_deploy.engines.omniinfer import engine as omniinfer
+from pd_deploy.engines.omniinfer import launcher, proxy
 from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts.container_values import ContainerSpec
 from tests.unit import example
@@ -152,8 +153,11 @@ class TestKvParallelSize:
         assert problem.key == "kv_parallel_size"
         found = "the tag silent, which does not tell the image's age" if "@" not in image else "a d"
         assert f"found {found}" in problem.message
-        for value, built, size in ((OLD, "before 2025-08-13", 4), (NEW, "later", 8)):
-            assert f"`kv_parallel_size: {value}` (built {built})" in problem.message
+        assert "`contract: v0-early` (built before 2025-08-13), `v0` (until" in problem.message
+        for contract, size in (("v0-early", 4), ("v0", 8), ("v1", 4), ("roles", 4)):
+            changes = {"image": image, "contract": contract, "allow": ["ports-distinct"]}
+            assert kv_parallel_size(changes) == size
+        for value, size in ((OLD, 4), (NEW, 8)):
             assert kv_parallel_size({"image": image, "kv_parallel_size": value}) == size
         assert kv_parallel_size({"image": image, "kv_parallel_size": 7}) == 7
         assert kv_parallel_size({"image": image, "allow": ["kv-parallel-size"]}) == 8
@@ -207,8 +211,8 @@ def test_names_hold_role_instance_and_generation() -> None:
 
 
 def test_prefill_starts_once_decode_has_started() -> None:
-    placed = example.place()
-    assert {name: omniinfer.starts_after(placed, name) for name in placed.names} == {
+    of, placed = example.service(), example.place()
+    assert {name: omniinfer.starts_after(of, placed, name) for name in placed.names} == {
         **dict.fromkeys(("p0", "p1", "p2"), ("d0",)),
         "d0": (),
         "c0": (),
@@ -279,7 +283,7 @@ class TestVariants:
         given = {"nginx_tarball": str(sources)} if of == "a host" else {}
         digest = hashlib.sha256(b"sources" if is_genuine else b"others").hexdigest()
         service = example.for_engine({"proxy": {"c0": {**given, "nginx_sha256": digest}}})
-        fetch = omniinfer._fetch_nginx(service)
+        fetch = proxy.fetch_nginx(service)
         assert "http:" not in fetch
         url, copy = "https://nginx.org/download/nginx-1.24.0.tar.gz", shlex.quote(str(sources))
         curl = f'curl() {{ [ "$4" = {url} ] && cp {copy} "$3"; }}'
@@ -314,7 +318,7 @@ class TestVariants:
             (root / name).write_text(text)
         (tmp_path / "build.sh").symlink_to(BUILD)
         done = subprocess.run(
-            ["bash", "-c", omniinfer._BUILD_NGINX],
+            ["bash", "-c", proxy.BUILD_NGINX],
             cwd=tmp_path,
             env={"PATH": os.environ["PATH"], "STANDIN_ROOT": str(root)},
             capture_output=True,
@@ -416,7 +420,7 @@ class TestStartScripts:
             HOSTILE,
             "a\nb",
             "-c",
-            omniinfer._REUSING_PORTS,
+            launcher.REUSING_PORTS,
             *omniinfer.command(service, name)[1:],
         ]
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_deploy.engines import vllm
+from pd_deploy.engines.base import HostFacts
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.engines.omniinfer import ranktable
 from pd_deploy.errors import FactsError, InvalidInput
@@ -193,7 +194,8 @@ def test_hosts_with_the_same_factory_addresses_are_refused_with_every_pair() -> 
         "192.168.11.101 is the address of device 1 on a and of device 1 on b"
     )
     assert "hccn_tool" in (caught.value.hint or "")
-    vllm.check_addresses(addresses)  # has no use for them
+    facts = {name: HostFacts("eth0", of_device) for name, of_device in addresses.items()}
+    vllm.check_facts(example.service(), facts)  # has no use for them
 
 
 @given(

@@ -29,6 +29,11 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
         {place: {where: {"arguments": {"max-num-batched-tokens": 1000}}}}
         for place, where in (("settings", "all"), ("settings", "decode"), ("prefill", "p1"))
     ],
+    "contract-of-image": [
+        {"contract": "v0"},
+        {"contract": "roles"},
+        {"image": "omni:release_1.2.0", "contract": "v0-early"},
+    ],
     "decode-devices": [
         COPIES
         | {
@@ -125,6 +130,8 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
             "prefill": COPIES["prefill"] | {"p1": {"host": "b", "devices": "8-11"}},
         },
     ],
+    "prefix-aware": [{"proxy": {"c0": {"prefix_aware": True}}}],
+    "proxy-program": [{"proxy": {"c0": {"program": "omni"}}}],
     "tensor-parallel": [
         DEEPSEEK | {"decode": {"d0": {"tensor_parallel": 3}}, "prefill": {
             name: {"devices": devices} for name, devices in

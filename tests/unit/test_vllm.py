@@ -66,8 +66,9 @@ class TestAll:
 
     @pytest.mark.parametrize("file", [CPU, GPU, ASCEND], ids=lambda f: f.stem)
     def test_no_instance_waits_for_another(self, file: Path) -> None:
-        placed = placement.build(load_deployment(file))
-        assert {vllm.starts_after(placed, name) for name in placed.names} == {()}
+        of = load_deployment(file)
+        placed = placement.build(of)
+        assert {vllm.starts_after(of, placed, name) for name in placed.names} == {()}
 
     def test_planning_offline_needs_no_device_address(self, tmp_path: Path) -> None:
         facts = tmp_path / "facts.json"
@@ -307,8 +308,8 @@ class TestCpu:
 
 
 def test_the_flow_reads_device_addresses_only_where_the_engine_says_how() -> None:
-    assert engines.get("vllm").read_addresses_command([0, 1]) == []
-    assert engines.get("omniinfer").read_addresses_command([0, 1])
+    assert engines.get("vllm").read_addresses_command(example.service(), [0, 1]) == []
+    assert engines.get("omniinfer").read_addresses_command(example.service(), [0, 1])
 
 
 def test_the_plan_for_people_shows_gpus() -> None:

@@ -11,7 +11,7 @@ from datetime import date, datetime
 
 _FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
 _DIGITS = re.compile(r"(?<!\d)(?:\d{12}|\d{8})(?!\d)", re.ASCII)
-_RELEASE = re.compile(r"release_v?(\d+)\.(\d+)\.(\d+)(?!\d)", re.ASCII)
+_RELEASE = re.compile(r"(?:release_v?|v)(\d+)\.(\d+)\.(\d+)(?!\d)", re.ASCII)
 _PLAUSIBLE = range(2020, 2100)  # years; other digits are build numbers and the like
 
 
@@ -25,12 +25,12 @@ class Change:
 
 def built(tag: str) -> date | None:
     """Read the day in a tag; return None if there is none, or more than one."""
-    days = _days(tag)
-    return days.pop() if len(days) == 1 else None
+    of_tag = days(tag)
+    return of_tag.pop() if len(of_tag) == 1 else None
 
 
 def release(tag: str) -> tuple[int, int, int] | None:
-    """Read the version in a release's tag, `release_v0.4.2` or with a suffix."""
+    """Read the version in a release's tag, `release_v0.4.2` or `v1.0.0`, or with a suffix."""
     match = _RELEASE.match(tag)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
@@ -40,15 +40,15 @@ def since(tag: str, change: Change) -> bool | None:
 
     None where the tag has neither, or they contradict each other.
     """
-    answers = {day >= change.day for day in _days(tag)}
+    answers = {day >= change.day for day in days(tag)}
     if version := release(tag):
         answers.add(version >= change.version)
     return answers.pop() if len(answers) == 1 else None
 
 
-def _days(tag: str) -> set[date]:
-    days = (_day(digits) for digits in _DIGITS.findall(tag))
-    return {day for day in days if day}
+def days(tag: str) -> set[date]:
+    """Read all days in a tag."""
+    return {day for digits in _DIGITS.findall(tag) if (day := _day(digits))}
 
 
 def _day(digits: str) -> date | None:

@@ -8,10 +8,37 @@ from itertools import count
 from typing import Any
 
 from pd_deploy.config.topology import Pod, Topology
+from pd_deploy.engines.base import Layout, Service
 from pd_deploy.errors import FactsError
 
 DeviceAddresses = Mapping[str, Mapping[int, str]]
 """Host name → device id → IPv4 address of the device's network port."""
+
+
+def files(service: Service) -> dict[str, dict[str, str]]:
+    """Render the merged document, for every host, and those of the pods on it: host → path →
+    content."""
+    addresses = {name: facts.device_addresses for name, facts in service.facts.items()}
+    topology, layout = service.topology, service.layout
+    all_pods = render(merged(topology, addresses))
+    of_pod = {pod.name: render(local(pod, addresses)) for pod in topology.pods}
+    return {
+        host: {
+            merged_path(layout): all_pods,
+            **{local_path(layout, i.pod): of_pod[i.pod] for i in topology.on_host(host)},
+        }
+        for host in service.deployment.hosts
+    }
+
+
+def merged_path(layout: Layout) -> str:
+    """Return where the document of all pods lies."""
+    return f"{layout.ranktables}/global_ranktable_merge.json"
+
+
+def local_path(layout: Layout, pod: str) -> str:
+    """Return where a pod's document lies."""
+    return f"{layout.ranktables}/local_ranktable_{pod}.json"
 
 
 def local(pod: Pod, addresses: DeviceAddresses) -> dict[str, Any]:

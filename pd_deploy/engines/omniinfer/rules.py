@@ -1,12 +1,15 @@
 """What omni-infer demands of a service, beyond what every engine does. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import Finding
-from pd_deploy.engines.omniinfer import kv
+from pd_deploy.engines.omniinfer import contracts, kv
+from pd_deploy.engines.omniinfer.contracts import contract_of
+from pd_deploy.engines.omniinfer.environment import HASH_SEED
 from pd_deploy.errors import Problem
 
 MAX_PREFILL_PODS = 32
@@ -17,20 +20,23 @@ DERIVED_ARGUMENTS = frozenset({
     "gpu-memory-utilization", "gpu-util", "kv-transfer-config", "log-dir", "master-ip",
     "master-port", "max-model-len", "max-port-attempts", "model-path", "num-dp", "num-servers",
     "port", "served-model-name", "server-offset", "tensor-parallel-size", "tp",
+    "use-inventory-devices",
 })  # fmt: skip
 """Arguments that follow from other keys of the file."""
 DERIVED_ENVIRONMENT = frozenset({
     "API_PORT", "ASCEND_RT_VISIBLE_DEVICES", "DECODE_POD_NUM", "GLOBAL_DECODE_SERVER_IP_LIST",
     "GLOBAL_RANK_TABLE_FILE_PATH", "HOST_IP", "KV_RANK", "LOCAL_DECODE_SERVER_IP_LIST",
-    "MASTER_PORT", "NNODES", "NODE_IP_LIST", "NODE_RANK", "PREFILL_POD_NUM",
+    "MASTER_PORT", "NNODES", "NODE_IP_LIST", "NODE_RANK", "OMNI_LLMDATADIST_ZMQ_PORT",
+    "OMNI_PD_DECODE_POD_NUM", "OMNI_PD_PREFILL_POD_NUM", "OMNI_PD_ROLE", "PREFILL_POD_NUM",
     "RANK_TABLE_FILE_PATH", "ROLE", "SERVER_IP_LIST", "SERVER_OFFSET", "VLLM_HOST_IP",
     "VLLM_LLMDATADIST_ZMQ_PORT", "ZMQ_PORT",
 })  # fmt: skip
 """Variables that follow from the topology; another value makes pods that can't link."""
 
 DERIVED_PROXY_ARGUMENTS = frozenset({
-    "core-num", "decode-lb-sdk", "decode-servers-list", "dry-run", "listen-port", "log-file",
-    "log-level", "nginx-conf-file", "prefill-lb-sdk", "prefill-servers-list", "rollback",
+    "core-num", "decode-endpoints", "decode-lb-sdk", "decode-servers-list", "dry-run",
+    "keepalive-nginx", "listen-port", "log-file", "log-level", "nginx-conf-file",
+    "prefill-endpoints", "prefill-lb-sdk", "prefill-servers-list", "reload", "rollback",
     "start-core-index", "stop",
 })  # fmt: skip
 """Arguments of the proxy's script that follow from other keys, or that the start script gives."""
@@ -43,18 +49,20 @@ DERIVED_PROXY_ENVIRONMENT = frozenset({
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     """Yield the rules that a deployment breaks: name and place."""
-    yield from _pods(topology)
+    yield from contracts.findings(deployment)
+    yield from _pods(deployment, topology)
     yield from _prefill_sizes(topology)
     for pod in topology.decode:
-        yield from _decode_devices(pod)
+        yield from _decode_devices(deployment, pod)
     for pod in topology.pods:
         yield from _tensor_parallel(pod)
         yield from _arguments(deployment, pod)
     yield from _ratio(deployment, topology)
     yield from kv.findings(deployment, topology)
+    yield from _proxy(deployment, topology)
 
 
-def _pods(topology: Topology) -> Iterator[Finding]:
+def _pods(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     count = len(topology.prefill)
     if count > MAX_PREFILL_PODS:
         message = f"expected at most {MAX_PREFILL_PODS} pods, found {count}"
@@ -62,7 +70,7 @@ def _pods(topology: Topology) -> Iterator[Finding]:
             "prefill-pods",
             Problem("prefill", f"{message}: the proxy would not choose the others"),
         )
-    if len(topology.decode) > 1:
+    if len(topology.decode) > 1 and contract_of(deployment).has_ranktables:
         message = f"expected one pod, found {', '.join(p.name for p in topology.decode)}"
         yield (
             "one-decode-pod",
@@ -83,9 +91,11 @@ def _prefill_sizes(topology: Topology) -> Iterator[Finding]:
             yield "prefill-sizes", Problem(f"{pod.key}.devices", message)
 
 
-def _decode_devices(pod: Pod) -> Iterator[Finding]:
+def _decode_devices(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
     """Check decode's devices: a worker of one of several copies takes the device of its own number
-    on the host, and no variable moves it to another."""
+    on the host, and no variable moves it to another; only later launchers take a list of them."""
+    if contract_of(deployment).renumbers_devices:
+        return
     odd = [m for m in pod.members if m.devices != tuple(range(len(m.devices)))]
     if pod.has_copies and odd:
         expected = f"0-{len(odd[0].devices) - 1}" if len(odd[0].devices) > 1 else "0"
@@ -114,7 +124,10 @@ def _arguments(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
     settings, model = pod.master.settings, deployment.model
     longest = model.max_len_prefill if pod.role == "prefill" else model.max_len_decode
     batched = settings.arguments.get("max-num-batched-tokens")
-    if batched is not None and (not isinstance(batched, int) or batched < longest):
+    splits = contract_of(deployment).splits_prompts and not settings.arguments.get(
+        "no-enable-chunked-prefill"
+    )
+    if batched is not None and not splits and (not isinstance(batched, int) or batched < longest):
         yield (
             "batched-tokens",
             Problem(
@@ -142,6 +155,47 @@ def _gears(pod: Pod, config: dict[str, Any]) -> Iterator[Finding]:
         key += ".graph_model_compile_config.decode_gear_list"
         message = f"expected at most {MAX_GEARS} sizes, found {len(gears)}"
         yield "decode-gear-list", Problem(key, message)
+
+
+def _proxy(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
+    """Check that the image has the proxy's program, and that this program has what it needs."""
+    contract, name, entry = contract_of(deployment), topology.proxy.name, topology.proxy.entry
+    program = contract.program(deployment)
+    if program not in contract.proxies:
+        message = f"expected {' or '.join(contract.proxies)}, which images of contract"
+        yield (
+            "proxy-program",
+            Problem(f"proxy.{name}.program", f"{message} {contract.name} have, found {program}"),
+        )
+    if entry.prefix_aware and program != "omni":
+        yield (
+            "prefix-aware",
+            Problem(
+                f"proxy.{name}.prefix_aware",
+                f"expected omni_proxy, found {program}_proxy, which looks at no prefixes; give "
+                "`program: omni`",
+            ),
+        )
+    for pod in topology.prefill if entry.prefix_aware else ():
+        if pod.master.settings.arguments.get("no-enable-prefix-caching"):
+            message = "expected no such key, because `prefix_aware` needs prefills that cache them"
+            yield (
+                "prefix-aware",
+                Problem(
+                    f"{pod.key}.arguments.no-enable-prefix-caching",
+                    f"{message}; set it to false where it comes from a profile",
+                ),
+            )
+    seeded = [pod.key for pod in topology.pods if _seed(pod.master.settings.environment)]
+    seeded += [f"proxy.{name}"] if _seed(entry.environment) else []
+    for key in seeded if entry.prefix_aware else ():
+        message = f"expected no such key: with `prefix_aware` it is {HASH_SEED} everywhere"
+        yield "prefix-aware", Problem(f"{key}.environment.PYTHONHASHSEED", message)
+
+
+def _seed(environment: Mapping[str, Scalar]) -> bool:
+    """Tell whether a hash seed other than the one that is set is given."""
+    return str(environment.get("PYTHONHASHSEED", HASH_SEED)) != HASH_SEED
 
 
 def _ratio(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
