@@ -141,10 +141,10 @@ def _host(session: Session, name: str, answer: "_HostAnswer | PdDeployError") ->
 
 async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
     """Ask a host all that it knows."""
-    host, root = session.host(name), session.root
+    host, root, engine = session.host(name), session.root, session.engine
     devices = [d for instance in session.topology.on_host(name) for d in instance.devices]
-    health = session.engine.device_health_command(devices) if devices else []
-    reading = session.engine.read_addresses_command(devices) if devices else []
+    health = engine.device_health_command(devices) if devices else []
+    reading = engine.read_addresses_command(session.deployment, devices) if devices else []
     commands = [lease.look_command(root), *filter(None, (health, reading))]
     state, printed = await _both(
         _or_error(surveying.survey(session, name)), _or_error(host.outputs(*commands))
