@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pd_deploy.lab import cache
+from pd_deploy.lab import cache, contracts
 from pd_deploy.lab import vllm as engine
 from pd_deploy.lab.box import INSIDE_ENVIRONMENT
 from pd_deploy.lab.errors import LabError
@@ -101,6 +101,36 @@ def status(
         )
 
 
+@app.command()
+def push(
+    tag: Annotated[
+        str, typer.Argument(help="The new build's tag, such as 20250723_27.", metavar="TAG")
+    ],
+    contract: Annotated[
+        str,
+        typer.Option(
+            help="What its engines and its proxy expect, oldest first: "
+            f"{', '.join(contracts.CONTRACTS)}."
+        ),
+    ] = contracts.OLDEST,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A fault of its engines, such as unhealthy=true; can be given several times. "
+            f"There are: {', '.join(contracts.known_faults())}.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    name: Name = DEFAULT_NAME,
+) -> None:
+    """Push another build of the stand-in image, good or with faults, to try an upgrade."""
+    with _plain_errors():
+        faults = dict(_fault(text) for text in fault or [])
+        lab = Lab.load(name)
+        digest = lab.push_build(tag, contract, faults)
+    _say(f"pushed {lab.image.rpartition(':')[0]}:{tag}  {digest[:19]}")
+
+
 @app.command("exec", context_settings={"allow_interspersed_args": False})
 def exec_(
     host: Host,
@@ -128,6 +158,21 @@ def mend(host: Host, name: Name = DEFAULT_NAME) -> None:
     """Plug a host's network cable in again."""
     with _plain_errors():
         _host(name, host).mend()
+
+
+def _fault(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    known = contracts.known_faults()
+    if key not in known:
+        raise LabError(f"--fault: expected one of {', '.join(known)}, found {key!r}")
+    if not equals:
+        raise LabError(f"--fault: expected KEY=VALUE, such as {key}={json.dumps(known[key])}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        raise LabError(
+            f"--fault {key}: expected a number, true, false or null, found {value!r}"
+        ) from None
 
 
 def _host(name: str, host: str) -> LabHost:

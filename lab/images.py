@@ -106,12 +106,23 @@ def push_variant(repository: Repository, source_tag: str, tag: str, tree: bytes)
     return _push_with_layer(repository, tag, manifest, repository.config(manifest), tree)
 
 
-def tar_directory(directory: Path, links: Mapping[str, str]) -> bytes:
-    """Make a tar of a directory's files and of symbolic links (path in the image → target)."""
+def tar_directory(
+    directory: Path,
+    links: Mapping[str, str],
+    others: Mapping[str, str | bytes | None],
+) -> bytes:
+    """Make a tar of a directory's files, and of links and other files by their path in the image.
+
+    Args:
+        links: path in the image → target.
+        others: path in the image → content; what the directory has there is left out.
+    """
     # Without directories, so that those of the layers below keep their modes (/tmp, /root).
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     files = [path for path in files if "__pycache__" not in path.parts]
+    files = [path for path in files if str(path.relative_to(directory)) not in others]
     contents = [_entry(path.relative_to(directory), path.read_bytes()) for path in files]
+    contents += _contents(others)
     for path, target in sorted(links.items()):
         link = tarfile.TarInfo(path)
         link.type, link.linkname = tarfile.SYMTYPE, target
@@ -121,6 +132,12 @@ def tar_directory(directory: Path, links: Mapping[str, str]) -> bytes:
 
 def tar_files(files: Mapping[str, str | bytes | None]) -> bytes:
     """Make a tar of files by their path in the image; None removes a path of a layer below."""
+    return _tar(_contents(files))
+
+
+def _contents(
+    files: Mapping[str, str | bytes | None],
+) -> list[tuple[tarfile.TarInfo, bytes]]:
     contents = []
     for path, content in sorted(files.items()):
         relative = Path(path.lstrip("/"))
@@ -129,7 +146,7 @@ def tar_files(files: Mapping[str, str | bytes | None]) -> bytes:
             continue
         data = content.encode() if isinstance(content, str) else content
         contents.append(_entry(relative, data))
-    return _tar(contents)
+    return contents
 
 
 def _push_with_layer(

@@ -17,7 +17,7 @@ from typing import TypeVar
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pd_deploy.lab import cache, images, network, seed, vllm
+from pd_deploy.lab import cache, contracts, images, network, seed, vllm
 from pd_deploy.lab.box import Box, kill_recorded, recorded_init
 from pd_deploy.lab.errors import LabError
 from pd_deploy.lab.host import LabHost
@@ -173,6 +173,23 @@ class Lab(BaseModel):
         """
         repository = images.Repository(self.registry, REPOSITORY)
         return images.push_variant(repository, source_tag, tag, images.tar_files(files))
+
+    def push_build(
+        self,
+        tag: str,
+        contract: str = contracts.OLDEST,
+        faults: Mapping[str, object] | None = None,
+    ) -> str:
+        """Push a build of the stand-in under a tag of its own; return its digest.
+
+        Args:
+            contract: what its engines and its proxy expect; see `contracts.CONTRACTS`.
+            faults: of its engines, by the names that the stand-in's README lists.
+
+        Raises:
+            LabError: there is no such contract.
+        """
+        return self.push_variant(tag, contracts.build(contract, tag, faults or {}))
 
     def push_packages(
         self, repository: str, tag: str, packages: Sequence[str], say: Say = lambda _: None
@@ -392,7 +409,8 @@ def _push_images(lab: Lab, cached: cache.Cached) -> dict[str, str]:
         explain=lambda: lab.switch.run(["tail", "-n3", "/var/log/registry.log"]).stdout,
     )
     repository = images.Repository(lab.registry, REPOSITORY)
-    tree = images.tar_directory(STANDIN / "image", IMAGE_LINKS)
+    metadata = contracts.layer(contracts.OLDEST)
+    tree = images.tar_directory(STANDIN / "image", IMAGE_LINKS, metadata)
     digest = images.push_image(repository, TAG, cached.base, cached.base_blob, tree)
     no_nginx = images.tar_files(
         {str(cache.NGINX): None, "usr/local/nginx": None, KEPT_NGINX: cached.nginx.read_bytes()}

@@ -21,6 +21,7 @@ VLLM = STANDIN / "image/usr/local/Ascend/latest/bin/vllm"
 PYTHON = str(Path(sys.executable).resolve())  # without a virtual environment: starts faster
 LAUNCH = (PYTHON, "-S", str(LAUNCHER))  # no site-packages: starts faster
 DEVICES_PER_INSTANCE = 8
+WORKER_PORTS = 20  # per instance: two per worker, and one of heartbeats
 TIMEOUT_SECONDS = 15.0
 
 
@@ -155,14 +156,21 @@ class StandinSet:
     """
 
     def __init__(
-        self, directory: Path, prefills: int, decodes: int = 1, built: str | None = None
+        self,
+        directory: Path,
+        prefills: int,
+        decodes: int = 1,
+        built: str | None = None,
+        contract: str = "v0",
     ) -> None:
         """Write everything that the instances need.
 
         Args:
             decodes: instances of the one decode pod.
             built: date of the image; by default the one that it has.
+            contract: v0, v1 or roles.
         """
+        self.contract = contract
         self.directory = directory
         self.prefills = prefills
         self.decodes = decodes
@@ -171,6 +179,8 @@ class StandinSet:
         self._network = f"127.{1 + secrets.randbelow(250)}.{secrets.randbelow(250)}"
         self._npu_prefix = f"standin-{secrets.token_hex(4)}"
         self._ports = _free_ports(3 * (prefills + decodes))
+        # Of the ports that the workers of an instance have, beside one another.
+        self._worker_ports = _free_ports(WORKER_PORTS * (prefills + decodes))
         model = directory / "model"
         model.mkdir(parents=True)
         (model / "config.json").write_text("{}")
@@ -182,7 +192,8 @@ class StandinSet:
             self.places |= {f"d{i}": (first + i, 0) for i in range(decodes)}
         for host in {host for host, _ in self.places.values()}:
             self._make_host(host)
-        self.write_ranktables()
+        if contract == "v0":
+            self.write_ranktables()
         self.instances = {name: self._instance(name, slot) for slot, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> Instance:
@@ -264,16 +275,21 @@ class StandinSet:
         for tool in ("usr/bin/hccn_tool", "usr/local/Ascend/driver/version.info"):
             (root / tool).symlink_to(STANDIN / "host" / tool)
         (root / "etc/standin.json").write_text('{"load_seconds": 0.05}')
+        image = root / "usr/local/Ascend/latest/standin"
+        image.mkdir(parents=True)
+        (image / "contract").write_text(self.contract)
         if self.built is not None:
-            file = root / "usr/local/Ascend/latest/standin/built"
-            file.parent.mkdir(parents=True)
-            file.write_text(self.built)
+            (image / "built").write_text(self.built)
 
     def _instance(self, name: str, slot: int) -> Instance:
         role = "prefill" if name.startswith("p") else "decode"
         host, _ = self.places[name]
         api_port, node_port, zmq_port = self._ports[3 * slot : 3 * slot + 3]
-        env = self._env(name, role) | {"VLLM_LLMDATADIST_ZMQ_PORT": str(zmq_port)}
+        if self.contract != "v0":
+            worker_port = self._worker_ports[slot * WORKER_PORTS]
+            env = self._later_env(name, role, worker_port)
+        else:
+            env = self._env(name, role) | {"VLLM_LLMDATADIST_ZMQ_PORT": str(zmq_port)}
         args = {
             "--num-servers": "1",
             "--model-path": str(self.directory / "model"),
@@ -297,7 +313,33 @@ class StandinSet:
             "kv_parallel_size": self.prefills + 1,
         }
         extra = ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+        if self.contract != "v0":
+            kv["kv_connector"] = "LLMDataDistConnector"
+            args["--extra-args"] = "--max-num-batched-tokens 61440"
+            extra.append("--use-inventory-devices")
+        if self.contract == "roles":  # which gives neither
+            del kv["engine_id"], kv["kv_buffer_device"]
         return Instance(name, self.address(host), self.root(host), api_port, env, args, kv, extra)
+
+    def _later_env(self, name: str, role: str, worker_port: int) -> dict[str, str]:
+        host, _ = self.places[name]
+        prefix = "OMNI_PD_" if self.contract == "roles" else ""
+        base_port = {"VLLM_LLMDATADIST_BASE_PORT": str(worker_port + DEVICES_PER_INSTANCE + 1)}
+        return {
+            "STANDIN_ROOT": str(self.root(host)),
+            "STANDIN_ADDRESS": self.address(host),
+            "STANDIN_NPU_PREFIX": f"{self._npu_prefix}-host{host}-",
+            "HOST": name,
+            f"{prefix}ROLE": role,
+            f"{prefix}PREFILL_POD_NUM": str(self.prefills),
+            f"{prefix}DECODE_POD_NUM": "1",
+            "ASCEND_RT_VISIBLE_DEVICES": ",".join(map(str, self.device_ids(name))),
+            "OMNI_LLMDATADIST_ZMQ_PORT": str(worker_port),
+            "VLLM_PLUGINS": "omni-npu,omni_npu_patches,omni_custom_models",
+            "OMNI_VLLM_PATCHES": "ALL",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TP_SOCKET_IFNAME": "lo",
+        } | (base_port if self.contract == "v1" else {})
 
     def _env(self, name: str, role: str) -> dict[str, str]:
         host, _ = self.places[name]
@@ -368,10 +410,14 @@ _HEAD = {"version": "1.0", "status": "completed"}
 
 @contextlib.contextmanager
 def standin_set(
-    directory: Path, prefills: int, decodes: int = 1, built: str | None = None
+    directory: Path,
+    prefills: int,
+    decodes: int = 1,
+    built: str | None = None,
+    contract: str = "v0",
 ) -> Iterator[StandinSet]:
     """Give a set of instances; stop it at the end."""
-    instances = StandinSet(directory, prefills, decodes, built)
+    instances = StandinSet(directory, prefills, decodes, built, contract)
     try:
         yield instances
     finally:

@@ -123,5 +123,5 @@ def test_without_reused_tokens_the_garbage_begins_with_the_first(new: StandinSet
 def test_a_date_that_is_none_is_refused(tmp_path: Path) -> None:
     with standin_set(tmp_path, prefills=1, built="July") as instances:
         instances["p0"].start()
-        assert instances["p0"].exit_code() == 0
-        assert "refused [built, contract -]" in instances["p0"].log()
+        assert instances["p0"].exit_code() == 1
+        assert "refused [built, contract -]" in instances["p0"].launcher_log()

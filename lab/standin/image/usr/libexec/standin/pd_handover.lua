@@ -11,6 +11,7 @@ local M = {}
 local counts = ngx.shared.pd_score
 local peers = {} -- side → list of {host, port}; only for a side with pd_score_balance
 local decode_limit -- active requests of one decode server
+local omni -- what the omni proxy was told; nil in the global proxy
 
 -- servers: {prefill = {"host:port", …} or nil, decode = … or nil}
 function M.configure(servers, limit)
@@ -22,6 +23,13 @@ function M.configure(servers, limit)
             peers[side][index] = { host = host, port = tonumber(port) }
         end
     end
+end
+
+-- options: policy, limits of active requests of one server (prefill, decode), and whether
+-- max_completion_tokens is handled. Unlike the global proxy, the omni proxy waits for room.
+function M.configure_omni(servers, options)
+    omni = options
+    M.configure(servers, options.decode)
 end
 
 local function key(what, side, index)
@@ -65,6 +73,10 @@ local function choose(side, limit)
     end
     local bytes = tonumber(ngx.var.request_length)
     local index = locked(take, side, bytes, limit)
+    while omni and not index do
+        ngx.sleep(0.01)
+        index = locked(take, side, bytes, limit)
+    end
     ngx.ctx[side] = index and { index = index, bytes = bytes }
 end
 
@@ -89,6 +101,11 @@ end
 -- access phase of what goes to prefill alone.
 function M.to_prefill()
     choose("prefill", math.huge)
+end
+
+-- access phase of what goes to decode alone.
+function M.to_decode()
+    choose("decode", math.huge)
 end
 
 -- log phase.
@@ -124,12 +141,16 @@ local function insert_at_end(body, member)
     return head and head .. comma .. member .. "}" or body
 end
 
--- Like upstream it works on the text: the first such key wins; max_completion_tokens is untouched.
+-- Like upstream it works on the text: the first such key wins; max_completion_tokens is untouched,
+-- except by newer omni proxies.
 local function prefill_body(body)
     body = body:gsub(',?%s*"stream_options"%s*:%s*%b{}', "", 1)
     body = body:gsub('("stream"%s*:%s*)%a+', "%1false", 1)
     local found
     body, found = body:gsub('("max_tokens"%s*:%s*)[^,}%s]+', "%11", 1)
+    if omni and omni.handles_completion_tokens then
+        body = body:gsub('("max_completion_tokens"%s*:%s*)[^,}%s]+', "%11", 1)
+    end
     return found > 0 and body or insert_at_end(body, '"max_tokens":1')
 end
 
@@ -141,7 +162,7 @@ local function pass_on(answer)
 end
 
 local function ask_prefill(body)
-    choose("prefill", math.huge)
+    choose("prefill", omni and omni.prefill or math.huge)
     -- The subrequest's balancer reads the choice from the same context.
     local answer = ngx.location.capture("/prefill_internal" .. ngx.var.uri, {
         method = ngx.HTTP_POST,
@@ -156,7 +177,13 @@ end
 function M.hand_over()
     set_request_id()
     local body = read_body()
+    if omni and omni.policy == "aggregation" then
+        return choose("decode", decode_limit)
+    end
     local answer = ask_prefill(body)
+    if omni and omni.policy == "parallel" then -- decode waits for nothing that prefill says
+        return choose("decode", decode_limit)
+    end
     if answer.status >= 300 then
         return pass_on(answer)
     end
@@ -167,6 +194,68 @@ function M.hand_over()
     end
     ngx.req.set_body_data(body)
     choose("decode", decode_limit)
+end
+
+local function ask_all(path, method)
+    local requests, asked = {}, {}
+    for _, side in ipairs({ "prefill", "decode" }) do
+        for _, peer in ipairs(peers[side]) do
+            local name = peer.host .. ":" .. peer.port
+            requests[#requests + 1] = { "/backend_internal/" .. name .. path, { method = method } }
+            asked[#asked + 1] = { side = side, name = name }
+        end
+    end
+    return asked, { ngx.location.capture_multi(requests) }
+end
+
+-- content phase: ask every server the same; 200 only if all answer 200.
+function M.broadcast(path, method)
+    ngx.req.read_body()
+    local asked, answers = ask_all(path, method or ngx.HTTP_GET)
+    local parts, status = {}, 200
+    for index, answer in ipairs(answers) do
+        local worked = answer.status == 200
+        status = worked and status or 503
+        local head = string.format(
+            "# %s %s: %d", asked[index].side, asked[index].name, answer.status
+        )
+        parts[#parts + 1] = head .. "\n" .. (worked and answer.body or "")
+    end
+    ngx.status = status
+    ngx.header["Content-Type"] = "text/plain"
+    ngx.say(table.concat(parts, "\n"))
+end
+
+-- content phase: what the servers' health is; the status is 200 whatever it is.
+function M.health()
+    local asked, answers = ask_all("/health", ngx.HTTP_GET)
+    local parts, healthy = {}, true
+    for index, answer in ipairs(answers) do
+        local up = answer.status == 200
+        healthy = healthy and up
+        parts[index] = string.format(
+            '{"endpoint": "%s", "role": "%s", "healthy": %s}',
+            asked[index].name, asked[index].side, tostring(up)
+        )
+    end
+    ngx.header["Content-Type"] = "application/json"
+    ngx.say(string.format(
+        '{"status": "%s", "servers": [%s]}',
+        healthy and "healthy" or "unhealthy", table.concat(parts, ", ")
+    ))
+end
+
+-- content phase: the proxy's view of its servers.
+function M.metrics()
+    ngx.header["Content-Type"] = "text/plain"
+    for _, side in ipairs({ "prefill", "decode" }) do
+        for index, peer in ipairs(peers[side]) do
+            ngx.say(string.format(
+                'omni_proxy_active_requests{role="%s",endpoint="%s:%d"} %d',
+                side, peer.host, peer.port, counts:get(key("active", side, index)) or 0
+            ))
+        end
+    end
 end
 
 return M

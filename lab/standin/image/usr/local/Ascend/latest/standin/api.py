@@ -10,7 +10,7 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from standin import death, requests
+from standin import age, death, requests
 from standin.decode import PullFailed
 from standin.engine import Engine
 from standin.faults import Faults
@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/metrics":
             self._send(200, self.server.metrics.render().encode(), "text/plain; version=0.0.4")
         elif path == "/version":
-            self._send_json(200, {"version": "0.9.0"})
+            self._send_json(200, {"version": age.value("vllm_version")})
         else:
             self._send_json(404, {"detail": "Not Found"})
 

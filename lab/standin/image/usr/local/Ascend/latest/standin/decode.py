@@ -54,8 +54,11 @@ class DecodeSide:
         for link in self._links.values():
             threading.Thread(target=self._watch, args=(link,), daemon=True).start()
 
-    def pull(self, cluster_id: object, block_ids: object) -> bytes:
+    def pull(self, cluster_id: object, block_ids: object, announced: str) -> bytes:
         """Fetch the KV of these blocks from the prefill pod that holds them.
+
+        Args:
+            announced: prefill's address; not needed, since the links stand.
 
         Raises:
             PullFailed: unknown cluster, unreachable prefill, or KV not held there.

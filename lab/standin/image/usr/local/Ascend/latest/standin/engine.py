@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from standin import model
+from standin import age, model, ondemand
 from standin.decode import DecodeSide, PullFailed
 from standin.environment import Environment
 from standin.faults import Faults
@@ -50,14 +50,17 @@ class Engine:
         faults: Faults,
         metrics: Metrics,
     ) -> None:
-        self.store = KvStore(metrics)
-        self.decode = None if instance.is_prefill else DecodeSide(instance, metrics)
+        self.store = KvStore(metrics, instance.release_seconds)
+        side = DecodeSide if age.contract() == "v0" else ondemand.DecodeSide
+        self.decode = None if instance.is_prefill else side(instance, metrics)
         self._instance = instance
         self._faults = faults
         self._metrics = metrics
         self._reuse_first_token = env.switch("OMNI_REUSE_PREFILLED_TOKENS")
         self._skip_tokenize = env.switch("OMNI_SKIP_DECODE_TOKENIZE")
         unlimited = env.switch("FORCE_ENABLE_CHUNK_PREFILL")
+        if age.contract() != "v0":  # chunked prefill is its default
+            unlimited = not options.no_enable_chunked_prefill
         budget = 0 if unlimited else options.max_num_batched_tokens
         self._scheduler = Scheduler(budget, options.max_num_seqs, metrics)
 
@@ -74,20 +77,25 @@ class Engine:
         external = self.decode is not None and request.kv_params is not None
         external = external and not self._faults.now()["ignore_kv"]
         with self._scheduler.admitted(1 if external else len(request.prompt_ids), client_gone):
-            if external:
-                prompt_ids, kv, first = self._transferred(request)
-            else:
-                prompt_ids, kv, first = request.prompt_ids, model.kv_of(request.prompt_ids), None
+            transferred = self._transferred(request) if external else None
+            external = transferred is not None
+            prompt_ids, kv, first = transferred or (
+                request.prompt_ids, model.kv_of(request.prompt_ids), None
+            )
             self._count_prompt(len(prompt_ids), external)
             output = model.Output(prompt_ids, kv, request.ignore_eos)
             yield self._answer(request, prompt_ids, kv, output, first)
 
-    def _transferred(self, request: Request) -> tuple[list[int], bytes, int | None]:
+    def _transferred(self, request: Request) -> tuple[list[int], bytes, int | None] | None:
+        """Return prompt, KV and first token; None if the prompt has to be computed instead."""
         try:
             return self._pull(request)
-        except PullFailed:
+        except PullFailed as problem:
             self._metrics.add("standin:kv_transfer_errors_total")
-            raise
+            if not self._instance.recomputes:
+                raise
+            print(f"WARNING KV pull failed, computing the prompt: {problem}", flush=True)
+            return None
 
     def _pull(self, request: Request) -> tuple[list[int], bytes, int | None]:
         offered = request.kv_params
@@ -101,7 +109,7 @@ class Engine:
             release_address = offered["remote_host_ip"]
         except KeyError as missing:
             raise PullFailed(f"kv_transfer_params has no {missing}") from None
-        kv = self.decode.pull(cluster_id, blocks)
+        kv = self.decode.pull(cluster_id, blocks, release_address)
         if kv != model.kv_of(prompt_ids):
             raise PullFailed(f"the KV of cluster {cluster_id} blocks {blocks} is of another prompt")
         self.decode.release(release_address, request.request_id)

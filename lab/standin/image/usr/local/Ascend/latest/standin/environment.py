@@ -1,10 +1,11 @@
-"""The engine's environment (contract 4.1), checked."""
+"""The engine's environment as its contract has it (4.1), checked."""
 
 import os
 import socket
 from collections.abc import Mapping
 
-from standin.rules import RULES, Refusal
+from standin import age
+from standin.rules import Refusal
 
 
 class Environment:
@@ -12,10 +13,16 @@ class Environment:
 
     def __init__(self, source: Mapping[str, str] = os.environ) -> None:
         self._values = {
-            name: _checked(name, source.get(name, ""), spec) for name, spec in RULES["env"].items()
+            name: _checked(spec.get("names", [name]), source, spec)
+            for name, spec in age.table("env").items()
         }
         self.instance = source.get("HOST", "")
-        self.unread = [name for name in RULES["unread_env"] if name in source]
+        # Name → the one that was meant, and is not there.
+        self.unread = {
+            name: meant
+            for name, meant in age.table("unread_env").items()
+            if name in source and meant not in source
+        }
 
     def __getitem__(self, name: str) -> str:
         return self._values[name]
@@ -25,13 +32,15 @@ class Environment:
         return int(self._values[name])
 
     def switch(self, name: str) -> bool:
-        """Tell whether a 0/1 variable is on."""
-        return self._values[name] == "1"
+        """Tell whether a 0/1 variable is on; one that this contract does not read is off."""
+        return self._values.get(name) == "1"
 
 
-def _checked(name: str, raw: str, spec: dict) -> str:
+def _checked(names: list[str], source: Mapping[str, str], spec: dict) -> str:
+    """Check the first of these variables that is set."""
     # Trailing blanks are legal: upstream's multi-node RANK_TABLE_FILE_PATH has one (4.1).
-    value = raw.strip() or spec.get("default")
+    given = [(name, value) for name in names if (value := source.get(name, "").strip())]
+    name, value = given[0] if given else (" or ".join(names), spec.get("default"))
     if value is None:
         raise Refusal("env-missing", f"{name} ({spec['section']}) is not set")
     if "one_of" in spec and value not in spec["one_of"]:

@@ -6,22 +6,8 @@ from typing import Any
 
 from standin.rules import Refusal, host_path
 
-DEFAULTS: dict[str, Any] = {
-    "load_seconds": 0.5,  # time to load the weights
-    "crash_after": None,  # seconds after the start until it dies with a traceback
-    "exit_code": 1,  # of such a death
-    "hang": False,  # loads, but never links
-    "unhealthy": False,  # /health answers 500
-    "garbage": False,  # completions answer 200 with text that is no completion
-    "error_status": None,  # completions answer this HTTP status
-    "slow": 0.0,  # seconds added to every completion
-    "token_seconds": 0.0,  # seconds per generated token
-    "refuse_kv": False,  # prefill: does not hand its KV over
-    "ignore_kv": False,  # decode: computes the prompt itself although KV was offered
-    "other_heads": False,  # decode: reads other heads' KV than those of its prompt
-    "keep_kv": False,  # prefill: does not free blocks when told to
-    "crash_on_request": False,  # dies at the next completion
-}
+# By name, with the values without a fault; the README says what each does.
+DEFAULTS: dict[str, Any] = json.loads((Path(__file__).parent / "faults.json").read_text())
 
 
 class Faults:

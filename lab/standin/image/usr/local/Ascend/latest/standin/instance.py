@@ -42,6 +42,8 @@ class Instance:
     digest: str  # of the global ranktable
     zmq_port: int
     link_timeout: float  # seconds
+    recomputes: bool = False  # decode computes a prompt itself whose KV it could not have
+    release_seconds: float | None = None  # prefill frees KV that nobody asked for after so long
 
     @property
     def is_prefill(self) -> bool:
@@ -55,13 +57,13 @@ class Instance:
 
 
 def resolve(options: argparse.Namespace, env: Environment) -> Instance:
-    """Build the instance, or say which rule its inputs break.
+    """Build an instance of the contract v0, or say which rule its inputs break.
 
     Raises:
         Refusal: names the rule and the contract's section.
     """
-    _check_paths(options.model)
-    visible = _device_list(env["ASCEND_RT_VISIBLE_DEVICES"])
+    check_paths(options.model)
+    visible = device_list(env["ASCEND_RT_VISIBLE_DEVICES"])
     pairs_by_tp = age.has("kv-parallel-size-is-decode-tp")
     kv = _kv_config(options.kv_transfer_config, env["ROLE"])
     groups, digest = ranktable.read_global(env["GLOBAL_RANK_TABLE_FILE_PATH"])
@@ -97,7 +99,8 @@ def resolve(options: argparse.Namespace, env: Environment) -> Instance:
     )
 
 
-def _check_paths(model: str) -> None:
+def check_paths(model: str) -> None:
+    """Refuse a model or a driver that is not there."""
     if not (Path(model) / "config.json").is_file():
         raise Refusal("model", f"{model}/config.json does not exist")
     driver = Path(host_path("/usr/local/Ascend/driver/version.info"))
@@ -105,7 +108,7 @@ def _check_paths(model: str) -> None:
         raise Refusal("driver", f"{driver} does not exist")
 
 
-def _device_list(text: str) -> list[int]:
+def device_list(text: str) -> list[int]:
     """Parse the visible devices; none = all devices of the host."""
     if not text:
         return []

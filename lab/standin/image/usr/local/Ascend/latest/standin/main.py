@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from standin import death, npu, options, wire
+from standin import age, death, npu, ondemand, options, wire
 from standin.api import Api
 from standin.engine import Engine
 from standin.environment import Environment
@@ -36,18 +36,26 @@ def _run(arguments: argparse.Namespace, env: Environment) -> None:
     settings = faults.now()
     if settings["crash_after"] is not None:
         death.crash_after(settings["crash_after"], settings["exit_code"])
-    instance = resolve(arguments, env)
-    npu.check_addresses(instance.devices)
+    by_ranktable = age.contract() == "v0"
+    instance = (resolve if by_ranktable else ondemand.resolve)(arguments, env)
+    if by_ranktable:
+        npu.check_addresses(instance.devices)
     holders = npu.hold(instance.device_ids)
-    metrics = _metrics(instance)
+    metrics = _metrics(instance, arguments)
     api = _bound_api(arguments, env, faults, metrics)
-    listeners = _prefill_listeners(instance)
+    if by_ranktable:
+        listeners = _prefill_listeners(instance)
+    else:
+        ports = ondemand.bind(instance, env)
     _announce(arguments, env, instance)
     _load(settings["load_seconds"])
     if settings["hang"]:
         threading.Event().wait()
     api.engine = Engine(arguments, env, instance, faults, metrics)
-    _link(instance, api.engine, faults, metrics, listeners)
+    if by_ranktable:
+        _link(instance, api.engine, faults, metrics, listeners)
+    elif instance.is_prefill:
+        ondemand.PrefillSide(instance, api.engine.store, faults, metrics).serve(ports[0])
     api.server_activate()
     _log(f"Starting vLLM API server on http://0.0.0.0:{arguments.port}")
     print("INFO:     Application startup complete.", flush=True)
@@ -55,12 +63,17 @@ def _run(arguments: argparse.Namespace, env: Environment) -> None:
     del holders  # held until here
 
 
-def _metrics(instance: Instance) -> Metrics:
+def _metrics(instance: Instance, arguments: argparse.Namespace) -> Metrics:
+    labels = {}
+    if age.contract() != "v0":
+        labels = {"engine": "0", "model_name": arguments.served_model_name or arguments.model}
     names = ["vllm:num_requests_running", "vllm:num_requests_waiting", "standin:links"]
     if instance.is_prefill:
         names += ["standin:kv_blocks_held", "standin:kv_requests_held"]
-        return Metrics(*names, "standin:kv_blocks_released_total", "standin:kv_sent_bytes_total")
-    metrics = Metrics(*names, "standin:kv_release_errors_total", "standin:kv_transfer_errors_total")
+        names += ["standin:kv_blocks_released_total", "standin:kv_sent_bytes_total"]
+        return Metrics(*names, **labels)
+    names += ["standin:kv_release_errors_total", "standin:kv_transfer_errors_total"]
+    metrics = Metrics(*names, **labels)
     for source in ("external_kv_transfer", "local_compute"):
         metrics.add("vllm:prompt_tokens_by_source_total", 0, source=source)
         metrics.add("standin:requests_by_source_total", 0, source=source)
@@ -108,17 +121,16 @@ def _link(
 
 
 def _announce(arguments: argparse.Namespace, env: Environment, instance: Instance) -> None:
-    _log("vLLM API server version 0.9.0 (stand-in)")
+    _log(f"vLLM API server version {age.value('vllm_version')} (stand-in)")
     _log(f"{instance.role} {instance.name}: cluster id {instance.cluster_id}, "
          f"devices {instance.device_ids}, dp rank {instance.dp_rank} of {instance.dp_size}, "
          f"HCCL_CONNECT_TIMEOUT {instance.link_timeout:g} s")
-    for name in env.unread:
-        _log(f"{name} is read by nothing (contract 4.1), did you mean {RULES['unread_env'][name]}?",
-             "WARNING")
+    for name, meant in env.unread.items():
+        _log(f"{name} is read by nothing (contract 4.1), did you mean {meant}?", "WARNING")
     if "decode_gear_list" in (arguments.additional_config or {}):
         _log("decode_gear_list is read only inside graph_model_compile_config (contract 4.6)",
              "WARNING")
-    if 0 < arguments.max_num_batched_tokens < arguments.max_model_len:
+    if age.contract() == "v0" and 0 < arguments.max_num_batched_tokens < arguments.max_model_len:
         _log(f"max_num_batched_tokens {arguments.max_num_batched_tokens} < max_model_len "
              f"{arguments.max_model_len}: longer prompts are never scheduled (contract 4.6)",
              "WARNING")

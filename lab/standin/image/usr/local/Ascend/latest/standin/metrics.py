@@ -26,7 +26,13 @@ _HELP = {
 class Metrics:
     """Thread-safe values by name and labels."""
 
-    def __init__(self, *always: str) -> None:
+    def __init__(self, *always: str, **vllm_labels: str) -> None:
+        """Begin with some at 0.
+
+        Args:
+            vllm_labels: what vLLM's own metrics have besides.
+        """
+        self._vllm_labels = vllm_labels
         self._lock = threading.Lock()
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {
             (name, ()): 0 for name in always
@@ -49,6 +55,7 @@ class Metrics:
                 kind, text = _HELP[name]
                 lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
                 seen = name
-            inner = ",".join(f'{k}="{v}"' for k, v in labels)
+            common = self._vllm_labels if name.startswith("vllm:") else {}
+            inner = ",".join(f'{k}="{v}"' for k, v in sorted((common | dict(labels)).items()))
             lines.append(f"{name}{{{inner}}} {value}" if inner else f"{name} {value}")
         return "\n".join(lines) + "\n"

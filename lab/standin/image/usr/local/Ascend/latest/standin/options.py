@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from standin.rules import RULES
+from standin import age
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -13,7 +13,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", allow_abbrev=False)
     serve.add_argument("model")
-    for flag, spec in RULES["vllm_flags"].items():
+    for flag, spec in age.table("vllm_flags").items():
         if spec["type"] == "flag":
             serve.add_argument(flag, action="store_true")
         else:

@@ -5,10 +5,10 @@ set -u
 
 ROOT=${STANDIN_ROOT:-}
 PREFIX=$ROOT/usr/local/nginx
-NGINX=$PREFIX/nginx
 PID_FILE=$ROOT/run/nginx.pid
 # Options that came with images of this date; an ISO date compares as text.
 NEW_OPTIONS_SINCE=2025-10-10
+RPM_SINCE=2026-01-01 # an RPM installs nginx, no build
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 conf_file=$PREFIX/conf/nginx.conf
@@ -30,6 +30,7 @@ stop=0
 rollback=0
 
 main() {
+    NGINX=$(nginx_program)
     parse "$@"
     if [ "$stop" = 1 ]; then
         stop_nginx
@@ -68,6 +69,10 @@ parse() {
 built() { # the date of the image, below the root or else below the one that this script is in
     local file=usr/local/Ascend/latest/standin/built
     cat "$ROOT/$file" 2>/dev/null || cat "$here/../../../../../../$file"
+}
+
+nginx_program() {
+    if [[ $(built) < $RPM_SINCE ]]; then echo "$PREFIX/nginx"; else echo "$ROOT/usr/sbin/nginx"; fi
 }
 
 has_new_options() {
