@@ -24,6 +24,9 @@ T = TypeVar("T")
 KEEPALIVE_INTERVAL_S = 5  # with the count: a host that went away is noticed after some 15 s
 KEEPALIVE_COUNT = 3
 CLOSE_TIMEOUT_S = 5.0  # a host that went away does not confirm the end
+FAST_CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
+"""Tried first, where ssh_config names no ciphers: asyncssh's first choice, ChaCha20, costs it five
+times as much for each packet, a fifth of what a run on many hosts takes."""
 SESSION_PATIENCE_S = 1.0  # sshd frees a session within milliseconds, unless it is very busy
 SESSION_POLL_S = 0.02
 
@@ -186,6 +189,7 @@ class Link:
             options |= {"username": user} if user else {}
             options |= {"port": port} if port else {}
             options |= {"tunnel": tunnel} if tunnel else {}
+            options |= {} if config.names_ciphers else {"encryption_algs": FAST_CIPHERS}
             return await asyncssh.connect(
                 address,
                 connect_timeout=self._connect_timeout,

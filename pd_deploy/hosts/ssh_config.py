@@ -26,12 +26,14 @@ class SshConfig:
         accepts_new: whether the key of an unknown host is accepted.
         accepts_changed: whether a key other than the known one is accepted.
         identities: files with private keys; none where the default ones serve.
+        names_ciphers: whether it says which ciphers may be used.
     """
 
     known_hosts: tuple[Path, ...]
     accepts_new: bool = False
     accepts_changed: bool = False
     identities: tuple[Path, ...] = ()
+    names_ciphers: bool = False
 
 
 class _Config(SSHClientConfig):
@@ -75,6 +77,7 @@ def read(address: str, user: str | None, port: int | None) -> SshConfig:
         accepts_new=strict in ("accept-new", "no", "off"),
         accepts_changed=strict in ("no", "off"),
         identities=tuple(_expanded(_listed(config, "IdentityFile", ()))),
+        names_ciphers=config.get("Ciphers") is not None,
     )
 
 

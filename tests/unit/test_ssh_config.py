@@ -26,6 +26,20 @@ class Server(asyncssh.SSHServer):
         return False
 
 
+class Ciphers(asyncssh.SSHServer):
+    """An SSH server that remembers by which cipher it was spoken to."""
+
+    def __init__(self, ciphers: list[str]) -> None:
+        self._ciphers = ciphers
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._connection = conn
+
+    def begin_auth(self, username: str) -> bool:
+        self._ciphers.append(self._connection.get_extra_info("recv_cipher"))
+        return False
+
+
 def talk(process: "asyncssh.SSHServerProcess[str]") -> None:
     """Answer each command with its environment, in which nothing of ours should be."""
     process.stdout.write("pd-deploy-begins\n" + ",".join(sorted(process.env)))
@@ -79,6 +93,34 @@ async def test_the_systems_options_count_where_the_users_say_nothing(
         assert (await host.run(["env"])).stdout == ""
         await host.aclose()
         assert users.pop() == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "offered", "expected"),
+    [
+        ("", None, "aes128-gcm@openssh.com"),
+        ("", ["chacha20-poly1305@openssh.com"], "chacha20-poly1305@openssh.com"),
+        ("Ciphers aes256-ctr,aes128-gcm@openssh.com\n", None, "aes256-ctr"),
+    ],
+)
+async def test_the_cheapest_cipher_is_taken_unless_the_configuration_or_the_host_says_otherwise(
+    home: Path, config: str, offered: list[str] | None, expected: str
+) -> None:
+    ciphers: list[str] = []
+    listener = await asyncssh.listen(
+        "127.0.0.1",
+        0,
+        server_factory=lambda: Ciphers(ciphers),
+        process_factory=talk,
+        server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
+        encryption_algs=offered or (),
+    )
+    (home / ".ssh/config").write_text(f"{config}StrictHostKeyChecking no\n")
+    host = Host("a", "127.0.0.1", Login(port=listener.get_port()))
+    await host.run(["true"])
+    await host.aclose()
+    listener.close()
+    assert ciphers == [expected]
 
 
 async def test_known_hosts_that_cannot_be_written_keep_nobody_out(
