@@ -462,7 +462,7 @@ class VllmOptions(Model):
     """
 
     device: Literal["cpu", "cuda", "npu"]
-    connector: Literal["NixlConnector", "MooncakeConnectorV1"]
+    connector: Literal["NixlConnector", "MooncakeConnectorV1", "MooncakeHybridConnector"]
     kv_buffer_device: Literal["cpu", "cuda", "npu"] | None = None
     kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(parse_json)] = {}
     command: Text = "vllm"

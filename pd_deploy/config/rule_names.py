@@ -25,6 +25,8 @@ RULES = {
     "prefill-sizes": "all prefill pods have the same number of devices",
     "prefix-aware": "prefix-aware routing has omni_proxy, and prefills that cache prefixes",
     "proxy-program": "the image's contract has the proxy's program",
+    "recompute-scheduler": "decode doesn't end answers half-way to be computed again, because "
+    "vllm-router doesn't send them to prefill again",
     "tensor-parallel": "tensor parallel size and number of devices fit",
     "tensor-parallel-ratio": "prefill's and decode's tensor parallel sizes divide one another",
     "values-without-blanks": "arguments have no spaces, because the launcher splits at them",

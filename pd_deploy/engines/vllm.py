@@ -71,6 +71,9 @@ DERIVED_PROXY_ARGUMENTS = frozenset({
     "vllm-pd-disaggregation",
 })  # fmt: skip
 DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
+# Connectors that have the same protocol towards the router, and the same settings.
+_MOONCAKE = frozenset({"MooncakeConnectorV1", "MooncakeHybridConnector"})
+_RECOMPUTE = "recompute_scheduler_enable"
 # What the file's own arguments of the proxy may replace.
 _ROUTER_TUNING: dict[str, Scalar] = {
     "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
@@ -117,6 +120,8 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     for decode in topology.decode:
         for prefill in topology.prefill:
             yield from _ratio(prefill, decode)
+    for pod in topology.pods:
+        yield from _recomputing(pod)
 
 
 def members(
@@ -130,7 +135,7 @@ def members(
     Peers ask each copy (NIXL), or each of its devices (Mooncake), on a port of its own.
     """
     options = deployment.vllm
-    by_device = options is not None and options.connector == "MooncakeConnectorV1"
+    by_device = options is not None and options.connector in _MOONCAKE
     ranks = [max(1, count // tensor_parallel) for count in devices]
     return [
         Member(
@@ -288,7 +293,11 @@ def environment(service: Service, name: str) -> dict[str, str]:
 
 def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Any]:
     """Say how an instance takes part in KV transfer. A transfer that fails fails its request:
-    computing the prompt again instead would hide the fault."""
+    computing the prompt again instead would hide the fault.
+
+    The engine draws its own `engine_id` each time it starts: by a fixed one, decode would go on
+    reading a prefill that was restarted alone at the addresses that it had before.
+    """
     options = _options(service)
     config: dict[str, Any] = {
         "kv_connector": options.connector,
@@ -297,13 +306,12 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Any]:
         "kv_load_failure_policy": "fail",
     }
     extra = dict(options.kv_connector_extra_config)
-    if options.connector == "MooncakeConnectorV1":
+    if options.connector in _MOONCAKE:
         del config["kv_load_failure_policy"]
         # Each device of each rank listens; the connector adds the rank's first device itself.
         config["kv_port"] = str(
             instance.zmq_port - instance.server_offset * instance.tensor_parallel
         )
-        config["engine_id"] = str(instance.kv_rank)
         extra = {**_sizes(service.topology), **extra}
     return {**config, "kv_connector_extra_config": extra} if extra else config
 
@@ -316,6 +324,26 @@ def _ratio(prefill: Pod, decode: Pod) -> Iterator[Finding]:
             f"({decode.tensor_parallel}), found {prefill.tensor_parallel}"
         )
         yield "tensor-parallel-ratio", Problem(f"{prefill.key}.tensor_parallel", message)
+
+
+def _recomputing(pod: Pod) -> Iterator[Finding]:
+    """Find where vllm-ascend's scheduler is told to end answers that don't fit into memory."""
+    settings = pod.master.settings
+    config = settings.additional_config or {}
+    inside = config.get("scheduler_config")
+    places = {
+        "additional_config": config,
+        "additional_config.scheduler_config": inside if isinstance(inside, dict) else {},
+        "arguments": {k.replace("-", "_"): v for k, v in settings.arguments.items()},
+    }
+    for place, values in places.items():
+        if values.get(_RECOMPUTE):
+            message = (
+                f"expected it off, found {values[_RECOMPUTE]!r}: when decode is short of memory, "
+                "it would end an answer half-way, for a proxy that sends the request to prefill "
+                "again; vllm-router does not, so clients would get half an answer"
+            )
+            yield "recompute-scheduler", Problem(f"{pod.key}.{place}.{_RECOMPUTE}", message)
 
 
 def _options(service: Service) -> VllmOptions:

@@ -132,6 +132,7 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
     ],
     "prefix-aware": [{"proxy": {"c0": {"prefix_aware": True}}}],
     "proxy-program": [{"proxy": {"c0": {"program": "omni"}}}],
+    "recompute-scheduler": [],  # of engine vllm: tests/unit/test_vllm.py
     "tensor-parallel": [
         DEEPSEEK | {"decode": {"d0": {"tensor_parallel": 3}}, "prefill": {
             name: {"devices": devices} for name, devices in

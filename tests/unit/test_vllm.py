@@ -119,6 +119,19 @@ class TestAll:
                 {"prefill": {"p0": {"environment": {"CUDA_VISIBLE_DEVICES": "0"}}}},
             ),
             (ASCEND, "ports-distinct", {"ports": {"zmq_step": 1}}),
+            *(
+                (ASCEND, "recompute-scheduler", {"settings": {"decode": settings}})
+                for settings in (
+                    {"additional_config": {"recompute_scheduler_enable": True}},
+                    {
+                        "additional_config": {
+                            "scheduler_config": {"recompute_scheduler_enable": True}
+                        }
+                    },
+                    {"arguments": {"recompute-scheduler-enable": True}},
+                    {"arguments": {"recompute_scheduler_enable": "true"}},
+                )
+            ),
             (CPU, "multi-host-decode", {"decode": {"d0": {"host": None, "hosts": ["b", "a"]}}}),
         ],
     )
@@ -126,6 +139,10 @@ class TestAll:
         self, file: Path, rule: str, changes: dict[str, Any]
     ) -> None:
         assert rule in broken(file, changes)
+
+    def test_a_scheduler_that_is_told_not_to_recompute_is_accepted(self) -> None:
+        off = {"additional_config": {"recompute_scheduler_enable": False, "scheduler_config": {}}}
+        assert broken(ASCEND, {"settings": {"decode": off}}) == set()
 
     def test_what_only_omniinfer_demands_is_no_rule_here(self) -> None:
         """Several decode pods, batches smaller than the model length, values with blanks."""
@@ -264,7 +281,6 @@ class TestAscend:
             "kv_role": "kv_producer",
             "kv_buffer_device": "npu",
             "kv_port": "36016",
-            "engine_id": "1",
             "kv_connector_extra_config": {
                 "prefill": {"dp_size": 1, "tp_size": 8},
                 "decode": {"dp_size": 4, "tp_size": 4},
@@ -272,6 +288,15 @@ class TestAscend:
         }
         ports = made.instance("d0").container.labels["pd-deploy.ports"].split(",")
         assert ports == ["9100", "8100", *map(str, range(37600, 37616))]
+
+    def test_a_connector_for_hybrid_models_is_set_up_alike(self) -> None:
+        hybrid = {"vllm": {"connector": "MooncakeHybridConnector"}}
+        made = plan(ASCEND, hybrid)
+        assert kv_config(made, "d0") == kv_config(plan(ASCEND), "d0") | {
+            "kv_connector": "MooncakeHybridConnector"
+        }
+        assert runs(made, "d0")[1] == runs(plan(ASCEND), "d0")[1]
+        assert made.instance("d0").ports == plan(ASCEND).instance("d0").ports
 
     def test_the_routers_metrics_port_is_one_of_its_ports(self) -> None:
         assert plan(GPU).instance("c0").ports == {7000, 29000}

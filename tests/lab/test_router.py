@@ -1,0 +1,169 @@
+"""The real vllm-router sends prefill and decode what vllm-ascend's connector needs.
+
+Its backends only record what they get and answer as the engine would; the test needs no lab.
+"""
+
+import json
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pd_deploy.lab import vllm
+from pd_deploy.lab.system import wait_until
+from tests.lab.registries import free_port
+from tests.unit import example
+
+# Of vllm-ascend's MooncakeConnectorV1: what a prefill answers, with a field that nobody knows.
+HANDED_OVER = {
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "remote_block_ids": [[3, 1, 4], [15]],
+    "remote_engine_id": "6f7e0a52-1d0c-4a5e-9f0a-2f6f4f2f8a11",
+    "remote_request_id": "cmpl-1",
+    "remote_host": "10.0.4.1",
+    "remote_port": 36000,
+    "remote_ptp_size": None,
+    "remote_multi_nodes_meta_mapping": {"0": {"host": "10.0.4.1", "engine_id": "a"}},
+    "num_prompt_blocks": 4,
+    "last_token_id": 7,
+    "unknown": {"nested": [1.5, None, "ü"]},
+}
+
+
+@dataclass
+class Backend:
+    """A server that records the requests it gets, and answers each in the same way."""
+
+    answer: dict[str, Any]
+    address: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+
+@contextmanager
+def serving(backend: Backend) -> Iterator[Backend]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(b"{}", "application/json")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            backend.bodies.append(body)
+            document = json.dumps(backend.answer)
+            if body.get("stream"):
+                self.reply(f"data: {document}\n\ndata: [DONE]\n\n".encode(), "text/event-stream")
+            else:
+                self.reply(document.encode(), "application/json")
+
+        def reply(self, content: bytes, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    backend.address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield backend
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def completion(text: str, **more: Any) -> dict[str, Any]:
+    choice = {"index": 0, "text": text, "finish_reason": "length"}
+    return {"id": "cmpl-1", "object": "text_completion", "choices": [choice], **more}
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    vllm.prepare(print)
+    return vllm.ROUTER / "bin/vllm-router"
+
+
+@pytest.fixture
+def backends() -> Iterator[tuple[Backend, Backend]]:
+    prefill = Backend(completion("a", kv_transfer_params=HANDED_OVER))
+    with serving(prefill) as first, serving(Backend(completion("the answer"))) as second:
+        yield first, second
+
+
+@pytest.fixture
+def router(program: Path, backends: tuple[Backend, Backend]) -> Iterator[str]:
+    """The router as the example for vllm-ascend has it, but with these backends and ports."""
+    changes = {"prefill": {"p1": None}}
+    made = example.plan_of(example.ROOT / "deployments/vllm-ascend-2p1d.yaml", changes)
+    argv, port = [str(program), *made.instance("c0").command.argv[1:]], free_port()
+    for option, value in (
+        ("--prefill", backends[0].address),
+        ("--decode", backends[1].address),
+        ("--host", "127.0.0.1"),
+        ("--port", str(port)),
+        ("--prometheus-port", str(free_port())),
+    ):
+        argv[argv.index(option) + 1] = value
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        assert process.poll() is None, "the router ended"
+        try:
+            return httpx.get(f"{url}/readiness").is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until("the router", ready, 60)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prefill_makes_a_token_and_decode_gets_what_it_answered(
+    router: str, backends: tuple[Backend, Backend], stream: bool
+) -> None:
+    """Also of chats, and whatever a request says of its length."""
+    prefill, decode = backends
+    for path, request in (
+        ("completions", {"prompt": "1, 2, 3,", "max_tokens": 12, "min_tokens": 4}),
+        ("completions", {"prompt": [1, 2, 3], "max_tokens": 12, "cache_salt": "x"}),
+        ("chat/completions", CHAT | {"max_tokens": 12}),
+        ("chat/completions", CHAT | {"max_completion_tokens": 12}),
+    ):
+        prefill.bodies.clear()
+        decode.bodies.clear()
+        sent = {"model": "qwen", "stream": stream, **request}
+        answer = httpx.post(f"{router}/v1/{path}", json=sent, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert "the answer" in answer.text
+        (first,), (second,) = prefill.bodies, decode.bodies
+        assert first["kv_transfer_params"]["do_remote_decode"] is True
+        assert not first["kv_transfer_params"].get("do_remote_prefill")
+        assert first["max_tokens"] == 1
+        # A chat's newer name of the limit goes before the older one.
+        assert first.get("max_completion_tokens", 1) == 1
+        assert first.get("min_tokens", 0) <= 1
+        assert not first.get("stream")
+        assert second["kv_transfer_params"] == HANDED_OVER
+        limits = ("max_tokens", "max_completion_tokens", "min_tokens", "stream", "cache_salt")
+        assert {k: second[k] for k in limits if k in sent} == {
+            k: sent[k] for k in limits if k in sent
+        }
