@@ -355,8 +355,8 @@ class TestProfiles:
             ("./sub/my.yaml", "devices_per_host: x\n", "devices_per_host: expected a whole number"),
             ("./sub/my.yaml", "prefil: {}\n", "prefil: is not a known key; did you mean prefill?"),
             ("./sub/my.yaml", "all: {x: 1}\n", "sub/my.yaml, line 1: all.x: is not a known key"),
-            ("my", "", "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, v"),
-            ("[1]", "", "profile: expected one of deepseek-r1-a3-2p1d, qwq-32b-a2, qwq-32b-a3, v"),
+            ("my", "", f"profile: expected one of {', '.join(profiles())}, or"),
+            ("[1]", "", f"profile: expected one of {', '.join(profiles())}, or"),
         ],
     )
     def test_that_cannot_be_used_says_why(
