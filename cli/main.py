@@ -325,6 +325,29 @@ def releases(
 
 
 @app.command()
+def tags(
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """List the tags of the image's repositories, and which one `--image newest` would take.
+
+    Says for each repository of the update policy which tags are builds, in quarantine, or of no
+    known form. Changes nothing.
+
+    Example: pd-deploy tags qwq-3p1d.yaml
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file, "newest")
+    from pd_deploy.cli import tags as listing
+
+    search, quarantine = listing.read(deployment)
+    typer.echo(
+        listing.as_json(search, quarantine) if as_json else listing.as_text(search, quarantine)
+    )
+
+
+@app.command()
 def logs(
     file: File,
     generation: Annotated[

@@ -79,6 +79,7 @@ async def deploy(
         patience = deployment.gates.registry if run.scheduled else 0
         rollout = await plan(session, image, str(run), patience)
         publish.announce(rollout)
+        publish.warn_of_newer_tags(rollout)
         if image == NEWEST and not rollout.changes:
             return publish.already_on(rollout)
         try:

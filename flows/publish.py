@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import State, runtime
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
+from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
@@ -24,6 +25,8 @@ from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
 
 PATIENCE_S = 10
+SHOWN_TAGS = 3
+NEWER_TAGS_EVENT = "pd-deploy.newer-tags-not-taken"
 
 
 def run_name() -> str:
@@ -49,6 +52,37 @@ def announce(rollout: Rollout) -> None:
     )
 
 
+def warn_of_newer_tags(rollout: Rollout) -> None:
+    """Emit an event if there are tags that seem newer, but that the update policy does not take."""
+    if not rollout.newer_tags:
+        return
+    deployment = rollout.session.deployment
+    get_run_logger().warning("%s", _newer_tags(rollout))
+    emit_event(
+        event=NEWER_TAGS_EVENT,
+        resource={
+            "prefect.resource.id": f"pd-deploy.deployment.{deployment.name}",
+            "prefect.resource.name": deployment.name,
+        },
+        payload={
+            "severity": "warning",
+            "message": _newer_tags(rollout),
+            "tags": list(rollout.newer_tags),
+            "repositories": list(deployment.update_repositories),
+            "image": rollout.release.chosen_image,
+        },
+    )
+
+
+def _newer_tags(rollout: Rollout) -> str:
+    newer = rollout.newer_tags
+    more = f" and {len(newer) - SHOWN_TAGS} more" if len(newer) > SHOWN_TAGS else ""
+    return (
+        "tags that seem newer are of forms that `update` does not take: "
+        f"{', '.join(newer[:SHOWN_TAGS])}{more} (`pd-deploy tags {_file()}` lists all)"
+    )
+
+
 def skipped(run: Run, deployment: Deployment) -> State[None]:
     """End a scheduled run that started too late."""
     return Completed(
@@ -67,12 +101,13 @@ def short(span: timedelta) -> str:
 
 
 def already_on(rollout: Rollout) -> State[None]:
-    """End a run that found nothing newer."""
+    """End a run that found nothing newer, or nothing newer that the update policy takes."""
     release = rollout.release
-    return Completed(
-        message=f"Already on {release.chosen_image} ({release.digest[:19]}), "
-        f"generation {release.generation}: {rollout.rule}"
-    )
+    on = f"on {release.chosen_image} ({release.digest[:19]}), generation {release.generation}"
+    if rollout.newer_tags:
+        message = f"Not updated: {_newer_tags(rollout)}. The service stays {on}: {rollout.rule}"
+        return Completed(message=message)
+    return Completed(message=f"Already {on}: {rollout.rule}")
 
 
 async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
@@ -103,6 +138,8 @@ async def success(
         message += f", {rollout.attempt.downtime}"
     if cut := stopping.told_of(rollout.attempt.cut, rollout.locked):
         message += f"; {cut}"
+    if rollout.newer_tags:
+        message += f"; {_newer_tags(rollout)}"
     await _publish(rollout, f"**{message}**", reports, completion)
     if completion:
         message += f"; serves at {completion.url}"

@@ -299,13 +299,7 @@ Image = Annotated[
 ]
 _COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 REPOSITORY = rf"{_COMPONENT}(?:/{_COMPONENT})*"  # a repository's path in its registry
-RepositoryName = Annotated[
-    str,
-    like(
-        rf"(?:[A-Za-z0-9.-]+(?::\d{{1,5}})?/)?{REPOSITORY}",
-        "a repository without a tag, such as omni-ci/daily_omniinfer",
-    ),
-]
+_REPOSITORY_NAME = rf"(?:[A-Za-z0-9.-]+(?::\d{{1,5}})?/)?{REPOSITORY}"
 AbsolutePath = Annotated[Text, AfterValidator(_absolute)]
 Address = Annotated[str, BeforeValidator(_ipv4)]
 HostAddress = Annotated[Address, AfterValidator(_of_a_host)]
@@ -332,6 +326,22 @@ def split_registry(name: str) -> tuple[str, str]:
     if slash and ("." in first or ":" in first or first == "localhost"):
         return first, rest
     return "", name
+
+
+def parse_repositories(value: object) -> tuple[str, ...]:
+    """Parse the name of a repository, or a list of such names."""
+    if value is None:
+        return ()
+    names = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(_REPOSITORY_NAME, name, re.ASCII):
+            raise ValueError(
+                "expected a repository without a tag, such as omni-ci/daily_omniinfer, found "
+                + shown(name)
+            )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"expected each repository once, found {', '.join(twice)} more than once")
+    return names
 
 
 def archive_of(image: str) -> str | None:

@@ -31,7 +31,6 @@ from pd_deploy.config.fields import (
     Name,
     PodDevices,
     Port,
-    RepositoryName,
     Seconds,
     Sha256,
     Text,
@@ -48,6 +47,7 @@ from pd_deploy.config.fields import (
     parse_mount,
     parse_pattern,
     parse_prompt_tokens,
+    parse_repositories,
     parse_rule,
     parse_size,
     require_with,
@@ -123,7 +123,8 @@ class UpdatePolicy(Model):
     The families are those of `pd_deploy.registry.tags`. `branch` belongs to families branch-daily
     and branch-engine, `engine` to branch-engine and release-timed, `suffix` to version (none where
     its tags have none), `pattern` and `order` (names or numbers of its groups, the most significant
-    first) to pattern. `window` is how late a scheduled run may start, in seconds.
+    first) to pattern. `repository` names those to search, by default the image's own; the newest
+    build of all of them counts. `window` is how late a scheduled run may start, in seconds.
     """
 
     family: Literal[
@@ -137,7 +138,7 @@ class UpdatePolicy(Model):
         "version",
         "pattern",
     ]
-    repository: RepositoryName | None = None
+    repository: Annotated[tuple[str, ...], BeforeValidator(parse_repositories)] = ()
     branch: Annotated[str | None, Field(validate_default=True)] = None
     engine: Annotated[str | None, Field(validate_default=True)] = None
     suffix: str | None = None
@@ -166,7 +167,7 @@ class UpdatePolicy(Model):
     def _suffix_of_its_family(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
             require_with(info, ("version",), value, "")
-            if not re.fullmatch(r"-[a-z][\w.-]*", value, re.ASCII):
+            if not re.fullmatch(r"-\d{0,3}[a-z][\w.-]*", value, re.ASCII):
                 raise ValueError(
                     f"expected what follows the version, such as -a3, found {shown(value)}"
                 )
@@ -534,6 +535,22 @@ class Deployment(Model):
         default=None, description="the upstream files that the profile's section `upstream` follows"
     )
 
+    @field_validator("update")
+    @classmethod
+    def _of_the_credentials_registry(
+        cls, value: UpdatePolicy | None, info: ValidationInfo
+    ) -> UpdatePolicy | None:
+        registry: Registry = info.data.get("registry", Registry())
+        if value and registry.credentials:
+            named = _repositories(info.data.get("image", ""), registry, value)
+            registries = {split_registry(name)[0] or "docker.io" for name in named}
+            if len(registries) > 1:
+                raise ValueError(
+                    "expected repositories of one registry, because `registry.credentials` are for "
+                    f"one; found {', '.join(sorted(registries))}"
+                )
+        return value
+
     @field_validator("pull")
     @classmethod
     def _not_never_with_a_file(cls, value: str, info: ValidationInfo) -> str:
@@ -557,17 +574,13 @@ class Deployment(Model):
         return timedelta(seconds=self.update.window if self.update else WINDOW_S)
 
     @property
-    def update_repository(self) -> str:
-        """The repository to search for newer builds, with the registry that serves it here.
+    def update_repositories(self) -> tuple[str, ...]:
+        """The repositories to search for newer builds, with the registries that serve them here.
 
-        It is the image's own unless the update policy names another, on the same registry unless
-        that name includes one.
+        It is the image's own unless the update policy names others, on the same registry unless
+        their names include one.
         """
-        registry, repository = split_registry(split_image(self.image).name)
-        if self.update and self.update.repository:
-            named_registry, repository = split_registry(self.update.repository)
-            registry = named_registry or registry
-        return "/".join(filter(None, (self.registry.host or registry, repository)))
+        return _repositories(self.image, self.registry, self.update)
 
     def settings_of(self, role: Literal["prefill", "decode"], entry: InstanceEntry) -> Settings:
         """Merge the settings of one instance: profile, then file, then the instance itself."""
@@ -584,3 +597,12 @@ class Deployment(Model):
                 values[key] = (*merged.get(key, ()), *values.get(key, ()))
             merged = yaml_files.merge(merged, values)
         return Settings.model_validate(merged)
+
+
+def _repositories(image: str, registry: Registry, update: UpdatePolicy | None) -> tuple[str, ...]:
+    of_image, repository = split_registry(split_image(image).name)
+    named = (update and update.repository) or (repository,)
+    return tuple(
+        "/".join(filter(None, (registry.host or of or of_image, path)))
+        for of, path in map(split_registry, named)
+    )

@@ -265,13 +265,19 @@ class History:
 
 @dataclass(frozen=True)
 class Choice:
-    """The image that a run takes, and the rule by which. `digest` is None until it is looked up,
-    `last_digest` is the one that its tag had when it was deployed last."""
+    """The image that a run takes, and the rule by which.
+
+    Attributes:
+        digest: None until it is looked up.
+        last_digest: the one that its tag had when it was deployed last.
+        newer_tags: tags that seem newer, but are of forms that `update` does not take.
+    """
 
     chosen_image: str
     digest: str | None
     rule: str
     last_digest: str | None = None
+    newer_tags: tuple[str, ...] = ()
 
 
 def choose(file_image: str, requested_image: str | None, serving: Release | None) -> Choice:

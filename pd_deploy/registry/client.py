@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import hashlib
 import re
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
@@ -34,14 +35,58 @@ MANIFESTS = (
 
 @dataclass(frozen=True)
 class Build:
-    """A build: its tag, and the digest (`sha256:…`) that the tag had when it was looked up.
+    """A build: its repository as the file names it, its tag, and the digest (`sha256:…`) that the
+    tag had when it was looked up."""
 
-    `other_newer` are tags with a later date that the policy does not take.
-    """
-
+    repository: str
     tag: str
     digest: str
-    other_newer: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> str:
+        """The build by its tag."""
+        return f"{self.repository}:{self.tag}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search for the newest build saw.
+
+    Attributes:
+        policy: which tags are builds, and their order.
+        tags: all tags of each repository.
+        builds: the tags that are builds, the newest first.
+        quarantined: the builds in quarantine that are newer than `newest`.
+        newest: the newest build that is not to be skipped, if there is one.
+    """
+
+    policy: UpdatePolicy
+    tags: Mapping[str, tuple[str, ...]]
+    builds: tuple[str, ...]
+    quarantined: tuple[Build, ...]
+    newest: Build | None
+
+    @property
+    def newer_of_other_forms(self) -> tuple[str, ...]:
+        """Tags that seem newer than the newest build, but that the policy does not take."""
+        newest = self.builds[0] if self.builds else ""
+        return tags.newer_of_other_forms(self.policy, newest, chain(*self.tags.values()))
+
+    def expect_build(self) -> Build:
+        """Return the newest build.
+
+        Raises:
+            ImageNotFound: there is none.
+        """
+        if self.newest:
+            return self.newest
+        raise ImageNotFound(
+            f"expected a build of family {tags.described(self.policy)} in {', '.join(self.tags)}, "
+            f"found none to use: {sum(map(len, self.tags.values()))} tags, {len(self.builds)} of "
+            f"the family, {len(self.quarantined)} in quarantine",
+            hint="`pd-deploy tags FILE` lists all; check `update` in the deployment file, or "
+            "deploy a quarantined build by its tag",
+        )
 
 
 class Registry:
@@ -203,34 +248,40 @@ async def reach(
     raise _worst(faults)
 
 
-async def newest(registry: Registry, policy: UpdatePolicy, skip: Collection[str] = ()) -> Build:
-    """Find the newest build that is not to be skipped.
+async def search(
+    registries: Sequence[Registry], policy: UpdatePolicy, skip: Collection[str] = ()
+) -> Search:
+    """Search repositories for the newest build that is not to be skipped.
+
+    Of a tag that several repositories have, the first repository's build counts.
 
     Args:
-        registry: the repository.
+        registries: the repositories.
         policy: which tags are builds, and their order.
         skip: digests (`sha256:…`) of builds that are in quarantine.
 
     Raises:
-        ImageNotFound: there is none.
+        ImageNotFound: a repository does not exist.
         RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
     """
-    all_tags = await registry.tags()
-    builds = tags.newest_first(policy, all_tags)
-    skipped = 0
-    for tag in builds:
+    all_tags = {registry.repository.name: tuple(await registry.tags()) for registry in registries}
+    holders: dict[str, list[Registry]] = {}
+    for registry in registries:
+        for tag in set(all_tags[registry.repository.name]):
+            holders.setdefault(tag, []).append(registry)
+    builds = tags.newest_first(policy, holders)
+    candidates = [(tag, registry) for tag in builds for registry in holders[tag]]
+    newest, quarantined = None, []
+    for tag, registry in candidates:
         try:
-            digest = await registry.digest(tag)
+            build = Build(registry.repository.name, tag, await registry.digest(tag))
         except ImageNotFound:
             continue  # Deleted; some registries go on listing such a tag.
-        if digest not in skip:
-            return Build(tag, digest, tags.newer_of_other_forms(policy, tag, all_tags))
-        skipped += 1
-    raise ImageNotFound(
-        f"expected a build of family {tags.described(policy)} in {registry.repository.name}, found "
-        f"none to use: {len(all_tags)} tags, {len(builds)} of the family, {skipped} in quarantine",
-        hint="check `update` in the deployment file, or deploy a quarantined build by its tag",
-    )
+        if build.digest not in skip:
+            newest = build
+            break
+        quarantined.append(build)
+    return Search(policy, all_tags, tuple(builds), tuple(quarantined), newest)
 
 
 def _worst(faults: list[PdDeployError]) -> PdDeployError:

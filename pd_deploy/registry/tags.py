@@ -21,7 +21,7 @@ bare tag is the final build, newer than all others of its version.
 
 import re
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, NamedTuple
 
 from pd_deploy.config.fields import archive_of, split_image
@@ -36,6 +36,8 @@ _TAG = r"\w[\w.-]{0,127}"
 # The stamps of releases have no year; this one has a 29 February.
 _ANY_YEAR = "2000"
 _FORMS = {8: "%Y%m%d", 12: "%Y%m%d%H%M"}
+_VERSION = re.compile(r"(?:release[_-])?v?(\d{1,5}(?:\.\d{1,5})+)(?!\d)", re.ASCII)
+_RELEASES = frozenset({"release", "release-timed", "version"})  # others are builds by time
 
 
 class _Family(NamedTuple):
@@ -56,16 +58,39 @@ def newest_first(policy: UpdatePolicy, tags: Iterable[str]) -> list[str]:
 def newer_of_other_forms(
     policy: UpdatePolicy, newest: str, all_tags: Iterable[str]
 ) -> tuple[str, ...]:
-    """List the tags that are no builds under a policy and whose date is later than that of its
-    newest build: whoever makes the builds may call them differently since. The latest come first.
+    """List the tags that are no builds under a policy but seem newer than its newest build, by a
+    date or a version in them: whoever makes the builds may call them differently since.
+
+    Left out are builds that are made beside those of the policy: of another branch, engine or
+    suffix, and releases where the policy is for builds by time, or the other way round.
     """
-    since = built(newest)
-    if since is None:
-        return ()
-    dated = (
-        (day, tag) for tag in set(all_tags) if (day := built(tag)) and _key(policy, tag) is None
+    day, version = built(newest), _version(newest)
+    others = (tag for tag in set(all_tags) if _key(policy, tag) is None)
+    newer = [
+        (built(tag) or date.min, _version(tag), tag)
+        for tag in others
+        if (day and (built(tag) or day) > day) or (version and _version(tag) > version)
+    ]
+    return tuple(tag for *_, tag in sorted(newer, reverse=True) if _may_follow(policy, tag))
+
+
+def _may_follow(policy: UpdatePolicy, tag: str) -> bool:
+    """Tell whether a tag may be a new name for the builds of a policy."""
+    other = recognised(tag)
+    if other is None:
+        return True
+    return (
+        policy.family not in (other.family, "pattern")
+        and (policy.family in _RELEASES) == (other.family in _RELEASES)
+        and len({policy.branch, other.branch, None}) <= 2
+        and len({policy.engine, other.engine, None}) <= 2
     )
-    return tuple(tag for day, tag in sorted(dated, reverse=True) if day > since)
+
+
+def _version(tag: str) -> tuple[int, ...]:
+    """Read the version that a tag begins with; return an empty one if it has none."""
+    match = _VERSION.match(tag)
+    return tuple(map(int, match[1].split("."))) if match else ()
 
 
 def recognised(tag: str) -> UpdatePolicy | None:
@@ -117,6 +142,11 @@ def described(policy: UpdatePolicy) -> str:
     details = (policy.branch, policy.engine, policy.suffix, policy.pattern)
     detail = ", ".join(filter(None, details))
     return f"{policy.family} ({detail})" if detail else policy.family
+
+
+def rule_of(policy: UpdatePolicy) -> str:
+    """Say by which rule a policy chooses."""
+    return f"the newest build of family {described(policy)} that is not in quarantine"
 
 
 def _key(policy: UpdatePolicy, tag: str) -> Key | None:
@@ -202,7 +232,7 @@ _FAMILIES = {
         ),
         (
             "version",
-            r"v(\d+(?:\.\d+)+)(?:(a|b|rc)(\d+))?(?:\.post(\d+))?(?P<suffix>-[a-z][\w.-]*)?",
+            r"v(\d+(?:\.\d+)+)(?:(a|b|rc)(\d+))?(?:\.post(\d+))?(?P<suffix>-\d{0,3}[a-z][\w.-]*)?",
             _by_python_version,
         ),
     )

@@ -60,6 +60,8 @@ class Rollout:
         release: what the generation says of itself.
         rule: why its image was chosen.
         attempt: what this run has done so far.
+        newer_tags: tags that seem newer than its image, but are of forms that `update` does not
+            take.
     """
 
     session: Session
@@ -69,6 +71,7 @@ class Rollout:
     release: Release
     rule: str
     attempt: Attempt
+    newer_tags: tuple[str, ...] = ()
 
     @property
     def locked(self) -> LockedSession:

@@ -4,9 +4,9 @@ Changes nothing.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -32,8 +32,8 @@ from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
 from pd_deploy.records.releases import Choice, History, Place, Release
 from pd_deploy.registry import archives, tags
-from pd_deploy.registry.client import Build, newest, reach
-from pd_deploy.registry.repository import repository_of
+from pd_deploy.registry.client import Search, reach, search
+from pd_deploy.registry.repository import repositories_of
 from pd_deploy.steps import host_records
 from pd_deploy.steps.attempt import Attempt
 from pd_deploy.steps.host_records import HostRecords, Saved
@@ -42,9 +42,6 @@ from pd_deploy.steps.session import Session, host_accesses
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
-SHOWN_TAGS = 3
 ASK_AGAIN_S = 15.0  # a registry that is out of order is not asked more often
 
 
@@ -210,21 +207,26 @@ async def choose(
             raise lost(session, running)
         choice = releases.choose(deployment.image, requested_image, history.serving)
         return replace(choice, last_digest=history.last_digest(choice.chosen_image))
-    policy, repository = tags.policy_of(deployment), repository_of(deployment)
-    via = session.host(session.topology.proxy.host)
+    searched = await _when_in_order(lambda: search_tags(session, history), patience)
+    build, rule = searched.expect_build(), tags.rule_of(searched.policy)
+    return Choice(build.image, build.digest, rule, newer_tags=searched.newer_of_other_forms)
 
-    async def look_up() -> Build:
-        async with reach(repository, login=session.registry_login, via=via) as registry:
-            return await newest(registry, policy, skip=history.record.quarantine)
 
-    build = await _when_in_order(look_up, patience)
-    rule = f"the newest build of family {tags.described(policy)} that is not in quarantine"
-    if build.other_newer:
-        listed = ", ".join(build.other_newer[:SHOWN_TAGS])
-        more = f" and {count} more" if (count := len(build.other_newer[SHOWN_TAGS:])) else ""
-        rule += f"; tags with later dates are of forms that `update` does not take: {listed}{more}"
-        log.warning("%s: %s", deployment.update_repository, rule)
-    return Choice(f"{deployment.update_repository}:{build.tag}", build.digest, rule)
+async def search_tags(session: Session, history: History) -> Search:
+    """Search the repositories of the file's update policy for the newest build that is not in
+    quarantine.
+
+    Raises:
+        ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
+    """
+    policy, via = tags.policy_of(session.deployment), session.host(session.topology.proxy.host)
+    login = session.registry_login
+    async with AsyncExitStack() as stack:
+        registries = [
+            await stack.enter_async_context(reach(repository, login=login, via=via))
+            for repository in repositories_of(session.deployment)
+        ]
+        return await search(registries, policy, skip=history.record.quarantine)
 
 
 def planned(
@@ -287,6 +289,7 @@ def planned(
         release,
         image.choice.rule,
         Attempt.begin(history.record),
+        image.choice.newer_tags,
     )
 
 

@@ -26,7 +26,7 @@ from pd_deploy.lab import Lab, LabHost, images
 from pd_deploy.lab.lifecycle import prepare
 from pd_deploy.lab.system import wait_until
 from pd_deploy.registry import client, session
-from pd_deploy.registry.client import Build, Registry, newest, reach
+from pd_deploy.registry.client import Build, Registry, reach, search
 from pd_deploy.registry.repository import Repository
 from pd_deploy.registry.ways import straight, trust
 from tests.lab.registries import (
@@ -571,9 +571,27 @@ class TestNewest:
             tag: push(anyone, repository, tag)
             for tag in ("20250722_9", "20250722_26", "latest", "20250723_rc", "202601010000")
         }
-        found = await newest(ask(anyone, repository), DAILY)
-        others = ("202601010000", "20250723_rc")
-        assert found == Build("20250722_26", pushed["20250722_26"], others)
+        found = await search([ask(anyone, repository)], DAILY)
+        name = f"{anyone}/{repository}"
+        assert found.newest == Build(name, "20250722_26", pushed["20250722_26"])
+        assert {name: set(listed) for name, listed in found.tags.items()} == {name: set(pushed)}
+        assert found.newer_of_other_forms == ("202601010000", "20250723_rc")
+
+    async def test_of_several_repositories_is_the_newest_of_all(
+        self, anyone: str, repository: str, ask: Ask
+    ) -> None:
+        renamed = f"{repository}-renamed"
+        push(anyone, repository, "20250722_1")
+        push(anyone, repository, "20250724_1", "first")
+        push(anyone, renamed, "20250723_1")
+        both = [ask(anyone, repository), ask(anyone, renamed)]
+        assert (await search(both, DAILY)).expect_build().image == (
+            f"{anyone}/{repository}:20250724_1"
+        )
+        bad = push(anyone, renamed, "20250724_1", "second")
+        found = await search(both[::-1], DAILY, skip={bad})
+        assert found.expect_build().image == f"{anyone}/{repository}:20250724_1"
+        assert found.quarantined == (Build(f"{anyone}/{renamed}", "20250724_1", bad),)
 
     async def test_leaves_out_what_is_in_quarantine_under_whichever_tag(
         self, anyone: str, repository: str, ask: Ask
@@ -582,11 +600,11 @@ class TestNewest:
         bad = push(anyone, repository, "20250722_2", "bad")
         push(anyone, repository, "20250722_3", "bad")
         asked = ask(anyone, repository)
-        found = await newest(asked, DAILY, skip={bad})
-        assert found == Build("20250722_1", good)
+        found = await search([asked], DAILY, skip={bad})
+        assert found.newest == Build(asked.repository.name, "20250722_1", good)
         repaired = push(anyone, repository, "20250722_3", "repaired")
-        found = await newest(asked, DAILY, skip={bad})
-        assert found == Build("20250722_3", repaired)
+        found = await search([asked], DAILY, skip={bad})
+        assert found.newest == Build(asked.repository.name, "20250722_3", repaired)
 
     async def test_that_is_none_says_what_was_seen(
         self, anyone: str, repository: str, ask: Ask
@@ -595,7 +613,7 @@ class TestNewest:
         push(anyone, repository, "latest")
         says = f"family daily in {anyone}/{repository}, found none to use: 2 tags, 1 of the family"
         with pytest.raises(ImageNotFound, match=rf"{re.escape(says)}, 1 in quarantine"):
-            await newest(ask(anyone, repository), DAILY, skip=[bad])
+            (await search([ask(anyone, repository)], DAILY, skip=[bad])).expect_build()
 
     async def test_passes_over_a_tag_that_is_listed_after_its_end(
         self, anyone: str, repository: str, ask: Ask
@@ -609,8 +627,8 @@ class TestNewest:
             return Reply.json({"tags": [*json.loads(reply.body)["tags"], "20250722_2"]})
 
         with serving(with_ghost) as front:
-            found = await newest(ask(front.address, repository), DAILY)
-        assert found == Build("20250722_1", digest)
+            found = await search([ask(front.address, repository)], DAILY)
+        assert found.newest == Build(f"{front.address}/{repository}", "20250722_1", digest)
 
 
 class TestThroughAHost:
@@ -659,8 +677,8 @@ class TestThroughAHost:
         digest = push(f"{box.address}:{HOST_PORT}", "a", "20250722_1")
         place = Repository.of(f"{box.box.name}:{HOST_PORT}/a", insecure=True)
         async with reach(place, via=host) as asked:
-            found = await newest(asked, DAILY)
-        assert found == Build("20250722_1", digest)
+            found = await search([asked], DAILY)
+        assert found.newest == Build(place.name, "20250722_1", digest)
         assert host.connects == 1
 
     async def test_a_loopback_address_is_the_hosts_own(

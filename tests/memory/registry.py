@@ -33,7 +33,9 @@ def reaching(cluster: Cluster) -> object:
         if path == "/v2/":
             return _unread("{}")
         if path.endswith("/tags/list"):
-            return _unread(json.dumps({"tags": [ref.rpartition(":")[2] for ref in pushed]}))
+            of = f"{request.url.host}/{path.removeprefix('/v2/').removesuffix('/tags/list')}"
+            named = [ref.rpartition(":") for ref in pushed]
+            return _unread(json.dumps({"tags": [tag for name, _, tag in named if name == of]}))
         repository, _, tag = path.removeprefix("/v2/").partition("/manifests/")
         build = pushed.get(f"{request.url.host}/{repository}:{tag}")
         if build is None:

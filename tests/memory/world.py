@@ -94,6 +94,7 @@ class World:
         for machine in self.cluster.machines.values():
             _furnish(machine)
         self.buried: list[str] = []
+        self.events: list[dict[str, Any]] = []
         self.push("20250722_26")
 
     def change(self, **changes: Any) -> None:
@@ -102,10 +103,14 @@ class World:
         self.path.write_text(yaml.safe_dump(self.document))
 
     def push(
-        self, tag: str, faults: Mapping[str, Faults] | None = None, architecture: str = "arm64"
+        self,
+        tag: str,
+        faults: Mapping[str, Faults] | None = None,
+        architecture: str = "arm64",
+        repository: str = REPOSITORY,
     ) -> str:
         """Push an image whose engines misbehave so; return its name for a run."""
-        ref = f"{REPOSITORY}:{tag}"
+        ref = f"{repository}:{tag}"
         digest = f"sha256:{len(self.cluster.registry) + 1:064x}"
         self.cluster.push(ref, Build(digest, dict(faults or {}), architecture))
         return ref
@@ -392,6 +397,9 @@ def _without_prefect(
 
     async def nowhere(**_: object) -> None: ...
 
+    def emitted(**event: Any) -> None:
+        world.events.append(event)
+
     with ExitStack() as stack:
         for target, attribute, replacement in (
             (Task, "__call__", _run_in_place),
@@ -400,6 +408,7 @@ def _without_prefect(
             (interrupts, "SIGNALS", ()),
             (publish, "acreate_markdown_artifact", artifacts or nowhere),
             (publish, "acreate_table_artifact", artifacts or nowhere),
+            (publish, "emit_event", emitted),
             (time, "monotonic", world.cluster.clock.seconds),
             (surveying, "reach", reaching(world.cluster)),
             (archives, "in_thread", _in_place),

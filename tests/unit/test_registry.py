@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_deploy.errors import InvalidInput
+from pd_deploy.registry.client import Registry
 from pd_deploy.registry.headers import Challenge, parse_challenges
-from pd_deploy.registry.repository import Repository, repository_of
+from pd_deploy.registry.repository import Repository, repositories_of
 from pd_deploy.registry.session import RegistrySession
 from pd_deploy.registry.ways import trust
 from tests.unit import example
@@ -98,7 +99,7 @@ class TestNextPage:
             async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: answer)) as client:
                 yield client
 
-        place = Repository("r.example", "a")
+        place = Repository.of("r.example/a")
         session = RegistrySession(place, connect, None, None)
         assert (await session.send("GET", place.url)).next_page == expected
         await session.aclose()
@@ -113,24 +114,71 @@ class TestPlace:
             ("localhost/a", "http://localhost/v2/"),
             ("127.3.0.1:5000/a", "http://127.3.0.1:5000/v2/"),
             ("[::1]:5000/a", "http://[::1]:5000/v2/"),
+            ("vllm/vllm-openai", "https://registry-1.docker.io/v2/"),
+            ("docker.io/vllm/vllm-openai", "https://registry-1.docker.io/v2/"),
         ],
     )
     def test_is_asked_with_tls_unless_it_is_this_machine(self, name: str, url: str) -> None:
         assert str(Repository.of(name).url) == url
         assert Repository.of(name, ca="/etc/ca.pem").url.scheme == "https"
-        assert Repository.of(name, insecure=True).url.scheme == "http"
+        of_hub = Repository.of(name).registry == "docker.io"
+        assert Repository.of(name, insecure=True).url.scheme == ("https" if of_hub else "http")
         assert Repository.of(name).name == name
 
     @pytest.mark.parametrize(
-        "name", ["a/b", "b", "http://r.example/a", "r.example/", "r.example/A", "r.example/a/../b"]
+        ("name", "path"),
+        [
+            ("ubuntu", "library/ubuntu"),
+            ("docker.io/ubuntu", "library/ubuntu"),
+            ("index.docker.io/library/ubuntu", "library/ubuntu"),
+            ("vllm/vllm-openai", "vllm/vllm-openai"),
+            ("docker.io/a/b/c", "a/b/c"),
+        ],
     )
-    def test_needs_a_registry_and_a_repository(self, name: str) -> None:
-        with pytest.raises(InvalidInput, match="expected a registry and a repository"):
+    def test_without_a_registry_is_on_docker_hub(self, name: str, path: str) -> None:
+        repository = Repository.of(name)
+        assert (repository.registry, repository.path) == ("docker.io", path)
+
+    async def test_on_docker_hub_is_asked_as_dockers_engine_asks(self) -> None:
+        """With a token for the repository's full name, from where Docker Hub issues tokens."""
+        requests = []
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            requests.append(request)
+            if request.url.host == "auth.docker.io":
+                return httpx.Response(200, stream=httpx.ByteStream(b'{"token": "t"}'))
+            if request.headers.get("authorization") != "Bearer t":
+                realm = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io"'
+                return httpx.Response(
+                    401, headers={"www-authenticate": realm}, stream=httpx.ByteStream(b"")
+                )
+            return httpx.Response(200, stream=httpx.ByteStream(b'{"tags": ["v0.23.0-a3"]}'))
+
+        @asynccontextmanager
+        async def connect(host: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+            async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+                yield client
+
+        async with Registry(Repository.of("vllm-ascend"), connect) as registry:
+            assert await registry.tags() == ["v0.23.0-a3"]
+        _, token, listing = requests
+        assert dict(token.url.params) == {
+            "service": "registry.docker.io",
+            "scope": "repository:library/vllm-ascend:pull",
+        }
+        assert listing.url.host == "registry-1.docker.io"
+        assert listing.url.path == "/v2/library/vllm-ascend/tags/list"
+
+    @pytest.mark.parametrize(
+        "name", ["A/b", "", "http://r.example/a", "r.example/", "r.example/A", "r.example/a/../b"]
+    )
+    def test_needs_a_repositorys_name(self, name: str) -> None:
+        with pytest.raises(InvalidInput, match="expected a repository, "):
             Repository.of(name)
 
     @pytest.mark.parametrize("port", ["99999", "0x1", ""])
     def test_needs_a_port_that_is_one(self, port: str) -> None:
-        with pytest.raises(InvalidInput, match="expected a registry and a repository"):
+        with pytest.raises(InvalidInput, match="expected a repository, "):
             Repository.of(f"r.example:{port}/a")
 
     def test_of_a_deployment_is_where_its_file_says(self) -> None:
@@ -141,7 +189,8 @@ class TestPlace:
                 "update": {"family": "daily", "repository": "c/d"},
             }
         )
-        assert repository_of(of) == Repository("10.0.0.9:5000", "c/d", plain=True)
+        (repository,) = repositories_of(of)
+        assert repository == Repository("10.0.0.9:5000/c/d", "10.0.0.9:5000", "c/d", plain=True)
 
 
 class TestTrust:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from pd_deploy.cli import tags
+from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import LeaseHeld, NoSuchGeneration, NotOurs
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.prune import prune
@@ -17,7 +19,7 @@ from pd_deploy.planning.plans import STAGES
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults
 from tests.memory.programs import Proxy
-from tests.memory.world import REPOSITORY, ROOT, World
+from tests.memory.world import FIRST, REPOSITORY, ROOT, World
 
 
 @pytest.fixture
@@ -104,19 +106,54 @@ class TestNewest:
         build = world.cluster.registry[f"{REPOSITORY}:20250801_10"]
         assert release == f"{REPOSITORY}@{build.digest}"
         before = world.state()
-        for tag in ("release_v0.7.0-20260101-vllm", "nightly-20260102", "nightly-20250102"):
-            world.push(tag)
-        message = world.run(deploy, image="newest").message
-        assert message.startswith("Already on")
-        assert message.endswith("not take: nightly-20260102, release_v0.7.0-20260101-vllm")
+        assert world.run(deploy, image="newest").message.startswith("Already on")
+        assert world.events == []
         assert world.state() == before
+
+    def test_newer_tags_of_other_forms_are_told_instead_and_as_an_event(self, world: World) -> None:
+        assert world.run(deploy).completed
+        before = world.state()
+        unknown, renamed = "nightly-20260102", "master-202601011200-vllm"
+        for tag in (renamed, unknown, "nightly-20250102", "release_v0.7.0-20260103-vllm"):
+            world.push(tag)
+        says = f"`update` does not take: {unknown}, {renamed} (`pd-deploy tags {world.path}` lists"
+        message = world.run(deploy, image="newest").message
+        assert message.startswith("Not updated: tags that seem newer")
+        assert says in message
+        assert f"stays on {FIRST}" in message
+        assert world.state() == before
+        (event,) = world.events
+        assert event["event"] == "pd-deploy.newer-tags-not-taken"
+        assert event["resource"]["prefect.resource.id"] == "pd-deploy.deployment.qwq-3p1d"
+        assert event["payload"]["tags"] == [unknown, renamed]
+        world.push("20250801_1")
+        message = world.run(deploy, image="newest").message
+        assert message.startswith("Generation 2-")
+        assert says in message
+
+    def test_of_several_repositories_is_the_newest_of_all(self, world: World) -> None:
+        assert world.run(deploy).completed
+        renamed = "swr.cn-east-4.myhuaweicloud.com/omni-ci/daily_renamed"
+        world.push("20250801_1")
+        world.push("20250802_1", repository=renamed)
+        world.change(update={"family": "daily", "repository": ["omni-ci/daily_omniinfer", renamed]})
+        assert world.run(deploy, image="newest").completed
+        (release,) = {c.config["Image"] for c in world.running().values()}
+        assert release.startswith(f"{renamed}@")
+        assert world.run(deploy, image="newest").message.startswith(
+            f"Already on {renamed}:20250802_1"
+        )
         world.assert_coherent()
 
     def test_a_build_in_quarantine_is_passed_over(self, world: World) -> None:
         assert world.run(deploy).completed
         good = world.push("20250801_1")
-        world.push("20250801_2", {"d0": Faults(dies=1)})
+        bad = world.push("20250801_2", {"d0": Faults(dies=1)})
         assert "service is back" in str(world.run(deploy, image="newest").error)
+        searched, quarantine = world.asked(tags.search(load_deployment(world.path)))
+        assert searched.expect_build().image == good
+        assert [build.image for build in searched.quarantined] == [bad]
+        assert [entry.image for entry in quarantine.values()] == [bad]
         assert world.run(deploy, image="newest").completed
         (release,) = {c.config["Image"] for c in world.running().values()}
         assert release.endswith(world.cluster.registry[good].digest)

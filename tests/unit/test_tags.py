@@ -212,6 +212,63 @@ class TestAnyTags:
             assert order(found, **policy) == first
             assert set(first) <= set(found)
 
+    @pytest.mark.parametrize(
+        ("policy", "newest", "told"),
+        [
+            # Builds by time: by whatever name they go on.
+            (
+                {"family": "daily"},
+                "20250722_26",
+                ["master-202512022014-vllm", "master-202511200900-sglang", "20251224_x"],
+            ),
+            (
+                {"family": "branch-daily", "branch": "master"},
+                "master-202508191159-daily",
+                ["master-202512022014-vllm", "master-202511200900-sglang", "20251224_x"],
+            ),
+            (
+                {"family": "branch-engine", "branch": "master", "engine": "vllm"},
+                "master-202512022014-vllm",
+                ["20251224_x"],
+            ),
+            # Releases, by their versions if they have no date.
+            (
+                {"family": "release"},
+                "release_v0.5.0",
+                ["release_v0.6.0-20251111-vllm", "v0.9.0-vllm", "v0.9.1-310p"],
+            ),
+            (
+                {"family": "release-timed", "engine": "vllm"},
+                "release_v0.6.0-20251111-vllm",
+                ["v0.9.0-vllm", "v0.9.1-310p", "20251224_x"],
+            ),
+            ({"family": "version", "suffix": "-vllm"}, "v0.9.0-vllm", []),
+            ({"family": "pattern", "pattern": r"B(\d+)"}, "B001", []),
+            (
+                {"family": "pattern", "pattern": r"build-(\d+)"},
+                "build-20251201",
+                ["20251224_x"],
+            ),
+        ],
+    )
+    def test_newer_tags_of_other_forms_are_those_that_may_follow(
+        self, policy: dict[str, Any], newest: str, told: list[str]
+    ) -> None:
+        """Not builds of another branch, engine or suffix, nor releases beside builds by time."""
+        pushed = [
+            newest,
+            "20251224_x",
+            "latest",
+            "main-cann9.0.0-a3",
+            "master-202512022014-vllm",
+            "master-202511200900-sglang",
+            "release_v0.6.0-20251111-vllm",
+            "v0.9.0-vllm",
+            "v0.9.1-310p",
+        ]
+        of = UpdatePolicy.model_validate(policy)
+        assert sorted(tags.newer_of_other_forms(of, newest, pushed)) == sorted(told)
+
     def test_tags_of_other_forms_with_a_later_date_are_told(self) -> None:
         policy = UpdatePolicy.model_validate({"family": "daily"})
         found = [*order(family="daily"), "20250723_x", "v0.4.0_20250906", "release_v0.4.2", "x"]
@@ -221,8 +278,46 @@ class TestAnyTags:
         assert tags.newer_of_other_forms(release, "release_v0.4.2", found) == ()
 
     @pytest.mark.parametrize(
+        ("tag", "family"),
+        [
+            ("20250722_26", "daily"),
+            ("master-202508191159-daily", "branch-daily"),
+            ("release_v0.5.0", "release"),
+            ("release_v0.4.2_0926_2000", "release"),
+            ("release_v0.6.0-20251111-vllm", "release-timed"),
+            ("release_v0.7.0-202602061150-vllm", "release-timed"),
+            ("release_v0.7.1-202512052350-vllm", "release-timed"),
+            ("release_v0.7.1-202602061150-vllm", "release-timed"),
+            ("release_1.2.1.post1-202606292354-vllm", "release-timed"),
+            ("release_1.2.1.post1-202607241407-vllm", "release-timed"),
+            ("master-202512022014-vllm", "branch-engine"),
+            ("master-202601290115-daily_vllm", "branch-engine"),
+            ("master-202511200900-sglang", "branch-engine"),
+            ("v1.0.0-vllm", "version"),
+            ("v0.23.0-a3", "version"),
+            ("v0.25.1rc1-a3", "version"),
+            ("v0.9.1-310p", "version"),
+            ("v0.5.13.post1-cann9.0.0-a3", "version"),
+        ],
+    )
+    def test_the_form_of_a_tag_tells_its_family(self, tag: str, family: str) -> None:
+        policy = tags.recognised(tag)
+        assert policy is not None
+        assert policy.family == family
+        assert tags.newest_first(policy, [*MIXED, tag])
+
+    @pytest.mark.parametrize(
         "tag",
-        ["v0.4.0_20250906", "0.0.1", "nightly-main", "B001", "latest", "master_20251025_0.6.0_v2"],
+        [
+            "release_v0.7.0_rc1-202511151600-sglang-no_nnal",
+            "main-cann9.0.0-a3",
+            "v0.4.0_20250906",
+            "0.0.1",
+            "nightly-main",
+            "B001",
+            "latest",
+            "master_20251025_0.6.0_v2",
+        ],
     )
     def test_what_belongs_to_no_family_is_not_recognised(self, tag: str) -> None:
         assert tags.recognised(tag) is None
@@ -347,6 +442,15 @@ class TestPolicyOfAFile:
                 "omni-ci/daily_omniinfer, found 'omni/x:latest'",
             ),
             (
+                {"family": "daily", "repository": ["a", "omni/x", "a"]},
+                "update.repository: expected each repository once, found a more than once",
+            ),
+            (
+                {"family": "daily", "repository": ["omni/x", 1]},
+                "update.repository: expected a repository without a tag, such as "
+                "omni-ci/daily_omniinfer, found 1",
+            ),
+            (
                 {"family": "daily", "repository": "omni/../x"},
                 "update.repository: expected a repository without a tag, such as "
                 "omni-ci/daily_omniinfer, found 'omni/../x'",
@@ -387,4 +491,16 @@ class TestRepositoryOfAFile:
         self, changes: dict[str, Any], expected: str
     ) -> None:
         of = example.service({"image": f"{IMAGE}:20250722_26", **changes})
-        assert of.update_repository == expected
+        assert of.update_repositories == (expected,)
+
+    def test_may_be_several_of_one_registry_or_another(self) -> None:
+        update = {"family": "daily", "repository": ["omni/x", "other.example/y"]}
+        of = example.service({"image": f"{IMAGE}:20250722_26", "update": update})
+        assert of.update_repositories == ("registry.example/omni/x", "other.example/y")
+        assert refused(update, registry={"credentials": "pd-registry"}) == [
+            "update: expected repositories of one registry, because `registry.credentials` are for "
+            "one; found other.example, swr.cn-east-4.myhuaweicloud.com"
+        ]
+        mirror = {"credentials": "pd-registry", "host": "10.0.0.9:5000"}
+        of = example.service({"update": update, "registry": mirror})
+        assert of.update_repositories == ("10.0.0.9:5000/omni/x", "10.0.0.9:5000/y")
