@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
-from pd_deploy.config.models import Deployment
+from pd_deploy.config.models import Deployment, Settings
 from pd_deploy.config.topology import Topology
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
@@ -187,9 +187,10 @@ class Engine(Protocol):
         role: Literal["prefill", "decode"],
         devices: Sequence[int],
         api_ports: Sequence[int],
+        settings: Settings,
     ) -> Mapping[str, int]:
         """List ports that a pod binds on one of its hosts besides those that are derived for every
-        engine, by purpose, given its devices and API ports there."""
+        engine, by purpose, given its devices, API ports and settings there."""
 
     def read_addresses_command(self, deployment: Deployment, devices: Sequence[int]) -> list[str]:
         """Return the command that prints the network addresses of a host's devices; an empty one

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
-from pd_deploy.config.models import Deployment, VllmOptions
+from pd_deploy.config.models import Deployment, Settings, VllmOptions
 from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import common
 from pd_deploy.engines.base import (
@@ -157,6 +157,7 @@ def further_ports(
     role: Literal["prefill", "decode"],
     devices: Sequence[int],
     api_ports: Sequence[int],
+    settings: Settings,
 ) -> Mapping[str, int]:
     """Return none."""
     return {}

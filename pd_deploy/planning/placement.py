@@ -86,7 +86,7 @@ def _pod(
             settings=settings,
             further_ports=tuple(
                 engine.further_ports(
-                    deployment, role, entry.devices_on(host), api_ports[index]
+                    deployment, role, entry.devices_on(host), api_ports[index], settings
                 ).items()
             ),
         )

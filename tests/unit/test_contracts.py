@@ -25,7 +25,7 @@ from tests.unit import example
 NAMES: tuple[ContractName, ...] = get_args(ContractName)
 WITH_RANKTABLES, WITHOUT = ("v0-early", "v0"), ("v1", "roles")
 UNDATED = "registry.example/omni:silent"
-# Four hosts with a pod each: the ports that v1 fixes allow no more.
+# Four hosts with a pod each: the ports that v1 fixes allow no more of prefills.
 SPREAD = {
     "hosts": {name: f"10.0.0.{number}" for number, name in enumerate("abcd", 1)},
     "prefill": {
@@ -235,7 +235,7 @@ class TestPorts:
         assert len(ports) == len(set(ports))
         workers = range(8) if contract in WITHOUT else range(1)
         assert set(instance.kv_ports) == {instance.zmq_port + rank for rank in workers}
-        fixed = set(range(15566, 15566 + 9)) if contract == "v1" else set()
+        fixed = set(range(15566, 15575)) if contract == "v1" else set()
         assert set(ports) == {instance.api_port, instance.master_port} | fixed | set(
             instance.kv_ports
         )
@@ -256,10 +256,14 @@ class TestPorts:
         with pytest.raises(InvalidInput, match="rule ports-distinct"):
             example.place(changes)
 
-    def test_that_v1_fixes_allow_one_pod_per_host(self) -> None:
+    def test_that_v1_fixes_allow_one_prefill_per_host_unless_the_file_moves_them(self) -> None:
+        changes: dict[str, Any] = {"image": UNDATED, "contract": "v1"}
         with pytest.raises(InvalidInput) as caught:
-            example.place({"image": UNDATED, "contract": "v1"})
-        assert {problem.key for problem in caught.value.problems} == {"prefill.p1", "decode.d0"}
+            example.place(changes)
+        moved = {"prefill": {"p1": {"environment": {omniinfer.BASE_PORT: 15600}}}}
+        ports = example.place(changes | moved).pod_of("p1").master.ports.values()
+        assert set(range(15599, 15608)) <= set(ports)
+        assert {problem.key for problem in caught.value.problems} == {"prefill.p1"}
         messages = [problem.message for problem in caught.value.problems]
         assert any("15566 on host a is also the messages port of p0" in m for m in messages)
         assert all(m.endswith("(rule ports-distinct)") for m in messages)
@@ -406,14 +410,18 @@ class TestOmniProxy:
     @pytest.mark.parametrize(
         ("contract", "directory"),
         [
+            ("v0", "omni/accelerators/sched/omni_proxy"),
+            ("v1", "components/omni-proxy/omni_proxy"),
             ("v1", "omni/accelerators/sched/omni_proxy"),
             ("roles", "components/omni-proxy/omni_proxy"),
         ],
     )
-    def test_is_the_default_and_reckons_with_the_engines_numbers(
+    def test_is_looked_for_and_reckons_with_the_engines_numbers(
         self, contract: str, directory: str
     ) -> None:
-        of = service(contract, {"settings": {"decode": {"arguments": {"max-num-seqs": 24}}}})
+        changes = {"settings": {"decode": {"arguments": {"max-num-seqs": 24}}}}
+        chosen = {"proxy": {"c0": {"program": "omni"}}} if contract == "v0" else {}
+        of = service(contract, changes | chosen)
         options = arguments(of, "c0")
         assert options == {
             "--listen-port": "7000",
@@ -429,7 +437,7 @@ class TestOmniProxy:
             "--omni-proxy-prefill-max-num-seqs": "64",
             "--omni-proxy-decode-max-num-seqs": "24",
         }
-        assert f"cd /workspace/omniinfer/{directory} ||" in omniinfer.start_script(of, "c0")
+        assert f" /workspace/omniinfer/{directory}" in omniinfer.start_script(of, "c0")
 
     def test_takes_what_the_file_gives(self) -> None:
         given_ = {"omni_proxy_max_batch_num_token": 5, "omni-proxy-pd-policy": False, "x": "a b"}

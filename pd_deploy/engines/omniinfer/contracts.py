@@ -20,8 +20,9 @@ from pd_deploy.engines.base import Finding
 from pd_deploy.engines.omniinfer import image_age
 from pd_deploy.errors import Problem
 
-_GLOBAL_PROXY = "omni/accelerators/sched/global_proxy"
+_SCRIPTS = "tools/scripts"
 _OMNI_PROXY = "omni/accelerators/sched/omni_proxy"
+_SUBMODULE = "components/omni-proxy/omni_proxy"  # the same proxy, since it has sources of its own
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Contract:
 
     Attributes:
         scripts: where the launcher is, and the script of global_proxy.
-        proxies: program → directory of its script; the first is the default.
+        proxies: program → directories where its script may be; the first program is the default.
         connector: what moves KV.
         has_ranktables: whether the engine reads them, and all link to all while loading: in an
             order, and with one decode pod.
@@ -40,8 +41,8 @@ class Contract:
         kv_buffer_device: what the KV configuration says of it.
         kv_load_failure_policy: what becomes of a request whose KV does not arrive.
         binds_kv_ports: whether every worker binds `kv_port` + its rank on the host.
-        fixed_ports: the first of those that the workers of any instance bind whatever the
-            configuration says: one for messages, and one per worker.
+        fixed_ports: the first of those that a prefill binds whatever the configuration says: one
+            for messages, and one per worker.
         renumbers_devices: whether the launcher counts devices from 0 unless it is told not to.
         splits_prompts: whether a prompt above the budget of a step takes several, as long as
             chunked prefill is not switched off.
@@ -54,8 +55,8 @@ class Contract:
     """
 
     name: ContractName
-    scripts: str = "tools/scripts"
-    proxies: Mapping[ProxyProgram, str] = field(default_factory=dict)
+    scripts: str = _SCRIPTS
+    proxies: Mapping[ProxyProgram, tuple[str, ...]] = field(default_factory=dict)
     connector: str = "AscendHcclConnectorV1"
     has_ranktables: bool = True
     kv_parallel_size: Literal["prefill-pods-plus-one", "decode-tensor-parallel"] = (
@@ -79,16 +80,16 @@ class Contract:
         return next(iter(self.proxies)) if entry.program == "by-image" else entry.program
 
 
-_EARLY = Contract("v0-early", proxies={"global": "tools/scripts"})
+_EARLY = Contract("v0-early", proxies={"global": (_SCRIPTS,)})
 _V0 = replace(
     _EARLY,
     name="v0",
-    proxies={"global": "tools/scripts", "omni": _OMNI_PROXY},
+    proxies={"global": (_SCRIPTS,), "omni": (_OMNI_PROXY,)},
     kv_parallel_size="decode-tensor-parallel",
 )
 _V1 = Contract(
     "v1",
-    proxies={"omni": _OMNI_PROXY, "global": "tools/scripts"},
+    proxies={"omni": (_SUBMODULE, _OMNI_PROXY), "global": (_SCRIPTS,)},
     connector="LLMDataDistConnector",
     has_ranktables=False,
     engine_id="text",  # vLLM 0.12 checks types, and wants text
@@ -114,7 +115,7 @@ _ROLES = replace(
     _V1,
     name="roles",
     scripts="tools/deploy/start_server",
-    proxies={"omni": "components/omni-proxy/omni_proxy"},
+    proxies={"omni": (_SUBMODULE,)},
     engine_id=None,
     kv_buffer_device=None,
     fixed_ports=None,

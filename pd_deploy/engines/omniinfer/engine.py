@@ -8,7 +8,7 @@ ages expect. Pure.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pd_deploy.config.models import Deployment, InstanceEntry
+from pd_deploy.config.models import Deployment, InstanceEntry, Settings
 from pd_deploy.config.topology import Instance, Topology
 from pd_deploy.engines import common
 from pd_deploy.engines.base import Counter, Counters, HostFacts, Member, Service
@@ -45,6 +45,8 @@ OPEN = proxy.OPEN
 PROVING = proxy.PROVING
 OPENED = proxy.OPENED
 OPEN_SIGNAL = "SIGUSR1"
+BASE_PORT = "VLLM_LLMDATADIST_BASE_PORT"
+"""Variable that moves the ports which a contract fixes, in images that read it."""
 # Images of its time count no sources of prompt tokens; those that follow a newer vLLM do.
 COUNTERS = Counters(
     served=Counter("vllm:request_success_total"),
@@ -84,12 +86,17 @@ def further_ports(
     role: Literal["prefill", "decode"],
     devices: Sequence[int],
     api_ports: Sequence[int],
+    settings: Settings,
 ) -> Mapping[str, int]:
-    """List the ports that the contract fixes for workers, and that of a prefill's cache events."""
+    """List the ports that the contract fixes for prefills, and those of their cache events. What an
+    environment says of the fixed ones is believed; not all images have been seen to read it."""
     ports: dict[str, int] = {}
-    if fixed := contract_of(deployment).fixed_ports:
-        ports["messages"] = fixed
-        ports |= {f"worker-{rank}": fixed + 1 + rank for rank in range(len(devices))}
+    fixed = contract_of(deployment).fixed_ports
+    if role == "prefill" and fixed:
+        given = str(settings.environment.get(BASE_PORT, ""))
+        first_worker = int(given) if given.isdecimal() else fixed + 1
+        ports["messages"] = first_worker - 1
+        ports |= {f"worker-{rank}": first_worker + rank for rank in range(len(devices))}
     if role == "prefill" and api_ports and environments.is_prefix_aware(deployment):
         ports["events"] = api_ports[0] + launcher.EVENTS_PORT_OFFSET
     return ports

@@ -45,11 +45,11 @@ def _is_omni(service: Service) -> bool:
     return contract_of(service.deployment).program(service.deployment) == "omni"
 
 
-def _directory(service: Service) -> str:
-    contract = contract_of(service.deployment)
-    return f"{shlex.quote(code(service.deployment))}/omniinfer/" + contract.proxies.get(
-        contract.program(service.deployment), contract.scripts
-    )
+def _directories(service: Service) -> list[str]:
+    """List where the program's script may be, as words of a shell."""
+    contract, tree = contract_of(service.deployment), shlex.quote(code(service.deployment))
+    places = contract.proxies.get(contract.program(service.deployment), ())
+    return [f"{tree}/omniinfer/{place}" for place in places]
 
 
 def _global_command(service: Service) -> list[str]:
@@ -164,7 +164,7 @@ if ! command -v nginx >/dev/null; then
 {fetch_nginx(service)}
 {BUILD_NGINX}fi
 unset http_proxy https_proxy
-cd {_directory(service)} || exit 1
+cd {" ".join(_directories(service)[:1])} || exit 1
 proxy=({shlex.join(_global_command(service))})
 {_if_known_to_the_image(service)}
 "${{proxy[@]}}" --dry-run || exit 1
@@ -206,7 +206,10 @@ def _omni_script(service: Service) -> str:
 trap 'exit 0' INT TERM
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
 command -v nginx >/dev/null || {{ echo "pd-deploy: the image has no nginx"; exit 1; }}
-cd {_directory(service)} || {{ echo "pd-deploy: the image has no omni_proxy"; exit 1; }}
+for directory in {" ".join(_directories(service))}; do
+    [ ! -r "$directory/omni_proxy.sh" ] || break
+done
+cd "$directory" && [ -r omni_proxy.sh ] || {{ echo "pd-deploy: no omni_proxy.sh"; exit 1; }}
 proxy=({shlex.join(_omni_command(service))})
 "${{proxy[@]}}" --dry-run || exit 1
 conf=/usr/local/nginx/conf/nginx.conf
