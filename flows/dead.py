@@ -24,17 +24,19 @@ async def bury(owner: Owner, taker: str) -> None:
         owner: whose lease it was.
         taker: the run that has the lease now.
     """
-    message = f"Its process is gone: it renewed its lease no longer, and {taker} took it over"
+    message = f"Its process is gone: it stopped renewing its lease, and {taker} took the lease over"
     try:
         async with asyncio.timeout(PATIENCE_S), get_client() as client:
             run = await client.read_flow_run(UUID(owner.flow_run))
             if run.state and not run.state.is_final():
                 await client.set_flow_run_state(run.id, Crashed(message=message))
-                get_run_logger().info("%s is dead; it is Crashed now", owner.run)
+                get_run_logger().info("%s is dead; it is now marked as Crashed", owner.run)
     except (ObjectNotFound, ValueError):
         pass  # a run by command on another machine, with a server of its own
     except Exception as fault:
-        get_run_logger().warning("%s is dead; the server could not be told: %s", owner.run, fault)
+        get_run_logger().warning(
+            "%s is dead, but the Prefect server could not be told: %s", owner.run, fault
+        )
 
 
 async def untouched(resource: str) -> str:

@@ -56,7 +56,10 @@ async def deploy(
     if run.scheduled:
         deployment = patient(deployment, deployment.window.total_seconds())
     if stages == []:
-        expected = f"expected some of {', '.join(STAGES)}, or none given for all; found no stage"
+        expected = (
+            f"expected some of {', '.join(STAGES)}, or no `stages` at all for every "
+            "stage; found an empty list"
+        )
         raise InvalidInput([Problem("stages", expected)])
     if image == NEWEST:
         tags.policy_of(deployment)
@@ -67,7 +70,7 @@ async def deploy(
     if named:
         image = checked.image
     if on_failure == "keep" and run.scheduled:
-        expected = "expected `rollback` for a scheduled run, where nobody looks; found `keep`"
+        expected = "expected `rollback` for a scheduled run, which nobody watches; found `keep`"
         raise InvalidInput([Problem("on_failure", expected)])
     chosen = [stage for stage in STAGES if stages is None or stage in stages]
     if dry_run:

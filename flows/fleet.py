@@ -32,8 +32,8 @@ from pd_deploy.registry.tags import NEWEST
 
 POLL_S = 3.0
 LONGEST = 300  # characters of why a service failed; the table and its run have all of it
-STOPS = "this run starts none any more; those under way come to their end by themselves"
-NOT_BEGUN = "did not begin within {} min, and was cancelled"
+STOPS = "this run starts no more of them; those already running finish by themselves"
+NOT_BEGUN = "did not start within {} min, and was cancelled"
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ async def fleet(
         try:
             await roll_through(roll, at_once, run_one)
         except asyncio.CancelledError:
-            return Cancelled(message=f"Interrupted, so none is started any more; {roll}")
+            return Cancelled(message=f"Interrupted, so no more are started; {roll}")
         finally:
             await publish.if_the_server_takes_it(_table(roll))
         if roll.failed:
             return Failed(message=f"Stopped at the first failure; {roll}")
-        return Completed(message=f"All of {len(waves)} waves are deployed; {roll}")
+        return Completed(message=f"All waves are deployed; {roll}")
 
 
 async def roll_through(

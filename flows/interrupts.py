@@ -29,8 +29,8 @@ Runbook = Callable[P, Coroutine[Any, Any, State[None]]]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GOES_BACK = (
-    "this run ends what it does, and goes back to what served before if it has stopped that; "
-    "another one ends it at once (then run {remedy})"
+    "this run stops, and brings back what served before if it has stopped that; "
+    "a second signal ends it at once (then run {remedy})"
 )
 
 

@@ -86,9 +86,9 @@ def _newer_tags(rollout: Rollout) -> str:
 def skipped(run: Run, deployment: Deployment) -> State[None]:
     """End a scheduled run that started too late."""
     return Completed(
-        message=f"skipped, as it started {short(run.late)} after its time, and `update.window` of "
-        f"{deployment.name} is {short(deployment.window)}; nothing was touched. Start it by hand, "
-        "or wait for the next"
+        message=f"skipped, as it started {short(run.late)} after its scheduled time, and "
+        f"`update.window` of {deployment.name} is {short(deployment.window)}; nothing was touched. "
+        "Start it by hand, or wait for the next"
     )
 
 
@@ -170,7 +170,7 @@ def interrupted(rollout: Rollout, stages: Sequence[str]) -> State[None]:
     elif set(stages) != set(STAGES):
         outcome = f"only some stages were run, so nothing was brought back: run {remedy()}"
     elif serving:
-        outcome = f"{serving} itself was to serve again, and is not proven to: run {remedy()}"
+        outcome = f"{serving} itself was to serve again, but is not proven to: run {remedy()}"
     else:
         outcome = "nothing serves, and no generation did before"
     started = ", ".join(sorted(rollout.attempt.started))
@@ -192,7 +192,7 @@ def ended_at_once(rollout: Rollout) -> State[None]:
     serving = rollout.history.record.serving
     does = f"makes {serving} serve" if serving else "stops what was left"
     return Cancelled(
-        message="Interrupted again, so ended at once, and nobody knows what serves: "
+        message="Interrupted again, so ended at once; what serves now is unknown: "
         f"{remedy()} {does}"
     )
 
@@ -270,7 +270,7 @@ async def if_the_server_takes_it(*artifacts: Coroutine[Any, Any, object]) -> Non
                     raise fault
     except Exception as fault:
         why = str(fault) or f"no answer within {PATIENCE_S} s"
-        get_run_logger().warning("the Prefect server did not take this run's report: %s", why)
+        get_run_logger().warning("the Prefect server did not accept this run's report: %s", why)
 
 
 def _report(

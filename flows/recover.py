@@ -95,7 +95,8 @@ async def written_down(
     else:
         if not images and rollout.all_run:
             get_run_logger().warning(
-                "no host knows what was deployed, but all of generation %s runs; writing it down",
+                "no host knows what was deployed, but all of generation %s runs; recording that "
+                "it serves",
                 rollout.plan.generation,
             )
             return rollout

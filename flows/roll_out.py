@@ -128,7 +128,7 @@ async def abort(
     if to_undo and before and before.generation != rollout.plan.generation:
         await roll_back(rollout, error, before.generation, run)
     else:
-        down = "\nNothing serves: `pd-deploy recover FILE` once the cause is mended"
+        down = "\nNothing serves: `pd-deploy recover FILE` once the cause is fixed"
         if rollout.history.record.closed and isinstance(error, PdDeployError):
             error.message = error.message.removesuffix(down) + down
         await publish.failure(rollout, error, stopped)
@@ -161,7 +161,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
             f"{reason}; generation {generation} does not come back either, {because}"
             f"\nNothing serves. {states}"
             f"{_below(error, failed.plan.generation)}{_below(fault, generation)}",
-            hint="look at these logs, mend the cause, and run `pd-deploy recover FILE`",
+            hint="read these logs, fix the cause, and run `pd-deploy recover FILE`",
         ) from error
     image = ""
     try:

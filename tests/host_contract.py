@@ -697,7 +697,9 @@ class TestLeases:
         second = lease("second", lasts=600)
         with pytest.raises(errors.LeaseHeld) as caught:
             await take(second, host, wait=0.2)
-        expected = r"run 'first' \(http://ui/1\) works on leased \(renewed 10\d s ago, from else"
+        expected = (
+            r"run 'first' \(http://ui/1\) is working on leased \(renewed 10\d s ago, from else"
+        )
         caught.match(expected)
         caught.match("given up after 600 s")
         await first.check(host)
@@ -706,7 +708,7 @@ class TestLeases:
         first, second, told = lease("first"), lease("second"), asyncio.Queue[str]()
         await take(first, host)
         waiting = asyncio.ensure_future(second.take([(host, second.owner)], 30, told.put_nowait))
-        assert "first works on leased" in await told.get()
+        assert "first is working on leased" in await told.get()
         await first.release({"a": host})
         await waiting
         assert told.empty()

@@ -189,8 +189,8 @@ class DockerClient:
         raise ImageNotFound(
             f"expected the image {id[:19]} after the archive was loaded, found none with that id",
             host=self._where,
-            hint="an engine that keeps images in containerd gives them other ids: load it by hand "
-            "on every host, and use `pull: never`",
+            hint="Docker with the containerd image store gives images other ids: load the archive "
+            "by hand on every host, and set `pull: never`",
         )
 
     async def resolve(self, ref: str, auth: RegistryLogin | None = None) -> str:
@@ -552,9 +552,9 @@ class DockerClient:
             raise error from None
         except requests.exceptions.ReadTimeout:
             raise TimedOut(
-                f"{what}: the Docker engine gave no answer within {CALL_TIMEOUT_S} s",
+                f"{what}: Docker did not answer within {CALL_TIMEOUT_S} s",
                 host=self._where,
-                hint="look at the engine's log and the host's load",
+                hint="check Docker's log (`journalctl -u docker`) and the host's load",
             ) from None
         except (*_BROKEN, sdk.DockerException) as exc:
             raise self._broken(exc, what, tunnel) from None
@@ -567,7 +567,7 @@ class DockerClient:
         return ConnectionDropped(
             f"{what}: the connection to the Docker engine was lost",
             host=self._where,
-            hint="run again: what is done already is not done twice",
+            hint="run again; steps that are done already are skipped",
         )
 
 

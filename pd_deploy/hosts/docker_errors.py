@@ -36,27 +36,27 @@ _PULL = (
     _Meaning(
         "access denied|unauthorized|authentication required|no basic auth|denied:|http 40[13]",
         RegistryDenied,
-        "the registry refuses {ref}",
+        "the registry denies access to {ref}",
         "check the repository's name and the registry credentials",
     ),
     _Meaning(
         "server gave http response to https|does not look like a tls handshake",
         RegistryMisconfigured,
-        "the registry of {ref} speaks plain HTTP where the engine expects TLS",
+        "the registry of {ref} speaks plain HTTP, but Docker expects TLS",
         "check its port, or list it in insecure-registries of /etc/docker/daemon.json",
     ),
     _Meaning(
         "x509|certificate",
         RegistryMisconfigured,
-        "the engine does not trust the registry of {ref}",
-        "give the engine its CA in /etc/docker/certs.d, or list it in insecure-registries of "
+        "Docker does not trust the certificate of the registry of {ref}",
+        "install its CA in /etc/docker/certs.d, or list it in insecure-registries of "
         "/etc/docker/daemon.json",
     ),
     _Meaning(
         "toomanyrequests|too many requests|http 429",
         RegistryUnavailable,
-        "the registry of {ref} limits the number of requests",
-        "wait, then run again; a registry may allow more with credentials",
+        "the registry of {ref} is rate-limiting requests",
+        "wait, then run again; a registry may allow more requests with credentials",
     ),
     _Meaning(
         "connection refused",
@@ -73,13 +73,13 @@ _PULL = (
     _Meaning(
         "http status: 5[0-9][0-9]|http 5[0-9][0-9]|unavailable|bad gateway|internal server error",
         RegistryUnavailable,
-        "the registry of {ref} is out of order, or under maintenance",
+        "the registry of {ref} answers with a server error",
         "wait, then run again",
     ),
     _Meaning(
         "unknown blob",
         ImageNotFound,
-        "the registry has lost a part of {ref}",
+        "the registry lacks a layer of {ref}",
         "push the image again",
     ),
     _Meaning(
@@ -97,7 +97,7 @@ _PULL = (
     _Meaning(
         "invalid character|error unmarshalling|error parsing http",
         RegistryMisconfigured,
-        "expected a registry for {ref}, but the server that answers is no registry",
+        "expected a registry for {ref}, but the server that answers is not a registry",
         "check its address and port; in some networks, a sign-in page answers for every server",
     ),
     _Meaning(
@@ -133,7 +133,7 @@ def container_error(exc: sdk.APIError, what: str, where: str) -> PdDeployError:
     if "no such image" in text.lower():
         return ImageNotFound(f"{what}: {text}", host=where, hint="pull the image first")
     if _GONE.search(text):
-        return ContainerMissing(f"{what}: there is no such container (any more)", host=where)
+        return ContainerMissing(f"{what}: no such container (it may have been removed)", host=where)
     return _other(text, exc.status_code, what, where)
 
 
@@ -168,15 +168,15 @@ def _missing_path(path: str, what: str, where: str) -> FileMissing:
 def _other(text: str, status: int | None, what: str, where: str) -> PdDeployError:
     if "no space left" in text.lower():
         return DiskFull(
-            f"{what}: the engine's disk is full ({_short(text)})",
+            f"{what}: Docker's disk is full ({_short(text)})",
             host=where,
             hint="`docker system df` shows what uses it",
         )
     if "read-only file system" in text.lower():
         return DiskReadOnly(
-            f"{what}: the engine's disk is mounted read-only ({_short(text)})",
+            f"{what}: Docker's disk is mounted read-only ({_short(text)})",
             host=where,
-            hint="`dmesg` says why, such as disk errors",
+            hint="`dmesg` says why (disk errors, for example)",
         )
     if status == 503:
         return DockerDown(

@@ -115,7 +115,8 @@ class DockerSocket:
             return DockerAccessDenied(
                 f"user {self._user} may not use the Docker socket {self._path}",
                 host=self._where,
-                hint=f"as root: usermod -aG docker {self._user} (it counts from the next login)",
+                hint=f"as root: usermod -aG docker {self._user} "
+                "(it takes effect at the next login)",
             )
         if verdict == "missing":
             return DockerMissing(

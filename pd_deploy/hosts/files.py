@@ -130,7 +130,7 @@ class Files:
             raise NotOurs(
                 f"won't remove {path!r}: a link leads out of {below!r}, to {parent!r}",
                 host=self._where,
-                hint="look at who made the link, and remove it",
+                hint="find out who made the link, and remove it",
             )
 
     async def _write_draft(self, draft: str, file: File) -> None:
@@ -191,7 +191,7 @@ class Files:
             raise FileDenied(
                 f"expected a directory at {path}, found a file",
                 host=self._where,
-                hint="move it away, or give another directory",
+                hint="move it away, or name another directory",
             )
 
     @contextlib.asynccontextmanager
@@ -213,20 +213,22 @@ def disk_error(message: str, path: str, where: str) -> HostError | None:
     message = message.lower()
     if "no space left" in message:
         return DiskFull(
-            f"no room for {path}: its disk is full",
+            f"can't write {path}: its disk is full",
             host=where,
-            hint="free some (`df` and `df -i` say of what); `pd-deploy prune FILE` removes old "
-            "generations",
+            hint="free some space or inodes (see `df` and `df -i`); `pd-deploy prune FILE` "
+            "removes old generations",
         )
     if "quota exceeded" in message:
         return DiskFull(
-            f"no room for {path}: the SSH user's disk quota is full", host=where, hint="free some"
+            f"can't write {path}: the SSH user's disk quota is used up",
+            host=where,
+            hint="free some space",
         )
     if "read-only file system" in message:
         return DiskReadOnly(
             f"can't write {path}: its disk is mounted read-only",
             host=where,
-            hint="`dmesg` says why, such as disk errors; then `mount -o remount,rw`",
+            hint="`dmesg` says why (disk errors, for example); then `mount -o remount,rw`",
         )
     return None
 
@@ -238,12 +240,14 @@ def sftp_error(exc: Exception, path: str, where: str) -> PdDeployError:
         return FileMissing(f"{path} does not exist", path=path, host=where)
     if isinstance(exc, asyncssh.SFTPPermissionDenied):
         return FileDenied(
-            f"the SSH user may not touch {path}",
+            f"the SSH user lacks permission for {path}",
             host=where,
             hint="log in as its owner, or give the user a directory of its own",
         )
     if isinstance(exc, asyncssh.SFTPConnectionLost | asyncssh.SFTPNoConnection | ConnectionError):
-        return ConnectionDropped(f"the connection was lost while at {path}", host=where)
+        return ConnectionDropped(
+            f"the connection was lost during an operation on {path}", host=where
+        )
     if isinstance(exc, asyncssh.SFTPNoSpaceOnFilesystem | asyncssh.SFTPQuotaExceeded):
         reason = "no space left"
     if isinstance(exc, asyncssh.SFTPWriteProtect):

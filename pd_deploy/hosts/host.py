@@ -150,7 +150,7 @@ class Host:
             raise TimedOut(
                 f"`{shlex.join(argv)}` did not end within {timeout:g} s",
                 host=self.where,
-                hint="look at what it waits for on the host",
+                hint="see on the host what it is waiting for",
             ) from None
         if check and result.exit_status != 0:
             raise self._failed(argv, result)
@@ -402,7 +402,7 @@ class Host:
             exit_status=result.exit_status,
             stderr=output,
             host=self.where,
-            hint="run it on the host by hand",
+            hint="run it by hand on the host",
         )
 
 

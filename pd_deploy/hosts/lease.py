@@ -277,7 +277,7 @@ class Lease:
                 raise LeaseHeld(
                     message,
                     host=host.where,
-                    hint="wait for it, or cancel it; a run that is dead is given up after "
+                    hint="wait for it, or cancel it; a dead run loses its lease after "
                     f"{self.lasts:g} s",
                 )
             if not logged:
@@ -341,7 +341,7 @@ class Lease:
             raise disk_error(stderr, path, host.where) or HostError(
                 f"expected to {verb} the lease {path}, found: {stderr}",
                 host=host.where,
-                hint="the SSH user needs a directory of its own: set `paths.state`",
+                hint="the SSH user needs a directory that it can write to: set `paths.state`",
             )
         return result.stdout
 
@@ -353,8 +353,8 @@ class Lease:
             f"expected this run's lease {self.root}/lease, found "
             + (f"that of {holder.run}" if holder else nobody),
             host=host.where,
-            hint="this run changes nothing more, as another may work there by now: look whether "
-            "one does, then run again",
+            hint="this run makes no more changes, because another run may be working there by now: "
+            "check for one, then run again",
         )
         for tell in self.watchers:
             tell(str(self.lost))
@@ -368,9 +368,9 @@ def this_process() -> dict[str, Any]:
 
 def _held(holder: Owner | None, age: int) -> str:
     if holder is None:
-        return "another run holds the deployment"
+        return "another run holds the lease of the deployment"
     return (
-        f"{holder.run} works on {holder.deployment} (renewed {age} s ago, "
+        f"{holder.run} is working on {holder.deployment} (renewed {age} s ago, "
         f"from {holder.machine.split()[0]})"
     )
 

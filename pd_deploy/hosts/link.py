@@ -101,7 +101,9 @@ class Link:
     def dropped(self, what: str) -> ConnectionDropped:
         """Make the error for a call that was under way when the connection was lost."""
         return ConnectionDropped(
-            what, host=self.where, hint="check the network, then run again: nothing is done twice"
+            what,
+            host=self.where,
+            hint="check the network, then run again; steps that are done already are skipped",
         )
 
     async def aclose(self) -> None:
@@ -234,10 +236,10 @@ class Link:
             return HostError(
                 f"{target} and this machine have no SSH algorithm in common ({exc.reason})",
                 host=self.where,
-                hint="if it names the host key, add the host's present keys to known_hosts",
+                hint="if it names the host key, add the host's current keys to known_hosts",
             )
         if isinstance(exc, ValueError) and not isinstance(exc, UnicodeError):
-            return HostError(f"the SSH options are wrong ({exc})", host=self.where)
+            return HostError(f"invalid SSH options ({exc})", host=self.where)
         return HostUnreachable(
             f"no SSH connection to {target}: {_reason(exc, self._connect_timeout)}",
             host=self.where,

@@ -166,8 +166,9 @@ class HostKeys:
             return HostKeyMismatch(
                 f"its host key has changed: expected {expected}, {offered}",
                 host=self._where,
-                hint="somebody may be in between; if the host was reinstalled, check the "
-                f"fingerprint on its console and replace the known_hosts line by: {line}",
+                hint="this may be a man-in-the-middle attack; if the host was reinstalled, check "
+                "the fingerprint on its console and replace the known_hosts line with: "
+                f"{line}",
             )
         return HostKeyMismatch(
             f"its host key is not known: {offered}",

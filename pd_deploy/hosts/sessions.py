@@ -148,7 +148,7 @@ async def begin(link: Link, process: Process) -> bool:
         raise TimedOut(
             f"its login shell ran no command within {BEGIN_TIMEOUT_S:g} s",
             host=link.where,
-            hint="look at what ~/.bashrc and the like wait for",
+            hint="check what ~/.bashrc and the like wait for",
         ) from None
     except (asyncssh.Error, OSError) as exc:
         raise link.dropped(f"the connection was lost ({exc})") from None

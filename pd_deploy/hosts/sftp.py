@@ -77,7 +77,7 @@ class SftpSession:
         raise TimedOut(
             f"its SFTP server did not answer within {CALL_TIMEOUT_S:g} s",
             host=self._where,
-            hint="look at the host's load and its disks",
+            hint="check the host's load and its disks",
         )
 
     def drop(self) -> None:
@@ -138,7 +138,7 @@ async def by_command(connection: asyncssh.SSHClientConnection, link: Link) -> as
         if process.returncode is None:
             raise
         raise NoSftp(
-            "the SSH server offers no SFTP, and no program sftp-server can be run",
+            "the SSH server offers no SFTP, and there is no sftp-server program to run",
             host=link.where,
             hint="add `Subsystem sftp internal-sftp` to its sshd_config and reload sshd, or "
             "install the package with sftp-server",

@@ -67,7 +67,7 @@ async def pull(
             raise NotReady(
                 f"expected {image} to be {verb} within {limit:g} s",
                 host=host.where,
-                hint="raise gates.pull, or bring it to the host by hand",
+                hint="raise gates.pull, or load the image on the host by hand",
             ) from error
     _require_architecture(rollout, name, pulled)
     return Report("pull image", name, name, True, f"{verb} {image.rpartition('@')[2][:19]}")
@@ -379,8 +379,12 @@ def _cause(state: ContainerState, code: int) -> str:
     # Containers have no limit of their own, so it was the host's memory. The engine does not say
     # which process it was: a launcher may well survive its server, and end with code 0.
     if state.oom_killed:
-        return ": a process of it was killed because the host ran out of memory"
-    return ", though it has to run on: a process of it may have failed" if code == 0 else ""
+        return ": one of its processes was killed because the host ran out of memory"
+    return (
+        ", although it should keep running: one of its processes may have failed"
+        if code == 0
+        else ""
+    )
 
 
 async def _stop_instance(rollout: Rollout, instance: str) -> None:
@@ -473,5 +477,5 @@ async def _log_says(
     if outcome == "ended":
         raise await died(rollout, instance)
     if outcome == "timeout":
-        message = f"expected {text!r} in its log within {timeout:g} s, found nothing of it"
+        message = f"expected {text!r} in its log within {timeout:g} s, did not find it"
         raise await not_ready(rollout, instance, message)

@@ -125,6 +125,6 @@ def _faults(hosts: Iterable[Host], outcomes: Iterable[object]) -> dict[str, PdDe
             continue
         if not isinstance(outcome, PdDeployError) or isinstance(outcome, LeaseLost):
             raise outcome
-        log.warning("the next run writes the deployment's past again: %s", outcome)
+        log.warning("the next run will write the deployment's history again: %s", outcome)
         faults[host.name] = outcome
     return faults

@@ -124,12 +124,12 @@ async def of_instance(rollout: Rollout, instance: str) -> HostError | None:
         restarts = group.create_task(restarted(rollout))
     if restarts.result():
         return DockerRestarted(
-            f"found that Docker started again on {', '.join(restarts.result())}, which "
+            f"found that Docker was restarted on {', '.join(restarts.result())}, which "
             "ends its containers",
             host=host.where,
         )
     if strangers := [str(holder) for holder in held.result() if holder.is_stranger]:
-        return InUse(f"found {', '.join(strangers)}", host=host.where, hint="end what holds them")
+        return InUse(f"found {', '.join(strangers)}", host=host.where, hint="stop what uses them")
     if full.result():
         return DiskFull(f"found no space left at {', '.join(full.result())}", host=host.where)
     if missing.result():

@@ -110,7 +110,9 @@ class Saved(BaseModel):
                 for file in _ranktables(document):
                     file["content"] = texts[file["content"]]
             except (AttributeError, LookupError, TypeError) as error:
-                raise ValueError("expected the ranktables by their numbers") from error
+                raise ValueError(
+                    "expected each ranktable's number in the list of their texts"
+                ) from error
         return document
 
 

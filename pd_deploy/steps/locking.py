@@ -35,8 +35,9 @@ async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report
         for name in session.former:
             if error.host == session.host(name).where:
                 error.hint = (
-                    "it has left the file, but the deployment may still run there; if it is gone "
-                    f"for good: `pd-deploy deploy FILE --forget {session.host(name).address}`"
+                    "it is no longer in the file, but the deployment may still run there; if it "
+                    "is gone for good: "
+                    f"`pd-deploy deploy FILE --forget {session.host(name).address}`"
                 )
         raise
     written = await copies.complete(session)

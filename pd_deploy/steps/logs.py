@@ -23,7 +23,7 @@ def chosen(history: History, generation: str | None) -> str:
     if name in history.generations:
         return name
     raise NoSuchGeneration(
-        f"expected the generation {name or 'of any name'} on the hosts, "
+        f"expected {f'the generation {name}' if name else 'a generation'} on the hosts, "
         f"found {', '.join(sorted(history.generations)) or 'none'}",
         hint="`pd-deploy releases FILE` lists those that are kept",
     )
@@ -72,7 +72,7 @@ def local_path(host: Host, directory: Path, path: str) -> Path:
         raise FactsError(
             f"expected a name for a file or directory of logs, found {path!r}",
             host=host.where,
-            hint="nothing was written there; look at who changed what pd-deploy reads on the host",
+            hint="nothing was written there; find out who changed pd-deploy's files on the host",
         )
     return directory.joinpath(*parts)
 
@@ -102,5 +102,5 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise PdDeployError(
-            f"can't write {path}: {error.strerror}", hint="give another directory by `--to`"
+            f"can't write {path}: {error.strerror}", hint="name another directory with `--to`"
         ) from error

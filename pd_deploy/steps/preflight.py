@@ -65,7 +65,7 @@ async def preflight(rollout: Rollout, name: str) -> Report:
 def _risky(ports: list[int]) -> str:
     return (
         f"ports {', '.join(map(str, ports))} lie in the kernel's ephemeral range, so an outbound "
-        "connection may have one of them when its server starts: reserve them "
+        "connection may be using one of them when its server starts: reserve them "
         "(sysctl net.ipv4.ip_local_reserved_ports), or move them in the file"
     )
 
@@ -113,7 +113,7 @@ def _not_free(rollout: Rollout, host: Host, busy: Iterable[Holder], limit: str, 
     return InUse(
         f"{' '.join(filter(None, words))}, found {', '.join(map(str, busy))}",
         host=host.where,
-        hint=f"end what holds them, {hint}",
+        hint=f"stop what uses them, {hint}",
     )
 
 
@@ -165,12 +165,12 @@ async def _model(rollout: Rollout, host: Host, name: str) -> list[HostError]:
                 path=link,
                 host=host.where,
                 hint=f"mount {posixpath.dirname(to) or 'it'} at the same path (`settings: {{all: "
-                "{mounts: …}}`), or give a copy without links",
+                "{mounts: …}}`), or use a copy without links",
             )
         )
     if model_links.closed:
         message = f"expected files that root can read, found {', '.join(model_links.closed[:5])}"
-        hint = "look at their owner and at the file system's root_squash"
+        hint = "check their owner and the file system's root_squash option"
         faults.append(FileDenied(message, host=host.where, hint=hint))
     return faults
 
@@ -243,7 +243,7 @@ async def _held(rollout: Rollout, host: Host, name: str) -> list[HostError]:
                     f"expected {holder.what} to be free for {devices[holder.number]}, "
                     f"found {holder.who} on it",
                     host=host.where,
-                    hint="end that process, or use other devices",
+                    hint="stop that process, or use other devices",
                 )
             )
         # An older generation's proxy may have a port that its labels do not name.
@@ -253,7 +253,7 @@ async def _held(rollout: Rollout, host: Host, name: str) -> list[HostError]:
                     f"expected {holder.what} to be free for {ports[holder.number]}, "
                     f"found that {holder.who} has it",
                     host=host.where,
-                    hint="stop that process, or move the port in the deployment file",
+                    hint="stop that process, or change the port in the deployment file",
                 )
             )
     return faults
@@ -269,9 +269,9 @@ async def _health(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     faults = engine.faulty_devices(await host.output(command), devices)
     return [
         HostError(
-            f"expected device {device} to be in order, found that {fault}",
+            f"expected device {device} to be healthy, found that {fault}",
             host=host.where,
-            hint="look at its driver and cable, or use other devices",
+            hint="check its driver and cable, or use other devices",
         )
         for device, fault in sorted(faults.items())
     ]

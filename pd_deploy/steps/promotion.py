@@ -73,7 +73,7 @@ async def promote(rollout: Rollout, by: str) -> Report:
     if uncopied:
         detail += "; the record is not on " + "; not on ".join(map(str, uncopied.values()))
     if unkept:
-        detail += f"; the image has no name of its own on {unkept}"
+        detail += f"; the image could not be protected from `docker image prune` on {unkept}"
     return Report("promote", generation, where, changed, detail)
 
 
@@ -165,7 +165,11 @@ async def _keep_or_tell(rollout: Rollout, name: str) -> str:
     except LeaseLost:
         raise
     except PdDeployError as fault:
-        log.warning("the next run keeps the image from `docker image prune`: %s", fault)
+        log.warning(
+            "the image is not yet protected from `docker image prune`; the next run tries again: "
+            "%s",
+            fault,
+        )
         return name
     return ""
 

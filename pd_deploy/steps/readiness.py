@@ -60,7 +60,7 @@ async def _answers_or_ends(rollout: Rollout, instance: str) -> None:
             rollout,
             instance,
             f"expected an answer on its health endpoint within {limit:g} s, found none",
-            hint="raise gates.ready if it only needs longer",
+            hint="raise gates.ready if it just needs more time",
         )
     healthy.result()
 

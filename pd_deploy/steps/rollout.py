@@ -83,7 +83,7 @@ class Rollout:
         if isinstance(self.session, LockedSession):
             return self.session
         raise OutOfOrder(
-            "expected a session that holds the deployment's lease, found one that only looks"
+            "expected a session that holds the deployment's lease, found a read-only one"
         )
 
     @property

@@ -99,11 +99,11 @@ async def survey(session: Session, name: str) -> HostState:
             "expected Docker to run as root, found a rootless engine: other hosts can't reach what "
             "its containers listen on",
             host=host.where,
-            hint="say in `docker_socket` of the host where the system's engine listens",
+            hint="set the host's `docker_socket` to the socket of the system's Docker",
         )
     if info.result().remaps_users:
         raise HostError(
-            "expected Docker to leave users as they are, found that it remaps them: containers "
+            "expected Docker without userns-remap, found that it remaps users: containers "
             "then get neither devices nor the host's network",
             host=host.where,
             hint='remove "userns-remap" from /etc/docker/daemon.json and restart Docker',
@@ -128,7 +128,9 @@ def _not_owned(host: Host, name: str, addresses: str) -> FactsError:
     """Why no interface of a host can be the one of its address."""
     loopback = facts.parse_loopback(addresses, host.address, host.where)
     if loopback is None:
-        message = f"expected the host to own its address {host.address}, found no interface with it"
+        message = (
+            f"expected the host to have its address {host.address}, found no interface with it"
+        )
         return FactsError(
             message, host=host.where, hint=f"correct hosts.{name} in the deployment file"
         )

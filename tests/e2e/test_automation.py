@@ -129,7 +129,7 @@ async def test_upgrade_whose_machine_dies_is_recovered_by_another_worker(
             dead = await client.read_flow_run(run)
         assert dead.state
         assert dead.state.is_crashed()
-        assert "took it over" in str(dead.state.message)
+        assert "took the lease over" in str(dead.state.message)
         assert "Completed: Generation 2-" in prefect("pd-deploy", "follow", str(waiting))
         assert {epoch(automated, name) for name in INSTANCES} == {"2"}
         assert automated.completes()

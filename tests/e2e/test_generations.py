@@ -381,7 +381,7 @@ class TestOneAtATime:
         second = await run(deploy, service)
         assert second.is_failed()
         assert re.search(
-            r"run 'test-3p1d .*works on qwq-3p1d \(renewed \d+ s ago", str(second.message)
+            r"run 'test-3p1d .*is working on qwq-3p1d \(renewed \d+ s ago", str(second.message)
         )
         assert (await first).is_completed()
 

@@ -62,7 +62,7 @@ async def test_a_signal_after_the_cut_over_goes_back_and_a_second_one_ends_that_
     process = start(prefect_env)
     until(lambda: epoch(service, "p1") == "2", 60)
     process.send_signal(signal.SIGTERM)
-    until(lambda: re.search("SIGTERM: this run ends what it does, and goes", printed()))
+    until(lambda: re.search("SIGTERM: this run stops, and brings back", printed()))
     until(lambda: epoch(service, "p1") == "1", 60)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 143

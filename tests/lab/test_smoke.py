@@ -148,7 +148,7 @@ async def test_a_healthy_service_passes_without_any_check(instances: StandinSet)
 
 async def test_a_wrong_expectation_is_told_from_wrong_kv(instances: StandinSet) -> None:
     checks = [{"prompt": "how are you?", "expect": "^ fine"}]
-    with pytest.raises(SmokeTestFailed, match="the model itself answers so"):
+    with pytest.raises(SmokeTestFailed, match="the model itself gives this answer"):
         await proven(instances, checks=checks)
 
 

@@ -83,7 +83,7 @@ async def test_only_a_run_that_is_taken_for_alive_is_crashed(
     monkeypatch.setattr(dead, "get_client", lambda: server)
     await dead.bury(owner(str(run.id)), "run y")
     assert [one.is_crashed() for one in server.states] == [True] * crashed
-    assert all("run y took it over" in str(one.message) for one in server.states)
+    assert all("run y took the lease over" in str(one.message) for one in server.states)
     assert ("run x is dead" in said.text) is crashed
 
 
@@ -103,7 +103,7 @@ async def test_a_server_that_does_not_answer_keeps_no_run_from_its_work(
 ) -> None:
     monkeypatch.setattr(dead, "get_client", lambda: Prefect(None, OSError("refused")))
     await dead.bury(owner(str(uuid4())), "run y")
-    assert "the server could not be told: refused" in said.text
+    assert "the Prefect server could not be told: refused" in said.text
     assert await dead.untouched(f"prefect.flow-run.{uuid4()}") == ""
     assert "is not known: refused" in said.text
 

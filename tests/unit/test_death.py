@@ -67,5 +67,6 @@ async def test_the_exit_code_and_whether_memory_ran_out_are_said(code: int, kill
 async def test_an_end_without_an_error_code_is_no_success() -> None:
     said = (await message_of(Docker(ExitCode=0, OOMKilled=False))).splitlines()[0]
     assert said.endswith(
-        "ended with exit code 0, though it has to run on: a process of it may have failed"
+        "ended with exit code 0, although it should keep running: one of its processes may have "
+        "failed"
     )

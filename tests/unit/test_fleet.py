@@ -313,7 +313,7 @@ class TestRoll:
         server = Server()
         state = rolled(server, at_once=2)
         assert state.is_completed()
-        assert state.message == f"All of 3 waves are deployed; completed: {', '.join(EVERY)}"
+        assert state.message == f"All waves are deployed; completed: {', '.join(EVERY)}"
         assert [service for service, _ in server.started] == EVERY
         assert server.most == 2
         assert {parameters["image"] for _, parameters in server.started} == {"newest"}
@@ -349,7 +349,7 @@ class TestRoll:
         state = rolled(server, cancel_after=90, at_once=2)
         assert state.is_cancelled()
         assert state.message == (
-            "Interrupted, so none is started any more; completed: canary; under way: one, two; "
+            "Interrupted, so no more are started; completed: canary; under way: one, two; "
             "not started: three, four"
         )
         assert not server.cancelled
@@ -358,7 +358,7 @@ class TestRoll:
         server = Server(seconds={"canary": float("inf")})
         state = rolled(server, begin_within=5)
         assert state.is_failed()
-        assert "canary failed: its run 'run of canary' did not begin within 5 min" in str(
+        assert "canary failed: its run 'run of canary' did not start within 5 min" in str(
             state.message
         )
         assert server.cancelled == ["canary"]

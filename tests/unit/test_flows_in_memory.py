@@ -209,7 +209,7 @@ def test_a_scheduled_run_waits_for_another_one_when_one_by_hand_gives_up(
     first, second = world.both((deploy, {}), (deploy, due))
     assert first.completed
     assert second.completed is by_schedule
-    assert by_schedule or "works on qwq-3p1d" in str(second.error)
+    assert by_schedule or "is working on qwq-3p1d" in str(second.error)
 
 
 def test_servers_that_are_late_together_are_all_named(world: World) -> None:

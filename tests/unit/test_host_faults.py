@@ -252,7 +252,7 @@ class TestQuarantine:
         watch = once(self.all_load(world), reboot)
         error = world.run(deploy, image=image(world), watch=watch).error
         self.goes_back_and_blames_no_image(
-            world, error, DockerRestarted, "Docker started again on host b (10.0.0.2)"
+            world, error, DockerRestarted, "Docker was restarted on host b (10.0.0.2)"
         )
 
     def test_a_host_that_was_away_for_a_moment(self, world: World) -> None:

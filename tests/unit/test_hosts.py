@@ -256,13 +256,16 @@ class TestEngineErrors:
     @pytest.mark.parametrize(
         ("text", "says"),
         [
-            ("received unexpected HTTP status: 503 Service Unavailable", "under maintenance"),
+            (
+                "received unexpected HTTP status: 503 Service Unavailable",
+                "answers with a server error",
+            ),
             ("dial tcp 10.0.0.9:443: connect: connection refused", "refuses connections"),
             ("dial tcp: lookup r.example: no such host", "can't resolve the name"),
             ("tls: first record does not look like a TLS handshake", "speaks plain HTTP"),
             ("expected HTTP 206 from byte range request", "was interrupted"),
-            ("error unmarshalling content: invalid character '<' looking for", "is no registry"),
-            ("error parsing HTTP 429 response body: invalid character 'm'", "limits the number"),
+            ("error unmarshalling content: invalid character '<' looking for", "is not a registry"),
+            ("error parsing HTTP 429 response body: invalid character 'm'", "is rate-limiting"),
         ],
     )
     def test_a_registrys_fault_is_told_as_what_it_is(self, text: str, says: str) -> None:
@@ -362,7 +365,7 @@ class TestFacts:
             ),
             (
                 "10.0.0.9",
-                "expected the host to own its address 10.0.0.9, found no interface with it"
+                "expected the host to have its address 10.0.0.9, found no interface with it"
                 "→ correct hosts.a in the deployment file",
             ),
         ],

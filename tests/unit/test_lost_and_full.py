@@ -221,7 +221,7 @@ class TestFull:
         fill(world)
         outcome = world.run(deploy)
         assert isinstance(outcome.error, DiskFull)
-        assert f"host a (10.0.0.1): no room for {ROOT}/lease: its disk is full" in str(
+        assert f"host a (10.0.0.1): can't write {ROOT}/lease: its disk is full" in str(
             outcome.error
         )
 

@@ -36,9 +36,9 @@ def test_a_device_that_is_out_of_order(world: World) -> None:
     a.health |= {3: "Alarm", 4: "Critical", 5: "Warning"}
     a.ports_down |= {3, 6}
     said = refused(world)
-    assert "expected device 3 to be in order, found that npu-smi says Alarm, its network" in said
-    assert "device 4 to be in order, found that npu-smi says Critical" in said
-    assert "device 6 to be in order, found that its network port is DOWN" in said
+    assert "expected device 3 to be healthy, found that npu-smi says Alarm, its network" in said
+    assert "device 4 to be healthy, found that npu-smi says Critical" in said
+    assert "device 6 to be healthy, found that its network port is DOWN" in said
     assert "device 5" not in said
     a.health.clear()
     a.ports_down.clear()
@@ -73,7 +73,7 @@ def test_links_of_the_model_that_lead_out_of_the_mounts(world: World) -> None:
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("name=userns", "expected Docker to leave users as they are"),
+        ("name=userns", "expected Docker without userns-remap"),
         ("name=rootless", "expected Docker to run as root, found a rootless engine"),
     ],
 )

@@ -136,7 +136,7 @@ async def _exchange(
         raise prefill.failed(
             "expected an answer that says where decode finds the prompt's KV, found no "
             "kv_transfer_params in it",
-            "see whether the server runs with --kv-transfer-config, and its log",
+            "check whether the server runs with --kv-transfer-config, and its log",
         )
     async with decode.turn:
         before = await decode.counts()

@@ -225,7 +225,7 @@ class Entrance:
                 f"decode to get the KV of the prompt's {way.prompt_tokens} tokens from a prefill "
                 "for a request",
                 f"that it computed it itself: {way}",
-                "see whether the proxy passes kv_transfer_params on, and decode's log",
+                "check whether the proxy passes kv_transfer_params on, and read decode's log",
             )
         return answer, Evidence((way,), unseen=_unseen_way(way))
 
@@ -263,7 +263,7 @@ class Entrance:
                 question.path,
                 expected,
                 repr(answer.text),
-                "if the model is known to answer so, correct `smoke.checks` in the file",
+                "if this is what the model is known to answer, correct `smoke.checks` in the file",
             )
         return ""
 
@@ -361,8 +361,9 @@ async def _as_expected(
             "takes",
         )
     raise first.decode.failed(
-        f"{expected}, {found}, and {alone!r} without it: the model itself answers so",
-        "look at the model's files; if the model is known to answer so, correct `smoke.checks`",
+        f"{expected}, {found}, and {alone!r} without it: the model itself gives this answer",
+        "look at the model's files; if this is what the model is known to answer, correct "
+        "`smoke.checks`",
     )
 
 
@@ -390,9 +391,9 @@ async def _as_decode_alone(
         if verdict.strays(texts_of, alone):
             prompt = next(iter(texts_of))
             raise decode.failed(
-                f"expected the answers that decode gives without a prefill, found others to all "
-                f"of {len(texts_of)} prompts with the KV that {prefill} handed over to {to}: to "
-                f"{prompt!r} {texts_of[prompt]!r} in place of {alone.get(prompt)!r}",
+                f"expected the answers that decode gives without a prefill, found different "
+                f"ones to all {len(texts_of)} prompts with the KV that {prefill} handed over to "
+                f"{to}: to {prompt!r} {texts_of[prompt]!r} instead of {alone.get(prompt)!r}",
                 "decode reads other KV than prefill made, or they have different model files",
             )
     return []
@@ -416,13 +417,13 @@ async def _alike(session: Session, exchanges: Sequence[Exchange]) -> list[str]:
         return []
     if difference.by_itself:
         return [
-            f"answers at temperature 0 differ by themselves: {difference}; engines that are not "
-            "deterministic do so, and prefills can't be compared"
+            f"answers at temperature 0 differ even for the same prompt and prefill: {difference}; "
+            "the engine is not deterministic, so prefills can't be compared"
         ]
     raise exchanges[0].decode.failed(
         f"expected the same answer whichever prefill made the KV, as each gives each time; "
         f"found {difference}",
-        "see whether all instances have the same model files",
+        "check whether all instances have the same model files",
     )
 
 
