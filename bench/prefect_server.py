@@ -1,19 +1,17 @@
 """A Prefect server of a measurement's own, with its own database, and a worker if need be."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
 from demo.processes import Processes
+from pd_deploy.cli.local_http import free_port, is_healthy
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -38,7 +36,7 @@ class PrefectServer:
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, str] | None = None) -> None:
-        port = _free_port()
+        port = free_port()
         self.home = directory / "prefect"
         self.api = f"http://127.0.0.1:{port}/api"
         self.env = os.environ | {
@@ -56,7 +54,7 @@ class PrefectServer:
     def __enter__(self) -> Self:
         try:
             self._processes.start(SERVER, self._command, self.env)
-            self._processes.until(SERVER, self._answers, START_TIMEOUT_S)
+            self._processes.until(SERVER, lambda: is_healthy(self.api), START_TIMEOUT_S)
         except BaseException:
             self._processes.stop_all()
             raise
@@ -108,14 +106,3 @@ class PrefectServer:
             time.sleep(delay)
         answer.raise_for_status()
         return answer.json() if answer.content else None
-
-    def _answers(self) -> bool:
-        with suppress(OSError), urllib.request.urlopen(f"{self.api}/health", timeout=2) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-        return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,15 +19,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import httpx
 import prefect
 from prefect.settings import get_current_settings
 
+from pd_deploy.cli.local_http import free_port, is_healthy
 from pd_deploy.errors import PdDeployError
 from pd_deploy.hosts.processes import machine, started
 
 LOOK_EVERY_S = 0.1
-ANSWER_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 10.0
 OURS_ALONE = 0o077  # as umask: for the database, too, which has the keys of blocks
 
@@ -166,7 +164,7 @@ def _write(server: LocalServer) -> None:
 
 def _start() -> LocalServer:
     """Start a server, and record it."""
-    port, password = _free_port(), f"pd-deploy:{secrets.token_urlsafe(32)}"
+    port, password = free_port(), f"pd-deploy:{secrets.token_urlsafe(32)}"
     with open(log(), "wb", opener=_private) as said:
         process = subprocess.Popen(
             _command(port),
@@ -208,35 +206,21 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _await_answer(server: LocalServer) -> None:
     patience = get_current_settings().server.ephemeral.startup_timeout_seconds
     deadline = time.monotonic() + patience
-    with httpx.Client(base_url=server.api, trust_env=False, timeout=ANSWER_TIMEOUT_S) as client:
-        while not _is_healthy(client):
-            alive = server.alive
-            if not alive or time.monotonic() > deadline:
-                raise PdDeployError(
-                    "the Prefect server that pd-deploy starts on this machine "
-                    + (f"did not answer within {patience} s" if alive else "ended")
-                    + _last_error(),
-                    hint=f"read its log, {log()}; see that {get_current_settings().home} is "
-                    "writable and has room, and that no newer Prefect has used it; or run "
-                    "`prefect server start` and set PREFECT_API_URL",
-                )
-            time.sleep(LOOK_EVERY_S)
-
-
-def _is_healthy(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").is_success
-    except httpx.TransportError:
-        return False
+    while not is_healthy(server.api):
+        alive = server.alive
+        if not alive or time.monotonic() > deadline:
+            raise PdDeployError(
+                "the Prefect server that pd-deploy starts on this machine "
+                + (f"did not answer within {patience} s" if alive else "ended")
+                + _last_error(),
+                hint=f"read its log, {log()}; see that {get_current_settings().home} is "
+                "writable and has room, and that no newer Prefect has used it; or run "
+                "`prefect server start` and set PREFECT_API_URL",
+            )
+        time.sleep(LOOK_EVERY_S)
 
 
 def _last_error() -> str:

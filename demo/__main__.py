@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from demo import fleet, services
 from demo.preconditions import PORT
 from demo.processes import Processes
 from demo.production import MACHINES, Production
+from pd_deploy.cli.local_http import is_healthy
 from pd_deploy.lab import Lab, LabError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def up(deployment: str, *prepare: str) -> int:
     if prepare:
         run(*prepare)
     # The first start also creates the server's database; a busy machine needs a minute for it.
-    processes.until("server", answers, 120)
+    processes.until("server", lambda: is_healthy(API), 120)
     run("prefect", "work-pool", "create", "pd-pool", "--type", "process", "--overwrite", quiet=True)
     if not processes.running("worker"):
         processes.start("worker", [f"{BIN}/prefect", "worker", "start", "--pool", "pd-pool"], ENV)
@@ -172,7 +172,7 @@ def up_fleet(hosts: int) -> int:
     0 if it completed."""
     start_server()
     run("pd-deploy", "lab", "up", "--hosts", str(hosts))
-    processes.until("server", answers, 120)
+    processes.until("server", lambda: is_healthy(API), 120)
     save_key()
     addresses = {name: host.address for name, host in Lab.load().hosts.items()}
     file = HOME / "lab-fleet.yaml"
@@ -238,15 +238,6 @@ def run(*argv: str, quiet: bool = False, env: Mapping[str, str] = ENV, cwd: Path
         print(done.stdout or "", end="")
         raise RuntimeError(f"`{shlex.join(argv)}` failed with exit code {done.returncode}")
     return done.stdout or ""
-
-
-def answers() -> bool:
-    """Tell whether the Prefect server is up."""
-    try:
-        with urllib.request.urlopen(f"{API}/health", timeout=2) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def main() -> int:

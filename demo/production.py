@@ -10,11 +10,9 @@ import re
 import secrets
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from cryptography.fernet import Fernet
 
 from demo.processes import Processes
 from demo.programs import Programs, unpacked
+from pd_deploy.cli.local_http import free_ports, is_healthy
 
 FILES = Path(__file__).resolve().parents[1] / "deploy"
 BIN = Path(sys.executable).parent
@@ -52,7 +51,7 @@ class Production:
         directory = Path(tempfile.mkdtemp(prefix="pd-deploy-production-"))
         directory.chmod(0o711)
         names = ("nginx", "postgres", "redis", *(f"server-{number}" for number in MACHINES))
-        ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
         if port:
             ports["nginx"] = port
         keys = ("postgres", "redis", "api")
@@ -210,7 +209,7 @@ class Production:
 
     def answers(self) -> bool:
         """Tell whether a server answers through nginx."""
-        return _healthy(f"{self.url}/api/health", self.directory / "tls.pem")
+        return is_healthy(f"{self.url}/api", authority=self.directory / "tls.pem")
 
     def back_up(self, to: Path) -> None:
         """Copy the database, as deploy/prefect-backup.service does."""
@@ -256,7 +255,7 @@ class Production:
         }
 
     def _server_answers(self, number: str) -> bool:
-        return _healthy(f"http://127.0.0.1:{self.ports[f'server-{number}']}/api/ready")
+        return is_healthy(f"http://127.0.0.1:{self.ports[f'server-{number}']}/api", "/ready")
 
     def _start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self.processes.start(name, argv, env, cwd=self.directory)
@@ -333,26 +332,6 @@ def _succeeds(argv: Sequence[str], env: Mapping[str, str]) -> bool:
     return subprocess.run(argv, env=dict(env), check=False).returncode == 0
 
 
-def _healthy(url: str, authority: Path | None = None) -> bool:
-    context = ssl.create_default_context(cafile=authority) if authority else None
-    try:
-        with urllib.request.urlopen(url, timeout=2, context=context) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -1,9 +1,10 @@
 """Where the tests' own Prefect server is. Imported before Prefect, which reads this only once."""
 
 import os
-import socket
 import tempfile
 from pathlib import Path
+
+from pd_deploy.cli.local_http import free_port
 
 PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 """Which of the processes of `pytest -n` this is; 0 without."""
@@ -20,14 +21,8 @@ def _home() -> Path:
     return home
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 HOME = _home()
-PORT = _free_port()
+PORT = free_port()
 API = f"http://127.0.0.1:{PORT}/api"
 
 os.environ |= {

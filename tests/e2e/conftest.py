@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from bench.lab_service import LabService, write_file
 from demo.processes import Processes
+from pd_deploy.cli.local_http import is_healthy
 from pd_deploy.cli.local_server import LocalServer
 from pd_deploy.flows import deployment_file
 from pd_deploy.lab import Lab
@@ -41,7 +41,7 @@ def prefect_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     server = [f"{BIN}/prefect", "server", "start", "--host", "127.0.0.1"]
     try:
         processes.start("server", [*server, "--port", str(prefect_settings.PORT)], env)
-        processes.until("server", _answers, 120)
+        processes.until("server", lambda: is_healthy(prefect_settings.API), 120)
         yield env
     finally:
         processes.stop_all()
@@ -204,13 +204,6 @@ def service(lab: Lab, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
         yield service
     finally:
         service.clean()
-
-
-def _answers() -> bool:
-    url = f"{prefect_settings.API}/health"
-    with suppress(OSError), urllib.request.urlopen(url, timeout=2) as answer:
-        return bool(answer.status == 200)
-    return False
 
 
 def until(condition: Callable[[], object], timeout: float = 30) -> None:

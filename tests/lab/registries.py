@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 
+from pd_deploy.cli.local_http import free_port
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.lab import images
 from pd_deploy.lab.system import wait_until
@@ -342,13 +343,6 @@ def basic(login: RegistryLogin) -> str:
 def sha256(content: bytes) -> str:
     """A digest as registries write it."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def listens(address: str) -> bool:

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 
+from pd_deploy.cli.local_http import free_port
 from pd_deploy.config.models import UpdatePolicy
 from pd_deploy.errors import (
     AuthenticationFailed,
@@ -38,7 +39,6 @@ from tests.lab.registries import (
     Tokens,
     basic,
     configuration,
-    free_port,
     htpasswd,
     in_front_of,
     in_pages,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pd_deploy.cli.local_http import free_port
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from tests.unit import example
@@ -216,9 +217,7 @@ def test_a_prefills_master_serves_once_all_its_hosts_have_joined(tmp_path: Path)
 
 
 def test_another_host_joins_as_soon_as_the_master_listens(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = omniinfer.start_script(example.for_engine(WIDE | {"ports": {"ray": port}}), "p0-1")
     script = script.replace("10.0.0.1", "127.0.0.1")
     process = prepared(tmp_path, script, ray=RECORD)
