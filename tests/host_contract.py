@@ -701,7 +701,7 @@ class TestLeases:
             r"run 'first' \(http://ui/1\) is working on leased \(renewed 10\d s ago, from else"
         )
         caught.match(expected)
-        caught.match("given up after 600 s")
+        caught.match("dead run loses its lease after 600 s")
         await first.check(host)
 
     async def test_the_next_run_goes_on_when_the_lease_is_given_back(self, host: Host) -> None:

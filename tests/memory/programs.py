@@ -368,7 +368,9 @@ def _servers_in(ranktable: str) -> int:
 def _prompt_of(body: Mapping[str, Any]) -> str:
     if "messages" in body:
         return str(body["messages"][-1]["content"])
-    return str(body["prompt"])
+    prompt = body["prompt"]
+    # Of thousands of tokens: their text would take longer to make than all else of an answer.
+    return f"tokens {hash(tuple(prompt))}" if isinstance(prompt, list) else str(prompt)
 
 
 def _length(body: Mapping[str, Any]) -> int:

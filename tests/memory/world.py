@@ -39,6 +39,7 @@ from tests.memory import programs
 from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock, VirtualLoop
 from tests.memory.commands import is_draft
+from tests.memory.disk import Entry
 from tests.memory.host import MemoryHost
 from tests.memory.machine import Build, Cluster, Container, Faults, LocalImage, Machine
 from tests.memory.registry import reaching
@@ -173,6 +174,19 @@ class World:
         finally:
             loop.close()
 
+    def new_states(self, flow: Any, **parameters: Any) -> list[Moment]:
+        """The moments of a run that finds the hosts as none before it does: a kill at any other one
+        leaves what a kill at one of these leaves."""
+        twin, states, moments = self.twin(), set[object](), list[Moment]()
+
+        def watch(moment: Moment) -> None:
+            if moment.changes and (state := twin._left_by_a_kill()) not in states:
+                states.add(state)
+                moments.append(moment)
+
+        assert twin.run(flow, watch=watch, **parameters).completed
+        return moments
+
     def both(self, *runs: tuple[Any, dict[str, Any]]) -> list[Outcome]:
         """Runs at the same time, each with its parameters and perhaps `due`; see `run`."""
         loop, calls = VirtualLoop(self.cluster.clock), Calls()
@@ -287,6 +301,23 @@ class World:
                 sorted((i.id, *sorted(i.tags | i.digests)) for i in m.images.values())
                 for m in self.cluster.machines.values()
             ],
+        )
+
+    def _left_by_a_kill(self) -> object:
+        """All that a run may change; of a lease all but its age, the fourth line."""
+
+        def content(path: str, entry: Entry) -> bytes | None:
+            if entry.content and path.endswith("/lease"):
+                return b"\n".join(entry.content.split(b"\n")[:3])
+            return entry.content
+
+        return tuple(
+            (
+                tuple((c.id, c.status, c.runs) for c in m.containers.values()),
+                tuple((i.id, *sorted(i.tags | i.digests)) for i in m.images.values()),
+                tuple((p, e.mode, content(p, e)) for p, e in sorted(m.disk.entries.items())),
+            )
+            for m in self.cluster.machines.values()
         )
 
     def completes(self) -> bool:

@@ -25,7 +25,7 @@ from tests.memory.calls import Moment
 from tests.memory.machine import Faults
 from tests.memory.world import INSTANCES, ROOT, Outcome, World
 
-EVERY = 17
+EVERY = 31
 """A sample of a run's moments; a prime, so that each way to end one meets calls of all kinds."""
 WAYS = ("cancelled", "everything cancelled", "connection lost", "refused", "hangs")
 

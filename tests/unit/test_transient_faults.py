@@ -46,7 +46,7 @@ def before(what: str) -> tuple[World, Any, dict[str, Any], int]:
     return world, flow, parameters, len(moments)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @given(
     what=st.sampled_from(FLOWS),
     places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=2, unique=True),
