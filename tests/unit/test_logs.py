@@ -94,5 +94,5 @@ def test_what_cannot_be_written_here_is_told_without_a_traceback(
     world.machines["a"].disk.put(f"{log_directory(world)}/p0/server_0.log", b"x")
     (tmp_path / "logs" / taken).parent.mkdir(parents=True)
     (tmp_path / "logs" / taken).touch()
-    with pytest.raises(PdDeployError, match=r"can't write .*by `--to`"):
+    with pytest.raises(PdDeployError, match=r"can't write .*with `--to`"):
         collected(world, tmp_path / "logs")

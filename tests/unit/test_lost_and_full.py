@@ -254,7 +254,7 @@ def test_a_clock_set_back_keeps_no_recovery_waiting(world: World) -> None:
 def test_how_far_a_killed_run_has_brought_the_proxy_is_known_without_dates(
     world: World, seconds: int
 ) -> None:
-    """On the way back, to a container whose log tells of an earlier start: killed at each change
+    """On the way back, to a container whose log tells of an earlier start: killed after each change
     from the proxy's start until it is open, with the clock set before it says anything."""
     assert world.run(deploy).completed
     first, proxy = world.serving(), world.running()["c0"].id
@@ -262,8 +262,8 @@ def test_how_far_a_killed_run_has_brought_the_proxy_is_known_without_dates(
     assert world.twin().run(deploy, image=image, watch=moments.append).error
     start = next(m for m in moments if m.what == f"start {proxy}" and m.after)
     opened = next(m for m in moments[::-1] if m.what.startswith("kill "))
-    later = [m for m in moments[start.number : opened.number] if m.changes]
-    assert len(later) > 10
+    later = [m for m in moments[start.number : opened.number] if m.changes and m.after]
+    assert len(later) > 5
     for moment in later:
         twin = world.twin()
 

@@ -456,7 +456,7 @@ def test_each_ranktable_is_saved_once_however_many_hosts_have_it() -> None:
     assert json.loads(saved.content)["ranktables"] == list(dict.fromkeys(contents))
     assert saved.content.count(b"server_group_list") == 1
     damaged = json.loads(saved.content) | {"ranktables": []}
-    with pytest.raises(ValidationError, match="expected the ranktables by their numbers"):
+    with pytest.raises(ValidationError, match="expected each ranktable's number"):
         Saved.model_validate(damaged)
 
 

@@ -285,7 +285,7 @@ def test_who_works_on_it_is_told(world: World) -> None:
     world.machines["a"].disk.put(f"{ROOT}/lease", seen[0].encode(), 0o600)
     row = next(r for r in showing.text(told(world)).splitlines() if r.startswith("lease"))
     assert "run of pd-deploy" in row
-    assert "works on qwq-3p1d" in row
+    assert "is working on qwq-3p1d" in row
 
 
 def test_a_look_changes_nothing_and_costs_two_sessions_a_host(world: World) -> None:
