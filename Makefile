@@ -6,7 +6,7 @@ PREFILLS ?= 3
 HOSTS ?= 24
 N ?= 200
 
-.PHONY: help demo demo-vllm demo-fleet demo-ha demo-down test test-all test-unit coverage lint bench bench-hosts soak lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-fleet demo-ha demo-down test test-all test-unit coverage lint bench bench-hosts bench-prompt soak lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,8 +47,11 @@ lint: ready-dev ## Format, lint and type checks.
 bench: ready    ## Measure the control plane's own time, by part.
 	@$(BIN)/python -m bench
 
-bench-hosts: ready ## What runs on 2, 8, 24 and 48 simulated hosts cost; takes half an hour and 8 GB.
+bench-hosts: ready ## What runs on 2, 8, 24 and 48 simulated hosts cost; takes 15 minutes and 8 GB.
 	@$(BIN)/python -m bench.hosts
+
+bench-prompt: ready ## What a user waits for from the prompt, and how much of it is Prefect's.
+	@$(BIN)/python -m bench.prompt
 
 soak: ready     ## N=200 upgrades in a row with traffic and faults; fails if any does, or if anything grows.
 	@$(BIN)/python -m bench.soak --count $(N)
