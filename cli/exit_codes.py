@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from pd_deploy.records.status import Verdict
 
-FAILED, INVALID = 1, 2
+FAILED, INVALID, DRIFT, INTERRUPTED = 1, 2, 5, 130
 
 OF_A_SERVICE = {Verdict.SERVING: 0, Verdict.DEGRADED: 3, Verdict.DOWN: 4}
 

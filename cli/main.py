@@ -21,7 +21,7 @@ from pd_deploy.cli import credentials, fleet, server
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.errors import InvalidInput, PdDeployError
 
-FAILED, INVALID, INTERRUPTED = 1, 2, 130
+FAILED, INVALID, DRIFT, INTERRUPTED = 1, 2, 5, 130
 
 # For the server that is started when none is configured. It may need longer than Prefect's 20 s on
 # a busy machine, and sends no telemetry. What the user has set takes precedence.
@@ -142,6 +142,34 @@ def check(file: File, image: Image = None) -> None:
 
 
 @app.command()
+def config(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="The deployment file (YAML).")
+    ] = None,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", help="Print the JSON schema of deployment files, for editors."),
+    ] = False,
+) -> None:
+    """Print the resolved file: with all that it extends, its profile's values and the defaults.
+
+    With --schema, print the JSON schema of deployment files, and read none.
+
+    Example: pd-deploy config qwq-3p1d.yaml
+    """
+    if schema == (file is not None):
+        raise typer.BadParameter("expected a FILE, or --schema")
+    from pd_deploy.cli import config as writing
+
+    if file is None:
+        typer.echo(writing.schema_text())
+        return
+    from pd_deploy.cli.check import load
+
+    typer.echo(writing.resolved(load(file)), nl=False)
+
+
+@app.command()
 def plan(
     file: File,
     image: Image = None,
@@ -152,6 +180,10 @@ def plan(
             "commands and files."
         ),
     ] = Format.TEXT,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Print container settings, commands and every file, too."),
+    ] = False,
     host: Annotated[
         str | None, typer.Option(help="With --format shell: print only this host's script.")
     ] = None,
@@ -167,15 +199,34 @@ def plan(
 ) -> None:
     """Show what a deployment would do on each host.
 
-    Changes nothing. Prints container settings, commands, environment, and every file with its
-    path and content.
+    Changes nothing. Prints what would be stopped, written, created and started; with --full, also
+    container settings, commands, environment, and every file with its path and content.
 
     Example: pd-deploy plan qwq-3p1d.yaml --format json
     """
     from pd_deploy.cli.plan import text_of
 
-    text = text_of(file, image, format=format.value, host=host, facts=facts)
+    text = text_of(file, image, format=format.value, full=full, host=host, facts=facts)
     typer.echo(text, nl=False)
+
+
+@app.command()
+def diff(file: File) -> None:
+    """Compare the file with what serves.
+
+    Changes nothing. Prints the keys of the file that differ, what of each instance would be
+    different, and what a run would do. Exit codes: 0 what serves is as the file says, 5 it is not.
+
+    Example: pd-deploy diff qwq-3p1d.yaml
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import diff as comparing
+
+    difference = comparing.of(deployment)
+    typer.echo(comparing.text(difference))
+    raise typer.Exit(DRIFT if difference.is_drift else 0)
 
 
 @app.command()

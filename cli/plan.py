@@ -13,9 +13,19 @@ from pd_deploy.registry.tags import NEWEST
 
 
 def text_of(
-    file: Path, image: str | None, *, format: str, host: str | None, facts: Path | None
+    file: Path,
+    image: str | None,
+    *,
+    format: str,
+    full: bool,
+    host: str | None,
+    facts: Path | None,
 ) -> str:
-    """Write the plan of a file in one of the formats; with `facts`, ask no host for it."""
+    """Write the plan of a file in one of the formats; with `facts`, ask no host for it.
+
+    Args:
+        full: with the format `text`, write all that is made as well.
+    """
     deployment = load(file, image)
     if host is not None and host not in deployment.hosts:
         message = f"expected one of the file's hosts ({', '.join(deployment.hosts)}), found {host}"
@@ -34,8 +44,18 @@ def text_of(
         placed = placement.build(deployment)
         names = [host] if host else list(deployment.hosts)
         return "\n".join(shell.script(deployment, placed, made, name) for name in names)
-    text = made.model_dump_json(indent=2) if format == "json" else show.plan(made)
-    return f"{text}\n"
+    if format == "json":
+        return f"{made.model_dump_json(indent=2)}\n"
+    if full:
+        return f"{show.plan(made)}\n"
+    return f"{show.short_plan(made)}\n\n{_next(file)}\n"
+
+
+def _next(file: Path) -> str:
+    return (
+        f"`pd-deploy plan {file} --full` prints containers, commands and files, "
+        f"`pd-deploy diff {file}` what differs from what serves. Next: pd-deploy deploy {file}"
+    )
 
 
 def _plan_on_hosts(deployment: Deployment, image: str | None) -> Plan:

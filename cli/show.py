@@ -29,6 +29,14 @@ def release_table(past: Past) -> str:
     return "\n".join(lines)
 
 
+def short_plan(made: Plan) -> str:
+    """Print what a plan would change on each host."""
+    lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
+    for name, host in made.hosts.items():
+        lines += ["", f"== host {name} ({host.address})", *_actions(host)]
+    return "\n".join(lines)
+
+
 def plan(made: Plan) -> str:
     """Print a plan, host by host."""
     lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
@@ -37,9 +45,12 @@ def plan(made: Plan) -> str:
     return "\n".join(lines)
 
 
+def _actions(host: HostPlan) -> list[str]:
+    return [f"would {a.verb} {a.subject}" for a in host.actions] or ["nothing to do"]
+
+
 def _host(host: HostPlan) -> list[str]:
-    lines = [f"would {action.verb} {action.subject}" for action in host.actions]
-    lines = lines or ["nothing to do"]
+    lines = _actions(host)
     lines += ["", *(f"directory {path}" for path in host.directories)]
     for name, instance in host.instances.items():
         lines += ["", f"-- container {instance.container.name} ({name})"]

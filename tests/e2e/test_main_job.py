@@ -84,8 +84,10 @@ def assert_no_secret(service: Service, home: Path) -> None:
         assert host.run(argv, check=False).stdout == ""
 
 
-async def test_second_run_changes_nothing_and_says_so(service: Service) -> None:
-    """Neither a container nor a file is touched, and the service goes on."""
+async def test_second_run_changes_nothing_and_says_so(
+    service: Service, prefect: Callable[..., str]
+) -> None:
+    """Neither a container nor a file is touched, and the service goes on, as its status says."""
     await deploy(service.file)
     before, files = service.states(), service.files()
     events = [follow_events(host) for host in service.lab.hosts.values()]
@@ -94,6 +96,10 @@ async def test_second_run_changes_nothing_and_says_so(service: Service) -> None:
     assert service.states() == before
     assert service.files() == files
     assert [seen() for seen in events] == [[], []]
+    status = json.loads(prefect("pd-deploy", "status", service.file, "--json"))
+    assert (status["verdict"], status["drift"]) == ("serving", "")
+    assert {instance["health"] for instance in status["instances"]} == {"healthy"}
+    assert {host["devices"] for host in status["hosts"]} == {"healthy"}
 
 
 async def test_what_plan_prints_is_what_happens(

@@ -274,7 +274,7 @@ class TestPlanOffline:
     def test_text_shows_containers_commands_and_files_of_each_host(
         self, call: Any, facts: Path
     ) -> None:
-        done = call("plan", example.FILE, "--facts", facts)
+        done = call("plan", example.FILE, "--facts", facts, "--full")
         made = example.plan()
         assert (done.code, done.err) == (0, "")
         for host in made.hosts.values():
@@ -285,6 +285,20 @@ class TestPlanOffline:
                 wanted += [f"{k}={v}" for k, v in instance.command.environment.items()]
             assert [text for text in wanted if text not in done.out] == []
         assert f"generation {made.generation}\nimage {example.IMAGE}\n" in done.out
+
+    def test_by_default_the_text_has_what_changes_on_each_host_and_the_next_command(
+        self, call: Any, facts: Path
+    ) -> None:
+        done = call("plan", example.FILE, "--facts", facts)
+        assert (done.code, done.err) == (0, "")
+        made = example.plan()
+        for host in made.hosts.values():
+            for instance in host.instances.values():
+                assert f"would create {instance.container.name}\n" in done.out
+                assert f"would start {instance.container.name}\n" in done.out
+        assert "PREFILL_POD_NUM" not in done.out
+        assert "would open port 7000" in done.out
+        assert f"Next: pd-deploy deploy {example.FILE}" in done.out
 
     def test_generations_on_the_hosts_decide_the_epoch(self, call: Any, facts: Path) -> None:
         known = json.loads(facts.read_text())
