@@ -161,7 +161,7 @@ CORRECTIONS = (
         "pods",
         "always",
         "pods are counted by address, decode's by instance, and overridden by 1",
-        "pods are what the file says; a second decode pod is refused",
+        "pods are what the file says; a second decode pod is refused where there are ranktables",
         "two prefills on a host count as one, two decodes are merged into one",
     ),
     Correction(
@@ -234,6 +234,37 @@ CORRECTIONS = (
         "where the image's script knows the options: the roles' `max-num-seqs`, and the log "
         "directory",
         "the balancer counts other slots than the servers have",
+        untried=True,
+    ),
+    Correction(
+        "pass-through",
+        "always",
+        "omni_proxy of `roles` relays `/proxy/ADDRESS:PORT/…` to that address for anybody",
+        "it answers 403, unless the file says `pass_through: true`",
+        "whoever reaches the proxy's port would reach all that its host reaches",
+    ),
+    Correction(
+        "omni-proxy-limits",
+        "always",
+        "omni_proxy's numbers of sequences and tokens are given by hand, beside the engine's",
+        "they are the engine's own",
+        "it would reckon with other limits than the servers have",
+        untried=True,
+    ),
+    Correction(
+        "both-names",
+        "always",
+        "variables that were renamed are given by one of their names",
+        "by both, for `v1` and `roles`",
+        "which name is read differs from build to build, and some readers don't fall back",
+        untried=True,
+    ),
+    Correction(
+        "failed-transfers",
+        "always",
+        "decode computes a prompt again whose KV did not arrive",
+        "its request fails (`kv_load_failure_policy`), for `v1` and `roles`",
+        "a broken transfer would show as slow answers only",
         untried=True,
     ),
     Correction(
