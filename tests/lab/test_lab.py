@@ -202,6 +202,18 @@ def test_a_variant_differs_in_its_files_only(lab: Lab) -> None:
     )
 
 
+def test_a_build_of_another_contract_has_its_files_alone(lab: Lab) -> None:
+    lab.push_build("roles", "roles", {"unhealthy": True})
+    seen = (
+        "cd /workspace/omniinfer && ls tools && python -c "
+        "'from importlib.metadata import version; print(version(\"omni-infer\"))'"
+        " && cat /etc/standin.json"
+    )
+    image = f"{lab.image.rpartition(':')[0]}:roles"
+    done = lab.hosts["a"].run(["docker", "run", "--rm", "--net", "host", image, "sh", "-c", seen])
+    assert done.stdout.split() == ["deploy", "1.2.1.post1", '{"unhealthy":', "true}"]
+
+
 def test_one_variant_has_no_nginx_but_can_build_it(lab: Lab) -> None:
     host = lab.hosts["b"]
     argv = ["docker", "run", "--rm", "--net", "host"]

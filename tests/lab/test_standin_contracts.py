@@ -143,6 +143,19 @@ def test_kv_that_nobody_fetches_is_freed_after_a_while(later: StandinSet) -> Non
     assert prefill.metric("standin:kv_requests_held") == 1
 
 
+@each_later
+def test_the_servers_of_an_instance_have_devices_and_ports_of_their_own(later: StandinSet) -> None:
+    decode = later["d0"]
+    decode.args |= {"--num-servers": "2", "--num-dp": "2", "--tp": "4", "--max-port-attempts": "2"}
+    later.start(["p0", "d0"])
+    later["p0"].wait_ready()
+    decode.wait_ready()
+    second = Path(decode.args["--log-dir"]) / "server_1.log"
+    decode.wait_for(lambda: "startup complete" in second.read_text(), "second server")
+    assert "devices [4, 5, 6, 7], dp rank 1 of 2" in second.read_text()
+    assert text_of(hand_over(later["p0"], decode, NUMBERS)) == " 13, 15, 17"
+
+
 # What is refused
 
 

@@ -1,5 +1,6 @@
 """The stand-in's omni proxy: its arguments, and what its locations do through nginx."""
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,22 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from pd_deploy.lab.standin.processes import STANDIN, Instance, StandinSet, standin_set
-from tests.lab.test_standin_proxy import NGINX, conf_of, needs_nginx, root, run
+from pd_deploy.lab.standin.processes import Instance, StandinSet, standin_set
+from tests.lab.proxies import OMNI_PROXY, conf_of, needs_nginx, run_proxy, set_age
 
-__all__ = ["root"]  # a fixture
-
-SCRIPT = STANDIN / "later/omni_proxy.sh"
 LISTS = ["--prefill-endpoints", "10.0.0.1:9000", "--decode-endpoints", "10.0.0.2:9100"]
 PROMPT = {"model": "qwen", "max_tokens": 5, "prompt": "5, 7, 9, 11,"}
 SOURCE = "standin:requests_by_source_total"
 
 
-def set_age(root: Path, contract: str, built: str = "2026-07-24") -> None:
-    image = root / "usr/local/Ascend/latest/standin"
-    image.mkdir(parents=True, exist_ok=True)
-    (image / "contract").write_text(contract)
-    (image / "built").write_text(built)
+NEWEST = "2026-07-24"
+
+
+def run(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return run_proxy(OMNI_PROXY, root, *args)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +42,8 @@ def set_age(root: Path, contract: str, built: str = "2026-07-24") -> None:
     ],
 )
 def test_wrong_arguments_end_with_1(tmp_path: Path, args: list[str], message: str) -> None:
-    set_age(tmp_path, "roles")
-    done = run(tmp_path, "--dry-run", *args, script=SCRIPT)
+    set_age(tmp_path, NEWEST, "roles")
+    done = run(tmp_path, "--dry-run", *args)
     assert done.returncode == 1
     assert message in done.stderr
 
@@ -62,26 +60,33 @@ OF_ROLES = {
 def test_roles_alone_knows_sizes_and_has_an_open_way_to_any_address(
     tmp_path: Path, contract: str
 ) -> None:
-    set_age(tmp_path, contract)
+    set_age(tmp_path, NEWEST, contract)
     for option, value in OF_ROLES.items():
-        done = run(tmp_path, "--dry-run", *LISTS, option, value, script=SCRIPT)
+        done = run(tmp_path, "--dry-run", *LISTS, option, value)
         assert done.returncode == (0 if contract == "roles" else 1)
-    assert run(tmp_path, "--dry-run", *LISTS, script=SCRIPT).returncode == 0
+    assert run(tmp_path, "--dry-run", *LISTS).returncode == 0
     assert ("location ~ ^/proxy/" in conf_of(tmp_path)) == (contract == "roles")
-    text = run(tmp_path, "--help", script=SCRIPT).stdout
+    text = run(tmp_path, "--help").stdout
     assert all((option in text) == (contract == "roles") for option in OF_ROLES)
 
 
 def test_a_dry_run_writes_what_it_was_told(tmp_path: Path) -> None:
-    set_age(tmp_path, "roles")
+    set_age(tmp_path, NEWEST, "roles")
     args = ["--listen-port", "7000", "--core-num", "2", "--no-reuseport"]
     args += ["--omni-proxy-prefill-max-num-seqs", "4", "--client-max-body-size", "20M"]
-    assert run(tmp_path, "--dry-run", *LISTS, *args, script=SCRIPT).returncode == 0
+    assert run(tmp_path, "--dry-run", *LISTS, *args).returncode == 0
     conf = conf_of(tmp_path)
     for line in ("worker_processes 2;", "listen 7000;", "prefill = 4,", "decode = 32,"):
         assert f" {line}\n" in conf or conf.startswith(line) or f"\n{line}\n" in conf
     assert "client_max_body_size 20M;" in conf
     assert 'policy = "sequential",' in conf
+
+
+@pytest.mark.parametrize(("built", "there"), [("2025-10-21", False), ("2025-10-22", True)])
+def test_its_health_came_some_days_after_it(tmp_path: Path, built: str, there: bool) -> None:
+    set_age(tmp_path, built)
+    assert run(tmp_path, "--dry-run", *LISTS).returncode == 0
+    assert ("location = /omni_proxy/health" in conf_of(tmp_path)) == there
 
 
 @contextmanager
@@ -96,12 +101,12 @@ def served(
         servers = [f"{instances[name].host}:{instances[name].api_port}" for name in names]
         args += [f"--{role}-endpoints", ",".join(servers)]
     args += ["--log-file", str(root / "error.log"), "--access-log-file", str(root / "access.log")]
-    done = run(root, *args, *options, script=SCRIPT)
+    done = run(root, *args, *options)
     assert done.returncode == 0, done.stderr
     try:
         yield replace(instances["d0"], name="c0", api_port=port, process=None)
     finally:
-        run(root, "--stop", script=SCRIPT)
+        run(root, "--stop")
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +120,8 @@ def instances(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandinSet]:
 
 @pytest.fixture
 def omni(root: Path) -> Path:
-    """A root directory with what the omni proxy of roles needs."""
-    (root / "usr/sbin").mkdir()
-    (root / "usr/sbin/nginx").symlink_to(NGINX)
-    set_age(root, "roles")
+    """A root directory with what the omni proxy needs, of roles."""
+    set_age(root, NEWEST, "roles")
     return root
 
 
@@ -187,7 +190,7 @@ def test_models_are_decodes_and_the_pass_through_reaches_any_address(
 def test_newer_ones_also_rewrite_max_completion_tokens_for_prefill(
     omni: Path, instances: StandinSet, built: str, tokens: int
 ) -> None:
-    set_age(omni, "v1", built)
+    set_age(omni, built, "v1")
     prefill = instances["p0"]
     generated = 'vllm:generation_tokens_total{engine="0",model_name="qwen"}'
     chat = {
@@ -212,8 +215,8 @@ def test_a_reload_takes_new_servers_without_a_new_start(omni: Path, instances: S
         args += ["--decode-endpoints", f"{decode.host}:{decode.api_port}"]
         args += ["--listen-port", str(entry.api_port), "--core-num", "1"]
         args += ["--log-file", str(omni / "e.log"), "--access-log-file", str(omni / "a.log")]
-        assert run(omni, "--reload", *args, script=SCRIPT).returncode == 0
+        assert run(omni, "--reload", *args).returncode == 0
         assert pid.read_text() == first
-        bad = run(omni, "--reload", *args, "--client-max-body-size", "wat", script=SCRIPT)
+        bad = run(omni, "--reload", *args, "--client-max-body-size", "wat")
         assert bad.returncode == 1
         assert "client_max_body_size wat" not in conf_of(omni)

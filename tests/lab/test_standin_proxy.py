@@ -1,10 +1,7 @@
 """The stand-in's global proxy: its arguments, its configuration, the hand-over through nginx."""
 
 import json
-import os
 import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,56 +13,15 @@ from typing import Any
 import pytest
 
 from pd_deploy.lab.standin.processes import STANDIN, Answer, Instance, StandinSet, standin_set
+from tests.lab.proxies import GLOBAL_PROXY, HANDOVER, conf_of, needs_nginx, run_proxy, set_age
 
-SCRIPTS = STANDIN / "image/workspace/omniinfer"
-SCRIPT = SCRIPTS / "tools/scripts/global_proxy.sh"
-BUILD = SCRIPTS / "omni/accelerators/sched/global_proxy/build.sh"
-HANDOVER = STANDIN / "image/usr/libexec/standin/pd_handover.lua"
-NGINX = Path("/usr/sbin/nginx")
-LUA = Path("/usr/lib/nginx/modules/ngx_http_lua_module.so")
+SOURCES = STANDIN / "image/workspace/omniinfer/omni/accelerators/sched"
+BUILD = SOURCES / "global_proxy/build.sh"
 LISTS = ["--prefill-servers-list", "10.0.0.1:9000", "--decode-servers-list", "10.0.0.2:9100"]
 
-needs_nginx = pytest.mark.skipif(
-    not (NGINX.exists() and LUA.exists()), reason="nginx with its Lua module is not installed"
-)
 
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    """A root directory with the image's proxy files and links to the machine's nginx."""
-    with tempfile.TemporaryDirectory() as directory:
-        # nginx's workers give up root: below pytest's own directory they could read nothing.
-        Path(directory).chmod(0o755)
-        fill_root(Path(directory))
-        yield Path(directory)
-
-
-def fill_root(root: Path) -> None:
-    prefix = root / "usr/local/nginx"
-    (prefix / "modules").mkdir(parents=True)
-    (prefix / "nginx").symlink_to(NGINX)
-    (prefix / "modules/pd_handover.lua").symlink_to(HANDOVER)
-    for shared in ("usr/lib/nginx", "usr/share/lua"):
-        (root / shared).parent.mkdir(parents=True, exist_ok=True)
-        (root / shared).symlink_to(f"/{shared}")
-
-
-def set_built(root: Path, day: str) -> None:
-    """Give the image below this root another date."""
-    file = root / "usr/local/Ascend/latest/standin/built"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(day + "\n")
-
-
-def run(root: Path, *args: str, script: Path = SCRIPT, **env: str) -> Any:
-    environment = {**os.environ, "STANDIN_ROOT": str(root), **env}
-    return subprocess.run(
-        ["bash", str(script), *args], env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def conf_of(root: Path) -> str:
-    return (root / "usr/local/nginx/conf/nginx.conf").read_text()
+def run(root: Path, *args: str, script: Path = GLOBAL_PROXY, **env: str) -> Any:
+    return run_proxy(script, root, *args, **env)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +93,7 @@ def test_a_start_without_nginx_names_the_build(tmp_path: Path) -> None:
 def test_the_build_needs_unpacked_sources_of_the_version_that_it_wants(
     tmp_path: Path, built: str, version: str, given: dict[str, str]
 ) -> None:
-    set_built(tmp_path, built)
+    set_age(tmp_path, built)
     build = tmp_path / "build.sh"
     build.write_text(BUILD.read_text())
     kept = tmp_path / "usr/libexec/standin"
@@ -164,12 +120,12 @@ NEW_OPTIONS = {
 
 @pytest.mark.parametrize("option", NEW_OPTIONS)
 def test_options_of_newer_images_are_unknown_to_older_ones(tmp_path: Path, option: str) -> None:
-    set_built(tmp_path, OLD)
+    set_age(tmp_path, OLD)
     args = ["--dry-run", *LISTS, option, NEW_OPTIONS[option]]
     done = run(tmp_path, *args)
     assert done.returncode == 1
     assert f"unknown option {option}" in done.stderr
-    set_built(tmp_path, NEW)
+    set_age(tmp_path, NEW)
     assert run(tmp_path, *args).returncode == 0
 
 
@@ -180,7 +136,7 @@ def test_the_image_itself_is_an_older_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--prefill-max-num-seqs", "--decode-max-num-seqs"])
 def test_numbers_of_sequences_are_positive(tmp_path: Path, option: str) -> None:
-    set_built(tmp_path, NEW)
+    set_age(tmp_path, NEW)
     done = run(tmp_path, "--dry-run", *LISTS, option, "0")
     assert done.returncode == 1
     assert f"{option} must be a positive integer" in done.stderr
@@ -198,7 +154,7 @@ def test_numbers_of_sequences_are_positive(tmp_path: Path, option: str) -> None:
 def test_the_age_of_the_image_decides_limit_and_access_log(
     tmp_path: Path, built: str, args: list[str], lines: list[str]
 ) -> None:
-    set_built(tmp_path, built)
+    set_age(tmp_path, built)
     run(tmp_path, "--dry-run", *LISTS, *args)
     for line in lines:
         assert f" {line}\n" in conf_of(tmp_path)
@@ -479,7 +435,7 @@ def test_a_decode_at_its_limit_gets_nothing_more(
     root: Path, two_decodes: StandinSet, limit: str, expected: list[int]
 ) -> None:
     """d0 has one long request; short ones go to d1, as long as it may take more."""
-    set_built(root, NEW)
+    set_age(root, NEW)
     with (
         served(root, two_decodes, *options_of(root, limit)) as entry,
         ThreadPoolExecutor(4) as pool,
@@ -496,7 +452,7 @@ def test_a_decode_at_its_limit_gets_nothing_more(
 def test_when_all_decodes_are_at_their_limit_it_goes_round(
     root: Path, two_decodes: StandinSet
 ) -> None:
-    set_built(root, NEW)
+    set_age(root, NEW)
     with served(root, two_decodes, *options_of(root, "1")) as entry:
         for name in ("d0", "d1"):
             two_decodes[name].set_faults(token_seconds=0.5)
@@ -515,7 +471,7 @@ def options_of(root: Path, decode_limit: str) -> list[str]:
 
 @needs_nginx
 def test_newer_images_write_an_access_log(root: Path, tmp_path: Path) -> None:
-    set_built(root, NEW)
+    set_age(root, NEW)
     with (
         standin_set(tmp_path / "set", prefills=1) as instances,
         served(root, instances, *options_of(root, "32")) as entry,

@@ -9,6 +9,7 @@ PID_FILE=$ROOT/run/nginx.pid
 STANDIN=$ROOT/usr/local/Ascend/latest/standin
 # From then on max_completion_tokens is handled; an ISO date compares as text.
 COMPLETION_TOKENS_SINCE=2026-02-26
+HEALTH_SINCE=2025-10-22
 
 conf_file=$PREFIX/conf/nginx.conf
 listen_port=7150
@@ -274,6 +275,14 @@ handles_completion_tokens() {
     if [[ $(cat "$STANDIN/built") < $COMPLETION_TOKENS_SINCE ]]; then echo false; else echo true; fi
 }
 
+health_location() {
+    [[ $(cat "$STANDIN/built") < $HEALTH_SINCE ]] || cat <<'END'
+        location = /omni_proxy/health {
+            content_by_lua_block { package.loaded.pd_handover.health() }
+        }
+END
+}
+
 roles_locations() { # broadcasts, and the way to any address that this host reaches
     local path
     is_roles || return
@@ -375,9 +384,7 @@ $(upstream decode "$decode_endpoints")
             proxy_read_timeout 5s;
             proxy_pass http://\$1\$2;
         }
-        location = /omni_proxy/health {
-            content_by_lua_block { package.loaded.pd_handover.health() }
-        }
+$(health_location)
         location = /omni_proxy/metrics {
             content_by_lua_block { package.loaded.pd_handover.metrics() }
         }

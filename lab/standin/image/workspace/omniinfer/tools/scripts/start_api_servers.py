@@ -160,6 +160,7 @@ def start_server(args: argparse.Namespace, rank: int, port: int) -> subprocess.P
         "VLLM_DP_RANK_LOCAL": dp_rank,
         "VLLM_DP_MASTER_IP": args.master_ip,
         "VLLM_DP_MASTER_PORT": str(args.master_port),
+        "STANDIN_SERVER": str(rank),  # what the engine knows by other means: its ports follow
     }
     with (Path(args.log_dir) / f"server_{rank}.log").open("wb") as output:
         return subprocess.Popen(

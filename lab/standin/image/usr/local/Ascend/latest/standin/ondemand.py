@@ -37,6 +37,7 @@ def resolve(options: argparse.Namespace, env: Environment) -> Instance:
     devices = _devices(options, env)
     address = default_route_address()
     port = int(kv.get("kv_port") or env.number("OMNI_LLMDATADIST_ZMQ_PORT"))
+    port += _server() * len(devices)  # after those of the instance's other servers
     return Instance(
         name=env.instance or env["ROLE"],
         role=env["ROLE"],
@@ -78,9 +79,9 @@ def default_route_address() -> str:
 def bind(instance: Instance, env: Environment) -> list[socket.socket]:
     """Bind and listen on every port of the workers; the first is that of links and pulls.
 
-    Each worker has kv_port + its local rank. In v1, prefill has a port of heartbeats too, and one
-    per worker after it, which are the same for every instance of a host unless
-    VLLM_LLMDATADIST_BASE_PORT differs.
+    Each worker has kv_port + its local rank, counted over the servers of the instance. In v1,
+    prefill has a port of heartbeats too, and one per worker after it, which are the same for every
+    instance of a host unless VLLM_LLMDATADIST_BASE_PORT differs.
 
     Raises:
         Refusal: a port is taken.
@@ -88,7 +89,9 @@ def bind(instance: Instance, env: Environment) -> list[socket.socket]:
     ports = [instance.zmq_port + rank for rank in range(len(instance.devices))]
     if instance.is_prefill and age.contract() == "v1":
         base = env.number("VLLM_LLMDATADIST_BASE_PORT")
-        ports += [base - 1, *(base + rank for rank in range(len(instance.devices)))]
+        first = base + _server() * len(instance.devices)
+        heartbeats = [base - 1] if _server() == 0 else []
+        ports += [*heartbeats, *(first + rank for rank in range(len(instance.devices)))]
     listeners = []
     for port in ports:
         try:
@@ -245,6 +248,11 @@ class DecodeSide:
         if link := self._links.pop(announced, None):
             link[0].close()
             self._metrics.add("standin:links", -1)
+
+
+def _server() -> int:
+    """Return which server of its instance this is, from 0."""
+    return int(os.environ["STANDIN_SERVER"])
 
 
 def _check_plugins(text: str) -> None:
