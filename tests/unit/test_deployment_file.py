@@ -83,7 +83,7 @@ class TestFile:
             ("extends: /dev/zero\n", "expected a file, found a directory or a device"),
             (
                 "name: a\n",
-                "profile: expected one of deepseek-r1-a2-2p1d, deepseek-r1-a3-2p1d, q",
+                "profile: expected one of deepseek-r1-a2-2p1d, deepseek-r1-a3-2p1d, ",
             ),
         ],
     )

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from pd_deploy.config import yaml_files
-from pd_deploy.config.load import parse_deployment
+from pd_deploy.config.load import load_deployment, parse_deployment, profiles
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.omniinfer import corrections
@@ -78,6 +78,29 @@ def test_documented_defaults_are_the_defaults(section: str) -> None:
     default = Deployment.model_fields[section].default
     given = {k: v for k, v in documented()[section].items() if k not in EXAMPLES.get(section, ())}
     assert type(default).model_validate(given) == default
+
+
+def test_every_profile_is_listed_with_its_examples() -> None:
+    table = PAGE.partition("## Profiles")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| .* \| (.*) \|$", table, re.MULTILINE)
+    listed = {
+        (profile, example)
+        for profiles_of_row, examples in rows
+        for profile in re.findall(r"`([^`]+)`", profiles_of_row)
+        for example in re.findall(r"`([^`]+)`", examples)
+    }
+    files = (ROOT / "deployments").glob("*.yaml")
+    used = {(load_deployment(file).profile, file.stem) for file in files}
+    assert {profile for profile, _ in listed} == set(profiles())
+    assert {pair for pair in used if not pair[1].startswith("lab-")} <= listed
+
+
+@pytest.mark.parametrize("name", sorted(set(profiles()) - {"qwq-32b-a3", "vllm-cpu"}))
+def test_a_profile_that_nobody_has_tried_says_so(name: str) -> None:
+    """All but the one of the documented service, and the one that CI runs."""
+    text = (ROOT / f"pd_deploy/config/profiles/{name}.yaml").read_text()
+    opening = text.partition("\nengine:")[0].replace("\n# ", " ")
+    assert "Not tried on hardware" in opening
 
 
 def test_every_rule_is_documented_as_it_is() -> None:
