@@ -39,7 +39,6 @@ app = typer.Typer(
     "Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid, 130 interrupted by "
     "Ctrl-C, 143 by SIGTERM.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -77,7 +76,8 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file 
 Image = Annotated[
     str | None,
     typer.Option(
-        help="Use this image instead of the file's; `newest` for the newest of its update policy."
+        help="Use this image instead of the file's; a tag alone is one of the file's repository; "
+        "`newest` for the newest of its update policy."
     ),
 ]
 
@@ -469,7 +469,12 @@ def teardown(
 
 @app.command()
 def follow(
-    flow_run: Annotated[UUID, typer.Argument(help="The flow run's id, as Prefect prints it.")],
+    flow_run: Annotated[
+        UUID | None,
+        typer.Argument(
+            help="The flow run's id, as Prefect prints it; by default, the latest of pd-deploy's."
+        ),
+    ] = None,
 ) -> None:
     """Follow a flow run on the Prefect server until it ends.
 

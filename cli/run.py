@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 from uuid import UUID
@@ -15,7 +15,10 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
@@ -23,10 +26,13 @@ from prefect.client.schemas.filters import (
     WorkQueueFilterId,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import TerminationSignal
+from prefect.types import DateTime
 
+from pd_deploy.cli.exit_codes import FAILED
 from pd_deploy.cli.prefect_api import ServerLost, served
-from pd_deploy.errors import PdDeployError
+from pd_deploy.errors import InvalidInput, PdDeployError
 from pd_deploy.flows.interrupts import Ending, ending
 
 POLL_INTERVAL_S = 0.5
@@ -34,6 +40,9 @@ PAGE = 200  # of task runs; the server gives no more at a time
 QUIET_POLLS = 4
 LOST = "the Prefect server was lost during the run, and does not know how it ended"
 QUEUED = "AwaitingConcurrencySlot"
+FLOWS = "pd-"
+"""What names of our flows begin with."""
+CHANGING = ("pd-deploy", "pd-rollback", "pd-recover")
 _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
 
 
@@ -43,13 +52,16 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
     A signal ends it with 128 and its number, as a shell would say.
 
     Raises:
-        PdDeployError: what it failed of.
+        InvalidInput, ServerLost, ServerRefuses: it could not begin.
     """
     end = Ending()
     former = signal.signal(signal.SIGTERM, lambda number, _: _interrupt(end, number))
     try:
         with served():
-            return asyncio.run(_here(flow, parameters, end))
+            code = asyncio.run(_here(flow, parameters, end))
+        if flow.name in CHANGING:
+            typer.echo(next_command(parameters, code), err=code != 0)
+        return code
     except ServerLost as error:
         typer.echo(f"pd-deploy: {LOST if end.state else error}", err=True)
         code = _last_word(end.state, end) if end.state else _interrupted(end) or 1
@@ -64,6 +76,16 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
         signal.signal(signal.SIGTERM, former)
 
 
+def next_command(parameters: Mapping[str, Any], code: int) -> str:
+    """Name what is useful after a run: to see what serves, and after a failure the logs."""
+    file = parameters["file"]
+    if parameters.get("dry_run"):
+        return f"Next: pd-deploy deploy {file}"
+    if code == 0:
+        return f"Next: pd-deploy status {file}"
+    return f"Next: pd-deploy status {file} (what serves now), pd-deploy logs {file} (why not)"
+
+
 def _interrupt(end: Ending, number: int) -> NoReturn:
     end.signals.append(number)
     raise KeyboardInterrupt
@@ -74,10 +96,35 @@ def _interrupted(end: Ending) -> int:
     return 128 + end.signals[0] if end.signals else 0
 
 
-def follow(flow_run: UUID) -> int:
-    """Print a run's steps as they happen; return 0 if it completed, 1 otherwise."""
+def follow(flow_run: UUID | None) -> int:
+    """Print a run's steps as they happen; return 0 if it completed, 1 otherwise.
+
+    Args:
+        flow_run: by default, the latest run of pd-deploy's that has begun or is due.
+
+    Raises:
+        PdDeployError: there is none.
+    """
     with served():
-        return asyncio.run(_follow(flow_run))
+        return asyncio.run(_follow_latest() if flow_run is None else _follow(flow_run))
+
+
+async def _follow_latest() -> int:
+    due = FlowRunFilterExpectedStartTime(before_=DateTime.now(UTC))
+    async with get_client() as client:
+        runs = await client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(like_=FLOWS)),
+            flow_run_filter=FlowRunFilter(expected_start_time=due),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=1,
+        )
+    if not runs:
+        raise PdDeployError(
+            "expected a run of pd-deploy on the Prefect server, found none",
+            hint="start one: `prefect deployment run`, or `pd-deploy deploy FILE`",
+        )
+    typer.echo(f"run {runs[0].name!r} ({runs[0].id})")
+    return await _follow(runs[0].id)
 
 
 async def _here(
@@ -86,8 +133,11 @@ async def _here(
     ending.set(end)
     state: State[Any] = await flow(**parameters, return_state=True)
     error = None if state.is_cancelled() else await state.aresult(raise_on_failure=False)
-    if isinstance(error, PdDeployError):
+    if isinstance(error, InvalidInput):
         raise error
+    if isinstance(error, PdDeployError):
+        typer.echo(f"pd-deploy: {error}", err=True)
+        return FAILED
     return _last_word(state, end)
 
 
@@ -103,7 +153,10 @@ async def _follow(flow_run: UUID) -> int:
                 printed = line
             # The server records task runs a little later than the end of their flow run.
             if run.state and run.state.is_final() and quiet >= QUIET_POLLS:
-                return _last_word(run.state)
+                code = _last_word(run.state)
+                if "file" in run.parameters:
+                    typer.echo(next_command(run.parameters, code), err=code != 0)
+                return code
             await asyncio.sleep(POLL_INTERVAL_S)
 
 

@@ -80,8 +80,27 @@ def up(deployment: str, *prepare: str) -> int:
     flow_run = _start_run(ENV, deployment)
     code = _follow(flow_run, ENV)
     print(f"\nLook around: http://127.0.0.1:{PORT}/runs/flow-run/{flow_run}")
-    print("Run again: the same command      Remove everything: make demo-down")
+    print(next_commands(ROOT / "deployments" / f"{deployment}.yaml"))
     return code
+
+
+def next_commands(file: Path) -> str:
+    """Say what to type next, with the environment that it needs."""
+    shown = file.relative_to(ROOT)
+    settings = {name: ENV[name] for name in ("PREFECT_HOME", "PREFECT_API_URL")}
+    exports = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    return "\n".join(
+        [
+            "Type next, in this directory:",
+            f"  export PATH={shlex.quote(str(BIN))}:$PATH {' '.join(exports)}",
+            f"  pd-deploy status {shown} --watch     # what serves, and how each part of it is",
+            f"  pd-deploy releases {shown}           # what was deployed, and what became of it",
+            f"  pd-deploy diff {shown}               # what the file, changed, would change",
+            f"  pd-deploy deploy {shown}             # do it",
+            f"  pd-deploy rollback {shown}           # go back",
+            "Run again: the same command      Remove everything: make demo-down",
+        ]
+    )
 
 
 def _start_run(env: Mapping[str, str], deployment: str = services.EXAMPLE) -> str:
@@ -182,7 +201,7 @@ def up_fleet(hosts: int) -> int:
     print(f"$ {shlex.join(command)}", flush=True)
     deployed = subprocess.run(command, env=ENV, cwd=ROOT, check=False)
     print(f"\nLook around: http://127.0.0.1:{PORT}/runs")
-    print("Run again: the same command      Remove everything: make demo-down")
+    print(next_commands(file))
     return deployed.returncode
 
 

@@ -289,11 +289,12 @@ Text = Annotated[
 Word = Annotated[str, like(r"[^\x00-\x20\x7f]+", "text without spaces")]
 FILE = "file:"
 """What an image begins with that is in a file of the controller's."""
+TAG = r"[\w][\w.-]{0,127}"
 Image = Annotated[
     str,
     like(
         rf"{FILE}/[^\s@]+|"
-        r"[^\s:@]([^\s@]*[^\s:@])?(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})",
+        rf"[^\s:@]([^\s@]*[^\s:@])?(:{TAG}|@sha256:[0-9a-f]{{64}})",
         "an image with a tag or a digest, NAME:TAG, NAME@sha256:… or both, or file:PATH",
     ),
 ]

@@ -1,5 +1,6 @@
 """Reading a deployment file: merge it over its profile, and report all of its problems at once."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pd_deploy.config import lines, yaml_files
-from pd_deploy.config.fields import shown
+from pd_deploy.config.fields import TAG, archive_of, shown, split_image
 from pd_deploy.config.models import DERIVED, Deployment, InstanceEntry
 from pd_deploy.config.problems import problems_of
 from pd_deploy.errors import InvalidInput, Problem
@@ -20,8 +21,11 @@ _OF_PROFILES = (*DERIVED, "all", "upstream")
 
 
 def load_deployment(path: Path, *, image: str | None = None) -> Deployment:
-    """Load the deployment that a file describes, with `image` in place of the file's own if given;
-    the path in a `file:PATH` is relative to the deployment file.
+    """Load the deployment that a file describes, with `image` in place of the file's own if given.
+
+    Args:
+        image: a reference; a tag alone, of the repository that the file takes newer builds from;
+            or `file:PATH`, relative to the deployment file.
 
     Raises:
         InvalidInput: all problems of the file, each with its line and the path of its key.
@@ -29,8 +33,19 @@ def load_deployment(path: Path, *, image: str | None = None) -> Deployment:
     with naming_lines(path, image=image):
         document = yaml_files.read(path, names_file=("profile",))
         if image is not None:
-            document["image"] = yaml_files.placed(image, path.resolve())
+            document["image"] = yaml_files.placed(_named(image, document), path.resolve())
         return parse_deployment(document, file=str(path))
+
+
+def _named(image: str, document: Mapping[str, Any]) -> str:
+    """Name the repository of a tag that is given alone."""
+    policy = document.get("update")
+    repository = policy.get("repository") if isinstance(policy, Mapping) else None
+    of_file = document.get("image")
+    if not repository and isinstance(of_file, str) and not archive_of(of_file):
+        repository = split_image(of_file).name
+    is_tag = re.fullmatch(TAG, image, re.ASCII)
+    return f"{repository}:{image}" if is_tag and isinstance(repository, str) else image
 
 
 def naming_lines(path: Path, *, image: str | None = None) -> AbstractContextManager[None]:

@@ -450,3 +450,24 @@ def test_the_labs_commands_get_all_that_follows_their_name(
     done = call("lab", *arguments)
     assert (done.code, done.out) == (code, "")
     assert says in done.err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(shell: str) -> None:
+    variables = {
+        "bash": {"COMP_WORDS": "pd-deploy rel", "COMP_CWORD": "1"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": "pd-deploy rel"},
+        "fish": {
+            "_TYPER_COMPLETE_ARGS": "pd-deploy rel",
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        },
+    }[shell]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("pd-deploy")],
+        env={"PATH": "/usr/bin:/bin", "_PD_DEPLOY_COMPLETE": f"complete_{shell}", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "releases" in done.stdout
+    assert "rollback" not in done.stdout

@@ -1,5 +1,6 @@
 """The demo: what a start that fails takes down again."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,3 +35,26 @@ def test_a_start_that_fails_takes_down_no_lab_that_was_up_before(
     monkeypatch.setattr(sys, "argv", ["demo", "up"])
     assert demo.main() == 1
     assert (("pd-deploy", "lab", "down") in commands) is not had_lab
+
+
+def test_what_to_type_next_works_as_it_is_printed() -> None:
+    """In a shell without any environment but the one that is printed."""
+    text = demo.next_commands(demo.ROOT / "deployments/lab-qwq-3p1d.yaml")
+    export = next(line.strip() for line in text.splitlines() if "export PATH" in line)
+    assert f"PREFECT_API_URL={demo.API}" in export
+    commands = [line.split("#")[0].strip() for line in text.splitlines() if "pd-deploy " in line]
+    assert [command.split()[1] for command in commands] == [
+        "status", "releases", "diff", "deploy", "rollback",
+    ]  # fmt: skip
+    script = "\n".join(["set -e", export, *(f"{command} --help" for command in commands)])
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        cwd=demo.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file = commands[0].split()[2]
+    assert (demo.ROOT / file).is_file()

@@ -130,6 +130,27 @@ class TestFile:
     def test_image_given_at_the_call_replaces_the_files(self) -> None:
         assert load_deployment(example.FILE, image="other:1").image == "other:1"
 
+    @pytest.mark.parametrize(
+        ("changes", "repository"),
+        [
+            ("", "swr.cn-east-4.myhuaweicloud.com/omni-ci/daily_omniinfer"),
+            ("update: {family: daily, repository: omni/daily}", "omni/daily"),
+            ("image: 10.0.0.9:5000/omni@sha256:" + "0" * 64, "10.0.0.9:5000/omni"),
+        ],
+    )
+    def test_a_tag_alone_is_one_of_the_files_repository(
+        self, tmp_path: Path, changes: str, repository: str
+    ) -> None:
+        path = tmp_path / "x.yaml"
+        path.write_text(f"extends: {example.FILE}\n{changes}\n")
+        assert load_deployment(path, image="20250723_1").image == f"{repository}:20250723_1"
+
+    def test_a_tag_alone_is_none_where_the_file_has_an_archive(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.yaml"
+        path.write_text(f"extends: {example.FILE}\nimage: file:/data/omni.tar\n")
+        with pytest.raises(InvalidInput, match="expected an image with a tag or a digest"):
+            load_deployment(path, image="20250723_1")
+
 
 # changes to the example → the problems they must give, as `key: start of message`
 BAD: list[tuple[dict[str, Any], list[str]]] = [

@@ -1,6 +1,7 @@
 """`pd-deploy follow`: what it says while a run waits, and of many tasks."""
 
 import asyncio
+import contextlib
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from prefect.states import (
 )
 
 from pd_deploy.cli import run as following
+from pd_deploy.errors import PdDeployError
 
 RUN, QUEUE = UUID(int=1), UUID(int=3)
 SOON = datetime.now(UTC) + timedelta(hours=1)
@@ -144,3 +146,46 @@ def test_a_run_that_works_waits_for_nothing(followed: Any) -> None:
 def test_a_run_of_more_tasks_than_a_page_shows_all_of_them(followed: Any) -> None:
     shown = followed(Server(Running(), tasks=450))
     assert [line.split()[-1] for line in shown[:-1]] == [str(n) for n in range(450)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_an_id_the_latest_run_of_ours_is_followed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: bool
+) -> None:
+    server = Server(Running())
+    asked: list[dict[str, Any]] = []
+
+    async def read_flow_runs(**question: Any) -> list[Any]:
+        asked.append(question)
+        return [SimpleNamespace(id=RUN, name="qwq-3p1d 07-23 03:12:40")] if known else []
+
+    monkeypatch.setattr(server, "read_flow_runs", read_flow_runs)
+    monkeypatch.setattr(following, "get_client", lambda: server)
+    monkeypatch.setattr(following, "served", contextlib.nullcontext)
+    monkeypatch.setattr(following, "POLL_INTERVAL_S", 0)
+    if not known:
+        with pytest.raises(PdDeployError, match="expected a run of pd-deploy"):
+            following.follow(None)
+        return
+    assert following.follow(None) == 0
+    assert capsys.readouterr().out.startswith(f"run 'qwq-3p1d 07-23 03:12:40' ({RUN})\n")
+    question = asked[0]
+    assert question["flow_filter"].name.like_ == "pd-"
+    # One that a schedule has made for tomorrow is not the latest.
+    before = question["flow_run_filter"].expected_start_time.before_
+    assert abs((before - datetime.now(UTC)).total_seconds()) < 3600
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code", "named"),
+    [
+        ({}, 0, ["pd-deploy status x.yaml"]),
+        ({}, 1, ["pd-deploy status x.yaml", "pd-deploy logs x.yaml"]),
+        ({"dry_run": True}, 0, ["pd-deploy deploy x.yaml"]),
+    ],
+)
+def test_the_next_command_is_named(parameters: dict[str, Any], code: int, named: list[str]) -> None:
+    told = following.next_command({"file": "x.yaml", **parameters}, code)
+    assert told.startswith("Next: ")
+    assert told.count("pd-deploy ") == len(named)
+    assert [command for command in named if command not in told] == []

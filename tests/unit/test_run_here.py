@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from prefect.states import Cancelled, Completed
+from prefect import State
+from prefect.states import Cancelled, Completed, exception_to_failed_state
 
 from pd_deploy.cli import run
 from pd_deploy.cli.prefect_api import ServerLost
+from pd_deploy.errors import DiskFull
 from pd_deploy.flows.interrupts import ending
 
 
@@ -68,4 +70,41 @@ def test_a_run_that_was_cut_off_says_what_to_run(
     given: Any = flow
     assert run.here(given, file="x.yaml") == 130
     assert "`pd-deploy recover x.yaml` repairs what the run left" in capsys.readouterr().err
+    assert not exits
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (None, 0, "Completed: serves\nNext: pd-deploy status x.yaml"),
+        (
+            DiskFull("expected room, found none", host="a (10.0.0.1)"),
+            1,
+            "pd-deploy: host a (10.0.0.1): expected room, found none\n"
+            "Next: pd-deploy status x.yaml",
+        ),
+    ],
+)
+def test_after_a_run_comes_the_next_command(
+    exits: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception | None,
+    code: int,
+    told: str,
+) -> None:
+    async def flow(**_: object) -> Any:
+        if error:
+            return await exception_to_failed_state(error)
+        return Completed(message="serves")
+
+    async def result(_: State[Any], **__: object) -> Exception | None:
+        return error  # what Prefect keeps of it
+
+    monkeypatch.setattr(State, "aresult", result)
+    flow.name = "pd-deploy"  # type: ignore[attr-defined]
+    given: Any = flow
+    assert run.here(given, file="x.yaml") == code
+    printed = capsys.readouterr()
+    assert told in (printed.err if code else printed.out)
     assert not exits
