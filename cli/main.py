@@ -128,6 +128,98 @@ def init(
     typer.echo(f"{directory / 'README.md'} lists the commands that follow.")
 
 
+@app.command("import-ansible")
+def import_ansible(
+    inventory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INVENTORY", help="Ansible's inventory, or a profile of omni_cli (YAML)."
+        ),
+    ],
+    template: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="TEMPLATE", help="The playbook for it; none with a profile of omni_cli."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The deployment file; else it is printed."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What became of each line; else it goes to standard error."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The deployment's name; by default, that of the file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Answer a placeholder such as IMAGE or MODEL_PATH, or give what the playbook gets "
+            "by `-e`; can be repeated.",
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Begin with this profile, not with the one that says most of it."),
+    ] = None,
+    compat: Annotated[
+        bool,
+        typer.Option(
+            "--compat", help="Keep the playbook's values, and allow the rules that they break."
+        ),
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Write nothing if the report has warnings.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Make a deployment file of an Ansible inventory and playbook.
+
+    Reads the files of omni-infer's playbooks, or a profile of omni_cli. Nothing in them is run: no
+    Ansible, no shell, no lookup. Passwords and keys are not written; the report names them.
+
+    The report says of each line what became of it, those first that somebody has to look at. All
+    that pd-deploy renders otherwise than the playbook is under `changed`.
+
+    The exit code is 2 if something that a deployment needs is missing or can't be expressed; then
+    no file is written. Answer placeholders by --set, correct the files, and run it again.
+
+    Example: pd-deploy import-ansible inventory.yml playbook.yml --set IMAGE=repo:tag -o my.yaml
+    """
+    from pd_deploy.cli import import_ansible as importing
+
+    importing.refuse_existing([path for path in (output, report) if path], force=force)
+    outcome = importing.run(
+        inventory,
+        template,
+        output=output,
+        name=name,
+        settings=settings or [],
+        profile=profile,
+        compat=compat,
+        strict=strict,
+    )
+    if report:
+        importing.write(report, outcome.report, force=force)
+    else:
+        typer.echo(outcome.report, err=True, nl=False)
+    if outcome.text is None:
+        raise typer.Exit(INVALID)
+    if output:
+        importing.write(output, outcome.text, force=force)
+        typer.echo(f"wrote {output}. Next: pd-deploy check {output}")
+    else:
+        typer.echo(outcome.text, nl=False)
+
+
 @app.command()
 def check(file: File, image: Image = None) -> None:
     """Check a deployment file, without connecting to any host.

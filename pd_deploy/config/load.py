@@ -75,6 +75,15 @@ def profiles() -> list[str]:
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
+def profile_document(name: str) -> Mapping[str, Any]:
+    """Read a profile: one that comes with pd-deploy by its name, a user's own by its path.
+
+    Raises:
+        InvalidInput: there is none, or it can't be read.
+    """
+    return _profile(name, "--profile")
+
+
 def _on_profile(document: Mapping[str, Any], file: str) -> dict[str, Any]:
     misplaced = [key for key in _OF_PROFILES if key in document]
     if misplaced:

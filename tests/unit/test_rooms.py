@@ -14,6 +14,7 @@ ROOMS = (
     "engines",
     "records",
     "planning",
+    "importer",
     "registry",
     "steps",
     "verify",
