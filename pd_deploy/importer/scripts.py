@@ -173,9 +173,7 @@ def reader_of(
         if program == "cd" and words:
             enter(words[0].text)
         if program in launcher.LAUNCHERS:
-            report.add(
-                "implied", place, program, "the launcher; its flags are listed by themselves"
-            )
+            report.add("implied", place, program, "the launcher; see its flags")
             launcher.read(words, program, server, place, report)
             return True
         if program in launcher.OTHER_ENGINES:

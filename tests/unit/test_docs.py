@@ -91,7 +91,7 @@ def test_every_profile_is_listed_with_its_examples() -> None:
     }
     files = (ROOT / "deployments").glob("*.yaml")
     used = {(load_deployment(file).profile, file.stem) for file in files}
-    assert {profile for profile, _ in listed} == set(profiles())
+    assert {profile for profile, _ in listed} == set(profiles()) - {"omniinfer"}  # it tunes nothing
     assert {pair for pair in used if not pair[1].startswith("lab-")} <= listed
 
 
