@@ -123,7 +123,8 @@ async def dry_run(rollout: Rollout, stages: Sequence[str]) -> State[None]:
     )
     await if_the_server_takes_it(artifact)
     changes = sum(len(host.actions) for host in plan.hosts.values())
-    return Completed(message=f"Dry run: {changes} changes; nothing was touched")
+    newer = f"; {_newer_tags(rollout)}" if rollout.newer_tags else ""
+    return Completed(message=f"Dry run: {changes} changes; nothing was touched{newer}")
 
 
 async def success(

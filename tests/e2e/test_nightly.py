@@ -48,15 +48,33 @@ def fresh(service: Service) -> Service:
 
 
 async def test_the_newest_build_is_taken_by_number_not_by_text(fresh: Service) -> None:
-    """And the next night there is nothing to do."""
+    """The next night a tag is of a form that nobody knows, which is told by an event, too."""
     for tag in (fresh.tag(9), fresh.tag(26), fresh.tag("30_test"), "latest"):
         fresh.push(tag, {"/etc/example": tag})
     assert (await nightly(fresh)).is_completed()
     assert images(fresh) == {fresh.tag(26)}
     before = fresh.states()
+    unknown = f"v9_{fresh.day + datetime.timedelta(days=1):%Y%m%d}"
+    fresh.push(unknown, {"/etc/example": fresh.tag(26)})
     state = await nightly(fresh)
-    assert str(state.message).startswith("Already on ")
+    assert str(state.message).startswith("Not updated: ")
+    assert f"`update` does not take: {unknown} (" in str(state.message)
     assert fresh.states() == before
+    (event,) = await events("pd-deploy.newer-tags-not-taken")
+    assert event["resource"]["prefect.resource.id"] == "pd-deploy.deployment.qwq-3p1d"
+    assert event["payload"]["tags"] == [unknown]
+    assert any(r["prefect.resource.role"] == "flow-run" for r in event["related"])
+
+
+async def events(name: str) -> list[dict[str, Any]]:
+    """What Prefect's server has of an event; it stores them a moment after they were sent."""
+    body = {"filter": {"event": {"name": [name]}}}
+    async with get_client() as client, asyncio.timeout(60):
+        while True:
+            answer = await client.request("POST", "/events/filter", json=body)
+            if found := answer.json()["events"]:
+                return list(found)
+            await asyncio.sleep(0.2)
 
 
 async def test_pushed_again_is_a_change_and_the_same_digest_is_none(fresh: Service) -> None:

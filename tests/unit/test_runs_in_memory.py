@@ -121,6 +121,7 @@ class TestNewest:
         assert message.startswith("Not updated: tags that seem newer")
         assert says in message
         assert f"stays on {FIRST}" in message
+        assert says in world.run(deploy, image="newest", dry_run=True).message
         assert world.state() == before
         (event,) = world.events
         assert event["event"] == "pd-deploy.newer-tags-not-taken"
