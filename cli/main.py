@@ -17,7 +17,7 @@ from uuid import UUID
 
 import typer
 
-from pd_deploy.cli import credentials, fleet, server
+from pd_deploy.cli import credentials, fleet, lock, server
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.errors import InvalidInput, PdDeployError
 
@@ -45,6 +45,7 @@ app = typer.Typer(
 app.add_typer(credentials.app, name="credentials")
 app.add_typer(server.app, name="server")
 app.add_typer(fleet.app, name="fleet")
+app.add_typer(lock.app, name="lock")
 
 
 class Format(StrEnum):

@@ -103,6 +103,7 @@ def as_document(told: Told) -> str:
         "hosts": [_host_document(host) for host in look.hosts],
         "drift": look.drift,
         "drift_unknown": look.drift_unknown,
+        "hold": record.hold and record.hold.model_dump(mode="json"),
         "quarantine": {k: q.model_dump(mode="json") for k, q in record.quarantine.items()},
         "next_nightly": told.nightly,
         "looked": told.when,
@@ -151,6 +152,8 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
             yield "promoted", f"{_time(outcome.when)} by {outcome.by}"
     holdings = {str(host.lease): None for host in look.hosts if host.lease}
     yield "lease", "; ".join(holdings) or "free"
+    if record.hold:
+        yield "held by", str(record.hold)
     drift = f"not known: {look.drift_unknown}" if look.drift is None else look.drift or "none"
     yield "drift", drift
     listed = (f"{q.image} ({digest[:19]})" for digest, q in record.quarantine.items())

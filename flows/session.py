@@ -11,7 +11,7 @@ from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.flows.dead import bury
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.records.releases import History, HostAccess
-from pd_deploy.steps import host_records, locking
+from pd_deploy.steps import copies, host_records, locking
 from pd_deploy.steps.session import LockedSession, Session
 from pd_deploy.tasks import connect, lock
 
@@ -40,6 +40,7 @@ async def locked(
 ) -> AsyncIterator[LockedSession]:
     """Lock the hosts of a session; see `locked_session`."""
     history = await connected(session)
+    copies.require_no_hold(session, history)  # a run need not wait for others to be told that
     _require_former(session, history)
     await open_former(session, history, also(history))
     lease = locking.lease_for(session, run, str(runtime.flow_run.id), history.lease)

@@ -27,6 +27,7 @@
      │   ├─ InUse                     devices or ports are in use by somebody else
      │   └─ CommandFailed             a command ran and exited with another status than 0
      ├─ LeaseHeld                 another run works on the deployment
+     ├─ OnHold                    somebody keeps all runs from working on the deployment
      ├─ LeaseLost                 another run took this run's lease, or its file was deleted
      ├─ SeveralFaults             steps that ran together failed for more than one reason
      ├─ ServiceError              the hosts do as told, but the service does not come up
@@ -258,6 +259,10 @@ class CommandFailed(HostError):
 
 class LeaseHeld(PdDeployError):
     """Another run works on the deployment; the message names it."""
+
+
+class OnHold(PdDeployError):
+    """Somebody keeps all runs from working on the deployment; the message says who, and why."""
 
 
 class LeaseLost(PdDeployError):

@@ -122,6 +122,17 @@ class Quarantined(_Frozen):
     reason: str
 
 
+class Hold(_Frozen):
+    """Who keeps all runs from working on the deployment, since when and why."""
+
+    by: str
+    when: datetime
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.by}, since {self.when:%Y-%m-%d %H:%M:%S}: {self.reason}"
+
+
 class Record(_Frozen):
     """What became of the releases.
 
@@ -132,6 +143,7 @@ class Record(_Frozen):
         outcomes: by generation.
         quarantine: by digest.
         closed: since when clients can't connect; None while the service is up.
+        hold: who keeps runs from working on it; None if nobody does.
     """
 
     sequence: int = 0
@@ -140,6 +152,7 @@ class Record(_Frozen):
     outcomes: dict[str, Outcome] = {}
     quarantine: dict[str, Quarantined] = {}
     closed: datetime | None = None
+    hold: Hold | None = None
 
     def promoted(self, generation: str, when: datetime, by: str) -> "Record":
         """Make a generation that passed all gates the one that serves, unless it is already.
@@ -193,6 +206,10 @@ class Record(_Frozen):
     def opened(self) -> "Record":
         """Note that clients can connect."""
         return self._changed(closed=None) if self.closed else self
+
+    def held(self, hold: Hold | None) -> "Record":
+        """Keep all runs from working on the deployment, or let them again."""
+        return self if hold == self.hold else self._changed(hold=hold)
 
     def without(self, generations: Iterable[str]) -> "Record":
         """Forget generations that are removed."""

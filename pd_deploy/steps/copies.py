@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-from pd_deploy.errors import LeaseLost, PdDeployError
+from pd_deploy.errors import LeaseLost, OnHold, PdDeployError
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
@@ -14,7 +14,7 @@ from pd_deploy.records.releases import PLAN, RELEASE, History, Record
 from pd_deploy.steps import host_records
 from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.retry import retried
-from pd_deploy.steps.session import LockedSession
+from pd_deploy.steps.session import LockedSession, Session
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +40,41 @@ async def complete(session: LockedSession) -> list[str]:
 
     Returns:
         The files written, each with its host.
+
+    Raises:
+        OnHold: somebody keeps all runs from working on the deployment.
     """
-    names = list(session.hosts)
-    records_of = dict(
-        zip(
-            names,
-            await together(
-                retried(partial(host_records.read, session.host(name), session.root))
-                for name in names
-            ),
-            strict=True,
-        )
-    )
+    records_of = await read(session)
     history = host_records.merged(records_of.values())
-    hosts = [name for name in names if session.host(name).address in history.record.hosts]
+    require_no_hold(session, history)
+    hosts = [n for n, host in session.hosts.items() if host.address in history.record.hosts]
     outcomes = await asyncio.gather(
         *(_complete(session, name, records_of, history) for name in hosts), return_exceptions=True
     )
     _faults([session.host(name) for name in hosts], outcomes)
     return [path for written in outcomes if isinstance(written, list) for path in written]
+
+
+async def read(session: LockedSession) -> dict[str, HostRecords]:
+    """Read what each host knows of the deployment's past, now that nobody else changes it."""
+    names = list(session.hosts)
+    reading = (
+        retried(partial(host_records.read, session.host(name), session.root)) for name in names
+    )
+    return dict(zip(names, await together(reading), strict=True))
+
+
+def require_no_hold(session: Session, history: History) -> None:
+    """Refuse to go on while somebody keeps all runs from working on the deployment.
+
+    Raises:
+        OnHold: somebody does.
+    """
+    if hold := history.record.hold:
+        raise OnHold(
+            f"expected to be allowed to work on {session.deployment.name}, found it held by {hold}",
+            hint="`pd-deploy lock release FILE` lets runs work on it again",
+        )
 
 
 async def _complete(

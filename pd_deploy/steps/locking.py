@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from pd_deploy.errors import TransientError
+from pd_deploy.errors import NoSuchGeneration, TransientError
 from pd_deploy.hosts.lease import Lease, Owner, this_process
-from pd_deploy.steps import copies
+from pd_deploy.records.releases import Hold
+from pd_deploy.steps import copies, host_records
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession, Session
 
@@ -25,7 +26,42 @@ async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report
 
     Raises:
         LeaseHeld: another run works on the deployment.
+        OnHold: somebody keeps all runs from working on it.
     """
+    await _take(session, waiting)
+    written = await copies.complete(session)
+    detail = f"on {', '.join(session.hosts)}"
+    if written:
+        detail += f"; wrote again {', '.join(written)}"
+    return Report("lock", session.deployment.name, "", bool(written), detail)
+
+
+async def set_hold(
+    session: LockedSession, hold: Hold | None, waiting: Callable[[str], None]
+) -> Hold | None:
+    """Keep all runs from working on a deployment, or let them again; return the hold before.
+
+    It is written while no run works there, and stays until it is taken away: no process has to.
+
+    Raises:
+        LeaseHeld: a run works on the deployment.
+        NoSuchGeneration: nothing was ever deployed.
+    """
+    await _take(session, waiting)
+    record = host_records.merged((await copies.read(session)).values()).record
+    if not record.sequence:
+        raise NoSuchGeneration(
+            f"expected a record of what was deployed below {session.root}, found none on any host",
+            hint="hold a deployment once it was deployed",
+        )
+    proxy = session.topology.proxy.host
+    hosts = [session.host(name) for name in sorted(session.hosts, key=lambda name: name != proxy)]
+    await copies.write_record(session, hosts, record.held(hold))
+    return record.hold
+
+
+async def _take(session: LockedSession, waiting: Callable[[str], None]) -> None:
+    """Take the leases of all hosts of a session."""
     hosts = [
         (host, _claim(session, session.lease.owner, name)) for name, host in session.hosts.items()
     ]
@@ -35,16 +71,10 @@ async def lock(session: LockedSession, waiting: Callable[[str], None]) -> Report
         for name in session.former:
             if error.host == session.host(name).where:
                 error.hint = (
-                    "it is no longer in the file, but the deployment may still run there; if it "
-                    "is gone for good: "
-                    f"`pd-deploy deploy FILE --forget {session.host(name).address}`"
+                    "it has left the file, but the deployment may still run there; if it is gone "
+                    f"for good: `pd-deploy deploy FILE --forget {session.host(name).address}`"
                 )
         raise
-    written = await copies.complete(session)
-    detail = f"on {', '.join(session.hosts)}"
-    if written:
-        detail += f"; wrote again {', '.join(written)}"
-    return Report("lock", session.deployment.name, "", bool(written), detail)
 
 
 def _claim(session: Session, owner: Owner, host: str) -> Owner:
