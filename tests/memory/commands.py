@@ -204,7 +204,9 @@ def _addresses(machine: Machine, *_: object) -> str:
 
 
 def _route(machine: Machine, *_: object) -> str:
-    return json.dumps([{"dst": "8.8.8.8", "dev": INTERFACE, "prefsrc": machine.address}])
+    if not machine.route_address:
+        return ""
+    return json.dumps([{"dst": "8.8.8.8", "dev": INTERFACE, "prefsrc": machine.route_address}])
 
 
 def _listeners(machine: Machine, *_: object) -> str:

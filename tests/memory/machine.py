@@ -116,13 +116,14 @@ class Machine:
         links: where links in the model's directory lead.
         closed: files in it that root may not read.
         ports_down: devices whose network ports are down.
+        route_address: its own on the default route; "" without such a route.
         docker_since: when its Docker started, by the clock's seconds.
         security_options: what the engine says of its security.
     """
 
     def __init__(self, name: str, address: str, cluster: "Cluster") -> None:
         self.name = name
-        self.address = address
+        self.address = self.route_address = address
         self.cluster = cluster
         self.disk = Disk()
         self.images: dict[str, LocalImage] = {}

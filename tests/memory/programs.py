@@ -167,6 +167,7 @@ class Server(_Process):
         self.kv: dict[str, str] = {}
         self.served = self.kv_tokens = 0
         self.api_port, self.peers, self.ranktable = 0, 0, ""
+        self.links_on_demand = False
         if script := self.script():
             environment = dict(re.findall(r"^export (\w+)=(\S*)$", script, re.MULTILINE))
             self._load(environment)
@@ -213,12 +214,14 @@ class Server(_Process):
         """What is looked at before loading begins."""
         self.say(f"{omniinfer.STARTED} {self.role} {self.instance}")
         self.api_port = int(environment["API_PORT"])
-        self.ranktable = self.machine.disk.read(environment["GLOBAL_RANK_TABLE_FILE_PATH"])
+        self.links_on_demand = environment.get("OMNI_PD_ROLE") == self.role
+        if not self.links_on_demand:
+            self.ranktable = self.machine.disk.read(environment["GLOBAL_RANK_TABLE_FILE_PATH"])
         self.peers = _servers_in(self.ranktable)
         wanted = generations.numbers(self.container.labels[generations.DEVICES])
         taken = wanted & self.machine.device_users().keys()
         ports = self._ports & {port for _, port, *_ in self.machine.listeners()}
-        if not self.ranktable:
+        if not (self.ranktable or self.links_on_demand):
             self.refuse("the global ranktable is missing")
         elif taken or ports:
             self.refuse(f"devices {sorted(taken)} or ports {sorted(ports)} are in use")
@@ -232,7 +235,11 @@ class Server(_Process):
         return generations.numbers(self.container.labels[generations.PORTS])
 
     def _link(self) -> None:
-        """Links with all peers at once; one that was linked before takes no second link."""
+        """Links with all peers at once; one that was linked before takes no second link. One that
+        links on demand needs no peer for that."""
+        if self.links_on_demand:
+            self.links = frozenset({self.container.run_id})
+            return
         peers = [
             container.program
             for machine, container in self.machine.cluster.running()
@@ -278,7 +285,9 @@ class Server(_Process):
         cluster = self.machine.cluster
         machine = cluster.machines[offered["remote_host_ip"]]
         holder = cluster.listener(machine, machine.address, offered["port"])
-        if not isinstance(holder, Server) or holder.container.run_id not in self.links:
+        if not isinstance(holder, Server):
+            return None
+        if not (self.links_on_demand or holder.container.run_id in self.links):
             return None
         return holder.kv.pop(offered["key"], None)
 
@@ -294,7 +303,8 @@ class Proxy(_Process):
         self.streams = list[float]()
         script = self.script()
         self.prefill, self.decode = (
-            found[1].split(",") if (found := re.search(rf"--{role}-servers-list (\S+)", script))
+            found[1].split(",")
+            if (found := re.search(rf"--{role}-(?:servers-list|endpoints) (\S+)", script))
             else [] for role in ("prefill", "decode")
         )  # fmt: skip
 
