@@ -16,6 +16,7 @@ PARTS = {
     "survey": "survey",
     "choose image": "survey",
     "resolve image": "survey",
+    "identify image": "survey",
     "device addresses": "survey",
     "plan": "survey",
     "saved plan": "survey",

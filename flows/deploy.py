@@ -80,18 +80,20 @@ async def deploy(
             return await publish.dry_run(rollout, chosen)
     async with locked_session(deployment, str(run), forget=forget or ()) as session:
         patience = deployment.gates.registry if run.scheduled else 0
-        rollout = await plan(session, image, str(run), patience)
-        publish.announce(rollout)
-        publish.warn_of_newer_tags(rollout)
-        if image == NEWEST and not rollout.changes:
-            return publish.already_on(rollout)
-        try:
+
+        async def attempt() -> State[None]:
+            rollout = await plan(session, image, str(run), patience)
+            publish.announce(rollout)
+            publish.warn_of_newer_tags(rollout)
+            if image == NEWEST and not rollout.changes:
+                return publish.already_on(rollout)
             return await roll_out(rollout, run, chosen, on_failure)
+
+        try:
+            return await attempt()
         except PdDeployError as error:
             # Registries remove builds, this one between two answers: another is the newest now.
             gone = all(isinstance(fault, ImageNotFound) for fault in faults_of(error))
             if image != NEWEST or not gone:
                 raise
-        again = await plan(session, image, str(run), patience)
-        publish.announce(again)
-        return await roll_out(again, run, chosen, on_failure)
+        return await attempt()

@@ -216,7 +216,7 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
     steps = [
         prune.after(*line.ends)(session, name, history)
         for name in rollout.plan.hosts
-        if outdated or rollout.changes or rollout.states[name].has_drafts
+        if outdated or rollout.changes or rollout.states[name].has_leftovers
     ]
     steps += [clear.after(*line.ends)(session, name, history) for name in session.former if serves]
     results = await asyncio.gather(*steps, return_exceptions=True)

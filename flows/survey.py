@@ -1,22 +1,23 @@
-"""Surveying the hosts, and making a plan. Nothing is changed.
+"""Surveying the hosts, and making a plan. Nothing is changed, but that an image which no run knows
+yet is brought to a host and asked what it is.
 
 `deploy` uses it in a flow run, `pd-deploy plan` without one.
 """
 
-from typing import Any
-
 from pd_deploy.flows.fan_out import fan_out
-from pd_deploy.steps import surveying
+from pd_deploy.steps import identifying, surveying
 from pd_deploy.steps.rollout import HostState, Rollout
-from pd_deploy.steps.session import Session
+from pd_deploy.steps.session import LockedSession, Session
 from pd_deploy.tasks import (
     choose_image,
     device_addresses,
+    identify_image,
     make_plan,
     resolve_image,
     survey,
     take_plan,
 )
+from pd_deploy.tasks.step import Result
 
 
 async def survey_hosts(session: Session) -> list[HostState]:
@@ -34,17 +35,20 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
     """
     states = await survey_hosts(session)
     choice = await choose_image.after(*states)(session, states, image, patience)
-    chosen = surveying.with_image(session, choice)
+    resolved = await resolve_image.after(choice)(session, choice, patience)
+    latest: Result = resolved
+    record = surveying.history_of(states).record
+    # Whoever only looks makes no container: then the image's age goes by its tag.
+    if isinstance(session, LockedSession) and identifying.unasked(session, states, resolved):
+        latest = identified = await identify_image.after(resolved)(session, states, resolved)
+        record = identified.record
+    chosen = surveying.for_image(session, resolved, record)
     reading = [
-        device_addresses.after(choice)(chosen, name) for name in surveying.with_addresses(chosen)
+        device_addresses.after(latest)(chosen, name) for name in surveying.with_addresses(chosen)
     ]
-    looked_up: list[Any] = await fan_out(
-        session.barrier,
-        [resolve_image.after(choice)(session, choice, patience), fan_out(session.barrier, reading)],
-    )
-    resolved, addresses = looked_up
-    planning = make_plan.after(resolved, *addresses)
-    return await planning(session, states, addresses, resolved, run)
+    addresses = await fan_out(session.barrier, reading)
+    planning = make_plan.after(latest, *addresses)
+    return await planning(session, states, addresses, resolved, run, record)
 
 
 async def restore(session: Session, generation: str) -> Rollout:

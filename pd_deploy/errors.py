@@ -37,6 +37,7 @@
      │   ├─ Abandoned                 given up because something else failed
      │   ├─ SmokeTestFailed           the service answers, but not as it should
      │   ├─ HostAway                  a host was not back in time for the way back
+     │   ├─ UnknownImage              nobody knows what an image like this expects
      │   ├─ NoSuchGeneration          a generation that is not kept
      │   ├─ Unrecorded                containers run of which no host has a record any more
      │   ├─ NothingServes             what served was stopped, and there is nothing to go back to
@@ -309,6 +310,10 @@ class SmokeTestFailed(ServiceError):
 
 class HostAway(ServiceError):
     """A host was away for longer than the way back waits for it."""
+
+
+class UnknownImage(ServiceError):
+    """Nobody knows what an image like this expects, or it does not say what it is."""
 
 
 class NoSuchGeneration(ServiceError):

@@ -1,15 +1,17 @@
 """Steps that are more than one call of `pd_deploy.steps`: they log while they work, or join other
 steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prefect.logging import get_run_logger
 
 from pd_deploy.hosts.container_values import PullProgress
-from pd_deploy.steps import containers, locking
+from pd_deploy.steps import containers, identifying, locking
+from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Gate, Report
-from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import LockedSession
+from pd_deploy.steps.surveying import ResolvedImage
 from pd_deploy.steps.verify import smoke
 
 MIB = 1 << 20
@@ -28,6 +30,13 @@ async def lock(session: LockedSession) -> Report:
 async def pull(rollout: Rollout, name: str) -> Report:
     """Bring the image to a host unless it is there; log how far the pull is."""
     return await containers.pull(rollout, name, _every_tenth())
+
+
+async def identify(
+    session: LockedSession, states: Sequence[HostState], image: ResolvedImage
+) -> Identified:
+    """Ask the image what it is; log how far its pull is, where it has to be pulled for that."""
+    return await identifying.identify(session, states, image, _every_tenth())
 
 
 async def open_proxy(rollout: Rollout, instance: str) -> Report:

@@ -18,6 +18,7 @@ from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.barrier import Barrier
 from pd_deploy.steps.host_records import HostRecords
+from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Gate, Report
 from pd_deploy.steps.retry import RETRY_DELAYS_S
 from pd_deploy.steps.rollout import HostState, Rollout
@@ -40,6 +41,7 @@ Result = (
     | HostState
     | Choice
     | ResolvedImage
+    | Identified
     | Addresses
     | Rollout
     | Completion

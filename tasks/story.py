@@ -6,6 +6,7 @@ from prefect.logging import get_run_logger
 
 from pd_deploy.errors import PdDeployError, headline
 from pd_deploy.records.releases import Choice
+from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.verify.smoke import Completion
 
@@ -69,6 +70,8 @@ def log(result: object) -> None:
             logger.info("%s (%.1f s)", detail, seconds)
         case Choice(chosen_image=image, rule=rule):
             logger.info("%s: %s", image, rule)
+        case Identified(detail=detail):
+            logger.info("%s", detail)
         case Completion(proof=proof, remarks=remarks):
             for line in (*proof.handovers, proof):
                 logger.info("%s", line)

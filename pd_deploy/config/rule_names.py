@@ -3,7 +3,7 @@
 
 RULES = {
     "batched-tokens": "`max-num-batched-tokens` holds the longest prompt",
-    "contract-of-image": "`contract` fits the image's age, as far as its tag tells",
+    "contract-of-image": "`contract` is the one that the image follows by what it says of itself",
     "decode-devices": "decode with several copies of the model has devices 0, 1, … on each host",
     "decode-gear-list": "graph sizes are inside `graph_model_compile_config`, at most 6",
     "derived-arguments": "what follows from the topology is not given as an argument",

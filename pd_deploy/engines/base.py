@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, Self
 
 from pd_deploy.config.models import Deployment, Settings
 from pd_deploy.config.topology import Topology
+from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
 
@@ -167,6 +168,28 @@ class Engine(Protocol):
 
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         """Yield the engine's own rules that a deployment breaks."""
+
+    def probe_command(self) -> list[str]:
+        """Return the command that prints, in a throwaway container of an image, what the image is;
+        an empty one where nothing depends on that."""
+
+    def parse_probe(self, output: str) -> ImageFacts:
+        """Parse what this command printed.
+
+        Raises:
+            ValueError: it is no answer; says what it is instead.
+        """
+
+    def for_image(self, deployment: Deployment, facts: ImageFacts) -> Deployment:
+        """Return a deployment as it is to be rendered for an image with these facts.
+
+        Raises:
+            UnknownImage: nobody knows what an image like this expects.
+        """
+
+    def image_findings(self, deployment: Deployment, facts: ImageFacts | None) -> Iterator[Finding]:
+        """Yield the rules that a deployment breaks with its image, by the image's facts, or as far
+        as its name tells while there are none."""
 
     def members(
         self,

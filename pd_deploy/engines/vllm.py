@@ -34,6 +34,7 @@ from pd_deploy.engines.common import (
     text,
     title,
 )
+from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec, DeviceRequest
 
@@ -103,6 +104,26 @@ _PLATFORMS = {
         ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"),
     ),
 }
+
+
+def probe_command() -> list[str]:
+    """Return no command: vLLM's arguments are the same in all images."""
+    return []
+
+
+def parse_probe(_: str) -> ImageFacts:
+    """Return no facts: images are not asked."""
+    return ImageFacts()
+
+
+def for_image(deployment: Deployment, _: ImageFacts) -> Deployment:
+    """Return the deployment as it is: nothing depends on the image."""
+    return deployment
+
+
+def image_findings(_deployment: Deployment, _: ImageFacts | None) -> Iterator[Finding]:
+    """Yield nothing: no rule depends on the image."""
+    yield from ()
 
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:

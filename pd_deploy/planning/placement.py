@@ -1,22 +1,27 @@
 """What follows from a deployment: its pods with their ranks, ports and servers. Pure."""
 
+from collections.abc import Iterable
 from itertools import accumulate
 
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment, InstanceEntry
 from pd_deploy.config.topology import Instance, Pod, Proxy, ServingRole, Topology
+from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import InvalidInput
 from pd_deploy.planning import rules
 
 
-def build(deployment: Deployment) -> Topology:
+def build(deployment: Deployment, images: Iterable[ImageFacts] = ()) -> Topology:
     """Derive the topology of a deployment that is to be planned, and check its rules.
+
+    Args:
+        images: what its image says of itself, for each architecture.
 
     Raises:
         InvalidInput: names used twice, and rules that are broken without being allowed to.
     """
     topology = derive(deployment)
-    problems = rules.broken(deployment, topology)
+    problems = rules.broken(deployment, topology, images)
     if problems:
         source = f"deployment {deployment.name}"
         raise InvalidInput(problems, source=source, hint=rules.hint(problems))

@@ -7,6 +7,7 @@ Here are those of every service; an engine adds its own. A file may break a rule
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from pydantic import BaseModel
 
@@ -14,18 +15,24 @@ from pd_deploy import engines
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import Finding
+from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 
 RESERVED_NAMES = {"ranktables"}
 
 
-def broken(deployment: Deployment, topology: Topology) -> list[Problem]:
+def broken(
+    deployment: Deployment, topology: Topology, images: Iterable[ImageFacts] = ()
+) -> list[Problem]:
     """List every broken rule that the file does not allow, and every one that it can't allow.
 
     Each problem names its rule.
     """
     problems = list(_names(topology))
-    for rule, problem in _findings(deployment, topology):
+    engine = engines.get(deployment.engine)
+    asked: list[ImageFacts | None] = [*images] or [None]
+    of_image = (finding for facts in asked for finding in engine.image_findings(deployment, facts))
+    for rule, problem in chain(_findings(deployment, topology), of_image):
         if rule not in deployment.allow:
             problems.append(Problem(problem.key, f"{problem.message} (rule {rule})"))
     return problems

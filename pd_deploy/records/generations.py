@@ -20,6 +20,8 @@ ROLE = "pd-deploy.role"
 PORTS = "pd-deploy.ports"
 DEVICES = "pd-deploy.devices"
 IMAGE = "pd-deploy.image"
+PROBE = "probe"
+"""Role of a container that only says what its image is; of no generation, gone after seconds."""
 
 Containers = Mapping[str, Iterable[ContainerState]]
 """Host name → the deployment's containers on it."""

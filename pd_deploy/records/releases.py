@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from pd_deploy.config.models import DOCKER_SOCKET
+from pd_deploy.engines.image_facts import QUESTIONS, FactsOfImage, ImageFacts
 from pd_deploy.errors import NotOurs
 from pd_deploy.records.generations import Generation, latest
 
@@ -25,6 +26,7 @@ RECORD = "record.json"
 QUARANTINE = (
     100  # images at most; `newest` would have to be bad as often in a row to take one again
 )
+IMAGES = 20  # whose facts are kept; one that is older is asked again
 Result = Literal["good", "failed", "interrupted"]
 
 
@@ -142,6 +144,7 @@ class Record(_Frozen):
         hosts: all hosts, by address, on which anything of the deployment may be.
         outcomes: by generation.
         quarantine: by digest.
+        images: what images say of themselves, by digest and architecture.
         closed: since when clients can't connect; None while the service is up.
         hold: who keeps runs from working on it; None if nobody does.
     """
@@ -151,6 +154,7 @@ class Record(_Frozen):
     hosts: dict[str, HostAccess] = {}
     outcomes: dict[str, Outcome] = {}
     quarantine: dict[str, Quarantined] = {}
+    images: dict[str, dict[str, ImageFacts]] = {}
     closed: datetime | None = None
     hold: Hold | None = None
 
@@ -198,6 +202,17 @@ class Record(_Frozen):
             return self
         others = {key: why for key, why in self.quarantine.items() if key != digest}
         return self._changed(quarantine=others)
+
+    def facts_of(self, digest: str) -> FactsOfImage:
+        """Return what an image says of itself, as far as it was asked all that is asked now."""
+        answers = self.images.get(digest, {}).items()
+        return {name: facts for name, facts in answers if facts.questions == QUESTIONS}
+
+    def asked(self, digest: str, facts: FactsOfImage) -> "Record":
+        """Add what an image says of itself; of too many, forget the one that was asked first."""
+        others = {key: known for key, known in self.images.items() if key != digest}
+        images = [*others.items(), (digest, {**self.facts_of(digest), **facts})]
+        return self._changed(images=dict(images[-IMAGES:]))
 
     def closing(self, when: datetime) -> "Record":
         """Note since when clients can't connect; a service that is down already stays so."""

@@ -12,21 +12,18 @@ from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.errors import (
     Abandoned,
     HostError,
-    ImageNotFound,
     InstanceDied,
     NotReady,
     OutOfOrder,
-    WrongArchitecture,
 )
 from pd_deploy.hosts.concurrent import all_ended, task_group, together
-from pd_deploy.hosts.container_values import ContainerState, Image, PullProgress
+from pd_deploy.hosts.container_values import ContainerState, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
 from pd_deploy.records.releases import local_tag
-from pd_deploy.registry import archives
-from pd_deploy.steps import host_faults
+from pd_deploy.steps import host_faults, images
 from pd_deploy.steps.patience import patiently
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
@@ -48,65 +45,24 @@ async def pull(
         WrongArchitecture: its programs are for other machines.
         ImageNotFound: the file holds another image now than when it was planned.
     """
-    host, image = rollout.session.host(name), rollout.plan.pinned_image
-    if present := await host.docker.image(image):
-        _require_architecture(rollout, name, present)
-        return Report("pull image", name, name, False, "present")
-    archive = archive_of(rollout.release.chosen_image)
-    verb, limit = "loaded" if archive else "pulled", rollout.session.deployment.gates.pull
-    async with rollout.session.pulling:
-        await rollout.locked.may_change(host)
-        try:
-            async with asyncio.timeout(limit):
-                if archive:
-                    pulled = await _load(rollout, name, archive, on_progress)
-                else:
-                    login = rollout.session.registry_login
-                    pulled = await host.docker.pull(image, login, on_progress)
-        except TimeoutError as error:
-            raise NotReady(
-                f"expected {image} to be {verb} within {limit:g} s",
-                host=host.where,
-                hint="raise gates.pull, or load the image on the host by hand",
-            ) from error
-    _require_architecture(rollout, name, pulled)
-    return Report("pull image", name, name, True, f"{verb} {image.rpartition('@')[2][:19]}")
+    chosen, pinned = rollout.release.chosen_image, rollout.plan.pinned_image
+    state = rollout.states[name]
+    verb = await images.bring(rollout.locked, state, chosen, pinned, on_progress)
+    if archive_of(chosen):
+        await _name(rollout, name)
+    detail = f"{verb} {pinned.rpartition('@')[2][:19]}" if verb else "present"
+    return Report("pull image", name, name, bool(verb), detail)
 
 
-async def _load(
-    rollout: Rollout,
-    name: str,
-    path: str,
-    on_progress: Callable[[PullProgress], None] | None,
-) -> Image:
-    """Send a host the image in a file of the controller's, and name it after its generation."""
+async def _name(rollout: Rollout, name: str) -> None:
+    """Name an image that came in a file after its generation: it may have no other name, and is
+    not to be pruned before it runs."""
     host, image = rollout.session.host(name), rollout.plan.pinned_image
-    archive = await archives.read(path)
-    if archive.id != image:
-        raise ImageNotFound(
-            f"expected the image {image[:19]} in {path}, found {archive.id[:19]}",
-            host=host.where,
-            hint="give each build a file of its own, or name this one with `--image`",
-        )
-    _require_architecture(rollout, name, archive)
-    loaded = await host.docker.load(image, archive.parts, archive.size, on_progress)
-    await rollout.locked.may_change(host)
-    # It may have no other name, and is not to be pruned before it runs.
     generation = local_tag(rollout.session.deployment.name, rollout.plan.generation)
-    await host.docker.tag(image, generation)
-    return loaded
-
-
-def _require_architecture(rollout: Rollout, name: str, image: Image | archives.Archive) -> None:
-    """Refuse an image whose programs the host can't run, before anything of it is started."""
-    machine = rollout.states[name].architecture
-    if image.architecture not in ("", machine):
-        raise WrongArchitecture(
-            f"expected an image for {machine}, the host's architecture; "
-            f"found {rollout.plan.pinned_image} for {image.architecture}",
-            host=rollout.session.host(name).where,
-            hint="name a tag that was built for it, or push an image for both architectures",
-        )
+    present = await host.docker.image(image)
+    if present and generation not in present.tags:
+        await rollout.locked.may_change(host)
+        await host.docker.tag(image, generation)
 
 
 async def clean_up(rollout: Rollout, instance: str) -> Report:

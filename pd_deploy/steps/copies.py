@@ -3,7 +3,7 @@ generations back. A copy that is lost or late is written again by the next run o
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 
 from pd_deploy.errors import LeaseLost, OnHold, PdDeployError
@@ -33,6 +33,17 @@ async def write_record(
         *(_put_record(session, host, record) for host in others), return_exceptions=True
     )
     return _faults(others, outcomes)
+
+
+def hosts_in_order(session: LockedSession, besides: Collection[str] = ()) -> list[Host]:
+    """List the hosts that get the record, the proxy's first, which counts.
+
+    Args:
+        besides: addresses of hosts that get none.
+    """
+    first = session.host(session.topology.proxy.host)
+    others = [h for h in session.hosts.values() if h is not first and h.address not in besides]
+    return [first, *others]
 
 
 async def complete(session: LockedSession) -> list[str]:

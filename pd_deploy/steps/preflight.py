@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
-from pd_deploy.config.fields import archive_of
-from pd_deploy.errors import DiskFull, FileDenied, FileMissing, HostError, InUse, PortTaken
+from pd_deploy.errors import FileDenied, FileMissing, HostError, InUse, PortTaken
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ListedContainer, Mount
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
-from pd_deploy.registry import archives
+from pd_deploy.steps import images
 from pd_deploy.steps.host_faults import Holder, holders
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
@@ -22,7 +21,6 @@ from pd_deploy.steps.rollout import Rollout
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
-GIB = 1 << 30
 # Plan, scripts, ranktables and record of a generation take some 100 KiB.
 STATE_BYTES = MIB
 
@@ -201,33 +199,15 @@ async def _disk(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     deployment, state = rollout.session.deployment, rollout.states[name]
     if name not in rollout.plan.hosts:
         return []
-    needed = []
+    needed: list[images.Room] = []
     if rollout.plan.generation not in rollout.history.good:
         needed += [
             ("its state", deployment.paths.state, STATE_BYTES),
             ("logs", deployment.paths.logs, deployment.disk.logs),
         ]
     if await host.docker.image(rollout.plan.pinned_image) is None:
-        least = deployment.disk.image
-        if archive := archive_of(rollout.release.chosen_image):
-            # The engine unpacks it all, then takes the layers from there.
-            least = max(least, 2 * (await archives.read(archive)).unpacked_size)
-        needed.append(("the image", state.docker_root, least))
-    free = await host.facts.disk_free(*(path for _, path, _ in needed))
-    return [
-        DiskFull(
-            f"expected {_shown(least, least)} free for {purpose} at {path}, "
-            f"found {_shown(free_bytes, least)}",
-            host=host.where,
-            hint="free some (`pd-deploy prune FILE` removes old generations), or change `disk`",
-        )
-        for (purpose, path, least), free_bytes in zip(needed, free, strict=True)
-        if free_bytes < least
-    ]
-
-
-def _shown(size: int, scale: int) -> str:
-    return f"{size / GIB:.1f} GiB" if scale >= GIB else f"{size / MIB:.1f} MiB"
+        needed.append(await images.room(deployment, state, rollout.release.chosen_image))
+    return await images.lacking(host, needed)
 
 
 async def _held(rollout: Rollout, host: Host, name: str) -> list[HostError]:

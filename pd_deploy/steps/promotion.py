@@ -148,9 +148,8 @@ async def write(
     if record is rollout.history.record:
         return {}
     session = rollout.locked
-    first = session.host(session.topology.proxy.host)
-    others = [h for h in session.hosts.values() if h is not first and h.address not in besides]
-    uncopied = await copies.write_record(session, [first, *others], record)
+    hosts = copies.hosts_in_order(session, besides)
+    uncopied = await copies.write_record(session, hosts, record)
     rollout.attempt.record = record
     return uncopied
 

@@ -23,7 +23,8 @@ class HostState:
     Attributes:
         tree: what lies in the deployment's own directories, by path.
         route_address: its own address on its default route; None if it has no such route.
-        strangers: all containers without this deployment's label.
+        strangers: all containers that are not of one of its generations.
+        probe_left: whether a run was killed there while it asked an image what it is.
     """
 
     host: str
@@ -37,6 +38,7 @@ class HostState:
     records: HostRecords
     route_address: str | None = None
     strangers: tuple[ListedContainer, ...] = ()
+    probe_left: bool = False
 
     @property
     def others(self) -> list[ListedContainer]:
@@ -45,9 +47,9 @@ class HostState:
         return [c for c in running if generations.DEPLOYMENT in c.labels]
 
     @property
-    def has_drafts(self) -> bool:
-        """Whether a run was killed there while it wrote a file."""
-        return any(re.fullmatch(r".*/\.[^/]*\.tmp", path) for path in self.tree)
+    def has_leftovers(self) -> bool:
+        """Whether a run was killed there while it wrote a file, or asked an image what it is."""
+        return self.probe_left or any(re.fullmatch(r".*/\.[^/]*\.tmp", path) for path in self.tree)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,10 @@ class Session:
         """Return the host that an instance, or the proxy, runs on."""
         return self.hosts[self.topology.host_of(instance)]
 
+    async def may_change(self, host: Host) -> None:
+        """Let a session without a lease bring images to a host and ask them what they are, which is
+        no other run's business."""
+
     def for_deployment(self, deployment: Deployment) -> Self:
         """Take the same hosts for another state of the deployment, each under its name there."""
         by_address = {host.address: host for host in self.hosts.values()}

@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from pd_deploy.config.fields import archive_of, split_image
+from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import HostFacts, Layout
+from pd_deploy.engines.image_facts import FactsOfImage
 from pd_deploy.errors import (
     FactsError,
     HostError,
@@ -21,6 +23,7 @@ from pd_deploy.errors import (
     PdDeployError,
     RegistryUnavailable,
     SeveralFaults,
+    UnknownImage,
     Unrecorded,
 )
 from pd_deploy.hosts import facts
@@ -30,7 +33,7 @@ from pd_deploy.hosts.docker_client import name_taken
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning import placement, plans
 from pd_deploy.records import generations, releases
-from pd_deploy.records.releases import Choice, History, Place, Release
+from pd_deploy.records.releases import Choice, History, Place, Record, Release
 from pd_deploy.registry import archives, tags
 from pd_deploy.registry.client import Search, reach, search
 from pd_deploy.registry.repository import repositories_of
@@ -88,7 +91,9 @@ async def survey(session: Session, name: str) -> HostState:
         )
         info = group.create_task(host.docker.info())
         containers = await host.docker.listed()
-        ours = {c.id for c in containers if c.labels.get(generations.DEPLOYMENT) == deployment}
+        labelled = [c for c in containers if c.labels.get(generations.DEPLOYMENT) == deployment]
+        probes = {c.id for c in labelled if c.labels.get(generations.ROLE) == generations.PROBE}
+        ours = {c.id for c in labelled} - probes
         states = group.create_task(host.docker.states(ours))
     records, tree, addresses, listeners, route = reading.result()
     interface = facts.parse_interface(addresses, host.address, host.where)
@@ -121,6 +126,7 @@ async def survey(session: Session, name: str) -> HostState:
         tree=facts.parse_tree(tree),
         records=host_records.parse(records, host, session.root),
         strangers=tuple(c for c in containers if c.id not in ours),
+        probe_left=bool(probes),
     )
 
 
@@ -237,19 +243,22 @@ def planned(
     addresses: Sequence[Addresses],
     image: ResolvedImage,
     by: str,
+    record: Record | None = None,
 ) -> Rollout:
     """Plan the rollout of the deployment file with an image.
 
     Args:
         by: the run, and who or what started it.
+        record: the deployment's, where it was changed since the survey.
 
     Raises:
         FactsError: devices share an address, or hosts announce another than the file's.
         InvalidInput: the file breaks a rule with this image.
     """
     file_image, history = session.deployment.image, history_of(states)
-    deployment = session.deployment.model_copy(update={"image": image.choice.chosen_image})
-    placement.build(deployment)  # its rules depend on the image
+    history = replace(history, record=record or history.record)
+    facts = history.record.facts_of(releases.digest_of(image.pinned_image))
+    deployment = fitted(session, image, facts)
     session = session.for_deployment(deployment)
     by_host = {state.host: state for state in states}
     addresses_of = {entry.host: entry.of_device for entry in addresses}
@@ -300,6 +309,38 @@ def _places(topology: Topology) -> dict[str, Place]:
     places = {i.name: Place(role=i.role, pod=i.pod, host=i.host) for i in topology.instances}
     proxy = topology.proxy
     return places | {proxy.name: Place(role="proxy", pod=proxy.name, host=proxy.host)}
+
+
+def for_image(session: Session, image: ResolvedImage, record: Record) -> Session:
+    """Return the session of the deployment with an image, which decides what it needs to know.
+
+    Raises:
+        UnknownImage, InvalidInput: as in `fitted`.
+    """
+    facts = record.facts_of(releases.digest_of(image.pinned_image))
+    return session.for_deployment(fitted(session, image, facts))
+
+
+def fitted(session: Session, image: ResolvedImage, facts: FactsOfImage) -> Deployment:
+    """Return the deployment with an image, as what the image says of itself wants it.
+
+    Raises:
+        UnknownImage: nobody knows what an image like this expects, or it is another one for each
+            architecture.
+        InvalidInput: the file breaks a rule with this image.
+    """
+    deployment = session.deployment.model_copy(update={"image": image.choice.chosen_image})
+    fits = {name: session.engine.for_image(deployment, said) for name, said in facts.items()}
+    contracts = {name: fit.contract for name, fit in fits.items()}
+    if len(set(contracts.values())) > 1:
+        listed = ", ".join(f"{contract} for {name}" for name, contract in contracts.items())
+        raise UnknownImage(
+            f"expected {deployment.image} to follow the same contract on all hosts, found {listed}",
+            hint="nothing was stopped; use an image whose builds are of one age",
+        )
+    deployment = next(iter(fits.values()), deployment)
+    placement.build(deployment, facts.values())
+    return deployment
 
 
 async def saved(session: Session, name: str) -> tuple[Session, Saved]:
@@ -375,13 +416,6 @@ async def states(session: Session, of_generations: Collection[str] | None = None
         return f"host {session.host(name).where}: {listed}"
 
     return "; ".join(await together(of(name) for name in session.hosts))
-
-
-def with_image(session: Session, choice: Choice) -> Session:
-    """Return the session of the deployment with the chosen image, whose age decides what it needs
-    to know."""
-    deployment = session.deployment.model_copy(update={"image": choice.chosen_image})
-    return session.for_deployment(deployment)
 
 
 def with_addresses(session: Session) -> list[str]:

@@ -29,7 +29,12 @@ async def prune(session: LockedSession, name: str, history: History) -> Report:
     host, kept = session.host(name), history.kept(session.deployment.keep)
     outdated = sorted(history.generations - kept)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
-    removed = [c for c in containers if c.labels.get(generations.GENERATION) in outdated]
+    removed = [
+        c
+        for c in containers
+        if c.labels.get(generations.GENERATION) in outdated
+        or c.labels.get(generations.ROLE) == generations.PROBE
+    ]
     await _remove_containers(session, host, removed)
     for generation in outdated:
         await _remove_generation(session, host, history, generation)

@@ -8,6 +8,7 @@ retries. `tests/host_contract.py` holds it to the real one: what both do is test
     calls      what a run does to its hosts, one moment after the other; where faults come in
     disk       files and directories
     machine    one machine: disk, images, containers; a cluster of them, and the registry
+    answers    what images say of themselves
     programs   what runs in a container: an engine's server, the proxy, a small shell
     client     the Docker engine's API
     registry   the registry's API

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from tests.memory import answers
 from tests.memory.clock import Clock
 from tests.memory.disk import Disk
 
@@ -46,12 +47,13 @@ class Faults:
 
 @dataclass(frozen=True)
 class Build:
-    """An image in the registry: its digest, what is wrong with it, by instance or `*`, and the
-    machines that it is for."""
+    """An image in the registry: its digest, what is wrong with it, by instance or `*`, the machines
+    that it is for, and what it prints when it is asked what it is; None if it never answers."""
 
     digest: str
     faults: Mapping[str, Faults] = field(default_factory=dict)
     architecture: str = "arm64"
+    answer: str | None = answers.of("by its tag")
 
 
 @dataclass

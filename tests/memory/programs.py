@@ -60,6 +60,8 @@ def start(machine: Machine, container: Container) -> None:
         container.program = Shell(machine, container)
     elif role == "proxy":
         container.program = Proxy(machine, container)
+    elif role == generations.PROBE:
+        container.program = Probe(machine, container)
     else:
         container.program = Server(machine, container)
     container.program.settle()
@@ -150,6 +152,17 @@ class Shell(_Process):
         if self._deaf and name == "SIGTERM":
             return
         self.ends_in(0, 128 + {"SIGTERM": 15, "SIGINT": 2, "SIGUSR1": 10}[name])
+
+
+class Probe(_Process):
+    """What says what its image is."""
+
+    def __init__(self, machine: Machine, container: Container) -> None:
+        super().__init__(machine, container)
+        answer = container.image.build.answer
+        if answer is not None:
+            self.say(answer)
+            self.ends_in(PREPARE_S, 0)
 
 
 class Server(_Process):

@@ -35,7 +35,7 @@ from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
 from pd_deploy.registry import archives
 from pd_deploy.steps import surveying
-from tests.memory import programs
+from tests.memory import answers, programs
 from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock, VirtualLoop
 from tests.memory.commands import is_draft
@@ -109,11 +109,13 @@ class World:
         faults: Mapping[str, Faults] | None = None,
         architecture: str = "arm64",
         repository: str = REPOSITORY,
+        answer: str | None = answers.of("by its tag"),
     ) -> str:
-        """Push an image whose engines misbehave so; return its name for a run."""
+        """Push an image whose engines misbehave so, and that says this of itself; return its name
+        for a run."""
         ref = f"{repository}:{tag}"
         digest = f"sha256:{len(self.cluster.registry) + 1:064x}"
-        self.cluster.push(ref, Build(digest, dict(faults or {}), architecture))
+        self.cluster.push(ref, Build(digest, dict(faults or {}), architecture, answer))
         return ref
 
     def twin(self) -> "World":

@@ -145,7 +145,10 @@ def test_hosts_take_turns(world: World, verb: str, at_once: int, most: int) -> N
     world.change(pull_at_once=at_once)
     if verb == "pull":
         world.change(image=FIRST)
+    assert world.run(deploy).completed  # so that the image is known, and not asked on a host first
     for machine in world.machines.values():
+        machine.containers.clear()
+        machine.images.clear()
         machine.pulls_for = 5
     at_work = [0]
 

@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import pytest
 
 from pd_deploy.engines.base import Service
+from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.engines.omniinfer import launcher, proxy
 from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts.container_values import ContainerSpec
+from pd_deploy.planning import placement
 from tests.unit import example
 
 SERVERS = ("p0", "p1", "p2", "d0")
@@ -146,9 +148,9 @@ class TestKvParallelSize:
                 assert kv_parallel_size(of) == 8
 
     @pytest.mark.parametrize("image", UNDATED)
-    def test_of_an_image_whose_age_is_unknown_has_to_be_given(self, image: str) -> None:
+    def test_of_an_image_that_does_not_tell_it_has_to_be_given(self, image: str) -> None:
         with pytest.raises(InvalidInput) as caught:
-            example.place({"image": image})
+            placement.build(example.service({"image": image}), [ImageFacts()])
         (problem,) = caught.value.problems
         assert problem.key == "kv_parallel_size"
         found = "the tag silent, which does not tell the image's age" if "@" not in image else "a d"

@@ -87,8 +87,6 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
     ],
     "host-addresses": [{"hosts": {"c": "10.0.0.1"}}],
     "kv-parallel-size": [
-        {"image": "omni:silent"},
-        {"image": "omni@sha256:" + "0" * 64},
         {"kv_parallel_size": "decode-tensor-parallel"},
         {"kv_parallel_size": 5},
         {"image": "omni:20250813_1", "kv_parallel_size": "prefill-pods-plus-one"},

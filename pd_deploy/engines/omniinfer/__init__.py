@@ -2,6 +2,9 @@
 
 engine       containers, start scripts, environment and arguments
 kv           kv_parallel_size, which follows from the image's age
+contracts    what images of each age expect
+by_image     which of these an image follows, by what it says of itself
+in_image     what is run in a container of it for that
 image_age    how old an image is, by its tag
 rules        what it demands of a service
 corrections  what is done otherwise than upstream does it

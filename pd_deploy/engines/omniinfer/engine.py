@@ -14,15 +14,16 @@ from pd_deploy.engines import common
 from pd_deploy.engines.base import Counter, Counters, HostFacts, Member, Service
 from pd_deploy.engines.common import instance_of, longest_sequence, mount, mounts
 from pd_deploy.engines.omniinfer import (
-    environment as environments,
-)
-from pd_deploy.engines.omniinfer import (
+    by_image,
     kv,
     launcher,
     npu_smi,
     proxy,
     ranktable,
     rules,
+)
+from pd_deploy.engines.omniinfer import (
+    environment as environments,
 )
 from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
@@ -35,6 +36,10 @@ DERIVED_ENVIRONMENT = rules.DERIVED_ENVIRONMENT
 DERIVED_PROXY_ARGUMENTS = rules.DERIVED_PROXY_ARGUMENTS
 DERIVED_PROXY_ENVIRONMENT = rules.DERIVED_PROXY_ENVIRONMENT
 findings = rules.findings
+probe_command = by_image.probe_command
+parse_probe = by_image.parse_probe
+for_image = by_image.for_image
+image_findings = by_image.image_findings
 parse_addresses = ranktable.parse_addresses
 prefill_request = common.prefill_request
 decode_request = common.decode_request

@@ -51,10 +51,8 @@ def size(deployment: Deployment, topology: Topology) -> int:
 
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-    """Yield a size that is not the image's, or `by-image` where nothing tells the image's age."""
+    """Yield a size that is not the image's."""
     value, contract = deployment.kv_parallel_size, expected(deployment)
-    if value == "by-image" and contract is None:
-        yield "kv-parallel-size", Problem("kv_parallel_size", _untold(deployment))
     if value == "by-image" or contract is None or not contract.has_ranktables:
         return
     meaning = contract.kv_parallel_size
@@ -66,6 +64,12 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
             "garbage; remove the key, its default is by-image"
         )
         yield "kv-parallel-size", Problem("kv_parallel_size", message)
+
+
+def untold(deployment: Deployment) -> Iterator[Finding]:
+    """Yield `by-image` where neither the image nor its tag tells what it takes the number for."""
+    if deployment.kv_parallel_size == "by-image" and expected(deployment) is None:
+        yield "kv-parallel-size", Problem("kv_parallel_size", _untold(deployment))
 
 
 def _engine_id(deployment: Deployment, instance: Instance) -> int | str | None:

@@ -7,7 +7,7 @@ from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import Finding
-from pd_deploy.engines.omniinfer import contracts, kv
+from pd_deploy.engines.omniinfer import kv
 from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.engines.omniinfer.environment import HASH_SEED
 from pd_deploy.errors import Problem
@@ -49,7 +49,6 @@ DERIVED_PROXY_ENVIRONMENT = frozenset({
 
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     """Yield the rules that a deployment breaks: name and place."""
-    yield from contracts.findings(deployment)
     yield from _pods(deployment, topology)
     yield from _prefill_sizes(topology)
     for pod in topology.decode:

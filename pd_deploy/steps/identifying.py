@@ -1,0 +1,209 @@
+"""Asking an image what it is, in a throwaway container: no device, no network, no mount.
+
+What it says is kept in the record by digest, so that no run asks it again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pd_deploy.engines.image_facts import FactsOfImage, ImageFacts, brief
+from pd_deploy.errors import PdDeployError, TransientError, UnknownImage
+from pd_deploy.hosts.concurrent import together
+from pd_deploy.hosts.container_values import ContainerSpec
+from pd_deploy.hosts.host import Host
+from pd_deploy.hosts.settled import settled
+from pd_deploy.records import generations
+from pd_deploy.records.releases import Record, digest_of
+from pd_deploy.steps import copies, images, surveying
+from pd_deploy.steps.images import OnProgress
+from pd_deploy.steps.rollout import HostState
+from pd_deploy.steps.session import LockedSession, Session
+from pd_deploy.steps.surveying import ResolvedImage
+
+log = logging.getLogger(__name__)
+
+ANSWER_S = 120.0  # reading sources takes seconds; a container's first start on a busy disk longer
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What the image is that is to run.
+
+    Attributes:
+        facts: what it says of itself, by architecture of the hosts.
+        record: the deployment's, with that.
+        detail: in a line.
+    """
+
+    facts: FactsOfImage
+    record: Record
+    detail: str
+
+
+def unasked(session: Session, states: Iterable[HostState], image: ResolvedImage) -> list[HostState]:
+    """List the hosts on which the image has to be asked what it is: for each architecture for which
+    that is not known the first one in the file."""
+    if not session.engine.probe_command():
+        return []
+    states = list(states)
+    record = surveying.history_of(states).record
+    known = record.facts_of(digest_of(image.pinned_image))
+    by_name = {state.host: state for state in states}
+    firsts: dict[str, HostState] = {}
+    for name in session.deployment.hosts:
+        firsts.setdefault(by_name[name].architecture, by_name[name])
+    return [state for architecture, state in firsts.items() if architecture not in known]
+
+
+async def identify(
+    session: LockedSession,
+    states: Sequence[HostState],
+    image: ResolvedImage,
+    on_progress: OnProgress | None = None,
+) -> Identified:
+    """Ask the image what it is, once for each architecture of the hosts; keep what it says.
+
+    An image that this run has brought to a host is removed again if it can't be used.
+
+    Raises:
+        UnknownImage: it does not say what it is, or nobody knows what an image like it expects.
+        InvalidInput: the file breaks a rule with it.
+    """
+    asking = unasked(session, states, image)
+    brought: list[Host] = []
+    try:
+        answers = await together(
+            _of_host(session, state, image, brought, on_progress) for state in asking
+        )
+        facts = {s.architecture: said for s, said in zip(asking, answers, strict=True) if said}
+        record = await _keep(session, states, image, facts)
+        surveying.fitted(session, image, record.facts_of(digest_of(image.pinned_image)))
+    except (PdDeployError, asyncio.CancelledError) as error:
+        if not isinstance(error, TransientError):
+            await _remove(session, brought, image)
+        raise
+    detail = "; ".join(dict.fromkeys(map(brief, facts.values()))) or "it does not say what it is"
+    return Identified(facts, record, detail)
+
+
+async def ask(session: Session, host: Host, image: ResolvedImage, name: str) -> ImageFacts:
+    """Ask an image on a host what it is, in a container of this name that is gone afterwards.
+
+    Raises:
+        UnknownImage: it gives no answer in time, or none that is one.
+    """
+    deployment = session.deployment.name
+    spec = ContainerSpec(
+        name=name,
+        image=image.pinned_image,
+        entrypoint=(),
+        command=tuple(session.engine.probe_command()),
+        network_mode="none",
+        user="root",
+        labels={generations.DEPLOYMENT: deployment, generations.ROLE: generations.PROBE},
+    )
+    await session.may_change(host)
+    # One of a run that was killed.
+    await host.docker.remove(name, deployment=deployment, force=True)
+    try:
+        await session.may_change(host)
+        await host.docker.create(spec)
+        await session.may_change(host)
+        await host.docker.start(name)
+        async with asyncio.timeout(ANSWER_S):
+            code = await host.docker.wait(name)
+        output = await host.docker.logs(name, "all")
+        return session.engine.parse_probe(output)
+    except TimeoutError:
+        raise _silent(image, host, "no answer", f" within {ANSWER_S:g} s") from None
+    except ValueError as answer:
+        raise _silent(image, host, f"{answer} (exit code {code})") from None
+    finally:
+        await settled(_gone(host, name, deployment))
+
+
+def _silent(image: ResolvedImage, host: Host, answer: str, when: str = "") -> UnknownImage:
+    return UnknownImage(
+        f"expected {image.choice.chosen_image} to say what it is{when}, found {answer}",
+        host=host.where,
+        hint="nothing was stopped. Use another image, or, if you know which contract it follows, "
+        "name that in the file (`contract: …`)",
+    )
+
+
+async def _of_host(
+    session: LockedSession,
+    state: HostState,
+    image: ResolvedImage,
+    brought: list[Host],
+    on_progress: OnProgress | None,
+) -> ImageFacts | None:
+    """Bring the image to a host and ask it; None where it does not say what it is, and the file
+    says it instead."""
+    host = session.host(state.host)
+    await bring(session, state, image, brought, on_progress)
+    name = f"pd-deploy-probe_{session.deployment.name}"
+    try:
+        return await ask(session, host, image, name)
+    except UnknownImage as error:
+        if session.deployment.contract == "by-image":
+            raise
+        log.warning("%s; it goes by the file's `contract`", error.headline)
+        return None
+
+
+async def bring(
+    session: Session,
+    state: HostState,
+    image: ResolvedImage,
+    brought: list[Host],
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Bring an image to a host that has room for it; add the host to those that it was brought to.
+
+    Raises:
+        DiskFull: there is no room.
+        ImageNotFound, WrongArchitecture, NotReady: as `images.bring` says.
+    """
+    host, chosen = session.host(state.host), image.choice.chosen_image
+    if await host.docker.image(image.pinned_image) is None:
+        needed = await images.room(session.deployment, state, chosen)
+        for fault in await images.lacking(host, [needed]):
+            raise fault
+    if await images.bring(session, state, chosen, image.pinned_image, on_progress):
+        brought.append(host)
+
+
+async def _keep(
+    session: LockedSession,
+    states: Sequence[HostState],
+    image: ResolvedImage,
+    facts: FactsOfImage,
+) -> Record:
+    """Write what an image says into the record; before anything was deployed, it comes with that:
+    a record says that hosts know what was deployed."""
+    record = surveying.history_of(states).record
+    if not facts:
+        return record
+    asked = record.asked(digest_of(image.pinned_image), facts)
+    if record.sequence:
+        await copies.write_record(session, copies.hosts_in_order(session), asked)
+    return asked
+
+
+async def _remove(session: LockedSession, brought: Iterable[Host], image: ResolvedImage) -> None:
+    for host in brought:
+        try:
+            await session.may_change(host)
+            await host.docker.remove_image(image.pinned_image)
+        except PdDeployError as fault:
+            log.warning("the image is left on host %s: %s", host.where, fault.headline)
+
+
+async def _gone(host: Host, name: str, deployment: str) -> None:
+    try:
+        await host.docker.remove(name, deployment=deployment, force=True)
+    except PdDeployError as fault:
+        log.warning("the next run that asks an image there removes %s: %s", name, fault)
