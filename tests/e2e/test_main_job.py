@@ -52,7 +52,8 @@ async def test_deployment_run_ends_with_a_verified_service(
     }
     # At least these: Prefect keeps results by id(), and may take a new object for one that is gone.
     for task, others in {
-        "plan": {"resolve image", "device addresses a", "device addresses b"},
+        "identify image": {"resolve image"},
+        "plan": {"identify image", "device addresses a", "device addresses b"},
         "preflight a": {"plan"},
         "hosts checked": {"preflight a", "preflight b"},
         "launch p1": {"save a"},
@@ -69,6 +70,20 @@ async def test_deployment_run_ends_with_a_verified_service(
         f"qwq-3p1d-{what}" for what in ("report", "instances", "releases")
     }
     assert_no_secret(service, Path(prefect_env["PREFECT_HOME"]))
+    assert_the_image_was_asked(service)
+
+
+def assert_the_image_was_asked(service: Service) -> None:
+    """What it said is what the stand-in is; of the container that said it nothing is left."""
+    (of_image,) = service.record()["images"].values()
+    (facts,) = of_image.values()
+    assert facts["script_directory"] == "/workspace/omniinfer/tools/scripts"
+    assert facts["connectors"] == ["AscendHcclConnectorV1"]
+    assert (facts["packages"]["omni-infer"], facts["packages"]["CANN"]) == ("0.3.0", "8.2.RC1")
+    assert {"--tp", "--master-ip"} <= set(facts["flags"]["start_api_servers.py"])
+    assert "--listen-port" in facts["flags"]["global_proxy.sh"]
+    assert facts["nginx"]
+    assert set(service.containers()) == INSTANCES
 
 
 def assert_no_secret(service: Service, home: Path) -> None:

@@ -63,12 +63,13 @@ def candidates(facts: ImageFacts) -> frozenset[ContractName]:
         return frozenset()
     if links_on_demand and (renumbers or not links_at_start):
         return frozenset({"v1"})
-    return _of_age(facts) if links_at_start else frozenset()
-
-
-def _of_age(facts: ImageFacts) -> frozenset[ContractName]:
-    if facts.kv_parallel_size:
+    if links_at_start and facts.kv_parallel_size:
         return frozenset({_OF_MEANING[facts.kv_parallel_size]})
+    return _V0 if links_at_start else frozenset()
+
+
+def _of_version(facts: ImageFacts) -> frozenset[ContractName]:
+    """List the contracts of an image by its version, which is less sure than what its tag tells."""
     version = _VERSION.match(facts.packages.get("omni-infer", ""))
     if version is None or version[0] == _OF_ALL_BUILDS:
         return _V0
@@ -95,6 +96,8 @@ def for_image(deployment: Deployment, facts: ImageFacts) -> Deployment:
         )
     by_tag = contracts.possible(split_image(deployment.image).tag or "")
     names = possible & by_tag or possible
+    if len(names) > 1:
+        names = names & _of_version(facts) or names
     # Else both read ranktables, and take `kv_parallel_size` for different things: see `kv`.
     name = next(iter(names)) if len(names) == 1 else "by-image"
     return deployment.model_copy(update={"contract": name})
