@@ -179,8 +179,8 @@ class StandinSet:
         self._network = f"127.{1 + secrets.randbelow(250)}.{secrets.randbelow(250)}"
         self._npu_prefix = f"standin-{secrets.token_hex(4)}"
         self._ports = _free_ports(3 * (prefills + decodes))
-        # Of the ports that the workers of an instance have, beside one another.
-        self._worker_ports = _free_ports(WORKER_PORTS * (prefills + decodes))
+        if contract != "v0":  # the ports of an instance's workers are beside one another
+            self._worker_ports = _free_ports(WORKER_PORTS * (prefills + decodes))
         model = directory / "model"
         model.mkdir(parents=True)
         (model / "config.json").write_text("{}")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def later(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StandinSet
 
 
 each_later = pytest.mark.parametrize("later", LATER, indirect=True)
+newest = pytest.mark.parametrize("later", ["roles"], indirect=True)  # where v1 is no different
 
 
 def text_of(answer: Answer) -> str:
@@ -132,7 +134,7 @@ def test_what_no_later_contract_reads_is_harmless(later: StandinSet) -> None:
     assert text_of(hand_over(later["p0"], later["d0"], NUMBERS)) == " 13, 15, 17"
 
 
-@each_later
+@newest
 def test_kv_that_nobody_fetches_is_freed_after_a_while(later: StandinSet) -> None:
     prefill = later["p0"]
     prefill.env["BLOCK_RELEASE_DELAY"] = "0"
@@ -154,6 +156,27 @@ def test_the_servers_of_an_instance_have_devices_and_ports_of_their_own(later: S
     decode.wait_for(lambda: "startup complete" in second.read_text(), "second server")
     assert "devices [4, 5, 6, 7], dp rank 1 of 2" in second.read_text()
     assert text_of(hand_over(later["p0"], decode, NUMBERS)) == " 13, 15, 17"
+
+
+@pytest.mark.parametrize(
+    ("faults", "status", "right"),
+    [
+        ({"error_status": 503}, 503, False),
+        ({"garbage": True}, 200, False),
+        ({"other_heads": True}, 200, False),
+        ({"ignore_kv": True}, 200, True),
+    ],
+    ids=str,
+)
+def test_faults_are_those_of_every_contract(
+    running: StandinSet, faults: dict[str, Any], status: int, right: bool
+) -> None:
+    decode = running["d0"]
+    decode.set_faults(**faults)
+    answer = hand_over(running["p0"], decode, NUMBERS)
+    decode.set_faults()
+    assert answer.status == status
+    assert ('" 13, 15, 17"' in answer.text) == right
 
 
 # What is refused
@@ -180,7 +203,7 @@ def args(name: str, **values: str) -> Change:
     return lambda later: later[name].args.update(flags)
 
 
-BOTH: dict[str, tuple[str, str, Change]] = {
+OF_BOTH: dict[str, tuple[str, str, Change]] = {
     "the connector of v0": ("kv-config", "p0", kv("p0", kv_connector="AscendHcclConnectorV1")),
     "another engine's connector": ("kv-config", "p0", kv("p0", kv_connector="NixlConnector")),
     "a field that there is not": ("kv-config", "p0", kv("p0", kv_side_port=1)),
@@ -213,6 +236,7 @@ OF_ROLES: dict[str, tuple[str, str, Change]] = {
     "no such role": ("env-value", "p0", env("p0", OMNI_PD_ROLE="mixed")),
 }
 OF_V1: dict[str, tuple[str, str, Change]] = {
+    "the connector of v0": OF_BOTH["the connector of v0"],
     "a role by its later name": ("env-missing", "p0", rename("p0", "ROLE", "OMNI_PD_ROLE")),
     "pod numbers by their later name": (
         "env-missing",
@@ -222,8 +246,8 @@ OF_V1: dict[str, tuple[str, str, Change]] = {
 }
 CASES = [
     pytest.param(contract, *case, id=f"{contract}: {name}")
-    for contract, own in (("v1", OF_V1), ("roles", OF_ROLES))
-    for name, case in (BOTH | own).items()
+    for contract, cases in (("v1", OF_V1), ("roles", OF_BOTH | OF_ROLES))
+    for name, case in cases.items()
 ]
 
 
@@ -281,16 +305,17 @@ def test_ports_of_workers_that_overlap_are_refused(
     assert "refused [port, " in refusal(later["p1"])
 
 
-@each_later
+@newest
 def test_the_port_of_the_kv_config_wins_over_the_environment(later: StandinSet) -> None:
     prefill = later["p0"]
     prefill.kv["kv_port"] = int(prefill.env["OMNI_LLMDATADIST_ZMQ_PORT"])
     prefill.env["OMNI_LLMDATADIST_ZMQ_PORT"] = later["p1"].env["OMNI_LLMDATADIST_ZMQ_PORT"]
-    later.start()
-    later.wait_ready()
+    later.start(["p0", "p1"])
+    for name in ("p0", "p1"):
+        later[name].wait_ready()
 
 
-@each_later
+@newest
 def test_the_zmq_port_by_its_old_name_is_only_a_warning(later: StandinSet) -> None:
     rename("d0", "OMNI_LLMDATADIST_ZMQ_PORT", "VLLM_LLMDATADIST_ZMQ_PORT")(later)
     later.start(["d0"])
@@ -299,7 +324,7 @@ def test_the_zmq_port_by_its_old_name_is_only_a_warning(later: StandinSet) -> No
     assert expected in later["d0"].log()
 
 
-@each_later
+@newest
 def test_a_larger_decode_cannot_read_a_smaller_prefill(later: StandinSet) -> None:
     prefill, decode = later["p0"], later["d0"]
     prefill.args["--tp"] = "4"
@@ -312,13 +337,13 @@ def test_a_larger_decode_cannot_read_a_smaller_prefill(later: StandinSet) -> Non
     assert (answer.status, "rule tp-ratio" in answer.text) == (500, True)
 
 
-@each_later
-@pytest.mark.parametrize("flag", ["--preemption-mode swap", "--enable-reasoning", "--wat"])
-def test_an_engine_flag_of_another_age_is_a_usage_error(later: StandinSet, flag: str) -> None:
-    later["p0"].args["--extra-args"] = f"--enforce-eager {flag}"
+@newest
+def test_engine_flags_of_another_age_are_a_usage_error(later: StandinSet) -> None:
+    foreign = "--preemption-mode swap --enable-reasoning --wat"
+    later["p0"].args["--extra-args"] = f"--enforce-eager {foreign}"
     later["p0"].start()
     assert later["p0"].exit_code() == 0
-    assert f"unrecognized arguments: {flag}" in later["p0"].log()
+    assert f"unrecognized arguments: {foreign}" in later["p0"].log()
 
 
 # Launchers of all ages
@@ -371,6 +396,7 @@ def test_a_flag_of_another_age_is_a_usage_error(tmp_path: Path, age: str) -> Non
     assert all(flag in done.stderr for flag in foreign)
 
 
+FIRST_PORT = 18000
 Recorder = Callable[..., list[dict[str, Any]]]
 
 
@@ -391,7 +417,7 @@ def recorded(tmp_path: Path) -> Recorder:
             **env,
         }
         command = [*LAUNCH, *REQUIRED, "--num-servers", str(servers), *arguments]
-        command += ["--base-api-port", "18000", "--log-dir", str(tmp_path)]
+        command += ["--base-api-port", str(FIRST_PORT), "--log-dir", str(tmp_path)]
         logs = [tmp_path / f"server_{rank}.log" for rank in range(servers)]
         with subprocess.Popen(command, env=variables) as launcher:
             try:
@@ -460,6 +486,19 @@ def test_only_roles_keeps_a_compilation_config_with_blanks_together(
     start = server["argv"].index("--max-num-seqs")
     expected = ["--max-num-seqs", "4", "--compilation-config", *split, "--enforce-eager"]
     assert server["argv"][start : start + len(expected)] == expected
+
+
+@pytest.mark.parametrize("age", list(AGES)[1:])
+def test_newer_launchers_take_the_next_free_port_as_far_as_they_may(
+    recorded: Recorder, tmp_path: Path, age: str
+) -> None:
+    with socket.create_server(("", FIRST_PORT)):
+        servers = recorded(age, 2, "--max-port-attempts", "2")
+        ports = [server["argv"][server["argv"].index("--port") + 1] for server in servers]
+        assert ports == [str(FIRST_PORT + 1), str(FIRST_PORT + 2)]
+        alone = ["--base-api-port", str(FIRST_PORT), "--max-port-attempts", "1"]
+        done = launch(tmp_path / "root", *REQUIRED, *alone, "--log-dir", str(tmp_path))
+        assert done.returncode == 1
 
 
 def test_roles_tells_decode_alone_of_its_world(recorded: Recorder) -> None:
