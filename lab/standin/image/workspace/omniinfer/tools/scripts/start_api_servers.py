@@ -154,13 +154,12 @@ def is_free(port: int) -> bool:
 def start_server(args: argparse.Namespace, rank: int, port: int) -> subprocess.Popen:
     """Start one `vllm serve`; its output goes to server_<rank>.log, truncated."""
     dp_rank = str(data_parallel_rank(args, rank))
-    env = os.environ | devices_of(args, rank) | {
+    env = os.environ | share_of(args, rank) | {
         "VLLM_DP_SIZE": str(args.num_dp),
         "VLLM_DP_RANK": dp_rank,
         "VLLM_DP_RANK_LOCAL": dp_rank,
         "VLLM_DP_MASTER_IP": args.master_ip,
         "VLLM_DP_MASTER_PORT": str(args.master_port),
-        "STANDIN_SERVER": str(rank),  # what the engine knows by other means: its ports follow
     }
     with (Path(args.log_dir) / f"server_{rank}.log").open("wb") as output:
         return subprocess.Popen(
@@ -175,8 +174,8 @@ def data_parallel_rank(args: argparse.Namespace, rank: int) -> int:
     return rank + args.server_offset
 
 
-def devices_of(args: argparse.Namespace, rank: int) -> dict[str, str]:
-    """Return what is set of a server's devices: nothing in v0, else its share of them.
+def share_of(args: argparse.Namespace, rank: int) -> dict[str, str]:
+    """Return what is set of a server's share of the devices: nothing in v0.
 
     They are counted from 0, whatever the instance was given, unless told to use its own.
     """
@@ -187,7 +186,10 @@ def devices_of(args: argparse.Namespace, rank: int) -> dict[str, str]:
     given = [item.strip() for item in os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "").split(",")]
     from_zero = [str(device) for device in range(share.stop)]
     mine = (given if args.use_inventory_devices else from_zero)[share]
-    return {"ASCEND_RT_VISIBLE_DEVICES": ",".join(item for item in mine if item)}
+    return {
+        "ASCEND_RT_VISIBLE_DEVICES": ",".join(item for item in mine if item),
+        "STANDIN_SERVER": str(rank),  # the engine knows it by other means: its ports follow
+    }
 
 
 def extra_arguments(text: str) -> list[str]:
