@@ -65,6 +65,15 @@ def parse_pod_devices(value: object) -> object:
     return parse_devices(value)
 
 
+def parse_pod_port(value: object) -> object:
+    """Parse a port, or a mapping of hosts to ports."""
+    ports = value.values() if isinstance(value, Mapping) else (value,)
+    for port in ports:
+        if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+            raise ValueError(f"expected a port, or one for each host, found {shown(port)}")
+    return value
+
+
 def _device_range(part: object) -> range:
     match = re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", str(part), re.ASCII)
     if isinstance(part, bool) or not match:
@@ -308,6 +317,7 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 PodDevices = Annotated[
     tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(parse_pod_devices)
 ]
+PodPort = Annotated[int | dict[str, int], BeforeValidator(parse_pod_port)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]  # a day: more is milliseconds by mistake
 Value = Annotated[Scalar, BeforeValidator(_scalar), without_login(r"://[^/@]*@")]
 Environment = dict[

@@ -30,6 +30,7 @@ from pd_deploy.config.fields import (
     Image,
     Name,
     PodDevices,
+    PodPort,
     Port,
     Seconds,
     Sha256,
@@ -238,6 +239,24 @@ class Settings(Model):
     container_devices: tuple[AbsolutePath, ...] = ()
 
 
+class PodPorts(Model):
+    """First ports of one pod, where they are not those that the file's `ports` make.
+
+    `master` is one for all of its hosts. On several hosts, the others are a mapping.
+    """
+
+    master: Port | None = None
+    api: PodPort | None = None
+    zmq: PodPort | None = None
+
+    def on(self, kind: Literal["api", "zmq"], host: str, otherwise: int) -> int:
+        """Return the first port of a kind on a host."""
+        port: int | Mapping[str, int] | None = getattr(self, kind)
+        if port is None:
+            return otherwise
+        return port[host] if isinstance(port, Mapping) else port
+
+
 class InstanceEntry(Settings):
     """One pod: where it runs, and what differs from its role's settings.
 
@@ -248,6 +267,7 @@ class InstanceEntry(Settings):
     host: Name | None = None
     hosts: Annotated[tuple[Name, ...] | None, Field(min_length=1)] = None
     devices: PodDevices
+    ports: PodPorts = PodPorts()
 
     @model_validator(mode="after")
     def _placed_once(self) -> "InstanceEntry":
@@ -261,6 +281,18 @@ class InstanceEntry(Settings):
                 f"expected devices for its hosts ({', '.join(self.on)}), "
                 f"found devices for {', '.join(self.devices) or 'none'}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ports_of_its_hosts(self) -> "InstanceEntry":
+        for kind in ("api", "zmq"):
+            port = getattr(self.ports, kind)
+            hosts = set(port) if isinstance(port, Mapping) else set(self.on[:1])
+            if port is not None and hosts != set(self.on):
+                raise ValueError(
+                    f"expected ports.{kind} for each of its hosts ({', '.join(self.on)}), "
+                    f"found {shown(port)}"
+                )
         return self
 
     def _given(self) -> str:

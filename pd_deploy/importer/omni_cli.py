@@ -147,6 +147,7 @@ def _read_argument(name: str, node: Node, server: Server, state: Shell, report: 
                 report.add("not expressible", below.place, f"--{key}", note)
             else:
                 launcher.take_argument(key, value or True, server, below.place, report)
+                _report_all(key, below, f"arguments.{key}", report)
     elif name == "kv-transfer-config" and node.mapping:
         config = {key: _expanded(below, state) for key, below in node.mapping.items()}
         launcher.take_kv(_dropped(config), server, node.place, report)
@@ -154,7 +155,7 @@ def _read_argument(name: str, node: Node, server: Server, state: Shell, report: 
             report.add("derived", below.place, f"kv_transfer_config.{key}")
     elif name == "additional-config" and node.mapping:
         server.additional_config = _expanded(node, state)
-        _report_all(name, node, report)
+        _report_all(name, node, "additional_config", report)
     else:
         launcher.read(_words(name, node, state), "", server, node.place, report)
 
@@ -166,10 +167,10 @@ def _words(name: str, node: Node, state: Shell) -> list[Argument]:
     return [*words, Argument(_text(node, state), node.place)]
 
 
-def _report_all(name: str, node: Node, report: Report) -> None:
+def _report_all(name: str, node: Node, where: str, report: Report) -> None:
     for key, below in node.mapping.items():
-        report.add("taken", below.place, f"{name}.{key}", "additional_config")
-        _report_all(f"{name}.{key}", below, report)
+        report.add("taken", below.place, f"{name}.{key}", where)
+        _report_all(f"{name}.{key}", below, where, report)
 
 
 def _text(node: Node, state: Shell) -> str | None:

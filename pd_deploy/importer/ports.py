@@ -1,9 +1,10 @@
 """The ports of imported instances, as the deployment file's formula and its exceptions. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pd_deploy.config.models import Ports
+from pd_deploy.config.topology import Instance
 from pd_deploy.importer.source import Server, Source
 
 _DEFAULT = Ports()
@@ -51,10 +52,21 @@ def _zmq_step(prefill: Server, second: Server | None, decode: Server, offset: in
     return None
 
 
-def differing(source: Source, rendered: dict[str, dict[str, int]]) -> Iterator[tuple[Server, str]]:
-    """Yield the servers, and the kinds of port, that the formula gives another port."""
+def of(server: Server, kind: str, instance: Instance) -> int:
+    """Return a server's port of a kind; where the source has none, the one that it is given."""
+    port = getattr(server, f"{kind}_port")
+    return int(port if port is not None else getattr(instance, f"{kind}_port"))
+
+
+def differing(source: Source, instances: Mapping[str, Instance]) -> Iterator[tuple[Server, str]]:
+    """Yield the servers, and the kinds of port, that are given another one than the source has.
+
+    Args:
+        instances: what is made of each server, by the server's name.
+    """
     for server in source.servers:
-        for key, attribute in _KINDS:
-            port = getattr(server, attribute)
-            if port is not None and rendered.get(server.name, {}).get(key) != port:
-                yield server, key
+        for kind, _ in _KINDS:
+            if of(server, kind, instances[server.name]) != getattr(
+                instances[server.name], f"{kind}_port"
+            ):
+                yield server, kind

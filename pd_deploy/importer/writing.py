@@ -50,6 +50,7 @@ class Writer:
         self._allow: list[str] = []
         self._extra: dict[str, Any] = {}
         self._reasons: dict[str, str] = {}
+        self._pod_ports: dict[str, dict[str, Any]] = {}
         self._hosts = _letters(
             dict.fromkeys(
                 [server.address for server in source.servers]
@@ -67,6 +68,8 @@ class Writer:
             except InvalidInput as error:
                 self._refuse(f"{problem.key}: {problem.message}" for problem in error.problems)
                 return None
+            if self._place_ports(deployment):
+                continue
             problems = rules.broken(deployment, placement.derive(deployment))
             unmet = [p for p in problems if not self._meet(p.key, p.message, deployment)]
             if unmet:
@@ -96,6 +99,24 @@ class Writer:
         name, reason = fix(self, deployment, [s for s in self._source.servers if _pod(s) == pod])
         self._reasons[name] = f"{reason} (rule {rule})"
         return True
+
+    def _place_ports(self, deployment: Deployment) -> bool:
+        """Give pods ports of their own where the formula makes others; tell whether any needs."""
+        topology, names = placement.derive(deployment), self._names(deployment)
+        instances = {i.name: i for i in topology.instances}
+        members = {server.name: instances[names[server.name]] for server in self._source.servers}
+        differing = [
+            (server, kind)
+            for server, kind in ports.differing(self._source, members)
+            if kind != "master" or members[server.name].is_master
+        ]
+        for server, kind in differing:
+            pod = [s for s in self._source.servers if s.pod == server.pod and s.role == server.role]
+            own = {self._hosts[s.address]: ports.of(s, kind, members[s.name]) for s in pod}
+            only = len(pod) == 1 or kind == "master"
+            port = own[self._hosts[pod[0].address]] if only else own
+            self._pod_ports.setdefault(_pod(server), {})[kind] = port
+        return bool(differing)
 
     def _batched_tokens(self, deployment: Deployment, servers: list[Server]) -> tuple[str, str]:
         model = deployment.model
@@ -206,6 +227,7 @@ class Writer:
         devices = [_ranges(server.devices) for server in pod]
         same = len(set(devices)) == 1
         entry["devices"] = devices[0] if same else dict(zip(hosts, devices, strict=True))
+        entry |= _some("ports", self._pod_ports.get(_pod(pod[0])))
         return entry | _written(choice.levels[_pod(pod[0])])
 
     def _proxy(self, proxy: SourceProxy) -> dict[str, Any]:
@@ -238,13 +260,11 @@ class Writer:
 
     def _names(self, deployment: Deployment) -> dict[str, str]:
         """Return the names that instances have in the deployment, by those of the source."""
-        topology = placement.derive(deployment)
+        instances = placement.derive(deployment).instances
+        names = {(i.role, i.pod, i.address): i.name for i in instances}
         return {
-            server.name: topology_pod.members[index].name
-            for topology_pod, pod in zip(
-                topology.pods, [p for r in ROLES for p in self._source.pods(r)], strict=True
-            )
-            for index, server in enumerate(pod)
+            server.name: names[server.role, _pod(server), server.address]
+            for server in self._source.servers
         }
 
 

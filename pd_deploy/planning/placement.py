@@ -59,10 +59,17 @@ def _pod(
     base = rank if role == "prefill" else ports.decode_offset + rank
     offsets = [base + (index if role == "decode" else 0) for index in range(len(hosts))]
     zmq_step = ports.zmq_step or engine.zmq_step(deployment)
-    zmq = [ports.zmq + offset * zmq_step for offset in offsets]
+    zmq = [
+        entry.ports.on("zmq", host, ports.zmq + offset * zmq_step)
+        for host, offset in zip(hosts, offsets, strict=True)
+    ]
+    api = [
+        entry.ports.on("api", host, ports.api + offset)
+        for host, offset in zip(hosts, offsets, strict=True)
+    ]
     api_ports = [
-        tuple(ports.api + offset + i for i in range(member.servers))
-        for offset, member in zip(offsets, brought_up, strict=True)
+        tuple(first + i for i in range(member.servers))
+        for first, member in zip(api, brought_up, strict=True)
     ]
     addresses = tuple(deployment.hosts[host].address for host in hosts)
     # Of each member: the copies of the model on those before it. The last number counts them all.
@@ -78,8 +85,8 @@ def _pod(
             kv_rank=kv_rank,
             node_rank=index,
             pod_addresses=addresses,
-            master_port=ports.master + base,
-            api_port=ports.api + offsets[index],
+            master_port=entry.ports.master or ports.master + base,
+            api_port=api[index],
             api_ports=api_ports[index],
             zmq_port=zmq[index],
             kv_ports=tuple(zmq[index] + i for i in range(brought_up[index].kv_ports)),

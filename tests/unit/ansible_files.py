@@ -180,3 +180,125 @@ def write(directory: Path, **documents: Any) -> list[Path]:
         path.write_text(document if isinstance(document, str) else text_of(document))
         paths.append(path)
     return paths
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile of omni_cli, by the numbers that tell such profiles apart: pods × hosts, devices of
+    each instance, tensor parallel sizes, and what the launcher is given."""
+
+    prefill: tuple[int, int, int]  # pods, hosts of each, devices of each host
+    decode: tuple[int, int, int]
+    decode_tp: int
+    max_len: int = 32768
+    batched: int | None = 32768
+    kv_parallel_size: object = 1
+    mtp: bool = True
+    connector: str = "AscendHcclConnectorV1"
+    image: str = IMAGE
+    port_step: int = 16
+
+
+def omni_cli(profile: Profile) -> dict[str, Any]:
+    """The file of a profile."""
+    hosts: dict[str, dict[str, Any]] = {"P": {}, "D": {}}
+    for group, (pods, members, devices), offset in (
+        ("P", profile.prefill, 0),
+        ("D", profile.decode, 100),
+    ):
+        for pod in range(pods):
+            names = [f"{group.lower()}{pod * members + index}" for index in range(members)]
+            addresses = [f"10.{offset + 1}.{pod}.{index + 1}" for index in range(members)]
+            for index, name in enumerate(names):
+                hosts[group][name] = _instance(
+                    profile, group, name, names[0], addresses, index, devices,
+                    offset + profile.port_step * (pod * members + index), pod,
+                )  # fmt: skip
+    proxy = {
+        "ansible_host": "10.1.0.1",
+        "DOCKER_IMAGE_ID": profile.image,
+        "container_name": "x_c0",
+        "env": {"API_PORT": 7000, "ROLE": "proxy"},
+        "args": {"prefill-lb-sdk": "pd_score_balance", "decode-lb-sdk": "least_conn"},
+    }
+    groups = {**hosts, "C": {"c0": proxy}}
+    return {"all": {"children": {group: {"hosts": below} for group, below in groups.items()}}}
+
+
+def _instance(
+    profile: Profile,
+    group: str,
+    name: str,
+    master: str,
+    addresses: list[str],
+    index: int,
+    devices: int,
+    offset: int,
+    pod: int,
+) -> dict[str, Any]:
+    is_prefill = group == "P"
+    listed = ",".join(map(str, range(devices)))
+    tp = devices * len(addresses) if is_prefill else profile.decode_tp
+    servers = 1 if is_prefill else max(1, devices // tp)
+    base = 0 if is_prefill else 100
+    environment = {
+        "ROLE": "prefill" if is_prefill else "decode",
+        "API_PORT": 9000 + offset,
+        "MASTER_PORT": 8000 + base + profile.port_step * pod,
+        "VLLM_LLMDATADIST_ZMQ_PORT": 5568 + offset,
+        "ATB_HOME_PATH": "/usr/local/Ascend/nnal/atb/latest",
+        "ASCEND_HOME_PATH": "/usr/local/Ascend/latest",
+        "ASCEND_RT_VISIBLE_DEVICES": listed,
+        "SERVER_IP_LIST": addresses[0],
+        "LOCAL_DECODE_SERVER_IP_LIST": "${SERVER_IP_LIST}",
+        "PREFILL_POD_NUM": profile.prefill[0],
+        "DEVICES": "$(echo \"$ASCEND_RT_VISIBLE_DEVICES\" | tr -d ',')",
+        "RANK_TABLE_FILE_PATH": "$(ls ${RANKTABLE_SAVE_PATH}/local_*$DEVICES.json)",
+        "MODEL_PATH": "/data/models/m",
+        "MAX_LEN": profile.max_len,
+        "LOG_PATH": "/data/log_path",
+        "KV_RANK": pod if is_prefill else profile.prefill[0],
+        "HCCL_CONNECT_TIMEOUT": 1800,
+        "HCCL_BUFFSIZE": 20 if is_prefill else 1000,
+        "HCCL_OP_EXPANSION_MODE": "AIV",
+        "GLOO_SOCKET_IFNAME": "enp23s0f3",
+    }
+    extra = {"max-num-seqs": 16, "disable-log-requests": ""}
+    extra |= {} if profile.batched is None else {"max-num-batched-tokens": profile.batched}
+    extra |= {"enforce-eager": ""} if is_prefill else {"compilation-config": {"level": 3}}
+    arguments: dict[str, Any] = {
+        "base-api-port": "$API_PORT",
+        "master-ip": addresses[0],
+        "master-port": "$MASTER_PORT",
+        "gpu-util": "0.92" if is_prefill else 0.9,
+        "tp": tp,
+        "num-servers": servers,
+        "num-dp": 1 if is_prefill else servers * len(addresses),
+        "server-offset": 0 if is_prefill else devices * index,
+        "max-model-len": "$MAX_LEN",
+        "model-path": "$MODEL_PATH",
+        "served-model-name": "deepseek",
+        "log-dir": "$LOG_PATH",
+        "extra-args": extra,
+        "kv-transfer-config": {
+            "kv_connector": profile.connector,
+            "kv_role": "kv_producer" if is_prefill else "kv_consumer",
+            "kv_rank": "$KV_RANK",
+            "engine_id": "$KV_RANK",
+            "kv_parallel_size": profile.kv_parallel_size,
+        },
+    }
+    arguments |= {"enable-mtp": ""} if profile.mtp else {}
+    if not is_prefill:
+        arguments["additional-config"] = {"graph_model_compile_config": {"level": 1}}
+    return {
+        "ansible_host": addresses[index],
+        "ansible_user": "root",
+        "host_ip": addresses[0],
+        "master_node": master,
+        "DOCKER_IMAGE_ID": profile.image,
+        "container_name": f"x_{name}",
+        "ascend_rt_visible_devices": listed,
+        "env": environment,
+        "args": arguments,
+    }

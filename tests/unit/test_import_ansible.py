@@ -24,7 +24,7 @@ from pd_deploy.importer.source import Answers
 from pd_deploy.planning import placement
 from tests.unit import ansible_files as files
 from tests.unit import example
-from tests.unit.ansible_files import Shape
+from tests.unit.ansible_files import Profile, Shape
 
 SECRET = "hunter2-Zx81kQ"
 
@@ -70,7 +70,9 @@ def rendered(deployment: Any) -> dict[str, dict[str, str]]:
     flags as `--name`, vLLM's arguments as `extra --name`, and entries of JSON."""
     topology = placement.derive(deployment)
     engine = engines.get("omniinfer")
-    facts = {name: HostFacts("eth0", {}) for name in deployment.hosts}
+    facts = {
+        name: HostFacts(entry.interface or "eth0", {}) for name, entry in deployment.hosts.items()
+    }
     service = Service(
         deployment, topology, Layout.of(deployment, example.GENERATION), facts, deployment.image
     )
@@ -195,6 +197,14 @@ SHAPES: dict[str, tuple[Shape, dict[str, dict[str, str | None]]]] = {
             "d0": {"MASTER_PORT": "11200", "API_PORT": "13200", "ZMQ_PORT": "7300"},
         },
     ),
+    "ranks in tens": (
+        Shape(rank_step=10, prefills=3),
+        {
+            "p1": {"MASTER_PORT": "8010", "API_PORT": "9010", "ZMQ_PORT": "5578"},
+            "p2": {"MASTER_PORT": "8020", "API_PORT": "9020", "ZMQ_PORT": "5588"},
+            "d0": {"MASTER_PORT": "8100", "API_PORT": "9100", "ZMQ_PORT": "5668"},
+        },
+    ),
     "JSON with blanks among the arguments": (
         Shape(extra_decode='--max-num-seqs 8 --compilation-config {"level": 3, "sizes": [1, 2]}'),
         {"d0": {"--compilation-config ": '{"level":3,"sizes":[1,2]}', "--max-num-seqs ": "8"}},
@@ -239,7 +249,6 @@ class TestShapes:
             "additional_config.graph_model_compile_config.decode_gear_list none → [8]",
         ),
         (Shape(image="registry.example.com/omni/x:mine"), ""),
-        (Shape(rank_step=10), "p1: master port 8010 → 8001"),
     ],
 )
 def test_what_a_rule_demands_otherwise_is_changed_and_said(
@@ -535,3 +544,58 @@ def test_crlf_reads_the_same(tmp_path: Path) -> None:
 
 def test_a_file_of_the_lines_limit_is_read() -> None:
     assert documents.parse("x:\n" + "  - y\n" * 10_000, "a").at("x") is not None
+
+
+PROFILES = {
+    "small": Profile((1, 1, 8), (1, 1, 8), 8, mtp=False, kv_parallel_size=8),
+    "prefill budgets below the length": Profile((4, 1, 16), (1, 4, 16), 1, 32000, 30000),
+    "no budget": Profile((2, 1, 16), (1, 2, 16), 1, batched=None),
+    "pods of many hosts": Profile((2, 2, 16), (1, 4, 16), 1, 163840, 163840),
+    "eighteen prefills": Profile((18, 1, 16), (1, 18, 16), 1, 16384, 30000),
+    "copies of several devices": Profile((8, 1, 16), (1, 4, 16), 4, kv_parallel_size=4),
+    "the pods' number plus one": Profile(
+        (2, 1, 8), (1, 4, 8), 1, kv_parallel_size="$((PREFILL_POD_NUM + 1))"
+    ),
+    "ports that step by one": Profile((3, 1, 8), (1, 1, 8), 8, port_step=1, kv_parallel_size=8),
+}
+
+
+@pytest.mark.parametrize("case", PROFILES)
+class TestOmniCli:
+    def of(self, directory: Path, case: str) -> importing.Import:
+        return imported(*files.write(directory, profile=files.omni_cli(PROFILES[case])))
+
+    def test_what_the_profile_gives_is_rendered(self, tmp_path: Path, case: str) -> None:
+        profile = PROFILES[case]
+        tables = rendered(deployment_of(tmp_path, self.of(tmp_path, case)))
+        (pods, members, devices), (_, hosts, each) = profile.prefill, profile.decode
+        assert len(tables) == pods * members + hosts
+        first, *_, last = tables.values()
+        assert first["--tp"] == str(members * devices)
+        assert last["--tp"] == str(profile.decode_tp)
+        assert last["--num-dp"] == str(hosts * each // profile.decode_tp)
+        assert (first["--gpu-util"], last["--gpu-util"]) == ("0.92", "0.9")
+        assert ("--enable-mtp" in first) == profile.mtp
+        assert last["--compilation-config "] == '{"level":3}'
+        assert (first["HCCL_BUFFSIZE"], last["HCCL_BUFFSIZE"]) == ("20", "1000")
+        assert first["GLOO_SOCKET_IFNAME"] == "enp23s0f3"
+        assert not any(key.startswith(("ATB_", "DEVICES")) for key in first)
+        ports = ("MASTER_PORT", "API_PORT", "ZMQ_PORT")
+        assert [first[name] for name in ports] == ["8000", "9000", "5568"]
+        offset = 100 + profile.port_step * (hosts - 1)
+        assert [last[name] for name in ports] == ["8100", f"{9000 + offset}", f"{5568 + offset}"]
+        assert int(first.get("--max-num-batched-tokens ", 1 << 30)) >= profile.max_len
+
+    def test_the_report_explains_each_difference(self, tmp_path: Path, case: str) -> None:
+        result = self.of(tmp_path, case)
+        deployment_of(tmp_path, result)
+        assert [e for e in result.report.of("changed") if "pd-deploy's own" in e.note] == []
+        lost = {entry.what for entry in result.report.of("not expressible", "unmapped")}
+        assert lost <= {"DEVICES"}
+
+    def test_each_line_is_accounted_for(self, tmp_path: Path, case: str) -> None:
+        result = self.of(tmp_path, case)
+        lines = {entry.place.line for entry in result.report.entries}
+        for number, line in enumerate((tmp_path / "profile.yml").read_text().splitlines(), 1):
+            if not line.rstrip().endswith(":"):
+                assert number in lines, f"{number}: {line}"

@@ -150,3 +150,48 @@ def test_fewer_prefill_pods_move_decodes_rank(count: int) -> None:
     placed = placement.build(example.service({"prefill": changes}))
     assert [i.kv_rank for i in placed.decode] == [count]
     assert placed.decode[0].master.api_port == 9100
+
+
+class TestPortsOfAPod:
+    def test_replace_those_of_the_formula(self) -> None:
+        own = {"ports": {"master": 8500, "api": 9016, "zmq": 5584}}
+        placed = example.place({"prefill": {"p1": own}})
+        ports = {i.name: i.ports for i in placed.instances}
+        assert ports["p1"] == {"master": 8500, "api": 9016, "zmq": 5584}
+        assert ports["p0"] == {"master": 8000, "api": 9000, "zmq": 5568}
+        assert placed.prefill[1].servers == ("10.0.0.1:9016",)
+
+    def test_differ_by_host(self) -> None:
+        changes = {
+            "profile": "deepseek-r1-a3-2p1d",
+            "hosts": {"c": "10.0.0.3", "d": "10.0.0.4"},
+            "prefill": {"p1": None, "p2": None, "p0": {"devices": "0-15"}},
+            "decode": {
+                "d0": {
+                    "host": None,
+                    "hosts": ["c", "d"],
+                    "devices": "0-15",
+                    "ports": {"api": {"c": 9100, "d": 9116}, "zmq": {"c": 5668, "d": 5684}},
+                }
+            },
+        }
+        decodes = example.place(changes).decode[0].members
+        assert [d.api_ports[0] for d in decodes] == [9100, 9116]
+        assert [d.api_ports[-1] for d in decodes] == [9115, 9131]
+        assert [d.zmq_port for d in decodes] == [5668, 5684]
+        assert {d.master_port for d in decodes} == {8100}
+
+    @pytest.mark.parametrize(
+        ("ports", "says"),
+        [
+            ({"api": 70000}, "expected a port, or one for each host, found 70000"),
+            ({"api": {"b": 9000}}, "expected ports.api for each of its hosts (a), found"),
+            ({"api": True}, "expected a port, or one for each host, found True"),
+            ({"zmq": "5568"}, "expected a port, or one for each host, found '5568'"),
+            ({"api": 9000}, "its api port 9000 on host a is also the api port of p0"),
+        ],
+    )
+    def test_that_cannot_be_are_refused(self, ports: dict[str, Any], says: str) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            example.place({"prefill": {"p1": {"ports": ports}}})
+        assert says in str(caught.value)
