@@ -6,6 +6,7 @@ import pytest
 
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
+from tests.memory import answers
 from tests.memory.world import ROOT, World
 
 ROLES = "release_1.2.1-202607241407-vllm"
@@ -21,8 +22,7 @@ def world(tmp_path: Path) -> World:
 
 def test_a_service_moves_on_to_an_image_without_ranktables_and_back(world: World) -> None:
     first = world.serving()
-    image = world.push(ROLES)
-    world.change(contract="roles")
+    image = world.push(ROLES, answer=answers.of("roles"))
     outcome = world.run(deploy, image=image)
     assert outcome.completed, outcome.error
     serving = world.serving()
@@ -41,8 +41,7 @@ def test_a_service_moves_on_to_an_image_without_ranktables_and_back(world: World
 def test_a_host_that_announces_another_address_is_refused_while_the_service_runs(
     world: World,
 ) -> None:
-    image, before = world.push(ROLES), world.runs()
-    world.change(contract="roles")
+    image, before = world.push(ROLES, answer=answers.of("roles")), world.runs()
     world.machines["b"].route_address = "192.168.7.2"
     outcome = world.run(deploy, image=image)
     assert "10.0.0.2 of host b (found 192.168.7.2)" in str(outcome.error)
