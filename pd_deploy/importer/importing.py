@@ -12,6 +12,7 @@ from pd_deploy.importer import (
     inventory,
     omni_cli,
     playbook,
+    roles,
     round_trip,
     shell,
     writing,
@@ -93,7 +94,8 @@ def _read(root: Node, template: Path | None, source: Source, answers: Answers) -
     document = documents.read(template)
     play = playbook.play_of(document, source.report)
     inventory.describe(listed, source)
-    playbook.read(listed, play, source, answers)
+    reader = roles if roles.is_of_roles(play) else playbook
+    reader.read(listed, play, source, answers)
 
 
 def _check(source: Source) -> None:

@@ -20,19 +20,28 @@ LAUNCHERS = ("start_api_servers.py", "pd_run.sh", "pd_run_pangu_ultra_moe.sh")
 OTHER_ENGINES = ("sglang.launch_server", "start_api_servers_sgl.py")
 _SERVED_NAMES = {"pd_run.sh": "deepseek", "pd_run_pangu_ultra_moe.sh": "pangu_ultra_moe"}
 
-# What pd_run.sh exports, whatever was exported before, by the age of the image.
+# What the scripts export, whatever was exported before: all of them, pd_run.sh of summer 2025 and
+# from October on, and the one for Pangu, which later playbooks take for all models.
 _OF_PD_RUN = {
     "HCCL_CONNECT_TIMEOUT": "1800",
     "HCCL_EXEC_TIMEOUT": "120",
-    "TASK_QUEUE_ENABLE": "2",
     "TNG_HOST_COPY": "1",
     "AUTO_USE_UC_MEMORY": "1",
     "USING_LCCL_COM": "0",
     "OMNI_USE_DSV3": "1",
     "HCCL_INTRA_ROCE_ENABLE": "1",
     "HCCL_INTRA_PCIE_ENABLE": "0",
+    "VLLM_USE_V1": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
-_OF_PD_RUN_LATER = {"HCCL_RDMA_TIMEOUT": "20", "ENABLE_OVERWRITE_REQ_IDS": "0"}
+_OF_PD_RUN_EARLY = {"TASK_QUEUE_ENABLE": "2"}
+_OF_PD_RUN_LATER = {
+    "TASK_QUEUE_ENABLE": "2",
+    "HCCL_RDMA_TIMEOUT": "20",
+    "ENABLE_OVERWRITE_REQ_IDS": "0",
+}
+_OF_PANGU = {"ENABLE_OVERWRITE_REQ_IDS": "1"}
+_UNLESS_EXPORTED = {"VLLM_LOGGING_LEVEL": "INFO"}
 
 _DERIVED = frozenset({
     "ascend-rt-visible-devices", "base-api-port", "decode-pod-num", "global-decode-server-ip-list",
@@ -314,7 +323,9 @@ def _add_defaults(
 ) -> None:
     """Add what pd_run.sh does by itself: names, switches and variables."""
     is_old = "num-speculative-tokens" not in given and "kv-connector" not in given
-    defaults = dict(_OF_PD_RUN) if is_old else _OF_PD_RUN | _OF_PD_RUN_LATER
+    further = _OF_PD_RUN_EARLY if is_old else _OF_PD_RUN_LATER
+    defaults = _OF_PD_RUN | (_OF_PANGU if "pangu" in program else further)
+    defaults |= {k: v for k, v in _UNLESS_EXPORTED.items() if k not in server.environment}
     set_by_flag = {_OF_ENVIRONMENT[name] for name in given if name in _OF_ENVIRONMENT}
     for name, value in defaults.items():
         if name not in set_by_flag:

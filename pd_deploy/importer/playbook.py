@@ -153,8 +153,8 @@ def read(listed: list[Entry], play: Node, source: Source, answers: Answers) -> N
     environment = environment_of(play, source, answers)
     variables = play.at("vars")
     nodes = variables.mapping if variables else {}
-    texts = _texts(nodes, environment, answers, source.report)
-    reader = _Reader(listed, source, environment, texts)
+    texts = texts_of(nodes, environment, answers, source.report)
+    reader = Reader(listed, source, environment, texts)
     run = nodes.get("docker_run_cmd")
     if run is not None:
         source.report.add("taken", run.place, "docker_run_cmd", "container")
@@ -178,7 +178,7 @@ def read(listed: list[Entry], play: Node, source: Source, answers: Answers) -> N
             source.report.add("unmapped", node.place, key)
 
 
-def _texts(
+def texts_of(
     nodes: Mapping[str, Node],
     environment: Mapping[str, str | None],
     answers: Answers,
@@ -196,7 +196,7 @@ def _texts(
     return names
 
 
-class _Reader:
+class Reader:
     """Reads the scripts of one playbook for each server of its inventory."""
 
     def __init__(
@@ -212,6 +212,11 @@ class _Reader:
         self._mounts_code = False
         self._container: dict[str, str] = {}
 
+    @property
+    def budget(self) -> Budget:
+        """The work that all scripts together may still take."""
+        return self._budget
+
     def read_run_command(self, node: Node) -> None:
         script = scripts.parse(node)
         variables = {**dict.fromkeys(scripts.OF_CONTAINER), **self._environment}
@@ -221,7 +226,7 @@ class _Reader:
                 self._source.report.add("unmapped", script.place(statement), statement.text)
                 continue
             words = [Argument(text, script.line(line)) for text, line in state.words(statement)]
-            options = _Options(self._source, self._environment)
+            options = Options(self._source, self._environment)
             options.read([word for word in words[2:] if word.text != ""])
             self._mounts_code = options.mounts_code
             self._container = options.environment
@@ -232,8 +237,8 @@ class _Reader:
             for name, value in self._container.items():
                 launcher.take_environment(name, value, server, script.node.place, source.report)
             run = scripts.reader_of(server, source.report, source.interfaces, self._take_directory)
-            follower = Follower(source.report, self._names(server.name), self._budget, run)
-            given = self._given(server)
+            follower = Follower(source.report, self.names(server.name), self._budget, run)
+            given = self.given(server)
             server.derived |= set(given)
             follower.follow(script, {**self._environment, **self._container, **given})
             if "kv_connector" not in server.kv and server.kv:
@@ -243,12 +248,13 @@ class _Reader:
         source = self._source
         for proxy in source.proxies:
             run = proxy_reader(proxy, source.report)
-            follower = Follower(source.report, self._names(proxy.name), self._budget, run)
+            follower = Follower(source.report, self.names(proxy.name), self._budget, run)
             port = str(proxy.port) if proxy.port else None
             environment = {"HOST": proxy.name, "PROXY_NODE_PORT": port, "NODE_PORT": port}
             follower.follow(script, {**self._environment, **self._container, **environment})
 
-    def _names(self, name: str) -> dict[str, Any]:
+    def names(self, name: str) -> dict[str, Any]:
+        """Return what expressions in the scripts of an instance may refer to."""
         return {
             **self._texts,
             **self._hostvars.get(name, {}),
@@ -262,7 +268,7 @@ class _Reader:
             in_image = code == "/workspace" or not self._mounts_code
             self._source.code = None if in_image else code
 
-    def _given(self, server: Server) -> dict[str, str | None]:
+    def given(self, server: Server) -> dict[str, str | None]:
         """Return what `docker exec` gives the start scripts of a server: it follows from the
         topology."""
         source = self._source
@@ -304,7 +310,7 @@ class _Reader:
         }
 
 
-class _Options:
+class Options:
     """Reads the options of `docker run`."""
 
     _IMPLIED = ("-it", "-d", "-i", "-t", "--net", "--network", "--entrypoint", "--name", "-u",

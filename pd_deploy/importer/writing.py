@@ -158,6 +158,8 @@ class Writer:
         choice = profile_choice.choose(pods, ENGINE, self._profile, compat=self._compat)
         document: dict[str, Any] = {"name": self._name, "engine": ENGINE}
         document |= {"profile": choice.profile}
+        if extra := self._kv_extra():
+            document["kv_connector_extra_config"] = extra
         if self._compat and "upstream" in choice.document:
             document["compat"] = "upstream"
         document |= self._devices_per_host(choice)
@@ -192,6 +194,12 @@ class Writer:
 
     def _contract_key(self) -> dict[str, Any]:
         return {"contract": self._source.contract} if self._source.contract else {}
+
+    def _kv_extra(self) -> dict[str, Any]:
+        """Return what all servers' KV connectors are given besides."""
+        extras = [s.kv.get("kv_connector_extra_config") for s in self._source.servers]
+        same = extras[0] and all(extra == extras[0] for extra in extras)
+        return dict(extras[0]) if same and isinstance(extras[0], dict) else {}
 
     def _model(self) -> dict[str, Any]:
         source = self._source

@@ -9,6 +9,7 @@ import yaml
 DATA = Path(__file__).parents[1] / "data" / "ansible"
 INVENTORY = DATA / "inventory-3p1d.yml"
 PLAYBOOK = DATA / "playbook-qwq.yml"
+ROLES = DATA / "playbook-roles.yml"
 IMAGE = "registry.example.com/omni/omniinfer:release_v0.6.0"
 EARLY = "registry.example.com/omni/daily_omniinfer:20250722_26"
 IN_CARDS = {8: "0,1,2,3,4,5,6,7", 16: "0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15"}

@@ -556,6 +556,13 @@ PROFILES = {
     "the pods' number plus one": Profile(
         (2, 1, 8), (1, 4, 8), 1, kv_parallel_size="$((PREFILL_POD_NUM + 1))"
     ),
+    "the connector of contract v1": Profile(
+        (1, 1, 16),
+        (1, 2, 16),
+        1,
+        connector="LLMDataDistConnector",
+        image="registry.example.com/omni/omniinfer-a3-arm:release_1.2.1-202606292354-vllm",
+    ),
     "ports that step by one": Profile((3, 1, 8), (1, 1, 8), 8, port_step=1, kv_parallel_size=8),
 }
 
@@ -571,6 +578,7 @@ class TestOmniCli:
         (pods, members, devices), (_, hosts, each) = profile.prefill, profile.decode
         assert len(tables) == pods * members + hosts
         first, *_, last = tables.values()
+        assert profile.connector in first["--kv-transfer-config kv_connector"]
         assert first["--tp"] == str(members * devices)
         assert last["--tp"] == str(profile.decode_tp)
         assert last["--num-dp"] == str(hosts * each // profile.decode_tp)
@@ -599,3 +607,94 @@ class TestOmniCli:
         for number, line in enumerate((tmp_path / "profile.yml").read_text().splitlines(), 1):
             if not line.rstrip().endswith(":"):
                 assert number in lines, f"{number}: {line}"
+
+
+class TestRoles:
+    @pytest.fixture
+    def result(self, tmp_path: Path) -> importing.Import:
+        document = files.inventory(Shape(devices=16, decode_hosts=2))
+        for group in ("P", "D"):
+            for host in document["all"]["children"][group]["hosts"].values():
+                del host["zmq_port"]
+        (path,) = files.write(tmp_path, inventory=document)
+        return imported(path, files.ROLES)
+
+    def test_what_the_playbook_gives_is_rendered(
+        self, tmp_path: Path, result: importing.Import
+    ) -> None:
+        deployment = deployment_of(tmp_path, result)
+        tables = rendered(deployment)
+        assert deployment.contract == "roles"
+        expected = {
+            "p1": {"--tp": "16", "--max-model-len": "33792", "HCCL_BUFFSIZE": "20",
+                   "--max-num-batched-tokens ": "33792", "--enable-mtp": None,
+                   "VLLM_PLUGINS": "omni-npu,omni_npu_patches", "PYTHONHASHSEED": "123",
+                   "--served-model-name": "deepseek-v3.2",
+                   "--kv-transfer-config kv_connector": '"LLMDataDistConnector"'},
+            "d0-1": {"--tp": "1", "--num-dp": "32", "HCCL_BUFFSIZE": "400", "--gpu-util": "0.9",
+                     "--max-num-batched-tokens ": "256", "API_PORT": "9101",
+                     "--additional-config enable_low_latency": "true",
+                     "--compilation-config ": '{"cudagraph_mode":"FULL_DECODE_ONLY",'
+                     '"cudagraph_capture_sizes":[4]}'},
+        }  # fmt: skip
+        for name, values in expected.items():
+            assert {key: tables[name].get(key) for key in values} == values
+        proxy = deployment.proxy["c0"]
+        assert (proxy.log_level, proxy.core_num) == ("info", 8)
+        assert proxy.arguments["omni-proxy-pd-policy"] == "sequential"
+        assert [mount.source for mount in deployment.container.mounts][-1] == "/mnt"
+
+    def test_the_report_explains_each_difference(
+        self, tmp_path: Path, result: importing.Import
+    ) -> None:
+        deployment_of(tmp_path, result)
+        assert [e for e in result.report.of("changed") if "pd-deploy's own" in e.note] == []
+        assert [e.what for e in result.report.of("unmapped")] == []
+        assert [e.what for e in result.report.of("not expressible")] == ["proc_bind_profile"]
+
+    def test_each_line_is_accounted_for(self, result: importing.Import) -> None:
+        lines = {e.place.line for e in result.report.entries if e.place.file == files.ROLES.name}
+        for number, line in enumerate(files.ROLES.read_text().splitlines(), 1):
+            opens = line.rstrip().endswith((":", ">-", "|-")) or line.lstrip().startswith("#")
+            continues = line.startswith("          --") or line.strip().startswith('"')
+            in_tasks = "import_role" in line or "name: common" in line
+            in_profile = "host_sync" in line
+            if not (opens or continues or in_tasks or in_profile):
+                assert number in lines, f"{number}: {line}"
+
+    @pytest.mark.parametrize(
+        ("find", "replace", "says"),
+        [
+            ("deepseek-v3.2\n", "REPLACE_WITH_MODEL_NAME\n", "--set model="),
+            ("--max-model-len 64000", "--max-model-len REPLACE_WITH_LEN", "a placeholder"),
+            ("registry.example.com", "REPLACE_WITH_DOCKER", "--set IMAGE"),
+            (
+                "      runner: pd_run.sh",
+                "      kv_connector: Other",
+                "expected one that a contract",
+            ),
+        ],
+    )
+    def test_what_is_missing_is_asked_for(
+        self, tmp_path: Path, find: str, replace: str, says: str
+    ) -> None:
+        text = files.ROLES.read_text()
+        assert find in text
+        shape = Shape(devices=16)
+        paths = files.write(
+            tmp_path, inventory=files.inventory(shape), playbook=text.replace(find, replace)
+        )
+        result = imported(*paths)
+        assert result.text is None
+        assert says in problems(result)
+
+    def test_several_decode_pods_are_possible(self, tmp_path: Path) -> None:
+        document = files.inventory(Shape(devices=16, decode_hosts=2))
+        hosts = document["all"]["children"]["D"].pop("hosts")
+        hosts["d1"]["host_ip"] = hosts["d1"]["ansible_host"]
+        document["all"]["children"]["D"]["children"] = {
+            f"D{index}": {"hosts": {name: host}} for index, (name, host) in enumerate(hosts.items())
+        }
+        (path,) = files.write(tmp_path, inventory=document)
+        deployment = deployment_of(tmp_path, imported(path, files.ROLES))
+        assert list(deployment.decode) == ["d0", "d1"]
