@@ -190,6 +190,28 @@ class TestServers:
             assert omniinfer.starts_after(of.deployment, of.topology, name) == ()
         assert "worker-port" not in omniinfer.start_script(service("roles", changes), "p0-0")
 
+    @pytest.mark.parametrize(("contract", "last"), [("v0", 19999), ("v1", 15565), ("roles", 19999)])
+    def test_over_hosts_leave_the_ports_of_rays_workers_alone(
+        self, contract: str, last: int
+    ) -> None:
+        """Decode is on another host, where there is no ray."""
+        changes = {
+            "profile": "deepseek-r1-a3-2p1d",
+            "prefill": {
+                "p0": {"host": None, "hosts": ["a", "b"], "devices": "0-15"},
+                "p1": None,
+                "p2": None,
+            },
+            "decode": {"d0": {"devices": "0-7"}},
+        }
+        for port in (10001, 20000):
+            service(contract, changes | {"ports": {"master": port}})
+        for port in (10002, last):
+            with pytest.raises(InvalidInput) as caught:
+                service(contract, changes | {"ports": {"master": port}})
+            (problem,) = caught.value.problems
+            assert f"outside of 10002 to {last}, where ray's workers" in problem.message
+
 
 class TestKvTransfer:
     SIZES = {"v0-early": 4, "v0": 8, "v1": 4, "roles": 4}  # noqa: RUF012
@@ -265,7 +287,9 @@ class TestPorts:
         assert set(range(15599, 15608)) <= set(ports)
         assert {problem.key for problem in caught.value.problems} == {"prefill.p1"}
         messages = [problem.message for problem in caught.value.problems]
-        assert any("15566 on host a is also the messages port of p0" in m for m in messages)
+        # It names what moves the port.
+        name = f"{omniinfer.BASE_PORT} - 1"
+        assert f"its {name} port 15566 on host a is also the {name} port of p0" in messages[0]
         assert all(m.endswith("(rule ports-distinct)") for m in messages)
 
 

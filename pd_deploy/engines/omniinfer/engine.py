@@ -100,8 +100,9 @@ def further_ports(
     if role == "prefill" and fixed:
         given = str(settings.environment.get(BASE_PORT, ""))
         first_worker = int(given) if given.isdecimal() else fixed + 1
-        ports["messages"] = first_worker - 1
-        ports |= {f"worker-{rank}": first_worker + rank for rank in range(len(devices))}
+        # They are called after what moves them, for the message of a file whose pods collide.
+        ports[f"{BASE_PORT} - 1"] = first_worker - 1
+        ports |= {f"{BASE_PORT} + {rank}": first_worker + rank for rank in range(len(devices))}
     if role == "prefill" and api_ports and environments.is_prefix_aware(deployment):
         ports["events"] = api_ports[0] + launcher.EVENTS_PORT_OFFSET
     return ports

@@ -4,6 +4,7 @@ import json
 import shlex
 
 from pd_deploy.config.fields import Scalar
+from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Service
 from pd_deploy.engines.common import exports, flags, title
@@ -16,6 +17,7 @@ EVENTS_PORT_OFFSET = 100
 """From a prefill's API port to that of its cache events: omni_proxy reckons with this number."""
 _SWITCHES = ("no-enable-prefix-caching", "no-enable-chunked-prefill", "enable-mtp")
 _OPTIONS = ("block-size", "num-speculative-tokens")
+_RAY_WORKERS = range(10002, 20000)  # ray's defaults
 _RAY_JOIN_TIMEOUT_S = 300  # hosts start at the same time, but may be busy with their images
 
 # Starts the launcher so that every bind() may take a port with connections in TIME_WAIT. The
@@ -36,6 +38,12 @@ sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def ports_of_ray_workers(deployment: Deployment) -> range:
+    """Return the ports of which ray's workers take any, on each host of a prefill that spans some:
+    ray's own, up to those that the engine binds."""
+    return range(_RAY_WORKERS[0], contract_of(deployment).fixed_ports or _RAY_WORKERS.stop)
 
 
 def script(service: Service, instance: Instance) -> str:
@@ -161,7 +169,8 @@ def _ray_worker(service: Service, instance: Instance) -> list[str]:
 
 
 def _ports_of_ray_workers(service: Service) -> list[str]:
-    """Keep ray's workers, which take ports from 10002 to 19999, off those that the engine binds."""
-    if fixed := contract_of(service.deployment).fixed_ports:
-        return ["--min-worker-port=10002", f"--max-worker-port={fixed - 1}"]
-    return []
+    """Keep ray's workers off the ports that the engine binds."""
+    ports = ports_of_ray_workers(service.deployment)
+    if ports == _RAY_WORKERS:
+        return []
+    return [f"--min-worker-port={ports[0]}", f"--max-worker-port={ports[-1]}"]

@@ -10,6 +10,7 @@ from pd_deploy.engines.base import Finding
 from pd_deploy.engines.omniinfer import kv
 from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.engines.omniinfer.environment import HASH_SEED
+from pd_deploy.engines.omniinfer.launcher import ports_of_ray_workers
 from pd_deploy.errors import Problem
 
 MAX_PREFILL_PODS = 32
@@ -59,6 +60,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     yield from _ratio(deployment, topology)
     yield from kv.findings(deployment, topology)
     yield from _proxy(deployment, topology)
+    yield from _ports_of_ray(deployment, topology)
 
 
 def _pods(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
@@ -154,6 +156,22 @@ def _gears(pod: Pod, config: dict[str, Any]) -> Iterator[Finding]:
         key += ".graph_model_compile_config.decode_gear_list"
         message = f"expected at most {MAX_GEARS} sizes, found {len(gears)}"
         yield "decode-gear-list", Problem(key, message)
+
+
+def _ports_of_ray(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
+    """Check that nothing has a port that a worker of ray could take before it starts."""
+    hosts = {instance.host for instance in topology.instances if instance.uses_ray}
+    workers = ports_of_ray_workers(deployment)
+    on_hosts = [(i.key, i.host, i.ports) for i in topology.instances]
+    on_hosts.append((topology.proxy.name, topology.proxy.host, topology.proxy.ports))
+    for key, host, ports in on_hosts:
+        for purpose, port in ports.items():
+            if host in hosts and port in workers:
+                message = (
+                    f"expected its {purpose} port on host {host} outside of {workers[0]} to "
+                    f"{workers[-1]}, where ray's workers take theirs, found {port}"
+                )
+                yield "ports-distinct", Problem(key, message)
 
 
 def _proxy(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
