@@ -1,9 +1,11 @@
-"""A service whose images have no ranktables, on hosts in memory."""
+"""A service that moves from images of one age to those of another, on hosts in memory."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
 from tests.memory import answers
@@ -49,3 +51,38 @@ def test_a_host_that_announces_another_address_is_refused_while_the_service_runs
     assert not world.record().quarantine
     world.machines["b"].route_address = ""
     assert "(found no default route)" in str(world.run(deploy, image=image).error)
+
+
+NIGHTS = {
+    "20250723_1": "v0-early",
+    "20250901_1": "v0",
+    "20260301_1": "v1",
+    "20260801_1": "roles",
+}
+
+
+def test_nights_follow_the_images_through_all_ages_and_a_rollback_goes_back(world: World) -> None:
+    first = world.serving()
+    # Two prefills of v1 on a host need ports of their own.
+    world.change(prefill={"p1": {"environment": {omniinfer.BASE_PORT: 15600}}}, keep=9)
+    for tag, name in NIGHTS.items():
+        world.push(tag, answer=answers.of(name))
+        outcome = world.run(deploy, image="newest", due=datetime.now(UTC))
+        assert outcome.completed, outcome.error
+        plan = world.machines["a"].disk.read(f"{ROOT}/{world.serving()}/plan.json")
+        assert f'"contract": "{name}"' in plan
+        assert world.completes()
+    assert world.run(rollback, generation=first).completed
+    assert world.serving() == first
+    assert world.completes()
+
+
+def test_a_night_whose_image_the_file_does_not_fit_says_why_and_touches_nothing(
+    world: World,
+) -> None:
+    before = world.runs()
+    world.push("20260301_1", answer=answers.of("v1"))
+    outcome = world.run(deploy, image="newest", due=datetime.now(UTC))
+    assert f"prefill.p1: its {omniinfer.BASE_PORT} - 1 port 15566 on host a" in str(outcome.error)
+    assert world.runs() == before
+    assert not world.record().quarantine
