@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import itertools
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def fresh(service: Service) -> Service:
     return service
 
 
-async def test_the_newest_build_is_taken_by_number_not_by_text(fresh: Service) -> None:
+async def test_the_newest_build_is_taken_by_number_not_by_text(
+    fresh: Service, prefect: Callable[..., str]
+) -> None:
     """The next night a tag is of a form that nobody knows, which is told by an event, too."""
     for tag in (fresh.tag(9), fresh.tag(26), fresh.tag("30_test"), "latest"):
         fresh.push(tag, {"/etc/example": tag})
@@ -64,6 +67,10 @@ async def test_the_newest_build_is_taken_by_number_not_by_text(fresh: Service) -
     assert event["resource"]["prefect.resource.id"] == "pd-deploy.deployment.qwq-3p1d"
     assert event["payload"]["tags"] == [unknown]
     assert any(r["prefect.resource.role"] == "flow-run" for r in event["related"])
+    listed = json.loads(prefect("pd-deploy", "tags", fresh.file, "--json"))
+    assert listed["taken"]["image"].endswith(f"/daily_omniinfer:{fresh.tag(26)}")
+    assert listed["newer_of_other_forms"] == [unknown]
+    assert {"latest", unknown} <= set(listed["repositories"][0]["of_no_family"])
 
 
 async def events(name: str) -> list[dict[str, Any]]:
