@@ -501,8 +501,15 @@ def logs(
         Path | None,
         typer.Option(metavar="DIR", help="Copy to this directory; by default, to a new one here."),
     ] = None,
+    instance: Annotated[
+        list[str] | None,
+        typer.Option(help="Only the logs of this instance, such as p1; can be repeated."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print what comes, until Ctrl-C; copy nothing.")
+    ] = False,
 ) -> None:
-    """Collect a generation's logs from all hosts.
+    """Collect a generation's logs from all hosts, or follow them.
 
     Works after a failure, too. DIR/HOST/INSTANCE/ gets what the container printed, and the log
     files of the server or proxy. If a host does not answer, those of the others are copied, and
@@ -513,12 +520,40 @@ def logs(
     from pd_deploy.cli.check import load
 
     deployment = load(file)
+    if follow and to:
+        raise typer.BadParameter("expected --follow or --to, found both")
     from pd_deploy.cli import logs as collecting
 
-    directory, away = collecting.collect(deployment, generation, to)
+    if follow:
+        try:
+            collecting.follow(deployment, generation, instance or ())
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+    directory, away = collecting.collect(deployment, generation, to, instance or ())
     typer.echo(f"copied to {directory}")
     _tell_away(away)
     raise typer.Exit(FAILED if away else 0)
+
+
+@app.command("exec", context_settings={"allow_interspersed_args": False})
+def execute(
+    file: File,
+    instance: Annotated[str, typer.Argument(help="The instance, such as p1, or the proxy.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...")],
+) -> None:
+    """Run a command in an instance's container.
+
+    What it prints is printed; its exit code is this one's. It gets no input and no terminal, and
+    runs on if this is interrupted.
+
+    Example: pd-deploy exec qwq-3p1d.yaml p1 -- npu-smi info
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import execute as executing
+
+    raise typer.Exit(executing.run(deployment, instance, command))
 
 
 @app.command()

@@ -248,6 +248,13 @@ class TestFiles:
             await host.remove_tree(path, below=place)
         assert await host.make_dirs([place]) == []
 
+    async def test_sizes_of_files(self, host: Host, place: str) -> None:
+        assert await host.facts.sizes(place) == {}
+        await host.write_files({f"{place}/x": File(b"abc"), f"{place}/in/y": File(b"")})
+        assert await host.facts.sizes(place) == {f"{place}/x": 3, f"{place}/in/y": 0}
+        parts = [part async for part in host.read_in_parts(f"{place}/x", 1)]
+        assert b"".join(parts) == b"bc"
+
     async def test_tail(self, host: Host, place: str) -> None:
         """Of files, and of those directly in a directory."""
         log = "".join(f"line {n}\n" for n in range(1000)).encode()
@@ -545,6 +552,41 @@ class TestContainers:
         parts: list[bytes] = []
         await docker.copy_log(id, parts.append)  # ends, although the container runs
         assert b"".join(parts) == b"run\nlast\nrun\nlast\n"
+
+    async def test_a_command_in_a_container(self, host: Host, create: Create) -> None:
+        """Its outputs come apart, and its exit code is told; none runs where none may."""
+        docker, out, err = host.docker, list[bytes](), list[bytes]()
+
+        def write(printed: bytes, complained: bytes) -> None:
+            out.append(printed)
+            err.append(complained)
+
+        id = await create()
+        command = ["sh", "-c", "echo here; echo there >&2; exit 3"]
+        with pytest.raises(errors.DockerRefused, match="is not running"):
+            await docker.execute(id, command, write, deployment=OURS)
+        await docker.start(id)
+        assert await docker.execute(id, command, write, deployment=OURS) == 3
+        assert (b"".join(out), b"".join(err)) == (b"here\n", b"there\n")
+        with pytest.raises(errors.NotOurs):
+            await docker.execute(id, command, write, deployment="other")
+        absent = await docker.execute(id, ["no-such-program"], write, deployment=OURS)
+        assert absent in (126, 127)
+        with pytest.raises(errors.ContainerMissing):
+            await docker.execute("no-such", command, write, deployment=OURS)
+
+    async def test_output_that_comes(self, host: Host, create: Create) -> None:
+        docker = host.docker
+        id = await create("sh", "-c", "echo one; echo two; echo three; exit 0")
+        await docker.start(id)
+        await docker.wait(id)
+        lines = await docker.output_after(id, "", 2)
+        assert [line.partition(" ")[2] for line in lines] == ["two", "three"]
+        assert await docker.output_after(id, lines[-1], 2) == []
+        await docker.start(id)
+        await docker.wait(id)
+        after = await docker.output_after(id, lines[-1], 2)
+        assert [line.partition(" ")[2] for line in after] == ["one", "two", "three"]
 
     async def test_output_after_a_place_in_a_long_log(self, host: Host, create: Create) -> None:
         """A place that was rotated away leaves all that there is."""

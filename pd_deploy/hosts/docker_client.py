@@ -4,7 +4,15 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from datetime import datetime
 from typing import Literal, TypeVar
@@ -371,6 +379,42 @@ class DockerClient:
                 write(part)
 
         await self._long(f"log of {container}", copy)
+
+    async def output_after(self, container: str, place: str, first: int) -> list[str]:
+        """Read the lines of a container's output that follow a place, each with its time; the last
+        `first` ones where there is no place yet. The last of them is the next place."""
+        if place:
+            return await self._lines(container, place)
+        return await self._timed_lines(container, first)
+
+    async def execute(
+        self,
+        container: str,
+        argv: Sequence[str],
+        write: Callable[[bytes, bytes], object],
+        *,
+        deployment: str,
+    ) -> int:
+        """Run a command in a container of the deployment; return its exit code.
+
+        If the call is cut, the command runs on: Docker has no means to end it.
+
+        Args:
+            write: given its standard output and standard error bit by bit, on a thread.
+
+        Raises:
+            NotOurs: it does not carry the deployment's label.
+            DockerRefused: it does not run, or has no such program.
+        """
+        state = await self._own(container, deployment)
+
+        def run(client: APIClient) -> int:
+            made = client.exec_create(state.id, list(argv))
+            for out, err in client.exec_start(made["Id"], stream=True, demux=True):
+                write(out or b"", err or b"")
+            return int(client.exec_inspect(made["Id"])["ExitCode"])
+
+        return await self._long(f"run {argv[0]} in {state.name}", run)
 
     async def log_end(self, container: str) -> str:
         """Return the place where a container's output ends so far, for `wait_log`: the last line

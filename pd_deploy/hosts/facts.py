@@ -131,6 +131,7 @@ for p; do
   if [ -d "$p" ]; then for f in "$p"/*; do [ -f "$f" ] && show "$f"; done
   elif [ -f "$p" ]; then show "$p"; fi
 done; true"""
+SIZES = r"""[ ! -d "$1" ] || find "$1/" -xdev -type f -printf '%s\0%p\0' 2>/dev/null; true"""
 
 
 class Facts:
@@ -201,6 +202,15 @@ class Facts:
         )
         parts = output.split("\0")[:-1]
         return dict(zip(parts[::2], parts[1::2], strict=True))
+
+    async def sizes(self, directory: str) -> dict[str, int]:
+        """Return the size of each file below a directory, in bytes, by path; follow no links."""
+        output = await self._host.output(["sh", "-c", SIZES, "sh", directory])
+        parts = output.split("\0")[:-1]
+        return {
+            posixpath.normpath(path): int(size)
+            for size, path in zip(parts[::2], parts[1::2], strict=True)
+        }
 
 
 def tree(directory: str, logs: str) -> list[str]:

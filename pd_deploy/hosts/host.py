@@ -205,13 +205,15 @@ class Host:
         """Read a file's content; return None if it does not exist."""
         return await self._with_files(lambda remote: remote.read(path))
 
-    async def read_in_parts(self, path: str) -> AsyncIterator[bytes]:
+    async def read_in_parts(self, path: str, offset: int = 0) -> AsyncIterator[bytes]:
         """Yield a file's content in parts; only one is in memory at a time.
+
+        Args:
+            offset: where to begin, in bytes.
 
         Raises:
             FileMissing: it does not exist.
         """
-        offset = 0
         while part := await self._read_part(path, offset):
             yield part
             offset += len(part)

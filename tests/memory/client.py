@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ class MemoryClient:
         self._machine = machine
         self._stopping: dict[str, float] = {}
         self._pulling: dict[str, float] = {}
+        self._executions: dict[str, list[str]] = {}
 
     def info(self) -> dict[str, Any]:
         return {
@@ -223,6 +225,37 @@ class MemoryClient:
         ]
         kept = [line.encode() for line in (lines if tail == "all" else lines[-int(tail) :])]
         return iter(kept) if stream else b"".join(kept)
+
+    def exec_create(self, name: str, argv: list[str]) -> dict[str, str]:
+        one = self._find(name)
+        if not one.running:
+            raise _refused(409, f"container {one.id} is not running")
+        self._executions[f"exec-{len(self._executions)}"] = argv
+        return {"Id": f"exec-{len(self._executions) - 1}"}
+
+    def exec_start(
+        self, id: str, *, stream: bool, demux: bool
+    ) -> Iterator[tuple[bytes | None, bytes | None]]:
+        """`sh -c` with some of `echo`, `echo … >&2` and `exit`; no other program is there."""
+        assert stream
+        assert demux
+        argv = self._executions[id]
+        if argv[:2] != ["sh", "-c"]:
+            yield f"exec: {argv[0]!r}: executable file not found in $PATH".encode(), None
+            return
+        for part in argv[2].split(";"):
+            words = shlex.split(part)
+            if words[0] == "echo" and words[-1] == ">&2":
+                yield None, f"{' '.join(words[1:-1])}\n".encode()
+            elif words[0] == "echo":
+                yield f"{' '.join(words[1:])}\n".encode(), None
+
+    def exec_inspect(self, id: str) -> dict[str, int]:
+        argv = self._executions[id]
+        if argv[:2] != ["sh", "-c"]:
+            return {"ExitCode": 127}
+        last = shlex.split(argv[2].split(";")[-1])
+        return {"ExitCode": int(last[1]) if last[0] == "exit" else 0}
 
     def _take_time(self, what: str) -> None:
         """What brings an image takes as long as the machine says."""

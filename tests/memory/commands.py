@@ -198,6 +198,12 @@ def _find(machine: Machine, arguments: Sequence[str], _: str) -> str:
     return "".join(f"{path}\0" for path, _ in machine.disk.files(arguments[0]))
 
 
+def _sizes(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    return "".join(
+        f"{len(content)}\0{path}\0" for path, content in machine.disk.files(arguments[0])
+    )
+
+
 def _addresses(machine: Machine, *_: object) -> str:
     links = [("lo", "127.0.0.1"), (INTERFACE, machine.address)]
     return json.dumps([{"ifname": n, "addr_info": [{"local": a}]} for n, a in links])
@@ -359,6 +365,7 @@ TABLE = (
     _script("containers of", facts.CONTAINERS, _containers),
     _script("docker age", facts.AGES, _ages),
     _script("tail", facts.TAIL, _tail),
+    _script("sizes", facts.SIZES, _sizes),
     _script("try to write", files.TRY, _try_to_write),
     _script("lease", lease.SCRIPT, _lease, changes=True),
     _script(

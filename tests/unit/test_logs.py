@@ -1,14 +1,16 @@
 """`pd-deploy logs` on hosts in memory: what a host says does not lead out of the directory here."""
 
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pd_deploy.cli import logs
+from pd_deploy.cli import execute, logs
 from pd_deploy.config.load import load_deployment
-from pd_deploy.errors import FactsError, PdDeployError
+from pd_deploy.errors import ContainerMissing, FactsError, InvalidInput, PdDeployError
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.hosts.host import PART_BYTES, Host
 from pd_deploy.records import generations
@@ -96,3 +98,107 @@ def test_what_cannot_be_written_here_is_told_without_a_traceback(
     (tmp_path / "logs" / taken).touch()
     with pytest.raises(PdDeployError, match=r"can't write .*with `--to`"):
         collected(world, tmp_path / "logs")
+
+
+def test_only_the_logs_of_an_instance_come_if_it_is_named(world: World, tmp_path: Path) -> None:
+    for name in ("p0", "p1"):
+        world.machines["a"].disk.put(f"{log_directory(world)}/{name}/server_0.log", b"x")
+    deployment = load_deployment(world.path)
+    world.asked(logs._collect(deployment, None, tmp_path / "logs", ["p1"]))
+    files = (tmp_path / "logs").rglob("*.log")
+    copied = {str(path.relative_to(tmp_path / "logs")) for path in files}
+    assert copied == {"a/p1/docker.log", "a/p1/server_0.log"}
+    with pytest.raises(InvalidInput, match="expected one of p0, p1, p2, d0, c0; found 'p9'"):
+        world.asked(logs._collect(deployment, None, tmp_path / "logs", ["p9"]))
+
+
+async def follow(
+    world: World, instances: Sequence[str], between: Sequence[Callable[[], object]]
+) -> list[str]:
+    """What is printed, if these things happen one after the other, a second apart and more."""
+    lines: list[str] = []
+    original = logs.typer.echo
+    logs.typer.echo = lambda line, **_: lines.append(str(line))  # type: ignore[assignment]
+    following = asyncio.ensure_future(logs.followed(load_deployment(world.path), None, instances))
+    try:
+        for happens in between:
+            await asyncio.sleep(2.5)
+            happens()
+        await asyncio.sleep(2.5)
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        logs.typer.echo = original
+    return lines
+
+
+def test_what_comes_is_printed_line_by_line_and_once(world: World) -> None:
+    a, path = world.machines["a"], f"{log_directory(world)}/p1/server_0.log"
+    p1 = world.running()["p1"]
+    a.disk.put(path, b"old\n" * 1000)
+
+    def grows(content: bytes) -> Callable[[], None]:
+        return lambda: a.disk.put(path, a.disk.read(path).encode() + content)
+
+    lines = world.asked(
+        follow(
+            world,
+            ["p1"],
+            [
+                grows(b"first\nsec"),
+                grows(b"ond\n"),
+                lambda: a.say(p1, "said"),
+                lambda: a.disk.put(path, b"anew\n"),
+                lambda: a.disk.put(f"{log_directory(world)}/p1/server_1.log", b"other\n"),
+            ],
+        )
+    )
+    assert {line.partition(" | ")[0] for line in lines} == {
+        "p1", "p1/server_0.log", "p1/server_1.log",
+    }  # fmt: skip
+    assert 0 < lines.count("p1/server_0.log | old") <= 500
+    assert [line for line in lines if not line.endswith(" | old")][-5:] == [
+        "p1/server_0.log | first",
+        "p1/server_0.log | second",
+        "p1 | said",
+        "p1/server_0.log | anew",
+        "p1/server_1.log | other",
+    ]
+    assert any("starting prefill p1" in line for line in lines)
+
+
+def test_a_host_that_goes_and_comes_back_is_followed_on(world: World) -> None:
+    a, p1 = world.machines["a"], world.running()["p1"]
+    lines = world.asked(
+        follow(
+            world,
+            [],
+            [
+                lambda: a.unplug(60),
+                lambda: a.say(p1, "meanwhile"),
+                *[lambda: None] * 40,
+            ],
+        )
+    )
+    assert lines.count("p1 | meanwhile") == 1
+    assert any(line.startswith("a | host a (10.0.0.1): ") for line in lines)
+
+
+def test_a_command_runs_in_the_container_of_an_instance(world: World) -> None:
+    printed: list[tuple[bytes, bytes]] = []
+    deployment = load_deployment(world.path)
+
+    def run(instance: str) -> int:
+        def write(out: bytes, err: bytes) -> None:
+            printed.append((out, err))
+
+        command = ["sh", "-c", "echo here; echo there >&2; exit 3"]
+        return world.asked(execute.executed(deployment, instance, command, write))
+
+    assert run("d0") == 3
+    assert printed == [(b"here\n", b""), (b"", b"there\n")]
+    with pytest.raises(InvalidInput):
+        run("d9")
+    world.machines["b"].end(world.running()["d0"], 1)
+    with pytest.raises(ContainerMissing, match="expected a running container of d0"):
+        run("d0")
