@@ -69,6 +69,20 @@ class Node:
             node = node.mapping.get(key) if node is not None else None
         return None if node is None or node.is_null else node
 
+    def mentions(self, name: str) -> bool:
+        """Tell whether a key below has a name, or an expression refers to it."""
+        word = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+        return any(
+            key == name or ("{{" in node.text and word.search(node.text) is not None)
+            for key, node in self._below()
+        )
+
+    def _below(self) -> "Iterator[tuple[str, Node]]":
+        pairs = [*self.mapping.items(), *(("", item) for item in self.items)]
+        for key, node in pairs:
+            yield key, node
+            yield from node._below()
+
     @property
     def plain(self) -> Any:
         """The value without its places, as JSON has it."""

@@ -92,7 +92,7 @@ def _read(root: Node, template: Path | None, source: Source, answers: Answers) -
         omni_cli.read(listed, source, answers)
         return
     document = documents.read(template)
-    play = playbook.play_of(document, source.report)
+    play = playbook.play_of(document, source.report, answers)
     inventory.describe(listed, source)
     reader = roles if roles.is_of_roles(play) else playbook
     reader.read(listed, play, source, answers)

@@ -74,7 +74,8 @@ def entries(root: Node, report: Report, answers: Answers) -> list[Entry]:
         message = "expected an inventory with all.children, in which are the groups P, D and C"
         raise refused(root.place, message)
     shared = _variables(root.at("all", "vars"), {}, report)
-    shared |= {name: value for name, value in answers.values.items() if name in shared}
+    answers.used |= {name for name in answers.values if root.mentions(name)}
+    shared |= answers.values  # as Ansible's `-e`: they take precedence
     listed = [
         entry
         for group, node in children.mapping.items()
@@ -344,8 +345,9 @@ def _proxy(entry: Entry, report: Report) -> SourceProxy:
 
 
 def _take_login(entry: Entry, source: Source) -> None:
-    source.ssh_user = source.ssh_user or entry.text("ansible_user")
-    source.ssh_port = source.ssh_port or entry.number("ansible_port")
+    user, port = entry.text("ansible_user"), entry.number("ansible_port")
+    login = {"user": user, "port": port}
+    source.logins[str(entry.text("ansible_host"))] = {k: v for k, v in login.items() if v}
     for key in ("ansible_user", "ansible_port"):
         if key in entry.node.mapping:
             source.report.add("taken", entry.line(key), f"{entry.name}.{key}", "ssh")

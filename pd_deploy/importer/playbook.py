@@ -60,7 +60,7 @@ def is_playbook(root: Node) -> bool:
     return bool(root.items) and any(play.at("vars") or play.at("tasks") for play in root.items)
 
 
-def play_of(root: Node, report: Report) -> Node:
+def play_of(root: Node, report: Report, answers: Answers) -> Node:
     """Return the first play, with what the others and the tasks become in the report.
 
     Raises:
@@ -68,6 +68,7 @@ def play_of(root: Node, report: Report) -> Node:
     """
     if not is_playbook(root):
         raise refused(root.place, "expected a playbook: a list of plays with vars; found none")
+    answers.used |= {name for name in answers.values if root.mentions(name)}
     play, *others = root.items
     for other in others:
         report.add("unmapped", other.place, "a further play", "only the first is read")
@@ -185,12 +186,13 @@ def texts_of(
     report: Report,
 ) -> dict[str, Any]:
     """Return the values that scripts may refer to by Jinja: one-line variables, the environment."""
-    names: dict[str, Any] = {"ansible_env": {k: v for k, v in environment.items() if v is not None}}
+    names: dict[str, Any] = {**answers.values}
+    names |= {"ansible_env": {k: v for k, v in environment.items() if v is not None}}
     for key, node in nodes.items():
         if node.is_scalar and "\n" not in node.text and not is_secret(key, node.text):
             answer = answers.get(key)
             try:
-                names[key] = answer or expressions.evaluate(node.text, names)
+                names[key] = answer or expressions.evaluate(node.text, {**names, **answers.values})
             except expressions.Refused as error:
                 report.add("problem", node.place, key, f"expected a value, found {error}")
     return names

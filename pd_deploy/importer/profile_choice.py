@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pd_deploy.config import load, yaml_files
+from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.importer.source import Role, Server, common
 
 PLAIN = "omniinfer"
@@ -68,6 +69,9 @@ def choose(pods: Mapping[str, Server], engine: str, profile: str | None, *, comp
     Args:
         pods: the master of each pod, by the pod's name.
         compat: whether the file is to have upstream's values where a profile corrects them.
+
+    Raises:
+        InvalidInput: the named one can't be taken.
     """
     names = load.profiles() if profile is None else [profile]
     choices = [
@@ -76,6 +80,9 @@ def choose(pods: Mapping[str, Server], engine: str, profile: str | None, *, comp
         if (choice := _on(name, load.profile_document(name), pods, compat)) is not None
         and choice.document.get("engine") == engine
     ]
+    if not choices and profile is not None:
+        message = f"expected one that sets no variable which the files don't have, found {profile}"
+        raise InvalidInput([Problem("--profile", message)])
     if not choices:
         return choose(pods, engine, PLAIN, compat=compat)
     return min(choices, key=lambda choice: (choice.cost, choice.profile != PLAIN))

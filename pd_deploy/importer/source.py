@@ -91,8 +91,7 @@ class Source:
     image: str | None = None
     contract: ContractName | None = None
     contract_why: str = ""
-    ssh_user: str | None = None
-    ssh_port: int | None = None
+    logins: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: str | None = None
     code: str | None = None
     http_proxy: str | None = None

@@ -167,8 +167,7 @@ class Writer:
         document |= self._contract_key() | self._extra
         document |= {"allow": list(dict.fromkeys(self._allow))} if self._allow else {}
         document |= self._supports(choice)
-        ssh = {"user": source.ssh_user, "port": source.ssh_port}
-        document |= _some("ssh", {key: value for key, value in ssh.items() if value})
+        document |= _some("ssh", self._login())
         document["hosts"] = {letter: self._host(address) for address, letter in self._hosts.items()}
         for role in ROLES:
             document[role] = {_pod(pod[0]): self._pod(pod, choice) for pod in source.pods(role)}
@@ -227,7 +226,15 @@ class Writer:
 
     def _host(self, address: str) -> object:
         interface = self._source.interfaces.get(address)
-        return {"address": address, "interface": interface} if interface else address
+        login = self._source.logins.get(address, {})
+        entry: dict[str, Any] = {"address": address}
+        entry |= {"interface": interface} if interface else {}
+        entry |= {"ssh": login} if login != self._login() else {}
+        return entry if len(entry) > 1 else address
+
+    def _login(self) -> dict[str, Any]:
+        """Return how the first host is logged in at; the others may differ."""
+        return self._source.logins.get(next(iter(self._hosts)), {})
 
     def _pod(self, pod: list[Server], choice: Choice) -> dict[str, Any]:
         hosts = [self._hosts[server.address] for server in pod]

@@ -698,3 +698,35 @@ class TestRoles:
         (path,) = files.write(tmp_path, inventory=document)
         deployment = deployment_of(tmp_path, imported(path, files.ROLES))
         assert list(deployment.decode) == ["d0", "d1"]
+
+
+def test_answers_are_what_ansible_gets_by_e(tmp_path: Path) -> None:
+    document = files.playbook(Shape())
+    document[0]["environment"]["MODEL_PATH"] = "{{ model_dir | default('/data') }}/m2"
+    paths = files.write(tmp_path, inventory=files.inventory(Shape()), playbook=document)
+    plain = deployment_of(tmp_path, imported(*paths))
+    answers = Answers({"model_dir": "/mnt", "base_api_port": "9500"})
+    result = importing.run(*paths, name="service", answers=answers)
+    answered = deployment_of(tmp_path, result)
+    assert (plain.model.path, answered.model.path) == ("/data/m2", "/mnt/m2")
+    assert (plain.ports.api, answered.ports.api) == (9000, 9500)
+    assert answers.used == {"model_dir", "base_api_port"}
+
+
+def test_hosts_with_logins_of_their_own_keep_them(tmp_path: Path) -> None:
+    document = files.inventory(Shape())
+    document["all"]["children"]["D"]["hosts"]["d0"] |= {"ansible_user": "me", "ansible_port": 2222}
+    paths = files.write(tmp_path, inventory=document, playbook=files.playbook(Shape()))
+    deployment = deployment_of(tmp_path, imported(*paths))
+    assert deployment.ssh.user == "root"
+    logins = [entry.ssh for entry in deployment.hosts.values() if entry.ssh]
+    assert [(login.user, login.port) for login in logins] == [("me", 2222)]
+
+
+def test_a_profile_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    paths = files.write(
+        tmp_path, inventory=files.inventory(Shape()), playbook=files.playbook(Shape())
+    )
+    for profile in ("vllm-gpu", "qwq-32b-a3", "none"):
+        with pytest.raises(InvalidInput, match="profile"):
+            importing.run(*paths, name="service", answers=Answers(), profile=profile)
