@@ -9,15 +9,13 @@ from pd_deploy.importer import importing
 from pd_deploy.importer import report as reports
 from pd_deploy.importer.source import Answers
 
-_NOT_IMPORTED = "nothing was written: correct what is listed under `problem`"
-
 
 class Outcome(NamedTuple):
-    """The deployment file's text, if there is one, the report's, and whether all went well."""
+    """Texts: the deployment file, unless it is refused, the report, and what to say at the end."""
 
     text: str | None
     report: str
-    is_accepted: bool
+    summary: str
 
 
 def run(
@@ -49,16 +47,22 @@ def run(
     if unused:
         message = f"expected names that the files ask for, found {', '.join(unused)}"
         raise InvalidInput([Problem("--set", message)])
-    warned = strict and bool(result.report.of(*reports.WARNINGS))
-    accepted = result.text is not None and not warned
-    text = reports.written(result.report)
-    if not accepted:
-        text += f"\n{_NOT_IMPORTED if result.text is None else _strict()}\n"
-    return Outcome(result.text if accepted else None, text, accepted)
-
-
-def _strict() -> str:
-    return f"nothing was written: with --strict, no line may be {', '.join(reports.WARNINGS)}"
+    listed = result.report
+    warned = strict and bool(listed.of(*reports.WARNINGS))
+    text = None if warned else result.text
+    if result.text is None:
+        summary = (
+            f"{reports.listed(listed, 'problem')}\n"
+            "Nothing was written: answer or correct these, and run it again."
+        )
+    elif warned:
+        summary = (
+            f"Nothing was written: with --strict, no line may be one of "
+            f"{', '.join(reports.WARNINGS)}."
+        )
+    else:
+        summary = f"To look at: {reports.counted(listed, reports.WARNINGS)}"
+    return Outcome(text, reports.written(listed), summary)
 
 
 def write(path: Path, text: str, *, force: bool) -> None:

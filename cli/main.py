@@ -211,7 +211,9 @@ def import_ansible(
     if report:
         importing.write(report, outcome.report, force=force)
     else:
-        typer.echo(outcome.report, err=True, nl=False)
+        typer.echo(outcome.report, err=True)
+    where = f" (see {report})" if report else ""
+    typer.echo(f"{outcome.summary}{where}", err=True)
     if outcome.text is None:
         raise typer.Exit(INVALID)
     if output:

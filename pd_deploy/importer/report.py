@@ -76,7 +76,7 @@ class Report:
 
     def add(self, kind: Kind, place: Place, what: str, note: str = "") -> None:
         """Enter what became of a line. Text that may hold a secret is not kept."""
-        entry = Entry(kind, place, hidden(what), hidden(note))
+        entry = Entry(kind, place, hidden(what), hidden(note, names=False))
         if entry not in self._seen:
             self._seen.add(entry)
             self.entries.append(entry)
@@ -99,11 +99,15 @@ def is_secret(name: str, value: object = "") -> bool:
     return bool(named) and (not harmless or bool(text and "pass" in name.lower()))
 
 
-def hidden(text: str) -> str:
-    """Return a text for people, cut to one line, or a remark in place of one with a secret."""
+def hidden(text: str, *, names: bool = True) -> str:
+    """Return a text for people, cut to one line, or a remark in place of one with a secret.
+
+    Args:
+        names: whether a name such as `password` in it means that a secret follows.
+    """
     words = [word for word in re.split(r"[\s=:,\"'{}]+", text) if word]
-    named = any(is_secret(name, value) for name, value in pairwise(words))
-    if named or _SECRET_VALUE.search(text) or _SECRET_COMMAND.search(text):
+    named = names and any(is_secret(name, value) for name, value in pairwise(words))
+    if named or _SECRET_VALUE.search(text) or (names and _SECRET_COMMAND.search(text)):
         first = re.match(r"[\w./-]{1,40}(?=[\s=:]|$)", text.strip())
         return f"{first[0]} … {HIDDEN}" if first else HIDDEN
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -119,6 +123,17 @@ def written(report: Report) -> str:
         lines += ["", f"{kind}: {MEANING[kind]}"]
         lines += _rows(sorted(report.of(kind), key=lambda entry: entry.place))
     return "\n".join(lines) + "\n"
+
+
+def listed(report: Report, *kinds: Kind) -> str:
+    """Write the entries of some kinds, a line each."""
+    return "\n".join(_rows(report.of(*kinds)))
+
+
+def counted(report: Report, kinds: Iterable[Kind]) -> str:
+    """Write how many entries of some kinds there are, of those that there are any of."""
+    counts = Counter(entry.kind for entry in report.entries)
+    return ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]) or "none"
 
 
 def _rows(entries: Iterable[Entry]) -> list[str]:

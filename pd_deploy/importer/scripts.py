@@ -105,7 +105,7 @@ class Follower:
             elif isinstance(statement, Choice):
                 last = script.line(statement.last_line).line
                 note = f"only the host can tell; nothing of it is taken, to line {last}"
-                self.report.add("unmapped", place, statement.text, note)
+                self.report.add("unmapped", place, shell.unmarked(statement.text), note)
             else:
                 self._opaque(statement, place)
         return result
@@ -120,14 +120,14 @@ class Follower:
                 self.run("export", [Argument(name, place), Argument(value, place)], place)
         elif assigned:
             note = "a variable of the script; see what uses it"
-            self.report.add("implied", place, command.text, note)
+            self.report.add("implied", place, shell.unmarked(command.text), note)
         else:
             words = [Argument(text, script.line(line)) for text, line in state.words(command)]
             while words and re.match(r"[A-Za-z_]\w*=", words[0].text or ""):
                 name, _, value = (words.pop(0).text or "").partition("=")
                 self.run("export", [Argument(name, place), Argument(value, place)], place)
             if words and not self._is_run(words, place):
-                self.report.add(_kind(words), place, command.text)
+                self.report.add(_kind(words), place, shell.unmarked(command.text))
 
     def _is_run(self, words: list[Argument], place: Place) -> bool:
         """Ask whoever reads the scripts, by the program or the script that a command runs."""
@@ -140,7 +140,9 @@ class Follower:
     def _opaque(self, statement: Statement, place: Place) -> None:
         is_arithmetic = statement.text.startswith(("((", "for var in", "for ((", "declare -A"))
         kind: Kind = "implied" if is_arithmetic else "unmapped"
-        self.report.add(kind, place, statement.text, "" if is_arithmetic else "not followed")
+        self.report.add(
+            kind, place, shell.unmarked(statement.text), "" if is_arithmetic else "not followed"
+        )
 
 
 def _kind(words: list[Argument]) -> Kind:

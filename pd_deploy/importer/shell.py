@@ -90,6 +90,11 @@ def mark(number: int, lines: int) -> str:
     return f"{_MARKS[0]}{number}{_MARKS[1]}" + "\\\n" * lines
 
 
+def unmarked(text: str) -> str:
+    """Return a text for people, without the numbers of its marked expressions."""
+    return re.sub(f"{_MARKS[0]}\\d+{_MARKS[1]}", "{{…}}", text)
+
+
 def commands(script: str) -> tuple[Statement, ...]:
     """Take a script apart. One that is too long is a single opaque statement."""
     text = script.replace("\r\n", "\n")

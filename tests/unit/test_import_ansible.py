@@ -486,7 +486,10 @@ class TestCommand:
         answer = f"IMAGE={files.EARLY}"
         result = self.run(files.INVENTORY, files.PLAYBOOK, "--set", answer, "-o", out, "--report",
                           listed)  # fmt: skip
-        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.exit_code == 0
+        assert re.fullmatch(
+            rf"To look at: 1 secret, \d+ changed, .* \(see {listed}\)\n", result.stderr
+        )
         assert result.stdout == f"wrote {out}. Next: pd-deploy check {out}\n"
         assert load(out).name == "qwq"
         assert listed.read_text().startswith("secret 1  changed")
@@ -513,6 +516,12 @@ class TestCommand:
         assert result.exit_code == main.INVALID
         assert "give --set IMAGE=NAME:TAG" in result.stderr
         assert not out.exists()
+
+    def test_says_so_too_where_the_report_is_in_a_file(self, tmp_path: Path) -> None:
+        result = self.run(files.INVENTORY, files.PLAYBOOK, "--report", tmp_path / "report.txt")
+        assert result.exit_code == main.INVALID
+        assert len(result.stderr.splitlines()) == 2
+        assert "give --set IMAGE=NAME:TAG" in result.stderr
 
     def test_strict_accepts_no_warnings(self, tmp_path: Path) -> None:
         out = tmp_path / "qwq.yaml"
