@@ -59,7 +59,7 @@ async def compared(deployment: Deployment) -> Diff:
         changes = [f"{name}: {a.verb} {a.subject}" for name, host in hosts for a in host.actions]
         if serving is None:
             return Diff(planned.deployment, planned.generation, "", changes=changes)
-        before, plan, why = await _before(rollout, serving)
+        before, plan, why = await _before(rollout, serving, deployment)
         return Diff(
             planned.deployment,
             planned.generation,
@@ -71,17 +71,21 @@ async def compared(deployment: Deployment) -> Diff:
         )
 
 
-async def _before(rollout: Rollout, serving: Release) -> tuple[Deployment | None, Plan | None, str]:
+async def _before(
+    rollout: Rollout, serving: Release, file: Deployment
+) -> tuple[Deployment | None, Plan | None, str]:
     """Read the file and the plan of what serves; why not, if that can't be done.
 
-    A run may have been given another image than the file's: the file's own is compared.
+    A run may have been given another image than the file's: the file's own is compared. So is
+    `contract: by-image`, in whose place the contract of the image is saved.
     """
     session = rollout.session
     try:
         saved = await host_records.load(session.hosts, session.root, serving.generation)
     except NoSuchGeneration as error:
         return None, None, error.message
-    before = saved.deployment.model_copy(update={"image": serving.file_image})
+    contract = "by-image" if file.contract == "by-image" else saved.deployment.contract
+    before = saved.deployment.model_copy(update={"image": serving.file_image, "contract": contract})
     return before, saved.plan, ""
 
 

@@ -39,15 +39,17 @@ def asking(deployments: Iterable[Deployment]) -> Iterator[None]:
         yield
 
 
-def plan(deployment: Deployment, image: str | None) -> Plan:
-    """Make the plan that a deployment would carry out now; change nothing on the hosts."""
+def plan(deployment: Deployment, image: str | None) -> tuple[Plan, str]:
+    """Make the plan that a deployment would carry out now, and tell what its image is; change
+    nothing on the hosts."""
 
     from pd_deploy.flows import survey
 
-    async def survey_hosts() -> Plan:
+    async def survey_hosts() -> tuple[Plan, str]:
         async with connected(deployment) as reached:
             reached.require_all()
-            return (await survey.plan(reached.session, image, "a look")).with_actions(STAGES)
+            rollout = await survey.plan(reached.session, image, "a look")
+            return rollout.with_actions(STAGES), rollout.said_by_image
 
     with asking([deployment]):
         return asyncio.run(survey_hosts())

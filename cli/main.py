@@ -494,6 +494,37 @@ def tags(
 
 
 @app.command()
+def image(
+    file: File,
+    image: Annotated[
+        str | None,
+        typer.Argument(
+            help="By default the file's; a tag alone is one of the file's repository; `newest` for "
+            "the newest of its update policy."
+        ),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="HOST", help="Ask it there; by default once per architecture."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show what an image is, and by which contract it would be deployed.
+
+    Pulls the image if no run has asked it yet, and reads its scripts, packages and KV connectors
+    in a container without devices, network or mounts, which is removed again.
+
+    Example: pd-deploy image qwq-3p1d.yaml newest
+    """
+    from pd_deploy.cli import image as asking
+    from pd_deploy.config.load import load_deployment
+
+    deployment = load_deployment(file, image=None if image == "newest" else image)
+    shown = asking.read(deployment, image, on)
+    typer.echo(asking.as_json(shown) if as_json else asking.as_text(shown))
+
+
+@app.command()
 def logs(
     file: File,
     generation: Annotated[

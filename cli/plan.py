@@ -33,8 +33,8 @@ def text_of(
     if facts and image == NEWEST:
         message = "expected an image by name with --facts, as no registry is asked; found newest"
         raise InvalidInput([Problem("--image", message)])
-    made = (
-        facts_file.make_plan(deployment, facts)
+    made, said = (
+        (facts_file.make_plan(deployment, facts), "")
         if facts
         else _plan_on_hosts(
             load_deployment(file), image if image in (None, NEWEST) else deployment.image
@@ -47,8 +47,8 @@ def text_of(
     if format == "json":
         return f"{made.model_dump_json(indent=2)}\n"
     if full:
-        return f"{show.plan(made)}\n"
-    return f"{show.short_plan(made)}\n\n{_next(file)}\n"
+        return f"{show.plan(made, said)}\n"
+    return f"{show.short_plan(made, said)}\n\n{_next(file)}\n"
 
 
 def _next(file: Path) -> str:
@@ -58,7 +58,7 @@ def _next(file: Path) -> str:
     )
 
 
-def _plan_on_hosts(deployment: Deployment, image: str | None) -> Plan:
+def _plan_on_hosts(deployment: Deployment, image: str | None) -> tuple[Plan, str]:
     from pd_deploy.cli import hosts
 
     return hosts.plan(deployment, image)

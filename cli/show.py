@@ -29,20 +29,25 @@ def release_table(past: Past) -> str:
     return "\n".join(lines)
 
 
-def short_plan(made: Plan) -> str:
-    """Print what a plan would change on each host."""
-    lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
+def short_plan(made: Plan, said: str = "") -> str:
+    """Print what a plan would change on each host, and what its image is."""
+    lines = _heading(made, said)
     for name, host in made.hosts.items():
         lines += ["", f"== host {name} ({host.address})", *_actions(host)]
     return "\n".join(lines)
 
 
-def plan(made: Plan) -> str:
-    """Print a plan, host by host."""
-    lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
+def plan(made: Plan, said: str = "") -> str:
+    """Print what a plan's image is, then the plan, host by host."""
+    lines = _heading(made, said)
     for name, host in made.hosts.items():
         lines += ["", f"== host {name} ({host.address})", *_host(host)]
     return "\n".join(lines)
+
+
+def _heading(made: Plan, said: str) -> list[str]:
+    lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
+    return [*lines, said] if said else lines
 
 
 def _actions(host: HostPlan) -> list[str]:

@@ -281,6 +281,7 @@ def _report(
     lines += [
         f"Image `{rollout.release.chosen_image}`, `{rollout.plan.pinned_image}` ({rollout.rule})",
         "",
+        *([f"{said[0].upper()}{said[1:]}.", ""] if (said := rollout.said_by_image) else []),
     ]
     if rollout.attempt.downtime.since:
         lines += [f"The service was {rollout.attempt.downtime}.", ""]

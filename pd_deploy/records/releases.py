@@ -66,6 +66,7 @@ class Release(_Frozen):
         file_image: what the deployment file said at that time.
         hosts: all its hosts by their names then.
         instances: where each instance and the proxy is; older versions wrote none.
+        contract: of its image, by which it was rendered; older versions wrote none.
         logs: where its log files are on them.
         created: when it was first attempted, by the controller's clock.
         started_by: the run that made it, and who or what started that.
@@ -80,6 +81,7 @@ class Release(_Frozen):
     file_image: str
     hosts: dict[str, HostAccess]
     instances: dict[str, Place] = {}
+    contract: str = ""
     logs: str
     created: datetime
     started_by: str
@@ -396,6 +398,7 @@ def _row(
         "created": f"{release.created:%Y-%m-%d %H:%M:%S}",
         "image": release.chosen_image,
         "digest": release.digest[:19],
+        "contract": release.contract,
         "started by": release.started_by,
         "result": result,
         "ended": f"{outcome.when:%Y-%m-%d %H:%M:%S}" if outcome else "",

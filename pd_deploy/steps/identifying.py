@@ -52,8 +52,8 @@ def unasked(session: Session, states: Iterable[HostState], image: ResolvedImage)
     known = record.facts_of(digest_of(image.pinned_image))
     by_name = {state.host: state for state in states}
     firsts: dict[str, HostState] = {}
-    for name in session.deployment.hosts:
-        firsts.setdefault(by_name[name].architecture, by_name[name])
+    for state in (by_name[name] for name in session.deployment.hosts if name in by_name):
+        firsts.setdefault(state.architecture, state)
     return [state for architecture, state in firsts.items() if architecture not in known]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from pd_deploy.engines.image_facts import brief
 from pd_deploy.errors import OutOfOrder
 from pd_deploy.hosts.container_values import ContainerState, ListedContainer
 from pd_deploy.hosts.facts import Seen
@@ -115,6 +116,18 @@ class Rollout:
         return not has_directories or all(
             release.generation != self.plan.generation for release in state.records.releases
         )
+
+    @property
+    def said_by_image(self) -> str:
+        """What its image says of itself, in a line; empty where its engine asks none."""
+        if not self.session.engine.probe_command():
+            return ""
+        contract = self.session.deployment.contract
+        facts = self.history.record.facts_of(self.release.digest)
+        if facts:
+            said = "; ".join(dict.fromkeys(map(brief, facts.values())))
+            return f"contract {contract}; the image has {said}"
+        return f"contract {contract}; no run has asked the image yet what it is"
 
     @property
     def is_last_resort(self) -> bool:

@@ -286,6 +286,7 @@ def planned(
         file_image=file_image,
         hosts=host_accesses(deployment),
         instances=_places(session.topology),
+        contract=deployment.contract if session.engine.probe_command() else "",
         logs=Layout.of(deployment, rendered.plan.generation).log_root,
         created=datetime.now(UTC),
         started_by=by,

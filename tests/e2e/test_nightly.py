@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from bench.lab_service import INSTANCES
+from bench.lab_service import INSTANCES, STATE
 from pd_deploy.flows.deploy import deploy
 from tests import prefect_settings
 from tests.e2e.browser import page
@@ -233,16 +233,67 @@ async def test_whoever_turns_it_on_the_night_takes_the_newer_build(
         assert again.schedules[0].active
         parameters = {**again.parameters, "file": fresh.file}
         await client.update_deployment(scheduled.id, DeploymentUpdate(parameters=parameters))
-        tonight = IntervalSchedule(
-            interval=datetime.timedelta(days=30),
-            anchor_date=datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5),
-        )
-        (schedule,) = scheduled.schedules
-        await client.update_deployment_schedule(scheduled.id, schedule.id, schedule=tonight)
     prefect("prefect", "automation", "resume", silent)
-    first = min(await due(scheduled), key=lambda run: run.expected_start_time)
-    assert "Completed: Generation 1-" in prefect("pd-deploy", "follow", str(first.id))
+    assert "Completed: Generation 1-" in await tonight(scheduled, prefect)
     assert images(fresh) == {fresh.tag(1)}
+
+
+async def test_the_service_follows_what_images_are_from_one_contract_to_the_next(
+    fresh: Service, scheduled: DeploymentResponse, prefect: Any
+) -> None:
+    """An image that nobody knows is passed over without a word to clients, and the way back leads
+    over all of them."""
+    # v1's prefills bind ports of their own choice, and two of them share host a.
+    apart = {"p1": {"environment": {"VLLM_LLMDATADIST_BASE_PORT": 15600}}}
+    # Tags that tell no age: what follows does so from the images.
+    fresh.change(prefill=apart, update={"family": "pattern", "pattern": r"night-(\d+)"})
+    for night, contract in enumerate(("v0-early", "v0", "v1", "roles"), 1):
+        fresh.lab.push_build(f"night-{night}", contract)
+        said = await tonight(scheduled, prefect)
+        assert f"Completed: Generation {night}-" in said
+        assert images(fresh) == {f"night-{night}"}
+    before, quarantine = fresh.states(), fresh.record()["quarantine"]
+    fresh.lab.push_variant("night-5", {CONNECTORS: NEXT}, source_tag="night-4")
+    said = await tonight(scheduled, prefect, status=1)
+    assert "expected an image that follows one of the contracts" in said
+    assert "KV connectors NextConnector" in said
+    assert fresh.states() == before
+    assert fresh.record()["quarantine"] == quarantine == {}
+    contracts = {row["contract"]: row["generation"] for row in releases(fresh)}
+    assert list(contracts) == ["v0-early", "v0", "v1", "roles"]
+    await asyncio.to_thread(prefect, "pd-deploy", "rollback", fresh.file, contracts["v0"])
+    assert images(fresh) == {"night-2"}
+
+
+CONNECTORS = "/workspace/omniinfer/components/omni-npu/src/omni_npu/connector/register.py"
+NEXT = 'KVConnectorFactory.register_connector("NextConnector", "omni_npu.connector.next", "Next")\n'
+
+
+def releases(service: Service) -> list[dict[str, Any]]:
+    """What host a has of each generation, the oldest first."""
+    accounts = service.lab.hosts["a"].run(["sh", "-c", f"cat {STATE}/qwq-3p1d/*/release.json"])
+    decoder, text, found = json.JSONDecoder(), accounts.stdout.strip(), []
+    while text:
+        account, end = decoder.raw_decode(text)
+        found.append(account)
+        text = text[end:].strip()
+    return sorted(found, key=lambda account: str(account["created"]))
+
+
+async def tonight(deployment: DeploymentResponse, prefect: Any, status: int = 0) -> str:
+    """Have the schedule start a run in a moment; what following it prints, to its end."""
+    soon = IntervalSchedule(
+        interval=datetime.timedelta(days=30),
+        anchor_date=datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5),
+    )
+    (schedule,) = deployment.schedules
+    async with get_client() as client:
+        again = {"schedule": soon, "active": True}
+        await client.update_deployment_schedule(deployment.id, schedule.id, **again)
+    first = min(await due(deployment), key=lambda run: run.expected_start_time)
+    return str(
+        await asyncio.to_thread(prefect, "pd-deploy", "follow", str(first.id), status=status)
+    )
 
 
 async def due(deployment: DeploymentResponse, *, active: bool = True) -> list[FlowRun]:

@@ -42,6 +42,7 @@ KVConnectorFactory.register_connector(
     "AscendHcclConnectorV1", ("a" if old else "b"), "LLMDataDistConnector")
 _safe_register("CcConnector", "omni.cc", "CcConnector")
 """
+CANN = "# version: 1.0\nruntime_running_version=[7.7.0.1.238:8.2.RC1]\n"
 COMMIT = "0fb5786d" + "0" * 32
 
 
@@ -62,7 +63,7 @@ def tree(root: Path, **changes: str | None) -> Path:
         f"{packages}/vllm-0.9.0.dist-info/METADATA": "Name: vllm\nVersion: 0.9.0\n",
         f"{packages}/omni_infer-0.1.0.dist-info/METADATA": "Name: omni_infer\nVersion: 0.1.0\n",
         f"{packages}/numpy-1.26.dist-info/METADATA": "Name: numpy\nVersion: 1.26\n",
-        "usr/local/Ascend/latest/version.cfg": "# CANN\nruntime_running_version=[8.2.RC1:1]\n",
+        "usr/local/Ascend/latest/version.cfg": CANN,
         "usr/local/nginx/modules/ngx_http_omni_proxy_module.so": "",
         **changes,
     }

@@ -208,9 +208,9 @@ def test_a_plan_of_the_newest_image_is_what_the_registry_says(
 ) -> None:
     asked = []
 
-    def plan(service: Deployment, image: str | None) -> Plan:
+    def plan(service: Deployment, image: str | None) -> tuple[Plan, str]:
         asked.append((service.image, image))
-        return example.plan()
+        return example.plan(), "contract v0; the image has it"
 
     monkeypatch.setattr(hosts, "plan", plan)
     done = call("plan", example.FILE, "--image", "newest", "--format", format)

@@ -1,14 +1,20 @@
 """An image is asked what it is before anything stops, on hosts in memory."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from pd_deploy.cli import hosts
+from pd_deploy.cli import image as asking
+from pd_deploy.config.load import load_deployment
 from pd_deploy.engines.omniinfer.in_image import MARK
+from pd_deploy.flows import survey
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.steps.identifying import ANSWER_S
+from pd_deploy.steps.rollout import Rollout
 from tests.memory import answers
 from tests.memory.calls import Moment
 from tests.memory.world import ROOT, Outcome, World
@@ -195,3 +201,60 @@ def test_a_rollback_goes_by_the_contract_of_its_generation(serving: World) -> No
     assert outcome.completed
     assert asked(outcome) == []
     assert contract(serving) == first
+
+
+def test_newer_images_may_follow_an_older_contract(world: World) -> None:
+    """As several lines are built side by side; and a rollback goes to any that is kept."""
+    kinds = ("roles", "v1", "v0")
+    # v1's prefills bind ports of their own choice, and two of them share host a.
+    world.change(keep=1, prefill={"p1": {"environment": {"VLLM_LLMDATADIST_BASE_PORT": 15600}}})
+    assert world.run(deploy).completed
+    generations = []
+    for day, kind in enumerate(kinds, 1):
+        world.push(f"2026080{day}_1", answer=answers.of(kind))
+        outcome = night(world)
+        assert outcome.completed, outcome.error
+        assert contract(world) == kind
+        generations.append(world.assert_coherent())
+    assert world.run(rollback, generation=generations[-2]).completed
+    assert contract(world) == kinds[-2]
+    assert world.completes()
+
+
+def test_the_command_shows_what_an_image_is_and_changes_nothing_else(serving: World) -> None:
+    before, image = serving.runs(), serving.push("new", answer=answers.of("v1"))
+    shown = serving.asked(asking.asked(load_deployment(serving.path, image=image), image, "b"))
+    assert (shown.contract, list(shown.facts)) == ("v1", ["arm64"])
+    assert "KV connectors" in asking.as_text(shown)
+    assert json.loads(asking.as_json(shown))["contract"] == "v1"
+    assert no_container_is_left(serving)
+    assert serving.runs() == before
+    assert shown.image.pinned_image in {
+        d for i in serving.machines["b"].images.values() for d in i.digests
+    }
+    image = serving.push("newer", answer=answers.of("unknown"))
+    shown = serving.asked(asking.asked(load_deployment(serving.path, image=image), image, None))
+    assert "contract none that is known: expected an image that" in asking.as_text(shown)
+    assert json.loads(asking.as_json(shown))["contract"] is None
+
+
+def test_plan_report_and_releases_say_what_the_image_is(serving: World) -> None:
+    pages: list[str] = []
+
+    async def artifact(**given: object) -> None:
+        pages.append(str(given.get("markdown", given.get("table"))))
+
+    image = serving.push("20250725_1", answer=answers.of("v0"))
+    unasked = serving.asked(plan(serving, image)).said_by_image
+    assert unasked == "contract by-image; no run has asked the image yet what it is"
+    assert serving.run(deploy, image=image, artifacts=artifact).completed
+    said = serving.asked(plan(serving, image)).said_by_image
+    assert said.startswith("contract v0; the image has scripts in /workspace/omniinfer/tools/")
+    assert any(said[1:] in page for page in pages), "the report"
+    assert any("'contract': 'v0'," in page for page in pages), "the table of releases"
+
+
+async def plan(world: World, image: str) -> Rollout:
+    """What `pd-deploy plan` makes."""
+    async with hosts.connected(load_deployment(world.path)) as reached:
+        return await survey.plan(reached.session, image, "a look")

@@ -291,6 +291,7 @@ class TestTable:
             "created": "2026-01-01 12:00:00",
             "image": "omni:1",
             "digest": "sha256:000000000000",
+            "contract": "",
             "started by": "a run",
             "result": "failed",
             "ended": "2026-01-01 12:05:00",

@@ -105,7 +105,7 @@ def versions(root: Path, places: Iterable[Path]) -> dict[str, str]:
         if name in PACKAGES:
             found.setdefault(name, distribution.version)
     for path in (path for pattern in CANN for path in sorted(root.glob(pattern))):
-        version = re.search(r"(?im)^\W*\w*version\w*\W*[=:]\W*(\d[\w.]*)", text(path))
+        version = re.search(r"(?im)^(?:\w+_running_)?version=(?:\[[^:\]]*:)?([\w.]+)", text(path))
         if version:
             found.setdefault("CANN", version[1])
     return {name: found[name] for name in (*PACKAGES, "CANN") if name in found}
