@@ -446,6 +446,46 @@ def status(
 
 
 @app.command()
+def metrics(
+    file: File,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="TARGETS.json",
+            help="Replace this file, which is never half written; else print.",
+        ),
+    ] = None,
+    serving: Annotated[
+        bool,
+        typer.Option(
+            "--serving",
+            help="Ask the hosts what serves: its targets, with the label generation.",
+        ),
+    ] = False,
+) -> None:
+    """Print what Prometheus is to scrape of a service.
+
+    The servers, and the proxy if it shows metrics, in the form of `file_sd_configs`, with the
+    labels deployment, role, instance, host and server. Without --serving, no host is asked.
+
+    Example: pd-deploy metrics qwq-3p1d.yaml -o /etc/prometheus/pd-deploy/qwq-3p1d.json
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import metrics as scraping
+
+    groups = scraping.of_what_serves(deployment) if serving else scraping.of_file(deployment)
+    if output:
+        scraping.write(output, scraping.text(groups))
+        typer.echo(f"wrote {len(groups)} targets to {output}")
+    else:
+        typer.echo(scraping.text(groups), nl=False)
+
+
+@app.command()
 def releases(
     file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,

@@ -491,7 +491,8 @@ class VllmOptions(Model):
     """How the engine `vllm` runs on the hardware of a profile.
 
     `kv_buffer_device` is where KV is buffered while it moves; by default, the device's own memory.
-    `command` and `router` are programs in the image, by name or path.
+    `command` and `router` are programs in the image, by name or path. `router_metrics_open` shows
+    the router's metrics at the proxy's address, not on its host alone.
     """
 
     device: Literal["cpu", "cuda", "npu"]
@@ -502,6 +503,7 @@ class VllmOptions(Model):
     router: Text = "vllm-router"
     router_policy: Literal["round_robin", "random", "cache_aware", "power_of_two"] = "round_robin"
     router_metrics_port: Port = 29000
+    router_metrics_open: bool = False
 
 
 class Supports(Model):

@@ -129,6 +129,14 @@ class Counters:
     kv_bytes: Counter
 
 
+@dataclass(frozen=True)
+class MetricsPage:
+    """A page of metrics in Prometheus' text format: `address:port` and its path."""
+
+    server: str
+    path: str = "/metrics"
+
+
 PROVING_ADDRESS = "127.77.0.1"
 """Where a proxy listens, at its own port, before it opens to clients: an address of the loopback
 network that no client uses, so that only the smoke test asks it, through SSH."""
@@ -165,6 +173,10 @@ class Engine(Protocol):
 
     COUNTERS: Counters
     """Where the smoke test sees that KV moved; an image that lacks them makes it not provable."""
+
+    def proxy_metrics(self, deployment: Deployment, topology: Topology) -> MetricsPage | None:
+        """Say where the proxy shows metrics of its own; return None if nobody else can read them
+        there."""
 
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         """Yield the engine's own rules that a deployment breaks."""

@@ -22,6 +22,7 @@ from pd_deploy.engines.base import (
     Finding,
     HostFacts,
     Member,
+    MetricsPage,
     Service,
 )
 from pd_deploy.engines.common import (
@@ -143,6 +144,14 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
             yield from _ratio(prefill, decode)
     for pod in topology.pods:
         yield from _recomputing(pod)
+
+
+def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
+    """Return the router's page, if the file opens it."""
+    options, proxy = deployment.vllm, topology.proxy
+    if options is None or not options.router_metrics_open:
+        return None
+    return MetricsPage(f"{proxy.address}:{options.router_metrics_port}")
 
 
 def members(
@@ -452,7 +461,7 @@ def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
         options.router,
         "--host", host,
         "--port", str(proxy.port),
-        "--prometheus-host", "127.0.0.1",
+        "--prometheus-host", proxy.address if options.router_metrics_open else "127.0.0.1",
         "--prometheus-port", str(options.router_metrics_port),
         "--vllm-pd-disaggregation",
         *backends,

@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from pd_deploy.config.fields import Scalar
-from pd_deploy.config.topology import Pod
-from pd_deploy.engines.base import PROVING_ADDRESS, Service
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Pod, Topology
+from pd_deploy.engines.base import PROVING_ADDRESS, MetricsPage, Service
 from pd_deploy.engines.common import ONE_STEP_ON, exports, flags, text, title
 from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
@@ -23,26 +24,33 @@ def script(service: Service) -> str:
     """Write the script of the proxy's container. It prepares nginx, tests its configuration, and
     waits to be opened to the smoke test alone, then to clients. It ends when nginx does; stopping
     it drains nginx."""
-    return _omni_script(service) if _is_omni(service) else _global_script(service)
+    return _omni_script(service) if _is_omni(service.deployment) else _global_script(service)
 
 
 def command(service: Service) -> list[str]:
     """Return the arguments of the image's script that writes nginx's configuration."""
-    return _omni_command(service) if _is_omni(service) else _global_command(service)
+    return _omni_command(service) if _is_omni(service.deployment) else _global_command(service)
 
 
 def environment(service: Service) -> dict[str, str]:
     """Return what the script exports: where an image without nginx finds its sources, how prompts
     are hashed, and what the file gives."""
     in_file = service.topology.proxy.entry.environment
-    own = {} if _is_omni(service) else _build_environment(service)
+    own = {} if _is_omni(service.deployment) else _build_environment(service)
     if is_prefix_aware(service.deployment):
         own["PYTHONHASHSEED"] = HASH_SEED
     return own | {key: text(value) for key, value in in_file.items()}
 
 
-def _is_omni(service: Service) -> bool:
-    return contract_of(service.deployment).program(service.deployment) == "omni"
+def metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
+    """Return omni_proxy's page; global_proxy has none."""
+    proxy = topology.proxy
+    page = MetricsPage(f"{proxy.address}:{proxy.port}", "/omni_proxy/metrics")
+    return page if _is_omni(deployment) else None
+
+
+def _is_omni(deployment: Deployment) -> bool:
+    return contract_of(deployment).program(deployment) == "omni"
 
 
 def _directories(service: Service) -> list[str]:
