@@ -1,6 +1,5 @@
 """`pd-deploy lock`: who works on a deployment, and keeping all runs from doing so."""
 
-import asyncio
 import getpass
 import socket
 from datetime import UTC, datetime
@@ -20,6 +19,8 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file 
 @app.command()
 def status(file: File) -> None:
     """Show who works on a deployment's hosts now, and whether it is held."""
+    import asyncio
+
     from pd_deploy.cli import locks
     from pd_deploy.cli.check import load
     from pd_deploy.cli.hosts import asking

@@ -179,11 +179,11 @@ def test_downtime_counts_from_when_an_engine_that_restarts_ends_the_service(
     """While an image is pulled, long before the cut-over. The way back counts from there, too."""
     clock = world.cluster.clock
     monkeypatch.setattr(attempt, "datetime", SimpleNamespace(now=lambda _: clock.date()))
-    world.machines["a"].pulls_for = 90
+    world.machines["b"].pulls_for = 90
 
     def restart(passed: Moment) -> None:
-        if passed.what.startswith("pull ") and passed.host == "b" and passed.after:
-            world.machines["b"].reboot()
+        if passed.what.startswith("pull ") and passed.host == "b" and not passed.after:
+            world.machines["a"].reboot()
 
     outcome = world.run(deploy, image=world.push("20250724_1", faults), watch=restart)
     assert outcome.completed is not bool(faults)

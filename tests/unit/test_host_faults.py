@@ -77,13 +77,15 @@ class TestNames:
         stranger = world.stranger("b" if instance == "d0" else "a", name)
         if not runs:
             world.machines["b" if instance == "d0" else "a"].end(stranger, 0)
-        before, run = world.state(), stranger.run_id
+        before, run = {c.id for c in world.containers()}, stranger.run_id
+        serving = world.runs()
         for dry in (True, False):
             error = world.run(deploy, image=image(world), dry_run=dry).error
             assert isinstance(error, NameTaken)
             for word in (name, stranger.id[:12], "busybox:1", "docker rename"):
                 assert word in str(error)
-        assert world.state() == before
+        assert {c.id for c in world.containers()} == before
+        assert world.runs() == serving
         assert stranger.run_id == run
         assert stranger.running is runs
 

@@ -220,9 +220,13 @@ def test_addresses_pass_if_and_only_if_none_is_given_twice(
         assert shared == set()
 
 
-def planned(addresses: dict[str, dict[int, str]], image: str | None = None) -> Rollout:
+def planned(
+    addresses: dict[str, dict[int, str]],
+    image: str | None = None,
+    changes: dict[str, Any] | None = None,
+) -> Rollout:
     """The plan of the example from what its hosts would say, for the image that a run takes."""
-    of = example.service()
+    of = example.service(changes)
     hosts = Hosts.of({n: Host(n, h.address, Login()) for n, h in of.hosts.items()})
     states = [
         HostState(
@@ -252,11 +256,13 @@ def test_a_plan_is_made_only_of_devices_with_addresses_of_their_own() -> None:
 
 
 def test_what_breaks_a_rule_with_the_image_of_the_run_is_found_in_the_plan() -> None:
-    """The file is right with its own image, and with another of a known age."""
+    """The file is right with its own image, and with another whose age is not known."""
     addresses = example.addresses(example.service())
-    assert planned(addresses, "omni:20251111_1").plan.roles
-    with pytest.raises(InvalidInput, match=r"kv_parallel_size: .* found the tag silent"):
-        planned(addresses, "omni:silent")
+    size = {"kv_parallel_size": "prefill-pods-plus-one"}
+    for image in (None, "omni:silent"):
+        assert planned(addresses, image, size).plan.roles
+    with pytest.raises(InvalidInput, match=r"kv_parallel_size: .* for the image 20251111_1"):
+        planned(addresses, "omni:20251111_1", size)
 
 
 def test_command_asks_every_device_once() -> None:
