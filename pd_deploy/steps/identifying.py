@@ -189,7 +189,8 @@ async def _keep(
         return record
     asked = record.asked(digest_of(image.pinned_image), facts)
     if record.sequence:
-        await copies.write_record(session, copies.hosts_in_order(session), asked)
+        # All copies, though the run be cancelled: nothing that follows would write them.
+        await settled(copies.write_record(session, copies.hosts_in_order(session), asked))
     return asked
 
 

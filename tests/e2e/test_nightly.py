@@ -32,6 +32,7 @@ async def nightly(service: Service, **parameters: object) -> State[None]:
 
 
 DAYS = itertools.count(1)
+MINUTE = datetime.timedelta(minutes=1)
 
 
 def images(service: Service) -> set[str]:
@@ -282,28 +283,36 @@ def releases(service: Service) -> list[dict[str, Any]]:
 
 async def tonight(deployment: DeploymentResponse, prefect: Any, status: int = 0) -> str:
     """Have the schedule start a run in a moment; what following it prints, to its end."""
+    now = datetime.datetime.now(datetime.UTC)
     soon = IntervalSchedule(
-        interval=datetime.timedelta(days=30),
-        anchor_date=datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5),
+        interval=datetime.timedelta(days=30), anchor_date=now + datetime.timedelta(seconds=5)
     )
     (schedule,) = deployment.schedules
     async with get_client() as client:
         again = {"schedule": soon, "active": True}
         await client.update_deployment_schedule(deployment.id, schedule.id, **again)
-    first = min(await due(deployment), key=lambda run: run.expected_start_time)
+    (first,) = await due(deployment, after=now)
     return str(
         await asyncio.to_thread(prefect, "pd-deploy", "follow", str(first.id), status=status)
     )
 
 
-async def due(deployment: DeploymentResponse, *, active: bool = True) -> list[FlowRun]:
-    """The runs that wait for their time, once the schedule is on or off and there are some."""
+async def due(
+    deployment: DeploymentResponse, *, active: bool = True, after: datetime.datetime | None = None
+) -> list[FlowRun]:
+    """The runs that are to start, or did within a minute after a time, once the schedule is on or
+    off and there are some."""
     chosen = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
     async with get_client() as client:
         for _ in range(120):
             (schedule,) = (await client.read_deployment(deployment.id)).schedules
             runs = await client.read_flow_runs(deployment_filter=chosen)
-            waiting = [run for run in runs if run.auto_scheduled]
+            waiting = [
+                run
+                for run in runs
+                if run.auto_scheduled
+                and (after is None or after < run.expected_start_time < after + MINUTE)
+            ]
             if schedule.active is active and bool(waiting) is active:
                 return waiting
             await asyncio.sleep(0.5)
