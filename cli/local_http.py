@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 
 ANSWER_TIMEOUT_S = 10.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def free_ports(count: int) -> list[int]:

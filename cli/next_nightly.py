@@ -2,11 +2,15 @@
 
 import asyncio
 import os
+import ssl
 import tomllib
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+
+from pd_deploy.cli.local_http import LOOPBACK
 
 PATIENCE_S = 1.5
 """The server is asked while the hosts are; nobody waits for it longer than for them."""
@@ -14,11 +18,12 @@ PATIENCE_S = 1.5
 
 async def told(deployment: str) -> str:
     """Say when the next nightly is due, or why that is not known."""
-    url, auth = _server()
+    settings = {**_profile(), **os.environ}
+    url = settings.get("PREFECT_API_URL", "")
     if not url:
         return "not known, as no Prefect server is configured"
     try:
-        async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(auth=auth) as client:
+        async with asyncio.timeout(PATIENCE_S), _client(url, settings) as client:
             answer = await client.post(
                 f"{url.rstrip('/')}/flow_runs/filter", json=_question(deployment)
             )
@@ -42,12 +47,21 @@ def _question(deployment: str) -> dict[str, object]:
     }
 
 
-def _server() -> tuple[str, httpx.Auth | None]:
-    """Return the configured server: of the environment, or else of Prefect's active profile."""
-    settings = {**_profile(), **os.environ}
+def _client(url: str, settings: Mapping[str, str]) -> httpx.AsyncClient:
+    """Make a client that logs in, and trusts and spares the proxy, as Prefect's own would.
+
+    Raises:
+        OSError: the certificate can't be read.
+    """
     user, _, password = settings.get("PREFECT_API_AUTH_STRING", "").partition(":")
-    auth = httpx.BasicAuth(user, password) if user else None
-    return settings.get("PREFECT_API_URL", ""), auth
+    key, authority = settings.get("PREFECT_API_KEY"), settings.get("PREFECT_API_SSL_CERT_FILE")
+    unverified = settings.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "").lower() in ("1", "true")
+    return httpx.AsyncClient(
+        auth=httpx.BasicAuth(user, password) if user else None,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        verify=ssl.create_default_context(cafile=authority) if not unverified else False,
+        trust_env=httpx.URL(url).host not in LOOPBACK,
+    )
 
 
 def _profile() -> dict[str, str]:

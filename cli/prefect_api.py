@@ -17,10 +17,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from pd_deploy.cli import local_server
+from pd_deploy.cli.local_http import LOOPBACK
 from pd_deploy.errors import PdDeployError
 
 ANSWER_TIMEOUT_S = 10.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NO_SERVER = "run `prefect server start`, or unset PREFECT_API_URL for one of this machine"
 STARTED = (
     "pd-deploy: started a Prefect server on this machine, for this and later commands; "

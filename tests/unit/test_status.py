@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import certifi
 import httpx
 import pytest
 
@@ -358,3 +359,47 @@ class TestNightly:
         assert request.url.path == "/api/flow_runs/filter"
         assert request.headers["Authorization"].startswith("Basic ")
         assert json.loads(request.content)["deployments"]["tags"] == {"all_": ["qwq-3p1d"]}
+
+    @pytest.mark.parametrize(
+        ("settings", "sent"),
+        [
+            ({"PREFECT_API_AUTH_STRING": "me:secret"}, "Basic "),
+            ({"PREFECT_API_KEY": "pnu_1"}, "Bearer pnu_1"),
+            ({"PREFECT_API_SSL_CERT_FILE": "ca.pem"}, None),
+            ({"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": "true"}, None),
+        ],
+    )
+    def test_it_is_asked_with_prefects_own_settings(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        settings: dict[str, str],
+        sent: str | None,
+    ) -> None:
+        """A server as docs/production.md sets it up answers no others."""
+        bundle = Path(certifi.where()).read_text()
+        first = bundle[bundle.index("-----BEGIN") :].partition("-----END CERTIFICATE-----")
+        (tmp_path / "ca.pem").write_text(first[0] + first[1])
+        monkeypatch.chdir(tmp_path)
+        made: dict[str, Any] = {}
+        asked: list[httpx.Request] = []
+        client = httpx.AsyncClient
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            asked.append(request)
+            return httpx.Response(200, json=[])
+
+        def recorded(**kwargs: Any) -> httpx.AsyncClient:
+            made.update(kwargs)
+            return client(transport=httpx.MockTransport(answer), **kwargs)
+
+        monkeypatch.setattr(next_nightly.httpx, "AsyncClient", recorded)
+        monkeypatch.setenv("PREFECT_API_URL", "https://127.0.0.1/api")
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        assert asyncio.run(next_nightly.told("qwq-3p1d")) == "none: its schedule is off"
+        assert asked[0].headers.get("Authorization", "").startswith(sent or "")
+        assert made["trust_env"] is False
+        if "PREFECT_API_SSL_CERT_FILE" in settings:
+            assert len(made["verify"].get_ca_certs()) == 1
+        assert (made["verify"] is False) is ("PREFECT_API_TLS_INSECURE_SKIP_VERIFY" in settings)
