@@ -565,6 +565,31 @@ def image(
 
 
 @app.command()
+def history(
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """List the last runs that changed what serves or failed, the latest first.
+
+    Unlike `releases`, it has runs whose generation was pruned, and those that failed before they
+    had planned one. The hosts keep the last 50.
+
+    Example: pd-deploy history qwq-3p1d.yaml
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import hosts, show
+
+    past = hosts.read_past(deployment)
+    if as_json:
+        _tell_away(past.away)
+        typer.echo(show.attempts_document(past))
+    else:
+        typer.echo(show.attempt_table(past))
+
+
+@app.command()
 def logs(
     file: File,
     generation: Annotated[

@@ -1,5 +1,7 @@
 """Plans and releases as the command prints them for people to read."""
 
+import json
+
 from pd_deploy.cli.hosts import Past
 from pd_deploy.cli.tables import aligned
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
@@ -27,6 +29,33 @@ def release_table(past: Past) -> str:
     if past.status.verdict and not past.status.serves:
         lines.append(f"{past.status.verdict}: {past.status.state}")
     return "\n".join(lines)
+
+
+def attempt_table(past: Past) -> str:
+    """Print the runs that changed what serves or failed as a table, the latest first."""
+    attempts = releases.attempts(past.history)
+    away = [f"no answer from {why}" for why in past.away]
+    if not attempts:
+        return "\n".join(["no run has changed or tried anything yet", *away])
+    rows = [("when", "result", "generation", "image", "by", "why")]
+    rows += [
+        (
+            f"{a.when.astimezone():%Y-%m-%d %H:%M:%S}",
+            a.result,
+            a.generation,
+            a.image.rpartition("/")[2],
+            a.by,
+            a.reason,
+        )
+        for a in attempts
+    ]
+    return "\n".join([*aligned(rows), *away])
+
+
+def attempts_document(past: Past) -> str:
+    """Write the runs that changed what serves or failed for programs."""
+    attempts = releases.attempts(past.history)
+    return json.dumps([attempt.model_dump(mode="json") for attempt in attempts], indent=2)
 
 
 def short_plan(made: Plan, said: str = "") -> str:

@@ -2,16 +2,17 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 
 from prefect import runtime
 
 from pd_deploy.blocks.opening import open_former, open_session
 from pd_deploy.config.models import Deployment
-from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.flows.dead import bury
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.records.releases import History, HostAccess
-from pd_deploy.steps import copies, host_records, locking
+from pd_deploy.steps import copies, host_records, locking, promotion
 from pd_deploy.steps.session import LockedSession, Session
 from pd_deploy.tasks import connect, lock
 
@@ -49,7 +50,12 @@ async def locked(
         await lock(with_lease)
         for owner in {owner.flow_run: owner for owner in lease.dead}.values():
             await bury(owner, run)
-        yield with_lease
+        began = datetime.now(UTC)
+        try:
+            yield with_lease
+        except PdDeployError as error:
+            await promotion.note_run(with_lease, error, run, began)
+            raise
 
 
 def patient(deployment: Deployment, seconds: float) -> Deployment:

@@ -27,6 +27,7 @@ QUARANTINE = (
     100  # images at most; `newest` would have to be bad as often in a row to take one again
 )
 IMAGES = 20  # whose facts are kept; one that is older is asked again
+ATTEMPTS = 50  # they fit, with all else, into the room that is kept for the record on a full disk
 Result = Literal["good", "failed", "interrupted"]
 
 
@@ -126,6 +127,22 @@ class Quarantined(_Frozen):
     reason: str
 
 
+class Attempt(_Frozen):
+    """A run that changed what serves, or failed; kept when its generation is pruned.
+
+    Attributes:
+        generation: the one that it was about; empty if it failed before it had planned.
+        image: its image, as somebody wrote it; empty where that is not known.
+    """
+
+    result: Result
+    when: datetime
+    by: str
+    reason: str = ""
+    generation: str = ""
+    image: str = ""
+
+
 class Hold(_Frozen):
     """Who keeps all runs from working on the deployment, since when and why."""
 
@@ -149,6 +166,7 @@ class Record(_Frozen):
         images: what images say of themselves, by digest and architecture.
         closed: since when clients can't connect; None while the service is up.
         hold: who keeps runs from working on it; None if nobody does.
+        attempts: the last runs that changed what serves or failed, the latest last.
     """
 
     sequence: int = 0
@@ -159,8 +177,9 @@ class Record(_Frozen):
     images: dict[str, dict[str, ImageFacts]] = {}
     closed: datetime | None = None
     hold: Hold | None = None
+    attempts: tuple[Attempt, ...] = ()
 
-    def promoted(self, generation: str, when: datetime, by: str) -> "Record":
+    def promoted(self, generation: str, when: datetime, by: str, image: str = "") -> "Record":
         """Make a generation that passed all gates the one that serves, unless it is already.
 
         An image that serves is not quarantined any longer; the caller lifts that by digest.
@@ -169,7 +188,11 @@ class Record(_Frozen):
         if self.serving == generation and before and before.result == "good":
             return self
         good = Outcome(result="good", when=when, by=by)
-        return self._changed(serving=generation, outcomes={**self.outcomes, generation: good})
+        outcomes, attempts = (
+            {**self.outcomes, generation: good},
+            self._with(good, generation, image),
+        )
+        return self._changed(serving=generation, outcomes=outcomes, attempts=attempts)
 
     def on(self, accesses: Iterable[HostAccess]) -> "Record":
         """Add hosts on which something of the deployment is about to be."""
@@ -182,12 +205,34 @@ class Record(_Frozen):
         hosts = {address: host for address, host in self.hosts.items() if address not in gone}
         return self if hosts == self.hosts else self._changed(hosts=hosts)
 
-    def ended(self, generation: str, outcome: Outcome) -> "Record":
+    def ended(self, generation: str, outcome: Outcome, image: str = "") -> "Record":
         """Add how an attempt ended; a generation that was good before stays good."""
         before = self.outcomes.get(generation)
         if before and before.result == "good":
             return self
-        return self._changed(outcomes={**self.outcomes, generation: outcome})
+        return self._changed(
+            outcomes={**self.outcomes, generation: outcome},
+            attempts=self._with(outcome, generation, image),
+        )
+
+    def failed(self, outcome: Outcome, began: datetime) -> "Record":
+        """Add a run that failed, unless what it has done since it began is listed already."""
+        latest = self.attempts[-1] if self.attempts else None
+        if latest and latest.by == outcome.by and latest.when >= began:
+            return self
+        return self._changed(attempts=self._with(outcome))
+
+    def _with(self, outcome: Outcome, generation: str = "", image: str = "") -> tuple[Attempt, ...]:
+        """Add to the attempts; the oldest of too many go."""
+        attempt = Attempt(
+            result=outcome.result,
+            when=outcome.when,
+            by=outcome.by,
+            reason=_first_line(outcome.reason),
+            generation=generation,
+            image=image,
+        )
+        return (*self.attempts, attempt)[-ATTEMPTS:]
 
     def quarantined(self, digest: str, why: Quarantined) -> "Record":
         """Put an image into quarantine; the oldest of too many leave it.
@@ -371,6 +416,25 @@ def table(
     """
     releases = sorted(history.releases.values(), key=_age, reverse=True)
     return [_row(history, release, running, is_whole) for release in releases]
+
+
+def attempts(history: History) -> Sequence[Attempt]:
+    """List the runs that changed what serves or failed, the latest first; what is known of older
+    ones, from before there was a list of them, too."""
+    listed = {(a.generation, a.when) for a in history.record.attempts}
+    older = [
+        Attempt(
+            result=outcome.result,
+            when=outcome.when,
+            by=outcome.by,
+            reason=_first_line(outcome.reason),
+            generation=name,
+            image=history.releases[name].chosen_image if name in history.releases else "",
+        )
+        for name, outcome in history.record.outcomes.items()
+        if (name, outcome.when) not in listed
+    ]
+    return sorted([*older, *history.record.attempts], key=lambda a: a.when, reverse=True)
 
 
 def _age(release: Release) -> Generation:

@@ -54,9 +54,7 @@ async def set_hold(
             f"expected a record of what was deployed below {session.root}, found none on any host",
             hint="hold a deployment once it was deployed",
         )
-    proxy = session.topology.proxy.host
-    hosts = [session.host(name) for name in sorted(session.hosts, key=lambda name: name != proxy)]
-    await copies.write_record(session, hosts, record.held(hold))
+    await copies.write_record(session, copies.hosts_in_order(session), record.held(hold))
     return record.hold
 
 

@@ -1,5 +1,6 @@
 """Recording what is attempted, what serves and what failed, on the hosts."""
 
+import asyncio
 import logging
 from collections.abc import Collection
 from datetime import UTC, datetime
@@ -14,12 +15,15 @@ from pd_deploy.errors import (
     faults_of,
     headline,
 )
-from pd_deploy.hosts.concurrent import all_ended
+from pd_deploy.hosts.concurrent import all_ended, together
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
 from pd_deploy.steps import containers, copies, host_faults, host_records
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import LockedSession
+
+NOTE_S = 10.0  # a run that has failed does not wait longer to say so on the hosts
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +68,8 @@ async def promote(rollout: Rollout, by: str) -> Report:
     names = await all_ended(_keep_or_tell(rollout, name) for name in rollout.plan.hosts)
     unkept = ", ".join(filter(None, names))
     before = rollout.history.record
-    record = before.promoted(generation, datetime.now(UTC), by)
+    image = rollout.release.chosen_image
+    record = before.promoted(generation, datetime.now(UTC), by, image)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()
     uncopied = await write(rollout, record)
     where = session.topology.proxy.host
@@ -96,9 +101,30 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
         if result == "failed"
         else "the run was cancelled",
     )
-    record = rollout.history.record.ended(rollout.plan.generation, outcome)
+    image = rollout.release.chosen_image
+    record = rollout.history.record.ended(rollout.plan.generation, outcome, image)
     untouched = not rollout.attempt.stopped and not rollout.attempt.was_down
     await write(rollout, record.opened() if untouched else record)
+
+
+async def note_run(session: LockedSession, error: PdDeployError, by: str, began: datetime) -> None:
+    """Record that a run failed, unless that was recorded with its generation.
+
+    Where nothing was recorded yet there may be containers whose record was lost: an empty one must
+    not hide that. If a host does not answer nothing is written, as it may have the newest record.
+    """
+    if isinstance(error, LeaseLost):
+        return
+    outcome = Outcome(result="failed", when=datetime.now(UTC), by=by, reason=headline(error))
+    try:
+        async with asyncio.timeout(NOTE_S):
+            reading = (host_records.read(host, session.root) for host in session.hosts.values())
+            before = host_records.merged(await together(reading)).record
+            record = before.failed(outcome, began)
+            if before.sequence and record is not before:
+                await copies.write_record(session, copies.hosts_in_order(session), record)
+    except (PdDeployError, TimeoutError) as fault:
+        log.warning("that the run failed could not be recorded: %s", fault)
 
 
 async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bool:
