@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-from pd_deploy.engines.omniinfer.contracts import CONTRACTS, contract_of
+from pd_deploy.engines.omniinfer.contracts import CONTRACTS, contract_of, expected
 from pd_deploy.importer import (
     documents,
     inventory,
@@ -65,8 +65,10 @@ def run(
     if draft is None or report.of("problem"):
         return Import(report, None, None, originals)
     round_trip.compare(source, originals, draft)
+    if expected(draft.deployment) is None:
+        report.add("changed", source.place, "image", _age(draft))
     files = [inventory_file.name, *([template.name] if template else [])]
-    return Import(report, writing.text_of(draft, _comments(files, source, draft)), draft, originals)
+    return Import(report, writing.text_of(draft, _comments(files, draft)), draft, originals)
 
 
 @contextmanager
@@ -131,7 +133,18 @@ def _check_connector(source: Source) -> None:
         source.contract = "v1"
 
 
-def _comments(files: list[str], source: Source, draft: Draft) -> Iterator[str]:
-    contract = contract_of(draft.deployment).name
+def _comments(files: list[str], draft: Draft) -> Iterator[str]:
     yield f"Made by pd-deploy import-ansible from {' and '.join(files)}."
-    yield f"The image is taken for one of contract {contract}; its tag, or `contract`, says so."
+    yield _age(draft)
+
+
+def _age(draft: Draft) -> str:
+    """Say which contract the image is taken for, and why."""
+    contract = contract_of(draft.deployment).name
+    if expected(draft.deployment) is None:
+        why = "assumed: the tag does not tell; a run asks the image itself"
+    elif draft.deployment.contract != "by-image":
+        why = "by its connector, or by the form of the playbook"
+    else:
+        why = "by its tag"
+    return f"The image's contract: {contract}, {why}."

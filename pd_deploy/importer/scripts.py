@@ -123,10 +123,13 @@ class Follower:
             self.report.add("implied", place, shell.unmarked(command.text), note)
         else:
             words = [Argument(text, script.line(line)) for text, line in state.words(command)]
+            before = []
             while words and re.match(r"[A-Za-z_]\w*=", words[0].text or ""):
-                name, _, value = (words.pop(0).text or "").partition("=")
-                self.run("export", [Argument(name, place), Argument(value, place)], place)
-            if words and not self._is_run(words, place):
+                before.append((words.pop(0).text or "").partition("="))
+            if words and self._is_run(words, place):
+                for name, _, value in before:
+                    self.run("export", [Argument(name, place), Argument(value, place)], place)
+            elif words:
                 self.report.add(_kind(words), place, shell.unmarked(command.text))
 
     def _is_run(self, words: list[Argument], place: Place) -> bool:
@@ -146,6 +149,9 @@ class Follower:
 
 
 def _kind(words: list[Argument]) -> Kind:
+    if words[0].text in ("source", ".") and len(words) > 1:
+        is_known = str(words[1].text).endswith("/.bashrc")
+        return "implied" if is_known else "preparation"
     names = [PurePosixPath(word.text or "").name or word.text for word in words[:2]]
     if any(name in _PREPARATION for name in names):
         return "preparation"

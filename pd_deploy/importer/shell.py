@@ -19,6 +19,9 @@ _MARKS = ("\ue000", "\ue001")  # of the private use area: no script has them
 _SPECIAL = re.compile(r"[\s;&|()<>]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPERATOR = re.compile(r"\n|;;|&&|\|\||[0-9]*(?:<<<|<<-?|<>|>>|>&|<&|&>>?|>\||[<>])|[;&|()]")
+# Within a construct, or a sum: `NAME=…`, `NAME+=…`, `NAME++`.
+_ASSIGNING = re.compile(r"(?<![\w$])([A-Za-z_]\w*)(?=[-+*/%]?=|\+\+|--)")
+_NAMING = ("for", "select", "read")
 _OPENING = {"if", "for", "while", "until", "case", "select"}
 _CLOSING = {"fi", "done", "esac"}
 
@@ -69,11 +72,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A loop, a function or another construct that is not followed."""
+    """A loop, a function or another construct that is not followed, with the names that it may
+    assign to."""
 
     line: int
     last_line: int
     text: str
+    assigns: frozenset[str] = frozenset()
 
 
 Statement = Command | Choice | Opaque
@@ -308,10 +313,14 @@ class _Reader:
     def _opaque(self, opening: _Token, is_function: bool) -> Opaque:
         """Skip to the end of a construct, by its words and parentheses."""
         depth, last = 0, opening.line
+        assigns: set[str] = set()
         begins = self._at
         while (token := self._peek()) is not None:
             last = token.line
             self._at += 1
+            assigns.update(_ASSIGNING.findall(token.text) if token.word is not None else ())
+            if self._at >= begins + 2 and self._tokens[self._at - 2].text in _NAMING:
+                assigns.add(token.text)
             depth += token.text in _OPENING or token.text in ("(", "{")
             depth -= token.text in _CLOSING or token.text in (")", "}")
             following = self._peek()
@@ -319,7 +328,7 @@ class _Reader:
             named = is_function and self._at - begins <= 3
             if depth <= 0 and ended and not named and self._at > begins + 1:
                 break
-        return Opaque(opening.line, last, self._line(opening.line))
+        return Opaque(opening.line, last, self._line(opening.line), frozenset(assigns))
 
     def _command(self) -> Command:
         first = self._tokens[self._at]
@@ -412,6 +421,8 @@ class Shell:
                 yield statement
                 if isinstance(statement, Command):
                     self._assign(statement)
+                else:
+                    self._forget_assigned(statement)
 
     def expand(self, word: Word) -> str | None:
         """Return the text of a word; None if any of it is unknown."""
@@ -457,9 +468,18 @@ class Shell:
     def _assign(self, command: Command) -> None:
         self.variables.update(self.assignments(command))
         self.exported.update(self.exports(command))
-        if command.words and _plain(command.words[0]) == "unset":
-            for word in command.words[1:]:
-                self.variables[_plain(word) or ""] = ""
+        program = _plain(command.words[0]) if command.words else None
+        if program in _CHANGING:
+            names = [name for word in command.words[1:] if (name := _plain(word))]
+            self.variables.update(dict.fromkeys(names, "" if program == "unset" else None))
+
+    def _forget_assigned(self, opaque: Opaque) -> None:
+        counted = re.fullmatch(r"\(\(\s*(\w+)(\+\+|--)\s*\)\)", opaque.text)
+        if counted:
+            operator = counted[2][0]
+            self.variables[counted[1]] = _sum(f"{counted[1]} {operator} 1", self.variables)
+        else:
+            self.variables.update(dict.fromkeys(opaque.assigns))
 
     def _forget(self, choice: Choice) -> None:
         for _, body in choice.branches:
@@ -468,6 +488,8 @@ class Shell:
                     self.variables.update(dict.fromkeys(self.assignments(statement)))
                 elif isinstance(statement, Choice):
                     self._forget(statement)
+                else:
+                    self.variables.update(dict.fromkeys(statement.assigns))
 
     def _value_assigned(self, word: Word) -> str | None:
         name, _, rest = word[0].text.partition("=")
@@ -478,7 +500,7 @@ class Shell:
             return self._filled(piece.text)
         if piece.kind == "name":
             value = self.variables.get(piece.text, "")
-            return piece.default if not value and piece.default is not None else value
+            return piece.default if value == "" and piece.default is not None else value
         if piece.kind == "sum":
             return _sum(piece.text, self.variables)
         return _substituted(piece.text, self.variables)
@@ -534,6 +556,7 @@ def _tested(words: list[str]) -> bool | None:
     return None
 
 
+_CHANGING = ("unset", "read", "mapfile", "readarray", "printf", "getopts", "let")
 _COMPARISONS = {
     "-eq": (0,),
     "-ne": (-1, 1),

@@ -10,7 +10,7 @@ import yaml
 
 from pd_deploy.config.load import parse_deployment
 from pd_deploy.config.models import ContainerOptions, Deployment, Paths, ProxyEntry
-from pd_deploy.engines.omniinfer.contracts import CONTRACTS, contract_of
+from pd_deploy.engines.omniinfer.contracts import CONTRACTS
 from pd_deploy.errors import InvalidInput
 from pd_deploy.importer import ports, profile_choice
 from pd_deploy.importer.profile_choice import Choice
@@ -48,7 +48,6 @@ class Writer:
         self._source, self._name, self._compat = source, name, compat
         self._profile = profile
         self._allow: list[str] = []
-        self._extra: dict[str, Any] = {}
         self._reasons: dict[str, str] = {}
         self._pod_ports: dict[str, dict[str, Any]] = {}
         self._hosts = _letters(
@@ -92,7 +91,7 @@ class Writer:
         fix = _FIXES.get(rule)
         if fix is None:
             return False
-        if self._compat and rule not in ("kv-parallel-size", "contract-of-image"):
+        if self._compat and rule != "contract-of-image":
             self._allow.append(rule)
             return True
         pod = key.split(".")[1] if "." in key else ""
@@ -136,18 +135,6 @@ class Writer:
             server.additional_config = config
         return "decode_gear_list", "it is read only inside graph_model_compile_config"
 
-    def _kv_parallel_size(self, deployment: Deployment, servers: list[Server]) -> tuple[str, str]:
-        if "kv_parallel_size" in self._extra:
-            del self._extra["kv_parallel_size"]
-            reason = "with another number than the image's decode answers garbage"
-        else:
-            contract = contract_of(deployment).name
-            old = contract == "v0-early"
-            meaning = "prefill-pods-plus-one" if old else "decode-tensor-parallel"
-            self._extra["kv_parallel_size"] = meaning
-            reason = f"the tag does not tell the image's age, so {contract} is assumed"
-        return "kv_parallel_size", reason
-
     def _contract(self, deployment: Deployment, servers: list[Server]) -> tuple[str, str]:
         self._source.contract = None
         return "contract", "the image's tag tells another age than the files"
@@ -164,7 +151,7 @@ class Writer:
             document["compat"] = "upstream"
         document |= self._devices_per_host(choice)
         document |= {"image": source.image, "model": self._model()}
-        document |= self._contract_key() | self._extra
+        document |= self._contract_key()
         document |= {"allow": list(dict.fromkeys(self._allow))} if self._allow else {}
         document |= self._supports(choice)
         document |= _some("ssh", self._login())
@@ -287,7 +274,6 @@ ROLES: tuple[Role, ...] = ("prefill", "decode")
 _FIXES = {
     "batched-tokens": Writer._batched_tokens,
     "decode-gear-list": Writer._gear_list,
-    "kv-parallel-size": Writer._kv_parallel_size,
     "contract-of-image": Writer._contract,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -248,7 +248,7 @@ class TestShapes:
             Shape(additional='{"decode_gear_list": [8]}'),
             "additional_config.graph_model_compile_config.decode_gear_list none → [8]",
         ),
-        (Shape(image="registry.example.com/omni/x:mine"), ""),
+        (Shape(kv_parallel_size="1", decode_tp=8), "p0, p1, d0: kv_parallel_size 1 → 8"),
     ],
 )
 def test_what_a_rule_demands_otherwise_is_changed_and_said(
@@ -405,6 +405,41 @@ class TestHostileFiles:
     def test_expressions_beyond_arithmetic_are_refused(self, expression: str) -> None:
         with pytest.raises(expressions.Refused):
             expressions.evaluate(expression, {"a": {}, "x": "y"})
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("A=1; B=$A", "1"),
+        ("n=7\n((n++))\nB=$n", "8"),
+        ("n=7\n((n--))\nB=$n", "6"),
+        ('B=x\nfor i in 1 2; do B="$B $i"; done', None),
+        ("B=x\nfor B in 1 2; do :; done", None),
+        ("B=x\nwhile true; do B+=y; done", None),
+        ("B=x\nf() { B=y; }; f", None),
+        ("B=1\n((B+=2))", None),
+        ("B=x\nread B", None),
+        ("B=x\nif grep y z; then B=y; fi", None),
+        ("B=x\nif grep y z; then for B in 1; do :; done; fi", None),
+        ("B=x\nif [ 1 -eq 1 ]; then B=y; else B=z; fi", "y"),
+        ("B=x\nif [ $(hostname) == y ]; then B=y; fi", None),
+        ("B=$(hostname)", None),
+        ('A=`id`; B="${A:-x}"', None),
+        ("B=${A:-x}", "x"),
+        ("unset A; B=$A", ""),
+        ("B='$A'\"$A\"", "$A"),
+        ("A=a,b; B=$(echo -n \"$A\" | tr -cd ',' | wc -c)", "1"),
+        ("cat <<EOF\nB=y\nEOF\nB=x", "x"),
+        ("B=x # B=y", "x"),
+        ("B=a\\\nb", "ab"),
+    ],
+)
+def test_a_variable_is_known_only_where_nothing_else_can_be(
+    script: str, expected: str | None
+) -> None:
+    state = shell.Shell({})
+    list(state.followed(shell.commands(script)))
+    assert state.variables["B"] == expected
 
 
 @given(st.text(alphabet="abAB=\"'$(){}`\\ \n;|&<>#\ue000\ue0011-", max_size=80))
@@ -739,3 +774,63 @@ def test_a_profile_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     for profile in ("vllm-gpu", "qwq-32b-a3", "none"):
         with pytest.raises(InvalidInput, match="profile"):
             importing.run(*paths, name="service", answers=Answers(), profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (files.EARLY, "v0-early, by its tag"),
+        (files.IMAGE, "v0, by its tag"),
+        ("registry.example.com/omni/x:mine", "v0, assumed: the tag does not tell"),
+    ],
+)
+def test_the_file_says_which_age_it_is_for_and_why(tmp_path: Path, image: str, says: str) -> None:
+    result = of_shape(tmp_path, Shape(image=image))
+    assert f"# The image's contract: {says}" in (result.text or "")
+    assert ("assumed" in says) == any(e.what == "image" for e in result.report.of("changed"))
+
+
+def _paths(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(document, dict):
+        for key, value in document.items():
+            yield from _paths(value, (*path, key))
+    elif isinstance(document, list):
+        for index, value in enumerate(document):
+            yield from _paths(value, (*path, index))
+
+
+def _with(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = dict(document) if isinstance(document, dict) else list(document)
+    changed[path[0]] = _with(document[path[0]], path[1:], value)
+    return changed
+
+
+SMALL = Shape(prefills=1)
+DOCUMENTS = (
+    {"inventory": files.inventory(SMALL), "playbook": files.playbook(SMALL)},
+    {"inventory": files.inventory(SMALL), "playbook": yaml.safe_load(files.ROLES.read_text())},
+    {"inventory": files.omni_cli(Profile((1, 1, 8), (1, 1, 8), 8))},
+)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_any_other_value_anywhere_is_imported_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    documents = data.draw(st.sampled_from(DOCUMENTS))
+    name = data.draw(st.sampled_from(sorted(documents)))
+    path = data.draw(st.sampled_from(list(_paths(documents[name]))))
+    other: list[Any] = [None, [], {}, "x", 5, [1], {"a": {"b": 1}}, True, "{{ x }}", "$(id)", "'",
+                        "-1", 10**30]  # fmt: skip
+    value = data.draw(st.sampled_from(other))
+    changed = {**documents, name: _with(documents[name], path, value)}
+    paths = files.write(tmp_path_factory.mktemp("files"), **changed)
+    try:
+        result = imported(*paths)
+    except InvalidInput:
+        return
+    assert (result.text is None) == bool(result.report.of("problem"))
