@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pd_deploy.blocks.opening import names_blocks, open_former, open_session, session_on
 from pd_deploy.config.models import Deployment
-from pd_deploy.errors import PdDeployError, SeveralFaults
+from pd_deploy.errors import HostUnreachable, PdDeployError
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState, ListedContainer
 from pd_deploy.hosts.host import Host, Hosts
@@ -152,15 +152,18 @@ class Reached:
     away: Mapping[str, PdDeployError]
 
     def require_all(self) -> None:
-        """Refuse to go on without a host.
+        """Refuse to go on without a host; tell of each one whether it answers.
 
         Raises:
-            PdDeployError: the only one that is away.
-            SeveralFaults: several of them.
+            HostUnreachable: hosts are away.
         """
-        faults = list(self.away.values())
-        if faults:
-            raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
+        if not self.away:
+            return
+        rows = [f"host {host.where}: answers" for host in self.session.hosts.values()]
+        rows += [error.headline for error in self.away.values()]
+        hints = dict.fromkeys(error.hint for error in self.away.values() if error.hint)
+        message = "\n  ".join(["expected every host to answer, found:", *rows])
+        raise HostUnreachable(message, hint="; ".join(hints) or None)
 
 
 @asynccontextmanager
@@ -168,7 +171,7 @@ async def connected(deployment: Deployment) -> AsyncIterator[Reached]:
     """Connect to a deployment's hosts, former ones included, and read its history.
 
     Raises:
-        PdDeployError, SeveralFaults: no host answers.
+        HostUnreachable: no host answers.
     """
     async with open_session(deployment) as session:
         answers = await _records(session, list(session.hosts))

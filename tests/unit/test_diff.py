@@ -101,5 +101,6 @@ def test_a_saved_generation_that_cannot_be_read_is_said(world: World) -> None:
 
 def test_a_host_that_is_away_leaves_nothing_to_compare(world: World) -> None:
     world.machines["b"].unplug()
-    with pytest.raises(HostUnreachable):
+    with pytest.raises(HostUnreachable) as caught:
         compared(world)
+    assert "\n  host a (10.0.0.1): answers\n  host b (10.0.0.2): no SSH" in str(caught.value)

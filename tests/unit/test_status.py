@@ -17,7 +17,7 @@ from pd_deploy.cli import exit_codes, looks, next_nightly, show
 from pd_deploy.cli import hosts as asking
 from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
-from pd_deploy.errors import SeveralFaults
+from pd_deploy.errors import HostUnreachable
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.records.releases import Release
 from pd_deploy.records.status import Status, Verdict
@@ -200,7 +200,7 @@ def test_releases_are_listed_with_the_same_word_and_a_host_may_be_away(
 def test_without_any_host_the_past_is_not_told_as_empty(world: World) -> None:
     for machine in world.machines.values():
         machine.unplug()
-    with pytest.raises(SeveralFaults):
+    with pytest.raises(HostUnreachable, match=r"host a .*\n  host b "):
         world.asked(asking.past(load_deployment(world.path)))
 
 
