@@ -66,14 +66,16 @@ class LabService:
             host.run(["tee", f"{FAULTS}/{instance}.json"], input=json.dumps(faults))
 
     def containers(self, *, running: bool = False) -> dict[str, dict[str, Any]]:
-        """Inspect the containers: by instance, the newest of each."""
+        """Inspect the containers: by instance, the newest of each. One that only says what its
+        image is belongs to none."""
         inspected = {}
         for host in self.lab.hosts.values():
             ids = host.run([*CONTAINERS, *(["--filter", "status=running"] if running else [])])
             if ids.stdout.split():
                 documents = json.loads(host.run(["docker", "inspect", *ids.stdout.split()]).stdout)
                 for container in sorted(documents, key=lambda document: document["Created"]):
-                    inspected[container["Config"]["Labels"]["pd-deploy.instance"]] = container
+                    if name := container["Config"]["Labels"].get("pd-deploy.instance"):
+                        inspected[name] = container
         return inspected
 
     def image(self, tag: str, *, here: bool = False) -> str:

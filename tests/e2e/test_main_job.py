@@ -83,7 +83,9 @@ def assert_the_image_was_asked(service: Service) -> None:
     assert {"--tp", "--master-ip"} <= set(facts["flags"]["start_api_servers.py"])
     assert "--listen-port" in facts["flags"]["global_proxy.sh"]
     assert facts["nginx"]
-    assert set(service.containers()) == INSTANCES
+    for host in service.lab.hosts.values():
+        left = host.run(["docker", "ps", "-aq", "--filter", "label=pd-deploy.role=probe"])
+        assert left.stdout == ""
 
 
 def assert_no_secret(service: Service, home: Path) -> None:
@@ -164,10 +166,11 @@ def planned(service: Service, prefect: Callable[..., str]) -> Plan:
 
 
 def assert_only_planned_events(plan: Plan, events: dict) -> None:  # type: ignore[type-arg]
-    """The engines created, started and stopped the planned containers and no others."""
+    """The engines created, started and stopped the planned containers and no others, but for the
+    one that says what its image is."""
     for name, host in plan.hosts.items():
         expected = {(a.verb, a.subject) for a in host.actions if a.verb in EVENTS}
-        seen = events[name]()
+        seen = [event for event in events[name]() if not event[1].startswith("pd-deploy-probe")]
         assert {event for event in seen if event[0] in EVENTS} == expected
         assert len(seen) == len(set(seen))
 

@@ -52,8 +52,8 @@ def tree(root: Path, **changes: str | None) -> Path:
     files: dict[str, str | None] = {
         f"{omni}/tools/scripts/start_api_servers.py": LAUNCHER,
         f"{omni}/tests/start_api_servers.py": "",
-        f"{omni}/omni/accelerators/sched/global_proxy/global_proxy.sh": "",
-        f"{omni}/tools/scripts/global_proxy.sh": PROXY,
+        f"{omni}/omni/accelerators/sched/global_proxy/global_proxy.sh": PROXY,
+        f"{omni}/tools/scripts/global_proxy.sh": 'exec bash ../global_proxy.sh "$@"',
         f"{omni}/omni/accelerators/pd/__init__.py": REGISTER,
         f"{omni}/omni/accelerators/pd/manager.py": "decode_tp_size = config.kv_parallel_size",
         f"{omni}/omni/accelerators/pd/table.py": 'NAME = "GLOBAL_RANK_TABLE_FILE_PATH"',

@@ -42,12 +42,13 @@ def look(root: Path) -> dict[str, Any]:
     """Return what the image below a directory is."""
     of_trees = [path for tree in TREES for path in files(root / tree)]
     packages = site_packages(root)
-    programs = find_programs(root, of_trees)
+    places = find_programs(root, of_trees)
+    programs = {name: f"/{paths[0].relative_to(root)}" for name, paths in places.items()}
     launcher = programs.get(LAUNCHER)
     return {
         "script_directory": str(Path(launcher).parent) if launcher else "",
         "programs": programs,
-        "flags": {name: flags(root / path[1:]) for name, path in programs.items()},
+        "flags": {name: first_flags(paths) for name, paths in places.items()},
         "packages": versions(root, packages),
         **of_sources([*of_trees, *(f for place in packages for f in sources(place))]),
         **nginx(root),
@@ -62,7 +63,7 @@ def files(tree: Path) -> Iterator[Path]:
         yield from (Path(directory, name) for name in sorted(names))
 
 
-def find_programs(root: Path, paths: Iterable[Path]) -> dict[str, str]:
+def find_programs(root: Path, paths: Iterable[Path]) -> dict[str, list[Path]]:
     """Find launchers and proxies; those in the directories for scripts come before all others."""
     places = [root / TREES[0] / directory for directory in SCRIPTS]
 
@@ -70,10 +71,15 @@ def find_programs(root: Path, paths: Iterable[Path]) -> dict[str, str]:
         place = places.index(path.parent) if path.parent in places else len(places)
         return place, len(path.parts), str(path)
 
-    first: dict[str, str] = {}
+    found: dict[str, list[Path]] = {}
     for path in sorted((path for path in paths if path.name in PROGRAMS), key=rank):
-        first.setdefault(path.name, f"/{path.relative_to(root)}")
-    return {name: first[name] for name in PROGRAMS if name in first}
+        found.setdefault(path.name, []).append(path)
+    return {name: found[name] for name in PROGRAMS if name in found}
+
+
+def first_flags(programs: Iterable[Path]) -> list[str]:
+    """Read the flags of a program, of which the first places may only call the next one."""
+    return next(filter(None, map(flags, programs)), [])
 
 
 def flags(program: Path) -> list[str]:
