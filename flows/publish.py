@@ -9,11 +9,11 @@ from typing import Any
 
 from prefect import State, runtime
 from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
-from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from pd_deploy.config.models import Deployment
+from pd_deploy.flows import events
 from pd_deploy.flows.run import Run, remedy
 from pd_deploy.planning import actions
 from pd_deploy.planning.plans import STAGES
@@ -26,7 +26,6 @@ from pd_deploy.steps.verify.smoke import Completion
 
 PATIENCE_S = 10
 SHOWN_TAGS = 3
-NEWER_TAGS_EVENT = "pd-deploy.newer-tags-not-taken"
 
 
 def run_name() -> str:
@@ -58,19 +57,13 @@ def warn_of_newer_tags(rollout: Rollout) -> None:
         return
     deployment = rollout.session.deployment
     get_run_logger().warning("%s", _newer_tags(rollout))
-    emit_event(
-        event=NEWER_TAGS_EVENT,
-        resource={
-            "prefect.resource.id": f"pd-deploy.deployment.{deployment.name}",
-            "prefect.resource.name": deployment.name,
-        },
-        payload={
-            "severity": "warning",
-            "message": _newer_tags(rollout),
-            "tags": list(rollout.newer_tags),
-            "repositories": list(deployment.update_repositories),
-            "image": rollout.release.chosen_image,
-        },
+    events.emit(
+        events.NEWER_TAGS,
+        deployment,
+        _newer_tags(rollout),
+        tags=list(rollout.newer_tags),
+        repositories=list(deployment.update_repositories),
+        image=rollout.release.chosen_image,
     )
 
 
@@ -85,11 +78,13 @@ def _newer_tags(rollout: Rollout) -> str:
 
 def skipped(run: Run, deployment: Deployment) -> State[None]:
     """End a scheduled run that started too late."""
-    return Completed(
-        message=f"skipped, as it started {short(run.late)} after its scheduled time, and "
+    message = (
+        f"skipped, as it started {short(run.late)} after its scheduled time, and "
         f"`update.window` of {deployment.name} is {short(deployment.window)}; nothing was touched. "
         "Start it by hand, or wait for the next"
     )
+    events.emit(events.SKIPPED, deployment, message)
+    return Completed(message=message)
 
 
 def short(span: timedelta) -> str:

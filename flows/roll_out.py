@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, faults_of, headline
-from pd_deploy.flows import publish
+from pd_deploy.flows import events, publish
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
@@ -48,7 +48,10 @@ async def roll_out(
             await run_stages(line, rollout, list(stages))
         if "server" in stages:
             completion = await prove_and_open(line, rollout)
+            before = rollout.history.record.serving
             await line.together([promote.after(*line.ends)(rollout, str(run))])
+            if before != rollout.plan.generation:
+                events.promoted(rollout)
     except Exception as error:
         if interrupted := await undo(rollout, error, run, stages, on_failure):
             return interrupted
@@ -117,6 +120,7 @@ async def abort(
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
         await promotion.note_failure(rollout, error, str(run))
         await publish.failure(rollout, error, {})
+        _tell_if_down(rollout, error)
         return
     stopped = await containers.stop_started(rollout)
     before = rollout.history.serving
@@ -132,6 +136,14 @@ async def abort(
         if rollout.history.record.closed and isinstance(error, PdDeployError):
             error.message = error.message.removesuffix(down) + down
         await publish.failure(rollout, error, stopped)
+        _tell_if_down(rollout, error)
+
+
+def _tell_if_down(rollout: Rollout, error: BaseException) -> None:
+    """Emit an event if a failed attempt leaves nothing that serves."""
+    record = rollout.history.record
+    if record.closed or not record.serving:
+        events.down(rollout, error)
 
 
 async def roll_back(failed: Rollout, error: BaseException, generation: str, run: Run) -> None:
@@ -157,6 +169,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         )
         same = headline(fault) == headline(error)
         because = "for the same reason" if same else f"because {headline(fault)}"
+        events.down(failed, fault)
         raise RollbackFailed(
             f"{reason}; generation {generation} does not come back either, {because}"
             f"\nNothing serves. {states}"
@@ -168,6 +181,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         note = partial(_note_way_back, back, failed, None if away or lost else error, str(run))
         if await with_all_hosts(hosts, seconds, note):
             image = f"; its image {failed.release.chosen_image} is in quarantine"
+            events.quarantined(failed, error)
     except PdDeployError as fault:
         get_run_logger().error("not recorded that %s serves: %s", generation, fault)
     await tidy_up(line, back)
@@ -179,6 +193,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         hint=f"the logs of {failed.plan.generation} are kept: `pd-deploy logs FILE "
         f"{failed.plan.generation}`",
     )
+    events.rolled_back(failed, back, reason)
     await publish.rolled_back(back, raised, line.reports, completion)
     raise raised from error
 

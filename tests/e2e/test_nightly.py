@@ -4,11 +4,16 @@ import asyncio
 import datetime
 import itertools
 import json
+import re
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.base import PrefectHttpxSyncClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
@@ -16,12 +21,13 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.events.schemas.automations import AutomationCore
 
 from bench.lab_service import INSTANCES, STATE
 from pd_deploy.flows.deploy import deploy
 from tests import prefect_settings
 from tests.e2e.browser import page
-from tests.e2e.conftest import Service
+from tests.e2e.conftest import ROOT, Service, until
 
 NIGHTLY = "lab-qwq-3p1d-nightly"
 
@@ -98,11 +104,46 @@ async def test_pushed_again_is_a_change_and_the_same_digest_is_none(fresh: Servi
     assert fresh.states() == before
 
 
+@pytest.fixture
+async def told(prefect_env: dict[str, str]) -> AsyncIterator[list[dict[str, str]]]:
+    """What a webhook is sent by the automations of deploy/notifications.yaml."""
+    received: list[dict[str, str]] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    block = CustomWebhookNotificationBlock(
+        name="test",
+        url=f"http://127.0.0.1:{server.server_port}/",
+        json_data={"title": "{{subject}}", "text": "{{body}}"},
+    )
+    document = await block.save("test-webhook", overwrite=True)
+    text = (ROOT / "deploy/notifications.yaml").read_text().replace(": BLOCK", f": {document}")
+    automations = map(AutomationCore.model_validate, yaml.safe_load(text)["automations"])
+    async with get_client() as client:
+        made = [await client.create_automation(automation) for automation in automations]
+        try:
+            yield received
+        finally:
+            for automation in made:
+                await client.delete_automation(automation)
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+
+
 @pytest.mark.parametrize("faults", [{"crash_after": 0.3}, {"hang": True}, {"garbage": True}])
 async def test_bad_build_is_rolled_back_and_not_taken_again(
-    fresh: Service, faults: dict[str, Any]
+    fresh: Service, faults: dict[str, Any], told: list[dict[str, str]]
 ) -> None:
-    """Until there is a newer one. A run by hand stays on the promoted one, too."""
+    """Until there is a newer one. A run by hand stays on the promoted one, too. Somebody is told
+    of the rollback, and of nothing else."""
     if "hang" in faults:
         fresh.change(gates={"ready": 12})
     fresh.push(fresh.tag(1), {"/etc/example": "good"})
@@ -112,6 +153,12 @@ async def test_bad_build_is_rolled_back_and_not_taken_again(
     assert state.is_failed()
     assert "The service is back on generation" in str(state.message)
     assert images(fresh) == {fresh.tag(1)}
+    await asyncio.to_thread(until, lambda: told, 60)
+    (message,) = told
+    assert message["title"] == "qwq-3p1d: rolled back"
+    assert re.fullmatch(
+        r"qwq-3p1d: new generation 2-.*; the service is back on 1-.*", message["text"]
+    )
     before = fresh.states()
     assert str((await nightly(fresh)).message).startswith("Already on ")
     assert "nothing changed" in str((await deploy(fresh.file, return_state=True)).message)
@@ -119,6 +166,7 @@ async def test_bad_build_is_rolled_back_and_not_taken_again(
     fresh.push(fresh.tag(3), {"/etc/example": "better"})
     assert (await nightly(fresh)).is_completed()
     assert images(fresh) == {fresh.tag(3)}
+    assert told == [message]
 
 
 async def test_faults_of_hosts_and_registry_change_nothing_and_blame_no_image(

@@ -28,7 +28,7 @@ from pd_deploy.blocks import opening
 from pd_deploy.config import yaml_files
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
-from pd_deploy.flows import interrupts, publish, session
+from pd_deploy.flows import events, interrupts, publish, session
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
 from pd_deploy.hosts.lease import Owner
 from pd_deploy.records import generations
@@ -452,7 +452,7 @@ def _without_prefect(
             (interrupts, "SIGNALS", ()),
             (publish, "acreate_markdown_artifact", artifacts or nowhere),
             (publish, "acreate_table_artifact", artifacts or nowhere),
-            (publish, "emit_event", emitted),
+            (events, "emit_event", emitted),
             (time, "monotonic", world.cluster.clock.seconds),
             (surveying, "reach", reaching(world.cluster)),
             (archives, "in_thread", _in_place),

@@ -106,6 +106,7 @@ class TestNewest:
         build = world.cluster.registry[f"{REPOSITORY}:20250801_10"]
         assert release == f"{REPOSITORY}@{build.digest}"
         before = world.state()
+        world.events.clear()
         assert world.run(deploy, image="newest").message.startswith("Already on")
         assert world.events == []
         assert world.state() == before
@@ -113,6 +114,7 @@ class TestNewest:
     def test_newer_tags_of_other_forms_are_told_instead_and_as_an_event(self, world: World) -> None:
         assert world.run(deploy).completed
         before = world.state()
+        world.events.clear()
         unknown, renamed = "nightly-20260102", "master-202601011200-vllm"
         for tag in (renamed, unknown, "nightly-20250102", "release_v0.7.0-20260103-vllm"):
             world.push(tag)

@@ -1,0 +1,163 @@
+"""Events that runs emit, and the automations in deploy/notifications.yaml that wait for them."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from uuid import UUID, uuid4
+
+import pytest
+import yaml
+from prefect.events.schemas.automations import AutomationCore
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
+
+from pd_deploy.flows import events
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.recover import recover
+from pd_deploy.flows.rollback import rollback
+from tests.memory.programs import Faults
+from tests.memory.world import World
+from tests.unit import example
+from tests.unit.test_host_faults import after_stop_of, once
+
+PATH = example.ROOT / "deploy/notifications.yaml"
+BLOCK = UUID(int=7)
+AUTOMATIONS: list[dict[str, Any]] = yaml.safe_load(
+    PATH.read_text().replace("block_document_id: BLOCK", f"block_document_id: {BLOCK}")
+)["automations"]
+EVERY = {value for name, value in vars(events).items() if name.isupper()}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def told(world: World) -> list[str]:
+    """The events since the last time, in order; all are of the service, with one line of text."""
+    emitted = list(world.events)
+    world.events.clear()
+    for event in emitted:
+        assert event["resource"] == {
+            "prefect.resource.id": "pd-deploy.deployment.qwq-3p1d",
+            "prefect.resource.name": "qwq-3p1d",
+        }
+        assert re.fullmatch(r"\S.*\S", event["payload"]["message"])
+    return [event["event"] for event in emitted]
+
+
+def test_each_generation_that_begins_to_serve_is_told_once(world: World) -> None:
+    assert world.run(deploy).completed
+    payload = world.events[0]["payload"]
+    assert payload["generation"] == world.serving()
+    assert payload["image"] in payload["message"]
+    assert told(world) == [events.PROMOTED]
+    assert world.run(deploy).completed
+    assert told(world) == []
+    assert world.run(deploy, image=world.push("20250724_1")).completed
+    assert told(world) == [events.PROMOTED]
+    assert world.run(rollback).completed
+    assert told(world) == [events.PROMOTED]
+
+
+def test_a_rollback_and_a_quarantine_are_told(world: World) -> None:
+    assert world.run(deploy).completed
+    first, _ = world.serving(), told(world)
+    bad = world.push("20250724_1", {"p0": Faults(dies_at_request=1)})
+    assert world.run(deploy, image=bad).error
+    payloads = {event["event"]: event["payload"] for event in world.events}
+    assert told(world) == [events.QUARANTINED, events.ROLLED_BACK]
+    for payload in payloads.values():
+        assert payload["image"] == bad
+        assert payload["severity"] == "warning"
+    assert payloads[events.ROLLED_BACK]["serving"] == first
+    assert f"the service is back on {first}" in payloads[events.ROLLED_BACK]["message"]
+
+
+@pytest.mark.parametrize("on_failure", ["rollback", "keep"])
+def test_that_nothing_serves_is_told(world: World, on_failure: str) -> None:
+    """Where nothing did before, where a failed generation is kept, and by each try to mend it."""
+    bad = world.push("20250724_1", {"p0": Faults(dies_at_request=1)})
+    assert world.run(deploy, image=bad, on_failure=on_failure).error
+    assert told(world) == [events.DOWN]
+
+
+def test_a_way_back_that_fails_leaves_nothing_that_serves_and_is_told(world: World) -> None:
+    assert world.run(deploy).completed
+    told(world)
+    port = int(world.running()["d0"].labels["pd-deploy.ports"].split(",")[0])
+    image, ports = world.push("20250724_1"), world.machines["b"].held_ports
+
+    watch = once(after_stop_of(world, "d0"), lambda: ports.__setitem__(port, "nc"))
+    assert "Nothing serves" in str(world.run(deploy, image=image, watch=watch).error)
+    assert told(world) == [events.DOWN]
+    assert "Nothing serves" in str(world.run(recover).error)
+    assert set(told(world)) == {events.DOWN}
+    ports.clear()
+    assert world.run(recover).completed
+    assert told(world) == []
+
+
+def test_a_night_that_is_skipped_is_told(world: World) -> None:
+    due = datetime.now(UTC) - timedelta(days=1)
+    assert world.run(deploy, image="newest", due=due).message.startswith("skipped")
+    assert told(world) == [events.SKIPPED]
+
+
+def test_a_server_that_takes_no_events_fails_no_run(world: World) -> None:
+    assert world.run(deploy).completed
+    bad = world.push("20250724_1", {"p0": Faults(dies_at_request=1)})
+    refused = mock.Mock(**{"append.side_effect": OSError("no server")})
+    with mock.patch.object(world, "events", refused):
+        assert "The service is back on generation" in str(world.run(deploy, image=bad).error)
+    assert refused.append.call_count == 2
+    world.assert_coherent()
+
+
+@pytest.mark.parametrize("automation", AUTOMATIONS, ids=lambda one: one["name"])
+def test_each_automation_is_one_that_prefect_takes(automation: dict[str, Any]) -> None:
+    made = AutomationCore.model_validate(automation)
+    (action,) = made.actions
+    assert action.block_document_id == BLOCK  # type: ignore[union-attr]
+    assert made.enabled
+    expected = set(automation["trigger"]["expect"])
+    assert expected <= EVERY or all(name.startswith("prefect.flow-run.") for name in expected)
+
+
+def test_each_automation_tells_of_the_events_of_every_service() -> None:
+    """And of no other event; what goes well is told by none."""
+    reactive = [one for one in AUTOMATIONS if one["trigger"]["posture"] == "Reactive"]
+    for name in EVERY | {"pd-deploy.another"}:
+        event = ReceivedEvent(
+            id=uuid4(),
+            occurred=datetime.now(UTC),
+            event=name,
+            resource={"prefect.resource.id": "pd-deploy.deployment.any-name"},
+        )
+        triggers = [EventTrigger.model_validate(one["trigger"]) for one in reactive]
+        covered = [t for t in triggers if t.covers(event) and t.expects(name)]
+        silent = name in (events.PROMOTED, events.QUARANTINED, "pd-deploy.another")
+        assert len(covered) == (not silent), name
+
+
+def test_a_run_that_stays_late_is_waited_for_by_the_name_of_its_flow() -> None:
+    (late,) = (one for one in AUTOMATIONS if one["trigger"]["posture"] == "Proactive")
+    trigger = EventTrigger.model_validate(late["trigger"])
+    for flow, waited_for in (("pd-deploy", True), ("pd-fleet", True), ("another", False)):
+        event = ReceivedEvent(
+            id=uuid4(),
+            occurred=datetime.now(UTC),
+            event="prefect.flow-run.Late",
+            resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
+            related=[
+                {
+                    "prefect.resource.id": f"prefect.flow.{uuid4()}",
+                    "prefect.resource.role": "flow",
+                    "prefect.resource.name": flow,
+                }
+            ],
+        )
+        assert trigger.starts_after(event.event)
+        assert trigger.covers(event) is waited_for
