@@ -171,8 +171,8 @@ def site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         assert state["type"] == "COMPLETED", state
         yield site
     finally:
-        service.clean()
         production.remove()
+        service.clean()
 
 
 def _create_services(site: Site) -> None:
