@@ -16,8 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+from pd_deploy.engines.base import Counter
 from pd_deploy.lab import vllm
 from pd_deploy.lab.system import wait_until
+from pd_deploy.steps.verify import metrics
 from tests.lab.registries import free_port
 from tests.unit import example
 
@@ -102,7 +104,12 @@ def backends() -> Iterator[tuple[Backend, Backend]]:
 
 
 @pytest.fixture
-def router(program: Path, backends: tuple[Backend, Backend]) -> Iterator[str]:
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def router(program: Path, backends: tuple[Backend, Backend], metrics_port: int) -> Iterator[str]:
     """The router as the example for vllm-ascend has it, but with these backends and ports."""
     changes = {"prefill": {"p1": None}}
     made = example.plan_of(example.ROOT / "deployments/vllm-ascend-2p1d.yaml", changes)
@@ -112,7 +119,7 @@ def router(program: Path, backends: tuple[Backend, Backend]) -> Iterator[str]:
         ("--decode", backends[1].address),
         ("--host", "127.0.0.1"),
         ("--port", str(port)),
-        ("--prometheus-port", str(free_port())),
+        ("--prometheus-port", str(metrics_port)),
     ):
         argv[argv.index(option) + 1] = value
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -138,9 +145,9 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_prefill_makes_a_token_and_decode_gets_what_it_answered(
-    router: str, backends: tuple[Backend, Backend], stream: bool
+    router: str, backends: tuple[Backend, Backend], metrics_port: int, stream: bool
 ) -> None:
-    """Also of chats, and whatever a request says of its length."""
+    """Also of chats, and whatever a request says of its length. The router counts them."""
     prefill, decode = backends
     for path, request in (
         ("completions", {"prompt": "1, 2, 3,", "max_tokens": 12, "min_tokens": 4}),
@@ -167,3 +174,5 @@ def test_prefill_makes_a_token_and_decode_gets_what_it_answered(
         assert {k: second[k] for k in limits if k in sent} == {
             k: sent[k] for k in limits if k in sent
         }
+    page = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text
+    assert metrics.total([metrics.parse(page)], Counter("vllm_router_pd_requests_total")) == 4
