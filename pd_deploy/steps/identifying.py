@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pd_deploy.engines.image_facts import FactsOfImage, ImageFacts, brief
 from pd_deploy.errors import PdDeployError, TransientError, UnknownImage
-from pd_deploy.hosts.concurrent import together
+from pd_deploy.hosts.concurrent import task_group
 from pd_deploy.hosts.container_values import ContainerSpec
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.settled import settled
@@ -65,18 +65,26 @@ async def identify(
 ) -> Identified:
     """Ask the image what it is, once for each architecture of the hosts; keep what it says.
 
-    An image that this run has brought to a host is removed again if it can't be used.
+    It comes to all hosts at the same time, so that the others need not wait for those that are
+    asked. Where this run has brought it, it is removed again if it can't be used.
 
     Raises:
         UnknownImage: it does not say what it is, or nobody knows what an image like it expects.
         InvalidInput: the file breaks a rule with it.
+        DiskFull, ImageNotFound, WrongArchitecture, NotReady: as `bring` says, on any host.
     """
     asking = unasked(session, states, image)
     brought: list[Host] = []
     try:
-        answers = await together(
-            _of_host(session, state, image, brought, on_progress) for state in asking
-        )
+        async with task_group() as group:
+            tasks = [
+                group.create_task(_of_host(session, state, image, brought, on_progress))
+                for state in asking
+            ]
+            for state in states:
+                if state not in asking:
+                    group.create_task(bring(session, state, image, brought))
+        answers = [task.result() for task in tasks]
         facts = {s.architecture: said for s, said in zip(asking, answers, strict=True) if said}
         record = await _keep(session, states, image, facts)
         surveying.fitted(session, image, record.facts_of(digest_of(image.pinned_image)))

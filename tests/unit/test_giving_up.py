@@ -53,12 +53,12 @@ def test_stops_beside_one_that_fails_come_to_their_end(world: World) -> None:
 
 
 def test_looks_at_other_hosts_may_still_tell_what_is_wrong_there(world: World) -> None:
-    asked = list[str]()  # the hosts that the image was asked on, which looks at their disks, too
+    pulled = set[str]()  # before that, their disks are looked at for the image
 
     def watch(moment: Moment) -> None:
-        if moment.what.startswith("create pd-deploy-probe"):
-            asked.append(moment.host)
-        if asked and moment.what == "disk" and not moment.after:
+        if moment.what.startswith("pull") and moment.after:
+            pulled.add(moment.host)
+        if moment.host in pulled and moment.what == "disk" and not moment.after:
             raise FactsError("no df", host=moment.host)
 
     image = world.push("20250725_1")

@@ -79,6 +79,15 @@ def test_an_image_is_asked_once_and_on_one_host(serving: World) -> None:
     assert no_container_is_left(serving)
 
 
+def test_no_host_waits_with_its_pull_for_the_answer(serving: World) -> None:
+    """A pull takes minutes: in turns, the night would take twice as long."""
+    outcome = serving.run(deploy, image=serving.push("20260301_1"))
+    pulls = [m.host for m in outcome.moments if m.what.startswith("pull") and not m.after]
+    answer = next(i for i, m in enumerate(outcome.moments) if m.what.startswith("wait"))
+    assert sorted(pulls) == ["a", "b"]
+    assert {m.host for m in outcome.moments[:answer] if m.what.startswith("pull")} == {"a", "b"}
+
+
 def test_a_service_of_before_images_were_asked_is_asked_once_and_not_restarted(
     serving: World,
 ) -> None:
