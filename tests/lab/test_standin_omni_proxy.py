@@ -167,9 +167,9 @@ def test_health_is_told_with_200_and_the_broadcast_fails_when_one_does(
             assert entry.request("/health").status == status
         instances["p1"].set_faults()
         assert "vllm:num_requests_running" in entry.request("/metrics").text
-        assert (
-            'omni_proxy_active_requests{role="decode"' in entry.request("/omni_proxy/metrics").text
-        )
+        counted = entry.request("/omni_proxy/metrics").text
+        assert "omni_decode_running_requests{endpoint=" in counted
+        assert 'omni_phase_waiting{phase="prefill"} 0' in counted
 
 
 @needs_nginx

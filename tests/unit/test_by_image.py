@@ -14,6 +14,11 @@ from pd_deploy.engines.image_facts import QUESTIONS, ImageFacts, rows
 from pd_deploy.engines.omniinfer import by_image, in_image
 from pd_deploy.engines.omniinfer.in_image import MARK, look
 from pd_deploy.errors import UnknownImage
+from pd_deploy.hosts.host import Hosts
+from pd_deploy.records.releases import Choice
+from pd_deploy.steps import surveying
+from pd_deploy.steps.session import Session
+from pd_deploy.steps.surveying import ResolvedImage
 from tests.memory import answers
 from tests.unit import example
 
@@ -194,6 +199,16 @@ def test_an_unknown_image_is_named_with_what_it_is() -> None:
         by_image.for_image(deployment, said("unknown"))
     named = deployment.model_copy(update={"contract": "v1"})
     assert by_image.for_image(named, said("unknown")) is named
+
+
+def test_builds_that_follow_two_contracts_are_refused_by_the_architectures_they_are_for() -> None:
+    session = Session(example.service({}), Hosts())
+    image = ResolvedImage(Choice("r/o:new", "sha256:1", "named by the run"), "r/o@sha256:1")
+    expected = r"r/o:new to follow the same contract on all hosts, found v0 for arm64, v1 for amd64"
+    with pytest.raises(UnknownImage, match=expected):
+        surveying.fitted(session, image, {"arm64": said("v0"), "amd64": said("v1")})
+    alike = {"arm64": said("v0"), "amd64": said("v0")}
+    assert surveying.fitted(session, image, alike).contract == "v0"
 
 
 def test_vllm_asks_no_image() -> None:

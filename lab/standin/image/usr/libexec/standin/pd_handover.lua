@@ -245,16 +245,17 @@ function M.health()
     ))
 end
 
--- content phase: the proxy's view of its servers.
+-- content phase: the proxy's view of its servers. It keeps no request waiting.
 function M.metrics()
     ngx.header["Content-Type"] = "text/plain"
     for _, side in ipairs({ "prefill", "decode" }) do
         for index, peer in ipairs(peers[side]) do
             ngx.say(string.format(
-                'omni_proxy_active_requests{role="%s",endpoint="%s:%d"} %d',
+                'omni_%s_running_requests{endpoint="%s:%d"} %d',
                 side, peer.host, peer.port, counts:get(key("active", side, index)) or 0
             ))
         end
+        ngx.say(string.format('omni_phase_waiting{phase="%s"} 0', side))
     end
 end
 
