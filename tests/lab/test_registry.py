@@ -434,7 +434,7 @@ class TestTls:
     async def test_that_nobody_vouches_for_is_not_trusted(
         self, with_tls: str, repository: str
     ) -> None:
-        place = Repository(with_tls, repository)
+        place = Repository(f"{with_tls}/{repository}", with_tls, repository)
         async with Registry(place, straight(trust())) as asked:
             with pytest.raises(RegistryMisconfigured, match=r"not trusted.*`registry: {ca: …}`"):
                 await asked.ping()

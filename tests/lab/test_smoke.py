@@ -136,7 +136,7 @@ async def test_silent_garbage_is_found_by_a_check_that_knows_the_answer(
 async def test_silent_garbage_is_found_without_any_check(instances: StandinSet) -> None:
     """By what decode answers without a prefill."""
     instances["d0"].set_faults(other_heads=True)
-    with pytest.raises(SmokeTestFailed, match="found others to all of 3 prompts"):
+    with pytest.raises(SmokeTestFailed, match="found different ones to all 3 prompts"):
         await proven(instances, checks=[])
 
 
