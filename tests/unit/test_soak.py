@@ -54,8 +54,8 @@ def test_a_soak_fails_of_an_upgrade_and_of_growth_and_says_which() -> None:
     assert "GREW" not in report(upgrades(KEPT + 10))
     assert failed(upgrades(KEPT + 10, problem="expected COMPLETED, found Failed: no"))
     assert "found Failed: no" in report(upgrades(KEPT + 10, problem="… found Failed: no"))
-    assert failed(upgrades(KEPT + 10, growing=200))
-    assert report(upgrades(KEPT + 10, growing=200)).count("GREW") == len(LIMITS)
+    assert failed(upgrades(KEPT + 10, growing=10_000))
+    assert report(upgrades(KEPT + 10, growing=10_000)).count("GREW") == len(LIMITS)
 
 
 def test_what_hosts_fill_up_with_at_first_is_not_compared() -> None:
