@@ -60,6 +60,17 @@ def _directories(service: Service) -> list[str]:
     return [f"{tree}/omniinfer/{place}" for place in places]
 
 
+def _logs_and_cores(service: Service) -> list[str]:
+    """Write the options that both proxies' scripts have for their log and their cores."""
+    proxy = service.topology.proxy.entry
+    return [
+        "--log-file", f"{_logs(service)}/nginx_error.log",
+        "--log-level", proxy.log_level,
+        "--core-num", str(proxy.core_num),
+        "--start-core-index", str(proxy.start_core_index),
+    ]  # fmt: skip
+
+
 def _global_command(service: Service) -> list[str]:
     """Write the command of global_proxy (contract section 5.1)."""
     topology, proxy = service.topology, service.topology.proxy.entry
@@ -68,10 +79,7 @@ def _global_command(service: Service) -> list[str]:
         "--listen-port", str(proxy.port),
         "--prefill-servers-list", ",".join(_servers(topology.prefill)),
         "--decode-servers-list", ",".join(_servers(topology.decode)),
-        "--log-file", f"{_logs(service)}/nginx_error.log",
-        "--log-level", proxy.log_level,
-        "--core-num", str(proxy.core_num),
-        "--start-core-index", str(proxy.start_core_index),
+        *_logs_and_cores(service),
         "--prefill-lb-sdk", proxy.prefill_lb_sdk,
         "--decode-lb-sdk", proxy.decode_lb_sdk,
         *flags(proxy.arguments),
@@ -97,10 +105,7 @@ def _omni_command(service: Service) -> list[str]:
         "--listen-port", str(proxy.port),
         "--prefill-endpoints", ",".join(_servers(topology.prefill)),
         "--decode-endpoints", ",".join(_servers(topology.decode)),
-        "--log-file", f"{_logs(service)}/nginx_error.log",
-        "--log-level", proxy.log_level,
-        "--core-num", str(proxy.core_num),
-        "--start-core-index", str(proxy.start_core_index),
+        *_logs_and_cores(service),
         *flags({k: v for k, v in tuning.items() if v is not None} | in_file),
     ]  # fmt: skip
 
