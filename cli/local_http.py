@@ -40,7 +40,7 @@ def is_healthy(api: str, path: str = "/health", authority: Path | None = None) -
     """
     try:
         answer = httpx.get(
-            f"{api}{path}", trust_env=False, timeout=ANSWER_TIMEOUT_S, verify=_trust(authority)
+            f"{api}{path}", trust_env=False, timeout=ANSWER_TIMEOUT_S, verify=trust(authority)
         )
     except httpx.TransportError:
         return False
@@ -48,5 +48,6 @@ def is_healthy(api: str, path: str = "/health", authority: Path | None = None) -
 
 
 @cache  # reading the system's CAs takes longer than a request
-def _trust(authority: Path | None) -> ssl.SSLContext:
+def trust(authority: Path | None) -> ssl.SSLContext:
+    """Trust the CA in a file, by default those of the system."""
     return ssl.create_default_context(cafile=authority)

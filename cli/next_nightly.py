@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import ssl
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from pd_deploy.cli.local_http import LOOPBACK
+from pd_deploy.cli.local_http import LOOPBACK, trust
 
 PATIENCE_S = 1.5
 """The server is asked while the hosts are; nobody waits for it longer than for them."""
@@ -59,7 +58,7 @@ def _client(url: str, settings: Mapping[str, str]) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         auth=httpx.BasicAuth(user, password) if user else None,
         headers={"Authorization": f"Bearer {key}"} if key else {},
-        verify=ssl.create_default_context(cafile=authority) if not unverified else False,
+        verify=trust(Path(authority) if authority else None) if not unverified else False,
         trust_env=httpx.URL(url).host not in LOOPBACK,
     )
 

@@ -175,13 +175,9 @@ async def bring(
         DiskFull: there is no room.
         ImageNotFound, WrongArchitecture, NotReady: as `images.bring` says.
     """
-    host, chosen = session.host(state.host), image.choice.chosen_image
-    if await host.docker.image(image.pinned_image) is None:
-        needed = await images.room(session.deployment, state, chosen)
-        for fault in await images.lacking(host, [needed]):
-            raise fault
-    if await images.bring(session, state, chosen, image.pinned_image, on_progress):
-        brought.append(host)
+    chosen, pinned = image.choice.chosen_image, image.pinned_image
+    if await images.bring(session, state, chosen, pinned, on_progress, room_first=True):
+        brought.append(session.host(state.host))
 
 
 async def _keep(

@@ -26,13 +26,19 @@ async def bring(
     chosen_image: str,
     pinned_image: str,
     on_progress: OnProgress | None = None,
+    *,
+    room_first: bool = False,
 ) -> str:
     """Pull an image on a host unless it is there, or send it there from a file; wait for a turn.
+
+    Args:
+        room_first: whether to make sure that a host without it has room, where nothing else has.
 
     Returns:
         `pulled` or `loaded`, "" if it was there.
 
     Raises:
+        DiskFull: there is no room.
         NotReady: it took longer than `gates.pull`.
         WrongArchitecture: its programs are for other machines.
         ImageNotFound: the file holds another image now than when it was planned.
@@ -41,6 +47,10 @@ async def bring(
     if present := await host.docker.image(pinned_image):
         _require_architecture(host, state, pinned_image, present)
         return ""
+    if room_first:
+        needed = await room(session.deployment, state, chosen_image)
+        for fault in await lacking(host, [needed]):
+            raise fault
     archive = archive_of(chosen_image)
     verb, limit = "loaded" if archive else "pulled", session.deployment.gates.pull
     async with session.pulling:
