@@ -1,8 +1,8 @@
 """`python -m bench.soak`: many upgrades in a row, with traffic and faults, and what they leave.
 
-The images of a 3P1D on a lab alternate, and each upgrade is a run of a deployment of prefect.yaml
-on a worker. A client asks all the time. Faults come now and then; each has an end that it has to
-come to. Whatever could grow is measured after the upgrades without a fault.
+The images of a 3P1D on a lab alternate, and each upgrade is a run of a deployment of
+demo/prefect.yaml on a worker. A client asks all the time. Faults come now and then; each has an
+end that it has to come to. Whatever could grow is measured after the upgrades without a fault.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from bench.command import measured, say
 from bench.growth import Comparison, Limit, compare
 from bench.lab_service import INSTANCES, LOGS, STATE, LabService, write_file
 from bench.prefect_server import SERVER, WORKER, PrefectServer
+from demo.services import DEPLOY_LAB
 from pd_deploy.flows.deployment_file import DIRECTORIES
 from pd_deploy.lab import Lab, LabError
 from pd_deploy.lab.lifecycle import take_down
@@ -358,9 +359,9 @@ def _prepare(prefect: PrefectServer, service: LabService) -> None:
     prefect.run("pd-deploy", "credentials", "ssh", BLOCK, "--private-key", str(lab.ssh_key),
                 "--known-hosts", str(lab.known_hosts))  # fmt: skip
     prefect.start_worker(POOL)
-    prefect.run("prefect", "--no-prompt", "deploy", "--all")
-    for flow in ("pd-deploy", "pd-recover"):
-        identity = prefect.ask("GET", f"deployments/name/{flow}/{DEPLOYMENT}")["id"]
+    prefect.run("prefect", *DEPLOY_LAB)
+    for deployment in (f"pd-deploy/{DEPLOYMENT}", f"pd-recover/{DEPLOYMENT}-recover"):
+        identity = prefect.ask("GET", f"deployments/name/{deployment}")["id"]
         body = {"parameters": {"file": service.file}}
         prefect.ask("PATCH", f"deployments/{identity}", body)
 

@@ -690,7 +690,7 @@ def teardown(
     from pd_deploy.cli import run
     from pd_deploy.flows.teardown import teardown as flow
 
-    raise typer.Exit(run.here(flow, file=str(file)))
+    raise typer.Exit(run.here(flow, file=str(file), name=deployment.name))
 
 
 @app.command()

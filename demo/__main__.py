@@ -76,7 +76,7 @@ def up(deployment: str, *prepare: str) -> int:
     if not processes.running("worker"):
         processes.start("worker", [f"{BIN}/prefect", "worker", "start", "--pool", "pd-pool"], ENV)
     save_key()
-    run("prefect", "--no-prompt", "deploy", "--all", quiet=True)
+    run("prefect", *services.DEPLOY_LAB, quiet=True)
     flow_run = _start_run(ENV, deployment)
     code = _follow(flow_run, ENV)
     print(f"\nLook around: http://127.0.0.1:{PORT}/runs/flow-run/{flow_run}")

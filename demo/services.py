@@ -7,6 +7,8 @@ from pathlib import Path
 import yaml
 
 EXAMPLE = "lab-qwq-3p1d"
+DEPLOY_LAB = ("--no-prompt", "deploy", "--all", "--prefect-file", "demo/prefect.yaml")
+"""What follows `prefect`, in the checkout's directory: register the lab's services."""
 GIT = {
     f"GIT_{who}_{what}": value
     for who in ("AUTHOR", "COMMITTER")

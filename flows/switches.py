@@ -11,6 +11,8 @@ async def as_left(deployment: str) -> dict[str, Any]:
 
     `prefect deploy` sets a schedule's `active` to what prefect.yaml says, and creates all
     automations again. So prefect.yaml uses `{{ schedule }}` and `{{ automations.NAME }}` from here.
+    It also ends the pause of a deployment (the switch for all its schedules on the newer page), and
+    takes no `{{ … }}` for that: its schedules are off instead.
 
     Args:
         deployment: the flow and the deployment, as in `pd-deploy/qwq-3p1d`.
@@ -28,7 +30,7 @@ async def as_left(deployment: str) -> dict[str, Any]:
         automations = await client.read_resource_related_automations(resource)
         return _switches(
             {automation.name.split()[-1]: automation.enabled for automation in automations},
-            schedule=any(schedule.active for schedule in deployed.schedules),
+            schedule=not deployed.paused and any(one.active for one in deployed.schedules),
         )
 
 

@@ -2,6 +2,8 @@
 
 from prefect import State, flow
 
+from pd_deploy.config.fields import shown
+from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.flows import deployment_file, publish, unknown
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
@@ -19,13 +21,19 @@ from pd_deploy.tasks import clear, stop
     on_crashed=[unknown.tell],
 )
 @interruptible(left="what it removed is gone; run it again")
-async def teardown(file: str) -> State[None]:
+async def teardown(file: str, name: str) -> State[None]:
     """Remove a deployment from its hosts: containers, files, logs and images, and nothing else.
 
     Args:
         file: the deployment file of the service.
+        name: the name of the deployment, as the file has it: to confirm that this one goes.
     """
     deployment = deployment_file.load(file)
+    if name != deployment.name:
+        expected = (
+            f"expected {deployment.name}, the name of the deployment to remove, found {shown(name)}"
+        )
+        raise InvalidInput([Problem("name", expected)])
     async with locked_session(deployment, str(this_run())) as session:
         history = surveying.history_of(await survey_hosts(session))
         proxy_first = sorted(session.hosts, key=lambda name: name != session.topology.proxy.host)

@@ -15,6 +15,7 @@ import pytest
 
 from bench.lab_service import LabService, write_file
 from demo.processes import Processes
+from demo.services import DEPLOY_LAB
 from pd_deploy.cli.local_http import is_healthy
 from pd_deploy.cli.local_server import LocalServer
 from pd_deploy.flows import deployment_file
@@ -90,10 +91,10 @@ def local_server_of(env: dict[str, str]) -> LocalServer:
 
 @pytest.fixture(scope="session")
 def worker(prefect: Callable[..., str], prefect_env: dict[str, str]) -> Iterator[None]:
-    """A process worker on the work pool of prefect.yaml, whose deployments are applied."""
+    """A process worker on the work pool of demo/prefect.yaml, whose deployments are applied."""
     processes = Processes(prefect_settings.HOME / "worker")
     prefect("prefect", "work-pool", "create", "pd-pool", "--type", "process")
-    prefect("prefect", "--no-prompt", "deploy", "--all")
+    prefect("prefect", *DEPLOY_LAB)
     try:
         processes.start(
             "worker", [f"{BIN}/prefect", "worker", "start", "-p", "pd-pool"], prefect_env

@@ -1,5 +1,5 @@
-"""What an operator need not do: automations of prefect.yaml put things right after an interrupted
-run, and a dead worker or server leaves nothing that the next run does not mend."""
+"""What an operator need not do: automations of demo/prefect.yaml put things right after an
+interrupted run, and a dead worker or server leaves nothing that the next run does not mend."""
 
 import asyncio
 import os
@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 
 from bench.lab_service import INSTANCES
+from demo.services import DEPLOY_LAB
 from pd_deploy.flows.deploy import deploy
 from tests.e2e.conftest import BIN, ROOT, Service, local_server_of, long, until
 
@@ -27,11 +28,11 @@ NAME = "lab-qwq-3p1d"
 
 @pytest.fixture
 async def automated(service: Service, worker: None) -> AsyncIterator[Service]:
-    """The service as the deployments of prefect.yaml know it; it takes long to load."""
+    """The service as the deployments of demo/prefect.yaml know it; it takes long to load."""
     before = {}
     async with get_client() as client:
-        for flow in ("pd-deploy", "pd-recover"):
-            found = await client.read_deployment_by_name(f"{flow}/{NAME}")
+        for deployment in (f"pd-deploy/{NAME}", f"pd-recover/{NAME}-recover"):
+            found = await client.read_deployment_by_name(deployment)
             before[found.id] = found.parameters
             await client.update_deployment(found.id, _update(service.file))
         yield service
@@ -137,7 +138,7 @@ async def test_upgrade_whose_machine_dies_is_recovered_by_another_worker(
         for worker in filter(None, (first, second)):
             worker.kill()
             worker.wait()
-        prefect("prefect", "--no-prompt", "deploy", "--all")
+        prefect("prefect", *DEPLOY_LAB)
 
 
 async def test_killed_worker_does_not_interrupt_its_run(
@@ -145,7 +146,8 @@ async def test_killed_worker_does_not_interrupt_its_run(
 ) -> None:
     """The run is a process of its own: it ends well, and gives its leases back."""
     prefect("prefect", "work-pool", "create", "own-pool", "--type", "process", "--overwrite")
-    prefect("prefect", "--no-prompt", "deploy", "-n", "lab-qwq-3p1d", "--pool", "own-pool")
+    one = ("--prefect-file", "demo/prefect.yaml", "-n", NAME, "--pool", "own-pool")
+    prefect("prefect", "--no-prompt", "deploy", *one)
     worker = worker_on("own-pool", prefect_env)
     try:
         service.faults("p1", load_seconds=8)
@@ -156,7 +158,7 @@ async def test_killed_worker_does_not_interrupt_its_run(
         assert "Completed: Generation 1-" in prefect("pd-deploy", "follow", str(run))
     finally:
         worker.kill()
-        prefect("prefect", "--no-prompt", "deploy", "--all")
+        prefect("prefect", *DEPLOY_LAB)
     state = await deploy(service.file, return_state=True)
     assert "nothing changed" in str(state.message)
 

@@ -24,6 +24,7 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.events.schemas.automations import AutomationCore
 
 from bench.lab_service import INSTANCES, STATE
+from demo.services import DEPLOY_LAB
 from pd_deploy.flows.deploy import deploy
 from tests import prefect_settings
 from tests.e2e.browser import page
@@ -217,7 +218,7 @@ async def test_changed_file_blames_no_image(fresh: Service) -> None:
 
 @pytest.fixture
 async def scheduled(fresh: Service, worker: None) -> AsyncIterator[DeploymentResponse]:
-    """The service's nightly as prefect.yaml has it, but for the file; off before and after."""
+    """The service's nightly as demo/prefect.yaml has it, but for the file; off before and after."""
     async with get_client() as client:
         known = await client.read_deployment_by_name(f"pd-deploy/{NIGHTLY}")
         parameters = {**known.parameters, "file": fresh.file}
@@ -263,7 +264,7 @@ def switch(
 async def test_whoever_turns_it_on_the_night_takes_the_newer_build(
     fresh: Service, scheduled: DeploymentResponse, switch: dict[str, Any], prefect: Any
 ) -> None:
-    """Whatever Prefect does to the schedule on the way, and if prefect.yaml is applied again."""
+    """Whatever Prefect does to the schedule on the way, and if the file is applied again."""
     fresh.push(fresh.tag(1), {"/etc/example": "newer than the file's"})
     for turn in switch.values():
         await asyncio.to_thread(turn, True)
@@ -274,7 +275,7 @@ async def test_whoever_turns_it_on_the_night_takes_the_newer_build(
     await asyncio.to_thread(switch["by_command"], True)
     silent = "recover lab-qwq-3p1d after a run that fell silent"
     prefect("prefect", "automation", "pause", silent)
-    prefect("prefect", "--no-prompt", "deploy", "--all")
+    prefect("prefect", *DEPLOY_LAB)
     async with get_client() as client:
         automations = await client.read_automations()
         assert {one.name for one in automations if not one.enabled} == {silent}

@@ -123,7 +123,7 @@ async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     assert {c["Config"]["Labels"]["pd-deploy.epoch"] for c in running(pair)} == {"2"}
     assert await answer(pair) == answered_alone
 
-    state = await teardown(pair.file, return_state=True)
+    state = await teardown(pair.file, "lab-vllm-1p1d", return_state=True)
     assert state.is_completed(), state.message
     assert pair.containers() == {}
 

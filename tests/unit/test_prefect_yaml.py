@@ -23,9 +23,18 @@ from pd_deploy.flows.rollback import rollback
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = ROOT / "blocks"
-DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "prefect.yaml").read_text())[
-    "deployments"
-]
+OURS, LAB, SCAFFOLD = "prefect.yaml", "demo/prefect.yaml", "cli/scaffold/prefect.yaml"
+
+
+def document(path: str) -> dict[str, Any]:
+    """A file for `prefect deploy`; the scaffold for a service x."""
+    text = Template((ROOT / path).read_text()).safe_substitute(name="x", engine="x")
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
+PRODUCTION: list[dict[str, Any]] = document(OURS)["deployments"]
+DEPLOYMENTS: list[dict[str, Any]] = [*PRODUCTION, *document(LAB)["deployments"]]
 NIGHTLY = [one for one in DEPLOYMENTS if one["name"].endswith("-nightly")]
 (FLEET,) = (one for one in DEPLOYMENTS if one["entrypoint"].endswith(".fleet"))
 FLOWS = {"deploy": deploy, "rollback": rollback}
@@ -33,8 +42,9 @@ RECOVER = [one for one in DEPLOYMENTS if "recover" in one["entrypoint"]]
 
 
 def test_each_service_with_a_recovery_has_a_nightly_and_no_other_has_a_schedule() -> None:
-    assert {f"{one['name']}-nightly" for one in RECOVER} == {one["name"] for one in NIGHTLY}
-    assert [one for one in DEPLOYMENTS if "schedules" in one] == [*NIGHTLY, FLEET]
+    assert {f"{one['tags'][0]}-nightly" for one in RECOVER} == {one["name"] for one in NIGHTLY}
+    scheduled = [one["name"] for one in DEPLOYMENTS if "schedules" in one]
+    assert sorted(scheduled) == sorted(one["name"] for one in [*NIGHTLY, FLEET])
 
 
 @pytest.mark.parametrize("nightly", NIGHTLY, ids=lambda one: one["name"])
@@ -52,8 +62,7 @@ def test_what_makes_a_night_a_night_is_no_parameter_of_a_schedule(nightly: dict[
 def test_switches_are_kept_by_a_step_that_asks_for_this_very_deployment(
     one: dict[str, Any],
 ) -> None:
-    flow = "pd-deploy" if one in NIGHTLY else "pd-fleet" if one is FLEET else "pd-recover"
-    step = {"pd_deploy.flows.switches.as_left": {"deployment": f"{flow}/{one['name']}"}}
+    step = {"pd_deploy.flows.switches.as_left": {"deployment": f"{flow_of(one)}/{one['name']}"}}
     assert one["build"][0] == step
     switches = [schedule["active"] for schedule in one.get("schedules", ())]
     switches += [trigger["enabled"] for trigger in one.get("triggers", ())]
@@ -75,18 +84,39 @@ def test_each_night_has_the_minute_of_its_service(nightly: dict[str, Any]) -> No
 
 def test_the_fleet_is_made_of_deployments_that_there_are() -> None:
     waves = FLEET["parameters"]["waves"]
-    deployed = {one["name"] for one in DEPLOYMENTS if one["entrypoint"].endswith(".deploy")}
+    deployed = {one["name"] for one in PRODUCTION if one["entrypoint"].endswith(".deploy")}
     assert {service for wave in waves for service in wave} <= deployed
     assert FLEET["parameters"].keys() <= fleet.fleet.parameters.properties.keys()
     assert FLEET["concurrency_limit"]["limit"] == 1
 
 
-@pytest.mark.parametrize("path", ["prefect.yaml", "cli/scaffold/prefect.yaml"])
-def test_applying_it_registers_the_types_of_blocks(path: str) -> None:
+def test_a_production_server_shows_nothing_of_the_lab() -> None:
+    assert "lab" not in (ROOT / OURS).read_text()
+    assert all("lab" in one["tags"] for one in document(LAB)["deployments"])
+
+
+@pytest.mark.parametrize("path", [LAB, SCAFFOLD])
+def test_all_files_have_the_same_definitions(path: str) -> None:
+    """YAML's anchors end with their file."""
+    assert document(path)["definitions"] == document(OURS)["definitions"]
+
+
+@pytest.mark.parametrize("path", [OURS, LAB, SCAFFOLD])
+def test_the_name_of_a_deployment_tells_what_it_does(path: str) -> None:
+    """As it is shown without its flow; the documented command has the service's name alone."""
+    for one in document(path)["deployments"]:
+        service, does = one["tags"][0], flow_of(one).removeprefix("pd-")
+        if "schedules" in one and does == "deploy":
+            does = "nightly"
+        named = service if does in ("deploy", "fleet") else f"{service}-{does}"
+        assert one["name"] == named
+    names = [one["name"] for one in document(path)["deployments"]]
+    assert len(names) == len(set(names))
+
+
+def test_applying_it_registers_the_types_of_blocks() -> None:
     """So that the UI has all of them in its catalogue, whichever were saved by command."""
-    definitions = yaml.safe_load(
-        Template((ROOT / path).read_text()).safe_substitute(name="x", engine="x")
-    )["definitions"]
+    definitions = document(OURS)["definitions"]
     assert definitions["deploy"]["build"] == [{"pd_deploy.flows.catalogue.block_types": {}}]
 
 
@@ -110,9 +140,9 @@ async def test_each_type_of_block_is_registered(monkeypatch: pytest.MonkeyPatch)
 def test_every_deployment_has_its_service_as_a_tag_of_its_own() -> None:
     """Automations tell services by it; a service's tag must not be a common word of another's."""
     for one in DEPLOYMENTS:
-        service = one["name"].removesuffix("-nightly")
-        assert one["tags"][0] == service
-        others = [d for d in DEPLOYMENTS if d["name"].removesuffix("-nightly") != service]
+        service = one["tags"][0]
+        assert one["name"].startswith(service)
+        others = [d for d in DEPLOYMENTS if d["tags"][0] != service]
         assert not any(service in other["tags"] for other in others)
 
 
@@ -154,8 +184,13 @@ def test_heartbeats_of_the_service_and_of_no_other_are_waited_for(recover: dict[
             resource=resource,
             related=[dict(resource) for resource in related],
         )
-        service = one["name"].removesuffix("-nightly")
-        assert trigger.covers(heartbeat) is (service == recover["name"]), one["name"]
+        is_its = one["tags"][0] == recover["tags"][0]
+        assert trigger.covers(heartbeat) is is_its, one["name"]
+
+
+def flow_of(one: dict[str, Any]) -> str:
+    """The name of a deployment's flow."""
+    return f"pd-{one['entrypoint'].rpartition('.')[2]}"
 
 
 def _deploy(service: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from pd_deploy.planning.plans import STAGES
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults
 from tests.memory.programs import Proxy
-from tests.memory.world import FIRST, REPOSITORY, ROOT, World
+from tests.memory.world import FIRST, NAME, REPOSITORY, ROOT, World
 
 
 @pytest.fixture
@@ -236,7 +236,11 @@ class TestTheEnd:
         untouched = {name: set(m.disk.entries) for name, m in world.machines.items()}
         assert world.run(deploy).completed
         assert world.run(deploy, image=world.push("20250725_1")).completed
-        assert "qwq-3p1d is gone" in world.run(teardown).message
+        serving = world.serving()
+        refused = str(world.run(teardown, name="qwq-3p1").error)
+        assert "name: expected qwq-3p1d, the name of the deployment to remove" in refused
+        assert world.assert_coherent() == serving
+        assert "qwq-3p1d is gone" in world.run(teardown, name=NAME).message
         for name, machine in world.machines.items():
             assert machine.containers == {}
             assert machine.images == {}
@@ -269,7 +273,7 @@ class TestTheEnd:
         assert releases() == ["3 serving", "2 good"]
         assert world.run(deploy, dry_run=True, artifacts=publish).completed
         assert set(shown) == keys | {"qwq-3p1d-dry-run"}
-        assert world.run(teardown, artifacts=publish).completed
+        assert world.run(teardown, name=NAME, artifacts=publish).completed
         assert (releases(), shown["qwq-3p1d-instances"]) == ([], [])
         assert "**Removed from its hosts.**" in shown["qwq-3p1d-report"]
         assert "serving" not in shown["qwq-3p1d-report"]
@@ -280,7 +284,7 @@ class TestTheEnd:
         assert world.run(deploy).completed
         others = "/data/log_path/another/1-0123abcd/p0/server_0.log"
         world.machines["a"].disk.put(others, b"")
-        assert world.run(teardown).completed
+        assert world.run(teardown, name=NAME).completed
         for name, machine in world.machines.items():
             left = [path for path in machine.disk.entries if "qwq-3p1d" in path]
             assert [path for path in left if not path.startswith("/data/models")] == []
@@ -307,7 +311,7 @@ class TestTheEnd:
         document = json.loads(disk.read(release)) | {"logs": logs.format(first)}
         for machine in world.machines.values():
             machine.disk.put(release, json.dumps(document).encode(), 0o600)
-        outcome = world.run(end)
+        outcome = world.run(end, **({"name": NAME} if end is teardown else {}))
         assert isinstance(outcome.error, NotOurs)
         assert "found '" + logs.format(first) in str(outcome.error)
         for machine in world.machines.values():
@@ -384,7 +388,9 @@ class TestStreams:
     ) -> None:
         faults = {"d0": Faults(garbage=True)} if way == "rolled back" else {}
         image = {"image": world.push("20250725_1", faults)} if way != "teardown" else {}
-        told = self.stop_with(world, deploy if image else teardown, streams, **image)
+        told = self.stop_with(
+            world, deploy if image else teardown, streams, **(image or {"name": NAME})
+        )
         which = {0: "", 1: "1 request that was", 2: "2 requests that were"}[count]
         cut = f"cut {which} not answered within 5 s (container.stop_timeout)"
         assert (cut in told) is bool(count), told

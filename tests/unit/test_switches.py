@@ -15,10 +15,17 @@ NAME = "pd-deploy/qwq-3p1d"
 class Prefect:
     """A server with one deployment, or none."""
 
-    def __init__(self, active: list[bool], automations: dict[str, bool], name: str = NAME) -> None:
+    def __init__(
+        self,
+        active: list[bool],
+        automations: dict[str, bool],
+        name: str = NAME,
+        *,
+        paused: bool = False,
+    ) -> None:
         self._name = name
         schedules = [SimpleNamespace(active=is_on) for is_on in active]
-        self._deployment = SimpleNamespace(id=uuid4(), schedules=schedules)
+        self._deployment = SimpleNamespace(id=uuid4(), schedules=schedules, paused=paused)
         self._automations = [
             SimpleNamespace(name=name, enabled=is_on) for name, is_on in automations.items()
         ]
@@ -49,8 +56,9 @@ class Prefect:
             True,
             {"interrupted": True, "silent": False},
         ),
+        (Prefect([True], {}, paused=True), False, {"interrupted": True, "silent": True}),
     ],
-    ids=["first deploy", "as deployed", "switched"],
+    ids=["first deploy", "as deployed", "switched", "paused as a whole"],
 )
 async def test_switches_are_as_they_were_left(
     monkeypatch: pytest.MonkeyPatch,
