@@ -21,9 +21,8 @@ from pd_deploy.cli.local_server import LocalServer
 from pd_deploy.flows import deployment_file
 from pd_deploy.lab import Lab
 from tests import prefect_settings
+from tests.samples import ALL
 
-ALL = bool(os.environ.get("PD_TEST_ALL"))
-"""Whether the long tests run as well (`make test-all`)."""
 long = pytest.mark.skipif(not ALL, reason="long: runs with `make test-all`")
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -13,7 +13,8 @@ from prefect.client.schemas.objects import State
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
-from tests.e2e.conftest import ALL, ROOT, Service, until
+from tests.e2e.conftest import ROOT, Service, until
+from tests.samples import ALL
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 SEED = int(os.environ.get("PD_TEST_SEED", "1"))

@@ -16,6 +16,7 @@ from pd_deploy.steps import attempt
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults, Machine
 from tests.memory.world import INSTANCES, ROOT, World
+from tests.samples import sampled
 
 BAD = {"d0": Faults(garbage=True)}
 AWAY_S = 120.0
@@ -24,7 +25,7 @@ AWAY_S = 120.0
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     world = World(tmp_path)
-    assert world.run(deploy).completed
+    world.deploy()
     return world
 
 
@@ -66,7 +67,7 @@ def test_a_way_back_waits_for_a_host_that_is_away_from_any_moment(
     first, image = world.serving(), world.push("20250724_1", BAD)
     moments = way_back(world, image)
     assert len(moments) > 100
-    for moment in moments[OFFSETS[fault] :: 83]:
+    for moment in sampled(moments, 150, OFFSETS[fault]):
         twin = world.twin()
         begin = twin.cluster.clock.seconds()
         outcome = twin.run(deploy, image=image, watch=at(moment, twin, fault))
@@ -123,7 +124,7 @@ def test_a_recovery_waits_for_a_host_that_is_away(
     world.pass_by(5)
     moments = list(world.twin().run(recover).moments)
     opened = [number for number, m in enumerate(moments) if m.what.startswith("kill ")][-1]
-    for moment in moments[OFFSETS[fault] : opened : 123]:
+    for moment in sampled(moments[:opened], 200, OFFSETS[fault]):
         twin = world.twin()
         outcome = twin.run(recover, watch=at(moment, twin, fault))
         assert outcome.completed, f"{moment}: {outcome.error}"

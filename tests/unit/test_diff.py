@@ -17,7 +17,7 @@ from tests.memory.world import REPOSITORY, ROOT, World
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     world = World(tmp_path)
-    assert world.run(deploy).completed
+    world.deploy()
     return world
 
 

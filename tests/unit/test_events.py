@@ -63,7 +63,7 @@ def test_each_generation_that_begins_to_serve_is_told_once(world: World) -> None
 
 
 def test_a_rollback_and_a_quarantine_are_told(world: World) -> None:
-    assert world.run(deploy).completed
+    world.deploy()
     first, _ = world.serving(), told(world)
     bad = world.push("20250724_1", {"p0": Faults(dies_at_request=1)})
     assert world.run(deploy, image=bad).error
@@ -85,7 +85,7 @@ def test_that_nothing_serves_is_told(world: World, on_failure: str) -> None:
 
 
 def test_a_way_back_that_fails_leaves_nothing_that_serves_and_is_told(world: World) -> None:
-    assert world.run(deploy).completed
+    world.deploy()
     told(world)
     port = int(world.running()["d0"].labels["pd-deploy.ports"].split(",")[0])
     image, ports = world.push("20250724_1"), world.machines["b"].held_ports
@@ -107,7 +107,7 @@ def test_a_night_that_is_skipped_is_told(world: World) -> None:
 
 
 def test_a_server_that_takes_no_events_fails_no_run(world: World) -> None:
-    assert world.run(deploy).completed
+    world.deploy()
     bad = world.push("20250724_1", {"p0": Faults(dies_at_request=1)})
     refused = mock.Mock(**{"append.side_effect": OSError("no server")})
     with mock.patch.object(world, "events", refused):

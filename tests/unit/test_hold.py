@@ -25,7 +25,7 @@ HOLD = Hold(by="me on desk", when=datetime(2025, 7, 23, tzinfo=UTC), reason="swi
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     world = World(tmp_path)
-    assert world.run(deploy).completed
+    world.deploy()
     return world
 
 

@@ -28,7 +28,7 @@ def world(tmp_path: Path) -> World:
 @pytest.fixture
 def serving(world: World) -> World:
     """A world in which the first image serves."""
-    assert world.run(deploy).completed
+    world.deploy()
     return world
 
 

@@ -11,7 +11,6 @@ import pytest
 from pd_deploy.cli import execute, logs
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import ContainerMissing, FactsError, InvalidInput, PdDeployError
-from pd_deploy.flows.deploy import deploy
 from pd_deploy.hosts.host import PART_BYTES, Host
 from pd_deploy.records import generations
 from pd_deploy.steps.logs import local_path
@@ -21,7 +20,7 @@ from tests.memory.world import NAME, World
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     world = World(tmp_path)
-    assert world.run(deploy).completed
+    world.deploy()
     return world
 
 

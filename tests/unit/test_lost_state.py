@@ -20,7 +20,7 @@ from tests.memory.world import ROOT, World
 def world(tmp_path: Path) -> World:
     """An image that is newer than the file's serves."""
     world = World(tmp_path)
-    assert world.run(deploy).completed
+    world.deploy()
     assert world.run(deploy, image=world.push("20250725_1")).completed
     return world
 
@@ -85,7 +85,7 @@ def test_deploy_asks_for_the_image_and_then_writes_down_what_runs(world: World) 
 def test_deploy_asks_nothing_if_the_files_own_image_runs(tmp_path: Path) -> None:
     """As after the scripts that `plan --format shell` prints were run by hand."""
     world = World(tmp_path)
-    assert world.run(deploy).completed
+    world.deploy()
     lose(world)
     runs = world.runs()
     assert world.run(deploy, dry_run=True).completed

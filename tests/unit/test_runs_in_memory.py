@@ -55,7 +55,7 @@ class TestStages:
         assert world.containers() == []
 
     def test_a_dry_run_changes_nothing(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         before, image = world.state(), world.push("20250725_1")
         outcome = world.run(deploy, image=image, dry_run=True)
         assert "nothing was touched" in outcome.message
@@ -63,7 +63,7 @@ class TestStages:
 
 
 def test_only_a_host_that_has_left_the_file_can_be_forgotten(world: World) -> None:
-    assert world.run(deploy).completed
+    world.deploy()
     before = world.state()
     outcome = world.run(deploy, forget=["10.0.0.2", "any text"])
     for given in ("10.0.0.2", "any text"):
@@ -97,7 +97,7 @@ class TestTwoRuns:
 
 class TestNewest:
     def test_the_newest_build_of_the_family_is_deployed_once(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         for tag in ("20250801_2", "20250801_10", "latest", "20250730_99"):
             world.push(tag)
         assert world.run(deploy, image="newest").completed
@@ -112,7 +112,7 @@ class TestNewest:
         assert world.state() == before
 
     def test_newer_tags_of_other_forms_are_told_instead_and_as_an_event(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         before = world.state()
         world.events.clear()
         unknown, renamed = "nightly-20260102", "master-202601011200-vllm"
@@ -135,7 +135,7 @@ class TestNewest:
         assert says in message
 
     def test_of_several_repositories_is_the_newest_of_all(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         renamed = "swr.cn-east-4.myhuaweicloud.com/omni-ci/daily_renamed"
         world.push("20250801_1")
         world.push("20250802_1", repository=renamed)
@@ -149,7 +149,7 @@ class TestNewest:
         world.assert_coherent()
 
     def test_a_build_in_quarantine_is_passed_over(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         good = world.push("20250801_1")
         bad = world.push("20250801_2", {"d0": Faults(dies=1)})
         assert "service is back" in str(world.run(deploy, image="newest").error)
@@ -163,7 +163,7 @@ class TestNewest:
         world.assert_coherent()
 
     def test_with_the_registry_down_nothing_changes(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         before = world.runs()
         world.cluster.registry_down = True
         assert world.run(deploy, image="newest").error
@@ -172,7 +172,7 @@ class TestNewest:
         world.assert_coherent()
 
     def test_a_night_waits_for_a_registry_under_maintenance(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         image, asked = world.push("20250801_1"), []
         world.cluster.registry_down = True
 
@@ -194,7 +194,7 @@ class TestNewest:
     def test_a_build_that_is_removed_before_it_is_pulled_gives_way_to_the_next(
         self, world: World
     ) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         image, removed = world.push("20250801_1"), world.push("20250801_2")
         digest = world.cluster.registry[removed].digest
 
@@ -279,7 +279,7 @@ class TestTheEnd:
         assert "serving" not in shown["qwq-3p1d-report"]
 
     def test_teardown_takes_logs_from_a_former_place_for_logs(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         world.change(paths={"logs": "/data/elsewhere"})
         assert world.run(deploy).completed
         others = "/data/log_path/another/1-0123abcd/p0/server_0.log"
@@ -319,7 +319,7 @@ class TestTheEnd:
             assert machine.disk.get(f"/data/log_path/qwq-3p1d/{first}")
 
     def test_rollback_to_what_is_not_kept_names_those_that_are(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         outcome = world.run(rollback)
         assert isinstance(outcome.error, NoSuchGeneration)
         outcome = world.run(rollback, generation="9-deadbeef")
@@ -327,7 +327,7 @@ class TestTheEnd:
         world.assert_coherent()
 
     def test_recover_where_all_is_well_touches_nothing(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         runs = world.runs()
         assert world.run(recover).completed
         assert world.runs() == runs
@@ -335,7 +335,7 @@ class TestTheEnd:
 
 class TestFailureKept:
     def test_the_failed_generation_is_left_for_inspection(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         bad = world.push("20250724_1", {"d0": Faults(garbage=True)})
         outcome = world.run(deploy, image=bad, on_failure="keep")
         assert outcome.error
@@ -344,7 +344,7 @@ class TestFailureKept:
         world.assert_coherent()
 
     def test_a_second_of_no_memory_is_told_as_such(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         bad = world.push("20250724_1", {"d0": Faults(out_of_memory=True)})
         outcome = world.run(deploy, image=bad)
         assert "ran out of memory" in str(outcome.error)
@@ -407,7 +407,7 @@ def test_a_server_that_died_is_brought_back_with_its_generation(
     world: World, instance: str
 ) -> None:
     """The proxy's container is the same one: it can't be prepared while it still serves."""
-    assert world.run(deploy).completed
+    world.deploy()
     serving, dead = world.serving(), world.running()[instance]
     machine = next(m for m in world.machines.values() if dead.id in m.containers)
     machine.end(dead, 1)
