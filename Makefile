@@ -6,6 +6,9 @@ PREFILLS ?= 3
 HOSTS ?= 24
 N ?= 200
 
+# Python may keep what it has compiled: tests start our command hundreds of times.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo demo-vllm demo-fleet demo-ha demo-down test test-all test-unit coverage lint bench bench-hosts bench-prompt soak lock ready ready-dev clean
 
 help:           ## Show this.
