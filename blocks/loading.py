@@ -1,24 +1,25 @@
-"""Reading the blocks that a deployment names."""
+"""Reading the blocks that a deployment names.
 
+Prefect reads them where it is loaded, as in a run. Elsewhere the server is asked directly, which
+spares a second; Prefect is loaded only to say what is wrong.
+"""
+
+import contextlib
 import json
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from prefect.blocks.core import Block
+from pydantic import ValidationError
 
-from pd_deploy.blocks.registry import RegistryCredentials
-from pd_deploy.blocks.ssh import SshCredentials
+from pd_deploy.blocks import server
+from pd_deploy.blocks.fields import RegistryFields, SshFields
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.login import Login
 
-B = TypeVar("B", bound=Block)
-
-_COMMANDS: dict[type[Block], str] = {
-    SshCredentials: "pd-deploy credentials ssh",
-    RegistryCredentials: "pd-deploy credentials registry",
-}
+F = TypeVar("F", SshFields, RegistryFields)
 
 
 async def of(
@@ -43,9 +44,7 @@ async def of(
                 problems += error.problems
     if block := deployment.registry.credentials:
         try:
-            registry_login = (
-                await _load(RegistryCredentials, block, "registry.credentials")
-            ).login()
+            registry_login = (await _load(RegistryFields, block, "registry.credentials")).login()
         except InvalidInput as error:
             problems += error.problems
     if problems:
@@ -62,13 +61,28 @@ async def ssh(name: str, key: str) -> Callable[[str, int], Login]:
     Raises:
         InvalidInput: there is none.
     """
-    block = await _load(SshCredentials, name, key)
+    block = await _load(SshFields, name, key)
     return lambda user, port: block.login(user=user, port=port)
 
 
-async def _load(kind: type[B], name: str, key: str) -> B:
+async def _load(kind: type[F], name: str, key: str) -> F:
+    if "prefect" not in sys.modules:
+        values = await server.block(kind.slug, name)
+        with contextlib.suppress(ValidationError):
+            if values is not None:
+                return kind.model_validate(values)
+    return await _by_prefect(kind, name, key)
+
+
+async def _by_prefect(kind: type[F], name: str, key: str) -> F:
+    from prefect.blocks.core import Block
+
+    from pd_deploy.blocks.registry import RegistryCredentials
+    from pd_deploy.blocks.ssh import SshCredentials
+
+    blocks: list[type[Block]] = [SshCredentials, RegistryCredentials]
     try:
-        block = await kind.aload(name)
+        block = await next(one for one in blocks if issubclass(one, kind)).aload(name)
     except json.JSONDecodeError:
         raise  # what answers is no Prefect server
     except ValueError as error:
@@ -76,9 +90,10 @@ async def _load(kind: type[B], name: str, key: str) -> B:
             [
                 Problem(
                     key,
-                    f"expected a block {kind.get_block_type_slug()}/{name}, found none; create it "
-                    f"in the UI under Blocks, or with `{_COMMANDS[kind]} {name}`",
+                    f"expected a block {kind.slug}/{name}, found none; create it in the UI under "
+                    f"Blocks, or with `{kind.command} {name}`",
                 )
             ]
         ) from error
+    assert isinstance(block, kind)
     return block

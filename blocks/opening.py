@@ -1,11 +1,9 @@
-"""From the deployment file to its hosts, logged in to with the credentials of its blocks.
-
-Prefect is imported only for a file that names a block: that takes a second.
-"""
+"""From the deployment file to its hosts, logged in to with the credentials of its blocks."""
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
+from pd_deploy.blocks import loading
 from pd_deploy.config.models import Deployment
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
@@ -70,8 +68,6 @@ async def open_former(session: Session, history: History, also: Iterable[HostAcc
 async def _former(name: str, access: HostAccess, deployment: Deployment) -> Host:
     logins: Logins = {}
     if access.credentials:
-        from pd_deploy.blocks import loading
-
         key = f"credentials of the former host {access.address}"
         logins = {access.credentials: await loading.ssh(access.credentials, key)}
     return host_of(name, access, logins, deployment)
@@ -105,6 +101,4 @@ def names_blocks(deployment: Deployment) -> bool:
 async def _credentials(deployment: Deployment) -> tuple[Logins, RegistryLogin | None]:
     if not names_blocks(deployment):
         return {}, None
-    from pd_deploy.blocks import loading
-
     return await loading.of(deployment)

@@ -1,10 +1,12 @@
 """Reading from the hosts, without a flow run."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
+from pd_deploy.blocks import server
 from pd_deploy.blocks.opening import names_blocks, open_former, open_session, session_on
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import HostUnreachable, PdDeployError
@@ -28,15 +30,21 @@ AT_ONCE = 32  # deployments whose hosts are asked at the same time
 def asking(deployments: Iterable[Deployment]) -> Iterator[None]:
     """Turn errors of the Prefect server into ours, where deployments have credentials there.
 
-    Others are read without Prefect, which takes a second to load.
+    Prefect, which takes a second to load, is not loaded for it.
     """
     if not any(map(names_blocks, deployments)):
         yield
         return
-    from pd_deploy.cli.prefect_api import reached
-
-    with reached():
+    server.spare_the_proxy(server.url(server.settings()))
+    try:
         yield
+    except Exception:
+        if "prefect" not in sys.modules:
+            raise
+        from pd_deploy.cli.prefect_api import reached
+
+        with reached():
+            raise
 
 
 def plan(deployment: Deployment, image: str | None) -> tuple[Plan, str]:

@@ -4,14 +4,13 @@ The demo, the benches and the tests use it too.
 """
 
 import socket
-import ssl
-from functools import cache
 from pathlib import Path
 
 import httpx
 
+from pd_deploy.blocks.server import trust
+
 ANSWER_TIMEOUT_S = 10.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def free_ports(count: int) -> list[int]:
@@ -45,9 +44,3 @@ def is_healthy(api: str, path: str = "/health", authority: Path | None = None) -
     except httpx.TransportError:
         return False
     return answer.is_success
-
-
-@cache  # reading the system's CAs takes longer than a request
-def trust(authority: Path | None) -> ssl.SSLContext:
-    """Trust the CA in a file, by default those of the system."""
-    return ssl.create_default_context(cafile=authority)

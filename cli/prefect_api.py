@@ -1,10 +1,8 @@
 """Talking to the Prefect server: turn the client's errors into our own."""
 
 import base64
-import ipaddress
 import json
 import os
-import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +14,8 @@ from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
+from pd_deploy.blocks.server import spare_the_proxy
 from pd_deploy.cli import local_server
-from pd_deploy.cli.local_http import LOOPBACK
 from pd_deploy.errors import PdDeployError
 
 ANSWER_TIMEOUT_S = 10.0
@@ -87,25 +85,6 @@ def served() -> Iterator[None]:
                 hint="set PREFECT_API_URL, as in http://127.0.0.1:4200/api",
             )
         yield
-
-
-def spare_the_proxy(url: str | None) -> None:
-    """Keep requests to this machine, and to a Prefect server nearby, from HTTP and SOCKS proxies
-    that the environment names."""
-    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    near = [*LOOPBACK, *([httpx.URL(url).host] if url and _is_near(httpx.URL(url).host) else [])]
-    exempt = [part.strip() for part in given.split(",") if part.strip()]
-    value = ",".join(dict.fromkeys([*exempt, *near]))
-    # Programs differ in which of the names they read.
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = value
-
-
-def _is_near(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host in (socket.gethostname(), socket.getfqdn()) or "." not in host
-    return address.is_private or address.is_loopback
 
 
 def require_server(url: str) -> None:

@@ -95,6 +95,7 @@ def as_document(told: Told) -> str:
         "generation": look.status.generation,
         "image": release and release.chosen_image,
         "digest": release and release.digest,
+        "contract": release and release.contract,
         "started_by": release and release.started_by,
         "created": release and release.created,
         "promoted_by": outcome and outcome.by,
@@ -146,6 +147,8 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
     if release:
         yield "generation", f"{release.generation}{_since(look.status.since)}"
         yield "image", f"{release.chosen_image} ({release.digest[:19]})"
+        if release.contract:
+            yield "contract", release.contract
         yield "created", f"{_time(release.created)} by {release.started_by}"
         outcome = record.outcomes.get(release.generation)
         if outcome and outcome.by != release.started_by:

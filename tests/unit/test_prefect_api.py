@@ -10,6 +10,7 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, temporary_settings
 
+from pd_deploy.blocks.server import spare_the_proxy
 from pd_deploy.cli import prefect_api
 from pd_deploy.cli.prefect_api import ServerLost, ServerRefuses
 
@@ -126,5 +127,5 @@ def test_a_server_nearby_is_not_asked_through_a_proxy(
 ) -> None:
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("NO_PROXY", "")
-    prefect_api.spare_the_proxy(f"http://{host}:4200/api")
+    spare_the_proxy(f"http://{host}:4200/api")
     assert (host in os.environ["NO_PROXY"].split(",")) == near

@@ -12,6 +12,7 @@ import certifi
 import httpx
 import pytest
 
+from pd_deploy.blocks import server
 from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import exit_codes, looks, next_nightly, show
 from pd_deploy.cli import hosts as asking
@@ -348,7 +349,7 @@ class TestNightly:
 
         client = httpx.AsyncClient
         monkeypatch.setattr(
-            next_nightly.httpx,
+            server.httpx,
             "AsyncClient",
             lambda **kwargs: client(transport=httpx.MockTransport(answer), **kwargs),
         )
@@ -393,7 +394,7 @@ class TestNightly:
             made.update(kwargs)
             return client(transport=httpx.MockTransport(answer), **kwargs)
 
-        monkeypatch.setattr(next_nightly.httpx, "AsyncClient", recorded)
+        monkeypatch.setattr(server.httpx, "AsyncClient", recorded)
         monkeypatch.setenv("PREFECT_API_URL", "https://127.0.0.1/api")
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
