@@ -6,7 +6,6 @@ in the section `vllm`. Pure.
 """
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,50 +13,44 @@ from typing import Any, Literal
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, Settings, VllmOptions
 from pd_deploy.config.topology import Instance, Pod, Topology
-from pd_deploy.engines import common
+from pd_deploy.engines import common, routed
 from pd_deploy.engines.base import (
     PROVING_ADDRESS,
     Counter,
     Counters,
     Finding,
-    HostFacts,
     Member,
     MetricsPage,
     Service,
 )
-from pd_deploy.engines.common import (
-    ONE_STEP_ON,
-    exports,
-    flags,
-    instance_of,
-    longest_sequence,
-    mounts,
-    text,
-    title,
-)
+from pd_deploy.engines.common import flags, instance_of, longest_sequence, text
 from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
-from pd_deploy.hosts.container_values import ContainerSpec, DeviceRequest
+from pd_deploy.hosts.container_values import ContainerSpec
 
 decode_request = common.decode_request
-STARTED = "pd-deploy: starting"
-PREPARED = "pd-deploy: proxy prepared"
-OPEN = "pd-deploy: proxy open"
-PROVING = f"{OPEN} to the smoke test"
-OPENED = f"{OPEN} to clients"
-OPEN_SIGNAL = "SIGUSR1"
+STARTED = routed.STARTED
+PREPARED = routed.PREPARED
+OPEN = routed.OPEN
+PROVING = routed.PROVING
+OPENED = routed.OPENED
+OPEN_SIGNAL = routed.OPEN_SIGNAL
+UNUSED_KEYS = routed.UNUSED_KEYS
+DERIVED_PROXY_ENVIRONMENT = routed.DERIVED_PROXY_ENVIRONMENT
+read_addresses_command = routed.read_addresses_command
+parse_addresses = routed.parse_addresses
+check_facts = routed.check_facts
+ranktables = routed.ranktables
+starts_after = routed.starts_after
+device_users_command = routed.device_users_command
+device_users = routed.device_users
+device_health_command = routed.device_health_command
+faulty_devices = routed.faulty_devices
 COUNTERS = Counters(
     served=Counter("vllm:request_success_total"),
     kv_tokens=Counter("vllm:prompt_tokens_by_source_total", (("source", "external_kv_transfer"),)),
     kv_bytes=Counter("vllm:nixl_bytes_transferred_sum"),
 )
-UNUSED_KEYS: tuple[str, ...] = (
-    "code", "compat", "contract", "decode_engine_id", "http_proxy", "kv_connector_extra_config",
-    "kv_parallel_size", "ports.ray", "proxy.*.core_num", "proxy.*.decode_lb_sdk",
-    "proxy.*.log_level", "proxy.*.nginx_sha256", "proxy.*.nginx_tarball", "proxy.*.pass_through",
-    "proxy.*.prefill_lb_sdk", "proxy.*.prefix_aware", "proxy.*.program", "proxy.*.start_core_index",
-    "supports.server_offset", "supports.tensor_parallel",
-)  # fmt: skip
 DERIVED_ARGUMENTS = frozenset({
     "additional-config", "data-parallel-address", "data-parallel-rpc-port", "data-parallel-size",
     "data-parallel-size-local", "data-parallel-start-rank", "gpu-memory-utilization", "headless",
@@ -72,10 +65,11 @@ DERIVED_PROXY_ARGUMENTS = frozenset({
     "decode", "host", "policy", "port", "prefill", "prometheus-host", "prometheus-port",
     "vllm-pd-disaggregation",
 })  # fmt: skip
-DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
 # Connectors that have the same protocol towards the router, and the same settings.
 _MOONCAKE = frozenset({"MooncakeConnectorV1", "MooncakeHybridConnector"})
 _RECOMPUTE = "recompute_scheduler_enable"
+# It opens its port only once every server is healthy.
+_ANSWERED = "    read -r -t 5 _ status _ <&3"
 # What the file's own arguments of the proxy may replace.
 _ROUTER_TUNING: dict[str, Scalar] = {
     "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
@@ -139,9 +133,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
                 numbers = f"its devices on {member.host} ({len(member.devices)}), found {tp}"
                 message = f"expected a divisor of {numbers}"
                 yield "tensor-parallel", Problem(f"{pod.key}.tensor_parallel", message)
-    for decode in topology.decode:
-        for prefill in topology.prefill:
-            yield from _ratio(prefill, decode)
+    yield from routed.ratio(topology)
     for pod in topology.pods:
         yield from _recomputing(pod)
 
@@ -193,16 +185,6 @@ def further_ports(
     return {}
 
 
-def read_addresses_command(deployment: Deployment, devices: Sequence[int]) -> list[str]:
-    """Run nothing: peers are found by their hosts' addresses."""
-    return []
-
-
-def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
-    """Return none."""
-    return {}
-
-
 def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
     """Build what vllm-router sends to a prefill: the connectors of NIXL and Mooncake keep the KV of
     a request that says so."""
@@ -222,79 +204,24 @@ def longest_prompt(deployment: Deployment, topology: Topology) -> int:
     return longest_sequence(deployment)
 
 
-def check_facts(deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
-    """Check nothing: every server is told its host's address, and asks for no device's."""
-
-
 def cache_busting_fields(nonce: str) -> dict[str, Any]:
     """Return a salt of its own, which vLLM hashes into the blocks of its prefix cache."""
     return {"cache_salt": nonce}
 
 
 def container(service: Service, name: str) -> ContainerSpec:
-    """Specify the container of an instance or of the proxy; the server is its main process.
-
-    All GPUs of the host are visible in a server's container, so that servers on one host can move
-    KV from device to device; which of them it uses says its environment.
-    """
-    options, instance = service.deployment.container, instance_of(service, name)
-    prefix = getattr(options.names, instance.role if instance else "proxy")
-    further = instance.settings.container_devices if instance else ()
-    return ContainerSpec(
-        name=f"{prefix}_{name}_{service.layout.generation}",
-        image=service.pinned_image,
-        entrypoint=("bash",),
-        command=(service.layout.start_script(name),),
-        mounts=mounts(service, name),
-        devices=tuple(dict.fromkeys((*_devices(service, instance), *further))),
-        device_requests=(DeviceRequest(count=-1),) if options.gpus and instance else (),
-        privileged=options.privileged,
-        cap_add=options.cap_add if instance else (),
-        ulimits=options.ulimits if instance else {},
-        shm_size=options.shm_size,
-        network_mode="host",
-        user="root",
-        working_dir="/root",
-        init=True,
-        stop_signal="SIGINT",
-        stop_timeout=options.stop_timeout,
-    )
+    """Specify the container of an instance or of the proxy; see `routed.container`."""
+    return routed.container(service, name, has_device_files=_options(service).device == "npu")
 
 
 def start_script(service: Service, name: str) -> str:
     """Write the script that is the container's main process."""
     instance = instance_of(service, name)
-    return _server_script(service, instance) if instance else _proxy_script(service)
-
-
-def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
-    """Return none."""
-    return {}
-
-
-def starts_after(deployment: Deployment, topology: Topology, name: str) -> tuple[str, ...]:
-    """Return none: all load at the same time."""
-    return ()
-
-
-def device_users_command() -> list[str]:
-    """Run nothing: each kind of device tells its users differently, and vLLM checks itself."""
-    return []
-
-
-def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
-    """Return nobody, as far as can be told."""
-    return {}
-
-
-def device_health_command(devices: Sequence[int]) -> list[str]:
-    """Run nothing: each kind of device tells its health differently."""
-    return []
-
-
-def faulty_devices(output: str, devices: Sequence[int]) -> Mapping[int, str]:
-    """Return none, as far as can be told."""
-    return {}
+    words = command(service, name)
+    if instance is None:
+        proving = _router(service, PROVING_ADDRESS)
+        return routed.proxy_script(service, proving=proving, router=words, answered=_ANSWERED)
+    return routed.server_script(service, instance, environment(service, name), words)
 
 
 def command(service: Service, name: str) -> list[str]:
@@ -307,8 +234,7 @@ def environment(service: Service, name: str) -> dict[str, str]:
     """Return the variables that the start script exports."""
     instance = instance_of(service, name)
     if instance is None:
-        in_file = service.topology.proxy.entry.environment
-        return {"PYTHONUNBUFFERED": "1"} | {key: text(value) for key, value in in_file.items()}
+        return routed.proxy_environment(service)
     platform = _PLATFORMS[_options(service).device]
     interface = service.facts[instance.host].interface
     values: dict[str, Scalar] = {
@@ -347,16 +273,6 @@ def kv_transfer_config(service: Service, instance: Instance) -> dict[str, Any]:
     return {**config, "kv_connector_extra_config": extra} if extra else config
 
 
-def _ratio(prefill: Pod, decode: Pod) -> Iterator[Finding]:
-    small, large = sorted((prefill.tensor_parallel, decode.tensor_parallel))
-    if large % small:
-        message = (
-            f"expected a multiple or a divisor of decode {decode.name}'s tensor parallel size "
-            f"({decode.tensor_parallel}), found {prefill.tensor_parallel}"
-        )
-        yield "tensor-parallel-ratio", Problem(f"{prefill.key}.tensor_parallel", message)
-
-
 def _recomputing(pod: Pod) -> Iterator[Finding]:
     """Find where vllm-ascend's scheduler is told to end answers that don't fit into memory."""
     settings = pod.master.settings
@@ -381,15 +297,6 @@ def _options(service: Service) -> VllmOptions:
     options = service.deployment.vllm
     assert options is not None, "the rule engine-keys demands it"
     return options
-
-
-def _devices(service: Service, instance: Instance | None) -> tuple[str, ...]:
-    """List the device files: the common ones and an instance's NPUs; the proxy needs none."""
-    options = service.deployment.container
-    if instance is None:
-        return ()
-    has_device_files = _options(service).device == "npu" and not options.privileged
-    return (*options.devices, *(f"/dev/davinci{d}" for d in instance.devices if has_device_files))
 
 
 def _side_channel(service: Service, instance: Instance) -> dict[str, Scalar]:
@@ -466,70 +373,5 @@ def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
         "--vllm-pd-disaggregation",
         *backends,
         "--policy", options.router_policy,
-        *flags(_ROUTER_TUNING | _dashed(proxy.entry.arguments)),
+        *flags(_ROUTER_TUNING | routed.dashed(proxy.entry.arguments)),
     ]  # fmt: skip
-
-
-def _dashed(arguments: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Name arguments as the router does; it takes each only once."""
-    return {name.replace("_", "-"): value for name, value in arguments.items()}
-
-
-def _server_script(service: Service, instance: Instance) -> str:
-    """Read ~/.bashrc first: images for Ascend set up CANN there; our variables come after it."""
-    return f"""\
-#!/bin/bash
-{title(service, instance.name)}
-[ ! -r ~/.bashrc ] || source ~/.bashrc
-{exports(environment(service, instance.name))}
-echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
-exec {shlex.join(command(service, instance.name))}
-"""
-
-
-def _proxy_script(service: Service) -> str:
-    """Write a script that checks that the router is there and takes its arguments, and waits to be
-    opened to the smoke test alone, then to clients. It ends when the router does, which itself
-    opens its port only once every server is healthy.
-
-    Asked is /readiness: /health fails as soon as any server is down.
-    """
-    proxy = service.topology.proxy
-    return f"""\
-#!/bin/bash
-{title(service, proxy.name)}
-{exports(environment(service, proxy.name))}
-trap 'exit 0' INT TERM
-proving=({shlex.join(_router(service, PROVING_ADDRESS))})
-router=({shlex.join(command(service, proxy.name))})
-# --help comes last: all arguments before it are read, and nothing is started.
-"${{router[@]}}" --help >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
-ready() {{
-    exec 3<>/dev/tcp/"$1"/{proxy.port} || return
-    printf 'GET /readiness HTTP/1.0\\r\\n\\r\\n' >&3
-    read -r -t 5 _ status _ <&3
-    exec 3>&-
-    [ "$status" = 200 ]
-}} 2>/dev/null
-until_ready() {{
-    until ready "$1"; do
-        kill -0 "$router_pid" || {{ echo "pd-deploy: the router ended"; exit 1; }}
-        sleep 0.2
-    done
-}}
-{ONE_STEP_ON}
-echo {shlex.quote(PREPARED)}
-one_step_on
-"${{proving[@]}}" & router_pid=$!
-until_ready {PROVING_ADDRESS}
-echo {shlex.quote(PROVING)}
-one_step_on
-kill "$router_pid"
-while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
-"${{router[@]}}" & router_pid=$!
-trap 'stopped=1; kill "$router_pid"' INT TERM
-until_ready {proxy.address}
-echo {shlex.quote(OPENED)}
-while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
-[ -n "$stopped" ] || {{ echo "pd-deploy: the router ended"; exit 1; }}
-"""

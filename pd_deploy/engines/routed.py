@@ -1,0 +1,212 @@
+"""What the engines have in common whose servers find each other through a router. Pure.
+
+P and D need no ranktable and no order, so nothing is read of devices; the router's start script
+opens it in two steps, first to the smoke test alone.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+
+from pd_deploy.config.fields import Scalar
+from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Instance, Pod, Topology
+from pd_deploy.engines.base import PROVING_ADDRESS, Finding, HostFacts, Service
+from pd_deploy.engines.common import ONE_STEP_ON, exports, instance_of, mounts, text, title
+from pd_deploy.errors import Problem
+from pd_deploy.hosts.container_values import ContainerSpec, DeviceRequest
+
+STARTED = "pd-deploy: starting"
+PREPARED = "pd-deploy: proxy prepared"
+OPEN = "pd-deploy: proxy open"
+PROVING = f"{OPEN} to the smoke test"
+OPENED = f"{OPEN} to clients"
+OPEN_SIGNAL = "SIGUSR1"
+DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
+UNUSED_KEYS: tuple[str, ...] = (
+    "code", "compat", "contract", "decode_engine_id", "http_proxy", "kv_connector_extra_config",
+    "kv_parallel_size", "ports.ray", "proxy.*.core_num", "proxy.*.decode_lb_sdk",
+    "proxy.*.log_level", "proxy.*.nginx_sha256", "proxy.*.nginx_tarball", "proxy.*.pass_through",
+    "proxy.*.prefill_lb_sdk", "proxy.*.prefix_aware", "proxy.*.program", "proxy.*.start_core_index",
+    "supports.server_offset", "supports.tensor_parallel",
+)  # fmt: skip
+
+
+def read_addresses_command(deployment: Deployment, devices: Sequence[int]) -> list[str]:
+    """Run nothing: peers are found by their hosts' addresses."""
+    return []
+
+
+def parse_addresses(output: str, devices: Sequence[int], *, host: str) -> dict[int, str]:
+    """Return none."""
+    return {}
+
+
+def check_facts(deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
+    """Check nothing: every server is told its host's address, and asks for no device's."""
+
+
+def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
+    """Return none."""
+    return {}
+
+
+def starts_after(deployment: Deployment, topology: Topology, name: str) -> tuple[str, ...]:
+    """Return none: all load at the same time."""
+    return ()
+
+
+def device_users_command() -> list[str]:
+    """Run nothing: each kind of device tells its users differently."""
+    return []
+
+
+def device_users(output: str, devices: Sequence[int], host: str) -> Mapping[int, str]:
+    """Return nobody, as far as can be told."""
+    return {}
+
+
+def device_health_command(devices: Sequence[int]) -> list[str]:
+    """Run nothing: each kind of device tells its health differently."""
+    return []
+
+
+def faulty_devices(output: str, devices: Sequence[int]) -> Mapping[int, str]:
+    """Return none, as far as can be told."""
+    return {}
+
+
+def container(service: Service, name: str, *, has_device_files: bool) -> ContainerSpec:
+    """Specify the container of an instance or of the proxy; the server is its main process.
+
+    All GPUs of the host are visible in a server's container, so that servers on one host can move
+    KV from device to device; which of them it uses says its environment.
+
+    Args:
+        has_device_files: whether devices are files of Ascend's driver.
+    """
+    options, instance = service.deployment.container, instance_of(service, name)
+    prefix = getattr(options.names, instance.role if instance else "proxy")
+    further = instance.settings.container_devices if instance else ()
+    files = (*options.devices, *further)
+    if instance and has_device_files and not options.privileged:
+        files = (*options.devices, *(f"/dev/davinci{d}" for d in instance.devices), *further)
+    return ContainerSpec(
+        name=f"{prefix}_{name}_{service.layout.generation}",
+        image=service.pinned_image,
+        entrypoint=("bash",),
+        command=(service.layout.start_script(name),),
+        mounts=mounts(service, name),
+        devices=tuple(dict.fromkeys(files)) if instance else (),
+        device_requests=(DeviceRequest(count=-1),) if options.gpus and instance else (),
+        privileged=options.privileged,
+        cap_add=options.cap_add if instance else (),
+        ulimits=options.ulimits if instance else {},
+        shm_size=options.shm_size,
+        network_mode="host",
+        user="root",
+        working_dir="/root",
+        init=True,
+        stop_signal="SIGINT",
+        stop_timeout=options.stop_timeout,
+    )
+
+
+def proxy_environment(service: Service) -> dict[str, str]:
+    """Return the variables that the router's start script exports."""
+    in_file = service.topology.proxy.entry.environment
+    return {"PYTHONUNBUFFERED": "1"} | {key: text(value) for key, value in in_file.items()}
+
+
+def dashed(arguments: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Name arguments as routers do, which take each only once."""
+    return {name.replace("_", "-"): value for name, value in arguments.items()}
+
+
+def server_script(
+    service: Service, instance: Instance, environment: Mapping[str, str], command: Sequence[str]
+) -> str:
+    """Write a server's start script.
+
+    Read ~/.bashrc first: images for Ascend set up CANN there; our variables come after it.
+    """
+    return f"""\
+#!/bin/bash
+{title(service, instance.name)}
+[ ! -r ~/.bashrc ] || source ~/.bashrc
+{exports(environment)}
+echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
+exec {shlex.join(command)}
+"""
+
+
+def proxy_script(
+    service: Service, *, proving: Sequence[str], router: Sequence[str], answered: str
+) -> str:
+    """Write a script that checks that the router is there and takes its arguments, and waits to be
+    opened to the smoke test alone, then to clients. It ends when the router does.
+
+    Asked is /readiness: /health says nothing of this with one router, and fails as soon as any
+    server is down with the other.
+
+    Args:
+        proving: the router's command where the smoke test asks.
+        router: the same where clients ask.
+        answered: the lines of shell after which `$status` is 200 once it serves; its answer to
+            /readiness is at descriptor 3.
+    """
+    proxy = service.topology.proxy
+    return f"""\
+#!/bin/bash
+{title(service, proxy.name)}
+{exports(proxy_environment(service))}
+trap 'exit 0' INT TERM
+proving=({shlex.join(proving)})
+router=({shlex.join(router)})
+# --help comes last: all arguments before it are read, and nothing is started.
+"${{router[@]}}" --help >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
+ready() {{
+    exec 3<>/dev/tcp/"$1"/{proxy.port} || return
+    printf 'GET /readiness HTTP/1.0\\r\\n\\r\\n' >&3
+{answered}
+    exec 3>&-
+    [ "$status" = 200 ]
+}} 2>/dev/null
+until_ready() {{
+    until ready "$1"; do
+        kill -0 "$router_pid" || {{ echo "pd-deploy: the router ended"; exit 1; }}
+        sleep 0.2
+    done
+}}
+{ONE_STEP_ON}
+echo {shlex.quote(PREPARED)}
+one_step_on
+"${{proving[@]}}" & router_pid=$!
+until_ready {PROVING_ADDRESS}
+echo {shlex.quote(PROVING)}
+one_step_on
+kill "$router_pid"
+while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
+"${{router[@]}}" & router_pid=$!
+trap 'stopped=1; kill "$router_pid"' INT TERM
+until_ready {proxy.address}
+echo {shlex.quote(OPENED)}
+while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
+[ -n "$stopped" ] || {{ echo "pd-deploy: the router ended"; exit 1; }}
+"""
+
+
+def ratio(topology: Topology) -> Iterator[Finding]:
+    """Demand sizes of which the larger is a multiple of the smaller."""
+    for decode in topology.decode:
+        for prefill in topology.prefill:
+            yield from _ratio(prefill, decode)
+
+
+def _ratio(prefill: Pod, decode: Pod) -> Iterator[Finding]:
+    small, large = sorted((prefill.tensor_parallel, decode.tensor_parallel))
+    if large % small:
+        message = (
+            f"expected a multiple or a divisor of decode {decode.name}'s tensor parallel size "
+            f"({decode.tensor_parallel}), found {prefill.tensor_parallel}"
+        )
+        yield "tensor-parallel-ratio", Problem(f"{prefill.key}.tensor_parallel", message)
