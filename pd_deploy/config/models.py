@@ -61,7 +61,7 @@ from pd_deploy.config.fields import (
 # Keys of the model that no document gives: they come from the profile's own.
 DERIVED = ("profile_settings", "upstream_source")
 DOCKER_SOCKET = "/var/run/docker.sock"
-EngineName = Literal["omniinfer", "vllm"]
+EngineName = Literal["omniinfer", "sglang", "vllm"]
 ProxyProgram = Literal["global", "omni"]
 
 
@@ -487,12 +487,20 @@ class Smoke(Model):
     )
 
 
-class VllmOptions(Model):
+class RouterOptions(Model):
+    """What the routers of engines have in common. `router_metrics_open` shows the router's metrics
+    at the proxy's address, not on its host alone."""
+
+    router_policy: Literal["round_robin", "random", "cache_aware", "power_of_two"] = "round_robin"
+    router_metrics_port: Port = 29000
+    router_metrics_open: bool = False
+
+
+class VllmOptions(RouterOptions):
     """How the engine `vllm` runs on the hardware of a profile.
 
     `kv_buffer_device` is where KV is buffered while it moves; by default, the device's own memory.
-    `command` and `router` are programs in the image, by name or path. `router_metrics_open` shows
-    the router's metrics at the proxy's address, not on its host alone.
+    `command` and `router` are programs in the image, by name or path.
     """
 
     device: Literal["cpu", "cuda", "npu"]
@@ -501,16 +509,28 @@ class VllmOptions(Model):
     kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(parse_json)] = {}
     command: Text = "vllm"
     router: Text = "vllm-router"
-    router_policy: Literal["round_robin", "random", "cache_aware", "power_of_two"] = "round_robin"
-    router_metrics_port: Port = 29000
-    router_metrics_open: bool = False
+
+
+class SglangOptions(RouterOptions):
+    """How the engine `sglang` runs on the hardware of a profile.
+
+    `ib_device` names the adapters that KV goes over; by default, the transfer backend chooses.
+    `command` and `router` are command lines in the image, such as `sglang serve`.
+    """
+
+    device: Literal["cpu", "cuda", "npu"]
+    transfer_backend: Literal["mooncake", "mooncake_tcp", "nixl", "ascend", "mori"]
+    ib_device: Text | None = None
+    command: Text = "python3 -m sglang.launch_server"
+    router: Text = "python3 -m sglang_router.launch_router"
 
 
 class Supports(Model):
     """What the image of a profile can do beyond a single-host decode with prefills of its size.
-    Without `server_offset`, the launcher counts in what the image's contract says."""
+    Without `server_offset`, the launcher counts in what the image's contract says. `native` is an
+    engine that joins hosts itself."""
 
-    multi_host_prefill: Literal["none", "ray"] = "none"
+    multi_host_prefill: Literal["none", "ray", "native"] = "none"
     multi_host_decode: bool = False
     tensor_parallel: Literal["equal", "divisible"] = "equal"
     server_offset: Literal["servers", "devices"] | None = None
@@ -562,6 +582,7 @@ class Deployment(Model):
     kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(parse_json)] = {}
     decode_engine_id: EngineId = "kv-rank"
     vllm: VllmOptions | None = None
+    sglang: SglangOptions | None = None
     supports: Supports = Supports()
     devices_per_host: Annotated[int, Field(gt=0, le=MAX_DEVICES, strict=True)]
     profile_settings: dict[Literal["all", "prefill", "decode"], Settings]
@@ -594,6 +615,11 @@ class Deployment(Model):
                 "lack it; found it"
             )
         return value
+
+    @property
+    def router(self) -> RouterOptions | None:
+        """The options of its router, where the engine has one."""
+        return self.vllm or self.sglang
 
     @property
     def image_reference(self) -> str:

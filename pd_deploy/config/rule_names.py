@@ -13,6 +13,7 @@ RULES = {
     "engine-keys": "keys that the engine doesn't use are not given",
     "equal-devices": "a pod has the same number of devices on each of its hosts",
     "host-addresses": "no two hosts have the same address",
+    "kv-layout": "prefill's and decode's KV have pages of one size, and one type",
     "kv-parallel-size": "`kv_parallel_size` fits the image's age",
     "mount-targets": "mounts don't cover the paths that pd-deploy mounts itself",
     "multi-host-decode": "decode spans hosts only where the profile supports it",
@@ -29,6 +30,7 @@ RULES = {
     "vllm-router doesn't send them to prefill again",
     "tensor-parallel": "tensor parallel size and number of devices fit",
     "tensor-parallel-ratio": "prefill's and decode's tensor parallel sizes divide one another",
+    "transfer-backend": "KV's transfer backend is one of the device",
     "values-without-blanks": "arguments have no spaces, because the launcher splits at them",
 }
 """Name → what the rule demands."""

@@ -38,7 +38,7 @@ class Instance:
     api_ports: tuple[int, ...]
     zmq_port: int
     kv_ports: tuple[int, ...]
-    ray_port: int
+    ray_port: int | None
     tensor_parallel: int
     ranks: int
     server_offset: int
@@ -73,8 +73,9 @@ class Instance:
 
     @property
     def uses_ray(self) -> bool:
-        """Whether its pod is one engine over several hosts; a decode has one engine per server."""
-        return self.spans_hosts and self.role == "prefill"
+        """Whether ray joins its pod's hosts to one engine; a decode has one engine per server, and
+        some engines join hosts themselves."""
+        return self.spans_hosts and self.role == "prefill" and self.ray_port is not None
 
     @property
     def ports(self) -> dict[str, int]:
@@ -86,7 +87,7 @@ class Instance:
             ports["master"] = self.master_port
         for index, port in enumerate(self.kv_ports):
             ports[f"zmq-{index}" if index else "zmq"] = port
-        if self.uses_ray and self.is_master:
+        if self.uses_ray and self.is_master and self.ray_port is not None:
             ports["ray"] = self.ray_port
         return ports | dict(self.further_ports)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 from pd_deploy.config.models import Deployment, Settings
-from pd_deploy.config.topology import Topology
+from pd_deploy.config.topology import Instance, Topology
 from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
@@ -110,10 +110,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Counter:
-    """A counter of /metrics: its name there, and the labels that its samples must have."""
+    """A counter of /metrics: its name there, the labels that its samples must have, and how many of
+    what is counted one of it stands for."""
 
     name: str
     labels: tuple[tuple[str, str], ...] = ()
+    scale: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,14 @@ class Counters:
     """What an instance counts, as far as it proves that decode used prefill's KV.
 
     `served`: completed requests, of every instance. `kv_tokens`: prompt tokens whose KV decode got
-    from a prefill. `kv_bytes`: what it moved for that; a log where the engine counts none.
+    from a prefill. `kv_bytes`: what was moved for that; a log where the engine counts none. Where
+    `kv_bytes_of` is prefill, they are a proof without which nothing is proven.
     """
 
     served: Counter
     kv_tokens: Counter
     kv_bytes: Counter
+    kv_bytes_of: Literal["prefill", "decode"] = "decode"
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,14 @@ class Engine(Protocol):
     COUNTERS: Counters
     """Where the smoke test sees that KV moved; an image that lacks them makes it not provable."""
 
+    AT_ONCE: bool
+    """Whether prefill and decode get a prompt at the same time, and wait for each other; else
+    decode gets it with what prefill answers."""
+    HANDOVER_FIELDS: str
+    """The fields of a request by which decode finds the KV, for messages."""
+    TAKES_TOKEN_IDS: bool
+    """Whether the proxy takes a prompt of token ids; servers do in any case."""
+
     def proxy_metrics(self, deployment: Deployment, topology: Topology) -> MetricsPage | None:
         """Say where the proxy shows metrics of its own; return None if nobody else can read them
         there."""
@@ -202,6 +214,10 @@ class Engine(Protocol):
     def image_findings(self, deployment: Deployment, facts: ImageFacts | None) -> Iterator[Finding]:
         """Yield the rules that a deployment breaks with its image, by the image's facts, or as far
         as its name tells while there are none."""
+
+    def tensor_parallel(self, role: Literal["prefill", "decode"], devices: Sequence[int]) -> int:
+        """Return how many devices share a copy of the model unless the file says so, given the
+        numbers of a pod's devices on each of its hosts."""
 
     def members(
         self,
@@ -238,14 +254,21 @@ class Engine(Protocol):
             FactsError: devices without an address.
         """
 
-    def prefill_request(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Build the request that makes a prefill keep the KV of a prompt for decode."""
+    def prefill_request(
+        self, prefill: Instance, body: Mapping[str, Any], nonce: str
+    ) -> dict[str, Any]:
+        """Build the request that makes a prefill keep the KV of a prompt for decode.
+
+        Args:
+            nonce: a UUID that no other request has.
+        """
 
     def decode_request(
         self, body: Mapping[str, Any], answer: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         """Build the request that has decode answer a completion with the KV that prefill's `answer`
-        offers; return None if it offers none."""
+        offers; return None if it offers none. Where both are asked `AT_ONCE`, `body` is prefill's
+        request, and `answer` is empty."""
 
     def longest_prompt(self, deployment: Deployment, topology: Topology) -> int:
         """Return how many tokens a prompt and its answer may have together."""

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, MountEntry
@@ -76,7 +76,12 @@ def text(value: Scalar) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
+def tensor_parallel(role: Literal["prefill", "decode"], devices: Sequence[int]) -> int:
+    """Return all devices of a prefill, or those of one of a decode's hosts."""
+    return sum(devices) if role == "prefill" else devices[0]
+
+
+def prefill_request(prefill: Instance, body: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     """Cut a completion down to what prefill has to do: one token, in one piece."""
     kept = {key: value for key, value in body.items() if key != "stream_options"}
     return {**kept, "max_tokens": 1, "stream": False}

@@ -29,13 +29,17 @@ from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
 
 decode_request = common.decode_request
+tensor_parallel = common.tensor_parallel
+AT_ONCE = False
+HANDOVER_FIELDS = "kv_transfer_params"
+TAKES_TOKEN_IDS = True
 STARTED = routed.STARTED
 PREPARED = routed.PREPARED
 OPEN = routed.OPEN
 PROVING = routed.PROVING
 OPENED = routed.OPENED
 OPEN_SIGNAL = routed.OPEN_SIGNAL
-UNUSED_KEYS = routed.UNUSED_KEYS
+UNUSED_KEYS = (*routed.UNUSED_KEYS, "sglang")
 DERIVED_PROXY_ENVIRONMENT = routed.DERIVED_PROXY_ENVIRONMENT
 read_addresses_command = routed.read_addresses_command
 parse_addresses = routed.parse_addresses
@@ -185,7 +189,7 @@ def further_ports(
     return {}
 
 
-def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
+def prefill_request(prefill: Instance, body: Mapping[str, Any], nonce: str) -> dict[str, Any]:
     """Build what vllm-router sends to a prefill: the connectors of NIXL and Mooncake keep the KV of
     a request that says so."""
     transfer = {
@@ -196,7 +200,7 @@ def prefill_request(body: Mapping[str, Any]) -> dict[str, Any]:
         "remote_host": None,
         "remote_port": None,
     }
-    return {**common.prefill_request(body), "kv_transfer_params": transfer}
+    return {**common.prefill_request(prefill, body, nonce), "kv_transfer_params": transfer}
 
 
 def longest_prompt(deployment: Deployment, topology: Topology) -> int:

@@ -41,7 +41,8 @@ def derive(deployment: Deployment) -> Topology:
         for rank, (name, entry) in enumerate(deployment.decode.items())
     )
     address = deployment.hosts[proxy.host].address
-    metrics = deployment.vllm.router_metrics_port if deployment.vllm else None
+    router = deployment.router
+    metrics = router.router_metrics_port if router else None
     return Topology(prefill, decode, Proxy(proxy_name, proxy.host, address, proxy, metrics))
 
 
@@ -52,8 +53,9 @@ def _pod(
     hosts = _canonical(deployment, role, entry)
     settings = deployment.settings_of(role, entry)
     counts = [len(entry.devices_on(host)) for host in hosts]
-    tp = settings.tensor_parallel or (sum(counts) if role == "prefill" else counts[0])
     engine, ports = engines.get(deployment.engine), deployment.ports
+    tp = settings.tensor_parallel or engine.tensor_parallel(role, counts)
+    has_ray = deployment.supports.multi_host_prefill != "native"
     brought_up = engine.members(deployment, role, counts, tp)
     # All members of a pod share the master's port; a decode's API ports count over its hosts.
     base = rank if role == "prefill" else ports.decode_offset + rank
@@ -90,7 +92,7 @@ def _pod(
             api_ports=api_ports[index],
             zmq_port=zmq[index],
             kv_ports=tuple(zmq[index] + i for i in range(brought_up[index].kv_ports)),
-            ray_port=ports.ray + rank,
+            ray_port=ports.ray + rank if has_ray else None,
             tensor_parallel=tp,
             ranks=brought_up[index].ranks,
             server_offset=ranks[index],

@@ -159,7 +159,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"name": 5}, ["name: expected lowercase letters"]),
     ({"name": "a\n"}, ["name: expected lowercase letters"]),
     ({"name": None, "image": None}, ["name: is missing", "image: is missing"]),
-    ({"engine": "vlm"}, ["engine: expected 'omniinfer' or 'vllm', found 'vlm'"]),
+    ({"engine": "vlm"}, ["engine: expected 'omniinfer', 'sglang' or 'vllm', found 'vlm'"]),
     ({"pull": "maybe"}, ["pull: expected 'always' or 'never', found 'maybe'"]),
     *(
         ({"image": odd}, ["image: expected an image with a tag or a digest, NAME:TAG, NAME@"])

@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs/deployment-file.md").read_text()
 EXAMPLE = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
-VLLM = re.search(r"```yaml\n(vllm:\n.*?)```", PAGE, re.DOTALL)
+OF_ENGINES = re.findall(r"```yaml\n((?:sglang|vllm):\n.*?)```", PAGE, re.DOTALL)
 # Of the containers' options, those that only the other engine uses have an example here.
 EXAMPLES = {"container": {"gpus"}}
 
@@ -35,9 +35,9 @@ def documented() -> dict[str, Any]:
     return document
 
 
-def documented_of_vllm() -> dict[str, Any]:
-    assert VLLM
-    document: dict[str, Any] = yaml.safe_load(VLLM[1])
+def documented_of_engines() -> dict[str, Any]:
+    assert len(OF_ENGINES) == 2
+    document: dict[str, Any] = yaml.safe_load("".join(OF_ENGINES))
     return document
 
 
@@ -63,12 +63,13 @@ def keys(document: object) -> set[str]:
 
 def test_the_documented_file_is_valid() -> None:
     placement.build(parse_deployment(documented()))
-    of_vllm = yaml_files.read(ROOT / "deployments/vllm-gpu-3p1d.yaml")
-    placement.build(parse_deployment(of_vllm | documented_of_vllm()))
+    for engine, name in (("sglang", "sglang-gpu-2p1d"), ("vllm", "vllm-gpu-3p1d")):
+        file = yaml_files.read(ROOT / f"deployments/{name}.yaml")
+        placement.build(parse_deployment(file | {engine: documented_of_engines()[engine]}))
 
 
 def test_every_key_is_documented() -> None:
-    written = keys(documented()) | keys(documented_of_vllm()) | {"source", "target", "read_only"}
+    written = keys(documented()) | keys(documented_of_engines()) | {"source", "target", "read_only"}
     fields = {field for model in models(Deployment) for field in model.model_fields}
     assert fields - written == {"profile_settings", "upstream_source"}
 

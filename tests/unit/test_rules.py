@@ -86,6 +86,7 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "host-addresses": [{"hosts": {"c": "10.0.0.1"}}],
+    "kv-layout": [],  # of engine sglang: tests/unit/test_sglang.py
     "kv-parallel-size": [
         {"kv_parallel_size": "decode-tensor-parallel"},
         {"kv_parallel_size": 5},
@@ -142,6 +143,7 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
         DEEPSEEK
         | {"prefill": {"p0": {"devices": "0-3"}}, "decode": {"d0": {"tensor_parallel": 8}}},
     ],
+    "transfer-backend": [],  # the same
     "values-without-blanks": [{"settings": {"all": {"arguments": {"x": "a b"}}}}],
 }  # fmt: skip
 CASES = [(rule, changes) for rule, several in BREAKING.items() for changes in several]
@@ -378,7 +380,7 @@ class TestProfiles:
         + [
             (name, "upstream")
             for name in profiles()
-            if name != "omniinfer" and not name.startswith("vllm-")
+            if name != "omniinfer" and not name.startswith(("sglang-", "vllm-"))
         ],
     )
     def test_that_comes_with_us_has_an_example_that_renders(

@@ -30,7 +30,10 @@ from pd_deploy.engines.omniinfer.corrections import corrected
 from pd_deploy.errors import FactsError
 from pd_deploy.hosts.container_values import ContainerSpec, Mount
 
-UNUSED_KEYS: tuple[str, ...] = ("vllm",)
+AT_ONCE = False
+HANDOVER_FIELDS = "kv_transfer_params"
+TAKES_TOKEN_IDS = True
+UNUSED_KEYS: tuple[str, ...] = ("sglang", "vllm")
 DERIVED_ARGUMENTS = rules.DERIVED_ARGUMENTS
 DERIVED_ENVIRONMENT = rules.DERIVED_ENVIRONMENT
 DERIVED_PROXY_ARGUMENTS = rules.DERIVED_PROXY_ARGUMENTS
@@ -44,6 +47,7 @@ image_findings = by_image.image_findings
 parse_addresses = ranktable.parse_addresses
 prefill_request = common.prefill_request
 decode_request = common.decode_request
+tensor_parallel = common.tensor_parallel
 kv_transfer_config = kv.transfer_config
 STARTED = launcher.STARTED
 PREPARED = proxy.PREPARED

@@ -8,10 +8,11 @@ is its own: that it passes KV on.
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pd_deploy.engines.base import Engine
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.steps.verify.answers import Answer, NoAnswer
 from pd_deploy.steps.verify.servers import Counts, Server
 
@@ -124,30 +125,65 @@ async def _exchange(
     request_id = str(uuid.uuid4())
     body = {**body, **engine.cache_busting_fields(request_id)}
     prompt = str(body["prompt"])
+    of_prefill = engine.prefill_request(prefill.instance, body, request_id)
+    if engine.AT_ONCE:
+        answer, since = await _at_once(engine, prefill, decode, of_prefill, request_id)
+        way = way_of(prefill.name, decode.name, answer.prompt_tokens, since)
+        return Exchange(prefill, decode, prompt, answer, way)
     async with prefill.turn:
-        try:
-            made = await prefill.ask(engine.prefill_request(body), request_id)
-        except NoAnswer as error:
-            raise prefill.refused("a completion", error) from error
+        made = await _made(prefill, of_prefill, request_id)
     request = engine.decode_request(body, made.document)
     if request is None:
         if made.reason == "stop":
             return Exchange(prefill, decode, prompt, made, None, offered=False)
         raise prefill.failed(
             "expected an answer that says where decode finds the prompt's KV, found no "
-            "kv_transfer_params in it",
+            f"{engine.HANDOVER_FIELDS} in it",
             "check whether the server runs with --kv-transfer-config, and its log",
         )
     async with decode.turn:
         before = await decode.counts()
-        try:
-            answer = await decode.ask(request, request_id)
-        except NoAnswer as error:
-            expected = f"an answer by the KV that {prefill.name} made"
-            raise decode.refused(expected, error) from error
+        answer = await _by_kv_of(prefill, decode, request, request_id)
         since = await decode.counted_since(before)
     way = way_of(prefill.name, decode.name, answer.prompt_tokens, since)
     return Exchange(prefill, decode, prompt, answer, way)
+
+
+async def _at_once(
+    engine: Engine, prefill: Server, decode: Server, request: Mapping[str, Any], request_id: str
+) -> tuple[Answer, Counts]:
+    """Ask a prefill and a decode that wait for each other; when one refuses, give up the other."""
+    of_decode = engine.decode_request(request, {}) or request
+    async with prefill.turn, decode.turn:
+        before = await together([prefill.counts(), decode.counts()])
+        _, answer = await together(
+            [
+                _made(prefill, request, request_id),
+                _by_kv_of(prefill, decode, of_decode, request_id),
+            ]
+        )
+        sent, since = await together(
+            [prefill.counted_since(before[0]), decode.counted_since(before[1])]
+        )
+    if engine.COUNTERS.kv_bytes_of == "prefill":
+        since = replace(since, kv_bytes=sent.kv_bytes)
+    return answer, since
+
+
+async def _made(prefill: Server, request: Mapping[str, Any], request_id: str) -> Answer:
+    try:
+        return await prefill.ask(request, request_id)
+    except NoAnswer as error:
+        raise prefill.refused("a completion", error) from error
+
+
+async def _by_kv_of(
+    prefill: Server, decode: Server, request: Mapping[str, Any], request_id: str
+) -> Answer:
+    try:
+        return await decode.ask(request, request_id)
+    except NoAnswer as error:
+        raise decode.refused(f"an answer by the KV that {prefill.name} made", error) from error
 
 
 def way_of(prefill: str, decode: str, prompt_tokens: int | None, since: Counts) -> Handover | None:

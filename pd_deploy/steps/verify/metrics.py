@@ -24,7 +24,7 @@ def total(pages: Iterable[Samples], counter: Counter) -> float | None:
     samples = [sample for page in pages for sample in page.get(counter.name, ())]
     wanted_labels = dict(counter.labels).items()
     values = [value for labels, value in samples if wanted_labels <= labels.items()]
-    return sum(values) if samples else None
+    return sum(values) * counter.scale if samples else None
 
 
 def _samples(line: str) -> list[tuple[str, Mapping[str, str], float]]:

@@ -205,11 +205,14 @@ def not_counted(counters: Counters, servers: Servers, now: Sequence[Counts]) -> 
         "prefill": list(zip(servers.prefill, now[:count], strict=True)),
         "decode": list(zip(servers.decode, now[count:], strict=True)),
     }
-    for role, kind, counter in (
+    needed = [
         ("prefill", "served", counters.served),
         ("decode", "served", counters.served),
         ("decode", "kv_tokens", counters.kv_tokens),
-    ):
+    ]
+    if counters.kv_bytes_of == "prefill":
+        needed.append(("prefill", "kv_bytes", counters.kv_bytes))
+    for role, kind, counter in needed:
         if all(getattr(counts, kind) is None for _, counts in of[role]):
             names = list(dict.fromkeys(server.instance.name for server, _ in of[role]))
             return f"{', '.join(names)} count{'' if names[1:] else 's'} no {counter.name}"

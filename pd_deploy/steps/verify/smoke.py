@@ -132,7 +132,7 @@ async def _prove(rollout: Rollout) -> Completion:
         direct = await handed_over(session, servers)
         answer, through = await entrance.handed_over(servers)
         unseen = through.unseen or direct.unseen
-        remarks = (*direct.remarks, *await entrance.checked())
+        remarks = (*direct.remarks, *await entrance.checked(servers))
     proof = Proof("proven", (*direct.ways, *through.ways))
     if unseen:
         proof = replace(proof, verdict="not provable", reason=unseen)
@@ -225,24 +225,31 @@ class Entrance:
                 f"decode to get the KV of the prompt's {way.prompt_tokens} tokens from a prefill "
                 "for a request",
                 f"that it computed it itself: {way}",
-                "check whether the proxy passes kv_transfer_params on, and read decode's log",
+                f"check whether the proxy passes {self.session.engine.HANDOVER_FIELDS} on, and "
+                "read decode's log",
             )
         return answer, Evidence((way,), unseen=_unseen_way(way))
 
-    async def checked(self) -> list[str]:
-        """All of `smoke.checks`, at once; what of them could not be judged.
+    async def checked(self, servers: Servers) -> list[str]:
+        """All of `smoke.checks`, at once; what of them could not be judged. A prompt of tokens goes
+        to a prefill and a decode themselves where the proxy takes none.
 
         Raises:
             SmokeTestFailed: all answers that are not as expected.
         """
         deployment = self.session.deployment
-        longest = self.session.engine.longest_prompt(deployment, self.session.topology)
-        work, remarks = [], []
+        engine = self.session.engine
+        longest = engine.longest_prompt(deployment, self.session.topology)
+        work: list[Coroutine[Any, Any, str]] = []
+        remarks = []
         for check in deployment.smoke.checks:
             if check.prompt_tokens and self.is_open:
                 remarks.append(f"{check.name}: not asked, because the service is in use")
                 continue
-            work.append(self._check(check, longest))
+            if check.prompt_tokens and not engine.TAKES_TOKEN_IDS:
+                work.append(_check_directly(self.session, servers, check, longest))
+            else:
+                work.append(self._check(check, longest))
         return remarks + [remark for remark in await _together(work) if remark]
 
     async def _check(self, check: SmokeCheck, longest: int) -> str:
@@ -283,6 +290,15 @@ class Entrance:
         )
 
 
+async def _check_directly(
+    session: Session, servers: Servers, check: SmokeCheck, longest: int
+) -> str:
+    question = requests.of_check(session.deployment, check, longest, str(uuid.uuid4()))
+    body = {key: value for key, value in question.body.items() if key != "stream"}
+    await hand_over(session.engine, servers.prefill[0], servers.decode[0], body)
+    return ""
+
+
 def way_through(
     servers: Servers, prompt_tokens: int | None, since: Sequence[Counts]
 ) -> Handover | None:
@@ -293,7 +309,8 @@ def way_through(
     prefill = [s for s, c in zip(servers.prefill, since[:count], strict=True) if c.served]
     decode = [s for s, c in zip(servers.decode, since[count:], strict=True) if c.served]
     of_decode = since[count:]
-    moved = [counts.kv_bytes for counts in of_decode if counts.kv_bytes is not None]
+    counting = since[:count] if servers.all[0].counters.kv_bytes_of == "prefill" else of_decode
+    moved = [counts.kv_bytes for counts in counting if counts.kv_bytes is not None]
     tokens = sum(counts.kv_tokens or 0 for counts in of_decode)
     served = sum(counts.served or 0 for counts in of_decode)
     return Handover(
@@ -320,8 +337,13 @@ async def _counted_since(servers: Servers, before: Sequence[Counts]) -> list[Cou
         of_prefill, of_decode = counted_now[:count], counted_now[count:]
         if all(counts.served is None for counts in of_prefill):
             return True
-        return any(counts.served for counts in of_prefill) and any(
-            counts.is_complete() for counts in of_decode
+        has_sent = servers.prefill[0].counters.kv_bytes_of == "decode" or any(
+            counts.served and counts.kv_bytes != 0 for counts in of_prefill
+        )
+        return (
+            has_sent
+            and any(counts.served for counts in of_prefill)
+            and any(counts.is_complete() for counts in of_decode)
         )
 
     return await counted(since, enough, min(server.patience for server in servers.decode))

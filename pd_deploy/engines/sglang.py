@@ -1,0 +1,420 @@
+"""SGLang behind its own router: containers, scripts, environment, arguments.
+
+The router sends a prompt to a prefill and a decode at the same time, with the address of the
+prefill's bootstrap server and the number of a room. There decode asks for its peer; then prefill
+writes the KV into decode's memory. The hardware comes with the profile, in the section `sglang`.
+Pure.
+"""
+
+import re
+import shlex
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pd_deploy.config.fields import Scalar
+from pd_deploy.config.models import Deployment, Settings, SglangOptions
+from pd_deploy.config.topology import Instance, Pod, Topology
+from pd_deploy.engines import routed
+from pd_deploy.engines.base import (
+    PROVING_ADDRESS,
+    Counter,
+    Counters,
+    Finding,
+    Member,
+    MetricsPage,
+    Service,
+)
+from pd_deploy.engines.common import flags, instance_of, longest_sequence, text
+from pd_deploy.engines.image_facts import ImageFacts
+from pd_deploy.errors import Problem
+from pd_deploy.hosts.container_values import ContainerSpec
+
+AT_ONCE = True
+HANDOVER_FIELDS = "bootstrap_host, bootstrap_port and bootstrap_room"
+TAKES_TOKEN_IDS = False
+STARTED = routed.STARTED
+PREPARED = routed.PREPARED
+OPEN = routed.OPEN
+PROVING = routed.PROVING
+OPENED = routed.OPENED
+OPEN_SIGNAL = routed.OPEN_SIGNAL
+DERIVED_PROXY_ENVIRONMENT = routed.DERIVED_PROXY_ENVIRONMENT
+read_addresses_command = routed.read_addresses_command
+parse_addresses = routed.parse_addresses
+check_facts = routed.check_facts
+ranktables = routed.ranktables
+starts_after = routed.starts_after
+device_users_command = routed.device_users_command
+device_users = routed.device_users
+device_health_command = routed.device_health_command
+faulty_devices = routed.faulty_devices
+# A decode takes no prompt without a room, so it computes none itself: all that it has served came
+# from a prefill. What was moved for that is counted where it was sent, in MiB.
+COUNTERS = Counters(
+    served=Counter("sglang:num_requests_total"),
+    kv_tokens=Counter("sglang:prompt_tokens_total"),
+    kv_bytes=Counter("sglang:kv_transfer_total_mb_sum", scale=1 << 20),
+    kv_bytes_of="prefill",
+)
+UNUSED_KEYS: tuple[str, ...] = (
+    *routed.UNUSED_KEYS, "decode.*.additional_config", "decode.*.ports.master",
+    "prefill.*.additional_config", "prefill.*.ports.master", "settings.*.additional_config", "vllm",
+)  # fmt: skip
+# With the other names that its parser has for some of them.
+DERIVED_ARGUMENTS = frozenset({
+    "base-gpu-id", "context-length", "device", "disaggregation-bootstrap-port",
+    "disaggregation-ib-device", "disaggregation-mode", "disaggregation-transfer-backend",
+    "dist-init-addr", "enable-metrics", "host", "mem-fraction-static", "model", "model-path",
+    "nccl-init-addr", "nnodes", "node-rank", "port", "served-model-name", "tensor-parallel-size",
+    "tp", "tp-size",
+})  # fmt: skip
+DERIVED_ENVIRONMENT = frozenset({
+    "ASCEND_MF_STORE_URL", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "SGLANG_HOST_IP",
+})  # fmt: skip
+DERIVED_PROXY_ARGUMENTS = frozenset({
+    "decode", "host", "pd-disaggregation", "policy", "port", "prefill", "prometheus-host",
+    "prometheus-port",
+})  # fmt: skip
+# Of each block of ports from an instance's zmq port on: the bootstrap server's, that of Ascend's
+# store, then those by which the processes of an instance find each other. With attention's data
+# parallelism these are seven, beginning with that of --dist-init-addr.
+_STORE, _DIST, _BLOCK = 1, 2, 9
+# What the file's own arguments of the proxy may replace. /health has a server generate a token.
+_ROUTER_TUNING: dict[str, Scalar] = {
+    "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
+    "worker-startup-check-interval": 1,
+    "health-check-interval-secs": 5,
+    "health-failure-threshold": 2,
+    "health-success-threshold": 1,
+}
+_DP_ATTENTION = "enable-dp-attention"
+_SAME_ON_BOTH_SIDES = ("page-size", "kv-cache-dtype")
+_WORDS = re.compile(r"[\w.,:/+-]+( [\w.,:/+-]+)+")
+
+
+@dataclass(frozen=True)
+class _Platform:
+    """What a kind of device calls the devices it may use and its network interface, and the
+    transfer backends that it has."""
+
+    visible: str | None
+    interface: tuple[str, ...]
+    backends: tuple[str, ...]
+
+
+_PLATFORMS = {
+    "cpu": _Platform(None, ("GLOO_SOCKET_IFNAME",), ("mooncake_tcp", "nixl")),
+    "cuda": _Platform(
+        "CUDA_VISIBLE_DEVICES",
+        ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+        ("mooncake", "mooncake_tcp", "nixl", "mori"),
+    ),
+    "npu": _Platform(
+        "ASCEND_RT_VISIBLE_DEVICES",
+        ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"),
+        ("ascend", "mooncake"),
+    ),
+}
+
+
+def probe_command() -> list[str]:
+    """Return no command: images are not asked."""
+    return []
+
+
+def parse_probe(_: str) -> ImageFacts:
+    """Return no facts: images are not asked."""
+    return ImageFacts()
+
+
+def for_image(deployment: Deployment, _: ImageFacts) -> Deployment:
+    """Return the deployment as it is: nothing depends on the image."""
+    return deployment
+
+
+def image_findings(_deployment: Deployment, _: ImageFacts | None) -> Iterator[Finding]:
+    """Yield nothing: no rule depends on the image."""
+    yield from ()
+
+
+def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
+    """Demand whole copies of the model, a transfer backend of the device, and KV that fits."""
+    options = deployment.sglang
+    if options is None:
+        message = f"is missing; profile {deployment.profile} is not one of engine sglang"
+        yield "engine-keys", Problem("sglang", message)
+        return
+    backends = _PLATFORMS[options.device].backends
+    if options.transfer_backend not in backends:
+        message = (
+            f"expected one of {', '.join(backends)}, which {options.device} has; "
+            f"found {options.transfer_backend}"
+        )
+        yield "transfer-backend", Problem("sglang.transfer_backend", message)
+    for pod in topology.pods:
+        yield from _sizes(pod)
+    yield from routed.ratio(topology)
+    yield from _layouts(topology)
+
+
+def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
+    """Return the router's page, if the file opens it."""
+    options, proxy = deployment.sglang, topology.proxy
+    if options is None or not options.router_metrics_open:
+        return None
+    return MetricsPage(f"{proxy.address}:{options.router_metrics_port}")
+
+
+def tensor_parallel(role: Literal["prefill", "decode"], devices: Sequence[int]) -> int:
+    """Return all devices of a pod, on all of its hosts."""
+    return sum(devices)
+
+
+def members(
+    deployment: Deployment,
+    role: Literal["prefill", "decode"],
+    devices: Sequence[int],
+    tensor_parallel: int,
+) -> Sequence[Member]:
+    """Bring up one API server per pod, on its master; its other hosts only say that they are well,
+    on a port of their own."""
+    copies = max(1, sum(devices) // tensor_parallel)
+    master, other = Member(ranks=copies, servers=1, kv_ports=_BLOCK), Member(0, 0, 1)
+    return [other if index else master for index in range(len(devices))]
+
+
+def zmq_step(deployment: Deployment) -> int:
+    """Return how many ports an instance takes from its zmq port on."""
+    return _BLOCK
+
+
+def further_ports(
+    deployment: Deployment,
+    role: Literal["prefill", "decode"],
+    devices: Sequence[int],
+    api_ports: Sequence[int],
+    settings: Settings,
+) -> Mapping[str, int]:
+    """Return none."""
+    return {}
+
+
+def prefill_request(prefill: Instance, body: Mapping[str, Any], nonce: str) -> dict[str, Any]:
+    """Build what the router sends to both: the prompt, and the room in which they meet."""
+    return {
+        **body,
+        "bootstrap_host": prefill.address,
+        "bootstrap_port": prefill.zmq_port,
+        "bootstrap_room": uuid.UUID(nonce).int % (1 << 63),
+    }
+
+
+def decode_request(body: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same."""
+    return {**body}
+
+
+def longest_prompt(deployment: Deployment, topology: Topology) -> int:
+    """Return the tokens of the longest prompt and its answer; a long prompt is read in chunks."""
+    return longest_sequence(deployment)
+
+
+def cache_busting_fields(nonce: str) -> dict[str, Any]:
+    """Return a salt of its own, which SGLang's prefix cache keeps apart from others."""
+    return {"cache_salt": nonce}
+
+
+def container(service: Service, name: str) -> ContainerSpec:
+    """Specify the container of an instance or of the proxy; see `routed.container`."""
+    return routed.container(service, name, has_device_files=_options(service).device == "npu")
+
+
+def start_script(service: Service, name: str) -> str:
+    """Write the script that is the container's main process."""
+    instance, words = instance_of(service, name), command(service, name)
+    if instance is None:
+        proving, answered = _router(service, PROVING_ADDRESS), _answered(service.topology)
+        return routed.proxy_script(service, proving=proving, router=words, answered=answered)
+    return routed.server_script(service, instance, environment(service, name), words)
+
+
+def command(service: Service, name: str) -> list[str]:
+    """Write the command of an instance's server, or of the router."""
+    instance = instance_of(service, name)
+    return _serve(service, instance) if instance else _router(service)
+
+
+def environment(service: Service, name: str) -> dict[str, str]:
+    """Return the variables that the start script exports.
+
+    Without SGLANG_HOST_IP, a prefill announces the address of its host's default route.
+    """
+    instance, options = instance_of(service, name), _options(service)
+    if instance is None:
+        return routed.proxy_environment(service)
+    platform = _PLATFORMS[options.device]
+    visible = {platform.visible: instance.device_list} if platform.visible else {}
+    values: dict[str, Scalar] = {
+        "PYTHONUNBUFFERED": 1,
+        "SGLANG_HOST_IP": instance.address,
+        **visible,
+        **dict.fromkeys(platform.interface, service.facts[instance.host].interface),
+        **(_store(service.topology) if options.transfer_backend == "ascend" else {}),
+        **instance.settings.environment,
+    }
+    return {key: text(value) for key, value in values.items()}
+
+
+def _options(service: Service) -> SglangOptions:
+    options = service.deployment.sglang
+    assert options is not None, "the rule engine-keys demands it"
+    return options
+
+
+def _sizes(pod: Pod) -> Iterator[Finding]:
+    """Demand that tensor and pipeline parallelism take all devices of a pod, or, on one host, those
+    of a copy of the model."""
+    arguments = routed.dashed(pod.master.settings.arguments)
+    stages = _number(arguments.get("pp-size", arguments.get("pipeline-parallel-size", 1)))
+    copies, rest = divmod(pod.device_count, pod.tensor_parallel * stages)
+    whole = len(pod.members) > 1 or bool(arguments.get(_DP_ATTENTION)) or stages > 1
+    if rest or (whole and copies != 1):
+        wanted = "exactly" if whole else "a divisor of"
+        sizes = f"{pod.tensor_parallel}" + (f" x {stages} stages" if stages > 1 else "")
+        message = f"expected {wanted} its devices ({pod.device_count}), found {sizes}"
+        yield "tensor-parallel", Problem(f"{pod.key}.tensor_parallel", message)
+    given = {"dp-size", "data-parallel-size", "dp"} & arguments.keys()
+    if given and not arguments.get(_DP_ATTENTION):
+        message = (
+            f"expected no such key without {_DP_ATTENTION}: how many copies of the model there are "
+            "follows from `tensor_parallel` and the devices"
+        )
+        yield "derived-arguments", Problem(f"{pod.key}.arguments.{min(given)}", message)
+
+
+def _layouts(topology: Topology) -> Iterator[Finding]:
+    """Find pods whose KV a decode would refuse: it compares both when it first meets a prefill."""
+    first = topology.pods[0]
+    expected = routed.dashed(first.master.settings.arguments)
+    for pod in topology.pods[1:]:
+        arguments = routed.dashed(pod.master.settings.arguments)
+        for name in _SAME_ON_BOTH_SIDES:
+            if arguments.get(name) != expected.get(name):
+                message = (
+                    f"expected {_given(expected.get(name))}, as {first.name} has, found "
+                    f"{_given(arguments.get(name))}"
+                )
+                yield "kv-layout", Problem(f"{pod.key}.arguments.{name}", message)
+
+
+def _given(value: Scalar | None) -> str:
+    return "none" if value is None else str(value)
+
+
+def _number(value: Scalar) -> int:
+    return int(value) if str(value).isdecimal() and int(value) else 1
+
+
+def _store(topology: Topology) -> dict[str, Scalar]:
+    """Say where Ascend's transfer keeps who is there: with the first prefill, which makes it."""
+    first = topology.prefill[0].master
+    return {"ASCEND_MF_STORE_URL": f"tcp://{first.address}:{first.zmq_port + _STORE}"}
+
+
+def _serve(service: Service, instance: Instance) -> list[str]:
+    model, settings, options = service.deployment.model, instance.settings, _options(service)
+    longest = model.max_len_prefill if instance.role == "prefill" else model.max_len_decode
+    pod = service.topology.pod_of(instance.name)
+    ib_device = ["--disaggregation-ib-device", options.ib_device] if options.ib_device else []
+    return [
+        *shlex.split(options.command),
+        "--model-path", model.path,
+        "--served-model-name", model.served_name,
+        "--host", instance.address,
+        "--port", str(instance.api_port if instance.is_master else instance.zmq_port),
+        "--context-length", str(longest),
+        "--device", options.device,
+        "--tp-size", str(instance.tensor_parallel),
+        *_copies(pod),
+        "--disaggregation-mode", instance.role,
+        "--disaggregation-transfer-backend", options.transfer_backend,
+        *ib_device,
+        *(["--disaggregation-bootstrap-port", str(pod.master.zmq_port)]
+          if instance.role == "prefill" else []),
+        *_nodes(instance, pod),
+        *(["--mem-fraction-static", str(settings.gpu_memory_utilization)]
+          if settings.gpu_memory_utilization is not None else []),
+        "--enable-metrics",
+        *_in_words(settings.arguments),
+    ]  # fmt: skip
+
+
+def _copies(pod: Pod) -> list[str]:
+    """Say how many copies of the model there are, if they are not one, nor stages of one."""
+    arguments = routed.dashed(pod.master.settings.arguments)
+    is_one = pod.device_count <= pod.tensor_parallel or {"pp-size", "pipeline-parallel-size"} & (
+        arguments.keys()
+    )
+    return [] if is_one else ["--dp-size", str(pod.device_count // pod.tensor_parallel)]
+
+
+def _nodes(instance: Instance, pod: Pod) -> list[str]:
+    """Have the processes of a pod meet at its master. On one host they meet by themselves, unless
+    attention is data parallel: then two pods of a host would take the same ports."""
+    has_dp_attention = routed.dashed(pod.master.settings.arguments).get(_DP_ATTENTION)
+    if not (instance.spans_hosts or has_dp_attention):
+        return []
+    return [
+        "--dist-init-addr", f"{instance.master_address}:{pod.master.zmq_port + _DIST}",
+        "--nnodes", str(len(pod.members)),
+        "--node-rank", str(instance.node_rank),
+    ]  # fmt: skip
+
+
+def _in_words(arguments: Mapping[str, Scalar]) -> list[str]:
+    """Write arguments; one of several plain words has several values, as `--cuda-graph-bs 8 16`."""
+    words = []
+    for word in flags(routed.dashed(arguments)):
+        words += word.split() if _WORDS.fullmatch(word) else [word]
+    return words
+
+
+def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
+    """Write the router's command. Round robin uses every prefill; its own default sends prompts
+    that begin alike to one."""
+    topology, proxy, options = service.topology, service.topology.proxy, _options(service)
+    prefill = [
+        word
+        for pod in topology.prefill
+        for server in pod.servers
+        for word in ("--prefill", f"http://{server}", str(pod.master.zmq_port))
+    ]
+    decode = [
+        word
+        for pod in topology.decode
+        for server in pod.servers
+        for word in ("--decode", f"http://{server}")
+    ]
+    return [
+        *shlex.split(options.router),
+        "--host", host,
+        "--port", str(proxy.port),
+        "--prometheus-host", proxy.address if options.router_metrics_open else "127.0.0.1",
+        "--prometheus-port", str(options.router_metrics_port),
+        "--pd-disaggregation",
+        *prefill,
+        *decode,
+        "--policy", options.router_policy,
+        *flags(_ROUTER_TUNING | routed.dashed(proxy.entry.arguments)),
+    ]  # fmt: skip
+
+
+def _answered(topology: Topology) -> str:
+    """Read how many servers the router has: it says that it is ready with the first of each kind,
+    and its port is open before it has any."""
+    count = sum(len(pod.servers) for pod in topology.pods)
+    return f"""\
+    read -r -t 5 _ status _ <&3
+    timeout 5 grep -qE '"healthy_workers": ?{count}[,}}]' <&3 || status="""
