@@ -711,6 +711,34 @@ def follow(
     raise typer.Exit(run.follow(flow_run))
 
 
+@app.command()
+def notify(
+    block: Annotated[
+        str | None,
+        typer.Argument(metavar="[TYPE/NAME]", help="The notification block that sends."),
+    ] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="Tell nobody any more.")] = False,
+) -> None:
+    """Be told of rollbacks, services that are down, and runs that did not happen.
+
+    Makes automations on the Prefect server that send by a notification block, for all services.
+    With another block, they send by that one; an automation that was paused stays so. Without
+    arguments, shows them.
+
+    Example: pd-deploy notify slack-webhook/ops
+    """
+    from pd_deploy.cli import notify as notifying
+
+    if block and stop:
+        raise typer.BadParameter("expected a block or --stop, found both")
+    if block:
+        notifying.send(block)
+    elif stop:
+        notifying.stop()
+    else:
+        notifying.show()
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,

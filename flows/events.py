@@ -1,4 +1,4 @@
-"""Events on the Prefect server, which automations can wait for. `deploy/notifications.yaml` does.
+"""Events on the Prefect server, which automations can wait for. `cli/notifications.yaml` does.
 
 Each is of the resource `pd-deploy.deployment.NAME`, and has a message of one line in its payload.
 """

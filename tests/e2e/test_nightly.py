@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.base import PrefectHttpxSyncClient
 from prefect.client.orchestration import get_client
@@ -21,14 +20,13 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.events.schemas.automations import AutomationCore
 
 from bench.lab_service import INSTANCES, STATE
 from demo.services import DEPLOY_LAB
 from pd_deploy.flows.deploy import deploy
 from tests import prefect_settings
 from tests.e2e.browser import page
-from tests.e2e.conftest import ROOT, Service, until
+from tests.e2e.conftest import Service, until
 
 NIGHTLY = "lab-qwq-3p1d-nightly"
 
@@ -106,8 +104,8 @@ async def test_pushed_again_is_a_change_and_the_same_digest_is_none(fresh: Servi
 
 
 @pytest.fixture
-async def told(prefect_env: dict[str, str]) -> AsyncIterator[list[dict[str, str]]]:
-    """What a webhook is sent by the automations of deploy/notifications.yaml."""
+async def told(prefect: Callable[..., str]) -> AsyncIterator[list[dict[str, str]]]:
+    """What a webhook is sent after `pd-deploy notify`."""
     received: list[dict[str, str]] = []
 
     class Webhook(BaseHTTPRequestHandler):
@@ -125,18 +123,15 @@ async def told(prefect_env: dict[str, str]) -> AsyncIterator[list[dict[str, str]
         url=f"http://127.0.0.1:{server.server_port}/",
         json_data={"title": "{{subject}}", "text": "{{body}}"},
     )
-    document = await block.save("test-webhook", overwrite=True)
-    text = (ROOT / "deploy/notifications.yaml").read_text().replace(": BLOCK", f": {document}")
-    automations = map(AutomationCore.model_validate, yaml.safe_load(text)["automations"])
-    async with get_client() as client:
-        made = [await client.create_automation(automation) for automation in automations]
-        try:
-            yield received
-        finally:
-            for automation in made:
-                await client.delete_automation(automation)
-            await asyncio.to_thread(server.shutdown)
-            server.server_close()
+    await block.save("test-webhook", overwrite=True)
+    made = await asyncio.to_thread(prefect, "pd-deploy", "notify", "custom-webhook/test-webhook")
+    try:
+        assert made.count("created: ") == len(made.splitlines()) > 4
+        yield received
+    finally:
+        await asyncio.to_thread(prefect, "pd-deploy", "notify", "--stop")
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
 
 
 @pytest.mark.parametrize("faults", [{"crash_after": 0.3}, {"hang": True}, {"garbage": True}])

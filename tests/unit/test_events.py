@@ -1,4 +1,4 @@
-"""Events that runs emit, and the automations in deploy/notifications.yaml that wait for them."""
+"""Events that runs emit, and the automations in cli/notifications.yaml that wait for them."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -8,25 +8,21 @@ from unittest import mock
 from uuid import UUID, uuid4
 
 import pytest
-import yaml
 from prefect.events.schemas.automations import AutomationCore
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 
+from pd_deploy.cli import notify
 from pd_deploy.flows import events
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from tests.memory.programs import Faults
 from tests.memory.world import World
-from tests.unit import example
 from tests.unit.test_host_faults import after_stop_of, once
 
-PATH = example.ROOT / "deploy/notifications.yaml"
 BLOCK = UUID(int=7)
-AUTOMATIONS: list[dict[str, Any]] = yaml.safe_load(
-    PATH.read_text().replace("block_document_id: BLOCK", f"block_document_id: {BLOCK}")
-)["automations"]
+AUTOMATIONS = [one.model_dump(mode="json") for one in notify.automations(BLOCK)]
 EVERY = {value for name, value in vars(events).items() if name.isupper()}
 
 
