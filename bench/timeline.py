@@ -21,7 +21,7 @@ PARTS = {
     "plan": "survey",
     "saved plan": "survey",
     "preflight": "preflight",
-    "hosts checked": "preflight",
+    "compare hosts": "preflight",
     "pull": "image present",
     "image on all hosts": "image present",
     "save": "launch",

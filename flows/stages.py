@@ -13,6 +13,7 @@ from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import (
     check_host,
     clean_up,
+    compare_hosts,
     launch,
     open_proxy,
     prepare_proxy,
@@ -41,7 +42,7 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
     """Do everything that can be done while the old generation serves."""
     hosts = list(rollout.plan.hosts)
     await line.together(check_host.after(*line.ends)(rollout, host) for host in hosts)
-    await line.joined("hosts checked")
+    await line.together([compare_hosts.after(*line.ends)(rollout, line.reports[-len(hosts) :])])
     if "cleanup" in stages or "launch" in stages:
         await line.together(pull_image.after(*line.ends)(rollout, host) for host in hosts)
         await line.joined("image on all hosts")

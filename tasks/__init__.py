@@ -26,6 +26,7 @@ take_plan = step("saved plan")(pure(surveying.restored))
 
 # While the old generation serves
 check_host = step("preflight {name}", grace=LOOK_S)(preflight.preflight)
+compare_hosts = step("compare hosts", grace=LOOK_S)(preflight.compare)
 pull_image = step("pull image {name}")(composed.pull)
 save = step("save {name}")(promotion.save)
 launch = step("launch {instance}")(containers.launch)

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from pd_deploy.config.rule_names import RULES
+from pd_deploy.config.rule_names import ALLOWABLE, RULES
 
 MAX_DEVICES = 64  # per host; A3 has 16, so this only stops a typo such as 0-9999 early
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -209,9 +209,10 @@ def parse_engine_id(value: object) -> object:
 
 
 def parse_rule(value: object) -> object:
-    if not isinstance(value, str) or value not in RULES:
-        near = difflib.get_close_matches(str(value), RULES, n=1)
-        expected = f"did you mean {near[0]}?" if near else f"the rules are {', '.join(RULES)}"
+    names = (*RULES, *ALLOWABLE)
+    if not isinstance(value, str) or value not in names:
+        near = difflib.get_close_matches(str(value), names, n=1)
+        expected = f"did you mean {near[0]}?" if near else f"the rules are {', '.join(names)}"
         raise ValueError(f"expected the name of a rule, found {shown(value)}; {expected}")
     return value
 

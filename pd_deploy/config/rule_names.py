@@ -34,3 +34,37 @@ RULES = {
     "values-without-blanks": "arguments have no spaces, because the launcher splits at them",
 }
 """Name → what the rule demands."""
+
+CHECKS = {
+    "clock": "clocks differ by 2 s at most",
+    "cpu-governor": "processors go faster under load",
+    "device-addresses": "devices have the addresses that /etc/hccn.conf gives them",
+    "device-gateway": "devices have a gateway, where those of other hosts are in other networks",
+    "device-health": "devices that are going to be used are in order",
+    "device-link": "their network ports are up",
+    "device-network": "they reach the address that they probe",
+    "device-ping": "they reach the devices of other hosts",
+    "device-tls": "all devices encrypt what they send, or none does",
+    "driver-version": "all hosts have the same driver, and have loaded it",
+    "firmware-version": "all hosts have the same firmware",
+    "host": "the host answers, and has what its part of the service needs",
+    "huge-pages": "at most half of the memory is kept for huge pages",
+    "image-architecture": "the image is for the hosts' processors",
+    "memory": "a tenth of the memory is free",
+    "model-files": "the model's directory is the same on all hosts",
+    "mtu": "the hosts' interfaces have the same MTU",
+    "not-read": "what tools print is understood",
+    "ports-reachable": "hosts reach each other's ports",
+    "shared-memory": "nothing large is left in /dev/shm",
+}
+"""Name → what a check of hosts demands."""
+
+ALLOWABLE = (
+    "device-health",
+    "device-link",
+    "device-ping",
+    "device-tls",
+    "model-files",
+    "ports-reachable",
+)
+"""Checks whose errors a file may allow; they are warnings then."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, Self
 
 from pd_deploy.config.models import Deployment, Settings
 from pd_deploy.config.topology import Instance, Topology
+from pd_deploy.engines.device_report import DeviceTools
 from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
@@ -309,6 +310,9 @@ class Engine(Protocol):
 
     def faulty_devices(self, output: str, devices: Sequence[int]) -> Mapping[int, str]:
         """Parse which of the devices are out of order, and why, from what this command printed."""
+
+    def device_tools(self, deployment: Deployment) -> DeviceTools | None:
+        """Return the tools that tell how its devices and their network are; None if it has none."""
 
     def command(self, service: Service, name: str) -> list[str]:
         """Return the arguments of what the start script runs in the end."""

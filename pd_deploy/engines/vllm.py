@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, Settings, VllmOptions
 from pd_deploy.config.topology import Instance, Pod, Topology
-from pd_deploy.engines import common, routed
+from pd_deploy.engines import ascend, common, routed
 from pd_deploy.engines.base import (
     PROVING_ADDRESS,
     Counter,
@@ -24,6 +24,7 @@ from pd_deploy.engines.base import (
     Service,
 )
 from pd_deploy.engines.common import flags, instance_of, longest_sequence, text
+from pd_deploy.engines.device_report import DeviceTools
 from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
@@ -226,6 +227,11 @@ def start_script(service: Service, name: str) -> str:
         proving = _router(service, PROVING_ADDRESS)
         return routed.proxy_script(service, proving=proving, router=words, answered=_ANSWERED)
     return routed.server_script(service, instance, environment(service, name), words)
+
+
+def device_tools(deployment: Deployment) -> DeviceTools | None:
+    """Return those of Ascend's NPUs, where it runs on them."""
+    return ascend if deployment.vllm and deployment.vllm.device == "npu" else None
 
 
 def command(service: Service, name: str) -> list[str]:

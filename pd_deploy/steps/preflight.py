@@ -1,22 +1,26 @@
-"""What has to be true of a host before anything on it is changed."""
+"""What has to be true of hosts before anything on them is changed."""
 
 import asyncio
 import logging
 import posixpath
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from pd_deploy.errors import FileDenied, FileMissing, HostError, InUse, PortTaken
-from pd_deploy.hosts.concurrent import together
+from pd_deploy.errors import FileDenied, FileMissing, HostError, InUse, PortTaken, SeveralFaults
+from pd_deploy.hosts.concurrent import task_group, together
 from pd_deploy.hosts.container_values import ListedContainer, Mount
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Owner
+from pd_deploy.planning import flaws, peers
+from pd_deploy.planning.flaws import Flaw, HostAnswers
 from pd_deploy.records import generations
-from pd_deploy.steps import images
+from pd_deploy.steps import images, inspecting
 from pd_deploy.steps.host_faults import Holder, holders
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import LockedSession
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +29,14 @@ MIB = 1 << 20
 STATE_BYTES = MIB
 
 
-async def preflight(rollout: Rollout, name: str) -> Report:
+@dataclass(frozen=True)
+class Checked(Report):
+    """A host that was checked, with what it said; None where that does not matter."""
+
+    answers: HostAnswers | None = None
+
+
+async def preflight(rollout: Rollout, name: str) -> Checked:
     """Check paths, disk, devices and ports of a host, and report all faults in one error.
 
     Raises:
@@ -37,10 +48,17 @@ async def preflight(rollout: Rollout, name: str) -> Report:
     # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
     # nothing that a disk with little room left would put at risk.
     if not rollout.is_last_resort:
-        checks += [_model, _disk, _held, _health]
-    faults_by_check = await together(check(rollout, host, name) for check in checks)
-    faults = [fault for faults_of_check in faults_by_check for fault in faults_of_check]
-    if not rollout.is_last_resort:
+        checks += [_model, _disk, _held]
+    inspecting_it = [] if rollout.is_last_resort else [inspecting.inspect(rollout.session, name)]
+    async with task_group() as group:
+        answering = [group.create_task(work) for work in inspecting_it]
+        checking = group.create_task(together(check(rollout, host, name) for check in checks))
+    faults = [fault for faults_of_check in checking.result() for fault in faults_of_check]
+    answers = answering[0].result() if answering else None
+    warnings = list[Flaw]()
+    if answers:
+        of_devices, warnings = _told(rollout, _of_host(rollout, answers))
+        faults += of_devices
         faults += _of_other_deployments(rollout, host, name)
     if len(faults) == 1:
         raise faults[0]
@@ -57,7 +75,53 @@ async def preflight(rollout: Rollout, name: str) -> Report:
     if risky := await host.facts.ports_in_ephemeral_range(sorted(ports)):
         detail += f"; {_risky(risky)}"
         log.warning("host %s: %s", host.where, _risky(risky))
-    return Report("preflight", name, name, False, detail)
+    for warning in warnings:
+        detail += f"; {warning.message}"
+    return Checked("preflight", name, name, False, detail, answers=answers)
+
+
+async def compare(rollout: Rollout, checked: Sequence[Report]) -> Report:
+    """Compare what hosts said; where nothing listens yet, let them call each other's ports.
+
+    Raises:
+        HostError, SeveralFaults: hosts that differ where they must not, or don't reach each other.
+    """
+    answers = [c.answers for c in checked if isinstance(c, Checked) and c.answers]
+    found = flaws.across(answers)
+    if answers:
+        found += await inspecting.try_ways(rollout.session, unused_ports(rollout))
+    faults, warnings = _told(rollout, found)
+    if faults:
+        raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
+    detail = "; ".join(f"{w.host}: {w.message}" for w in warnings)
+    hosts = f"{len(answers)} hosts agree" if answers else "not compared"
+    return Report("compare hosts", "all", "", False, detail or hosts)
+
+
+def unused_ports(rollout: Rollout) -> dict[str, list[int]]:
+    """List the ports by host that its servers and the proxy are going to have, and that nobody
+    listens at now; the others have proved that they are reached."""
+    topology, states = rollout.session.topology, rollout.states
+    return {
+        name: [p for p in peers.ports(topology, name) if p not in states[name].listening]
+        for name in rollout.plan.hosts
+    }
+
+
+def _of_host(rollout: Rollout, answers: HostAnswers) -> list[Flaw]:
+    needed = {d for instance in rollout.to_start(answers.name) for d in instance.devices}
+    tools = rollout.session.engine.device_tools(rollout.session.deployment)
+    return flaws.of_host(answers, tools, sorted(needed))
+
+
+def _told(rollout: Rollout, found: Iterable[Flaw]) -> tuple[list[HostError], list[Flaw]]:
+    """Log warnings; return errors to raise, and the warnings."""
+    told = flaws.allowed(found, rollout.session.deployment.allow)
+    warnings = [flaw for flaw in told if not flaw.is_error]
+    for flaw in warnings:
+        log.warning("host %s: %s → %s", flaw.host, flaw.message, flaw.hint)
+    errors = [HostError(f.message, host=f.host, hint=f.hint) for f in told if f.is_error]
+    return errors, warnings
 
 
 def _risky(ports: list[int]) -> str:
@@ -239,24 +303,6 @@ async def _held(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     return faults
 
 
-async def _health(rollout: Rollout, host: Host, name: str) -> list[HostError]:
-    """Find devices that are out of order among those that servers about to start need."""
-    engine = rollout.session.engine
-    devices = sorted({d for instance in rollout.to_start(name) for d in instance.devices})
-    command = engine.device_health_command(devices)
-    if not command or not devices:
-        return []
-    faults = engine.faulty_devices(await host.output(command), devices)
-    return [
-        HostError(
-            f"expected device {device} to be healthy, found that {fault}",
-            host=host.where,
-            hint="check its driver and cable, or use other devices",
-        )
-        for device, fault in sorted(faults.items())
-    ]
-
-
 def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], set[int]]:
     """Return the ports or devices of a host that the plan wants, each with the instance that does,
     and those that the deployment's running containers have."""
@@ -273,7 +319,8 @@ def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], 
 def _of_other_deployments(rollout: Rollout, host: Host, name: str) -> Iterator[HostError]:
     """Find devices and ports that another deployment's containers have, or its run claims."""
     claims = [(_holder(state), _uses(state)) for state in rollout.states[name].others]
-    for other in rollout.locked.lease.others.get(host.address, []):
+    leases = rollout.session.lease.others if isinstance(rollout.session, LockedSession) else {}
+    for other in leases.get(host.address, []):
         if other.age < rollout.session.deployment.gates.lease_lasts:
             run = f"{other.owner.run} of deployment {other.owner.deployment}"
             claims.append((f"{run}, which is at work,", _claimed(other.owner)))

@@ -55,7 +55,7 @@ async def test_deployment_run_ends_with_a_verified_service(
         "identify image": {"resolve image"},
         "plan": {"identify image", "device addresses a", "device addresses b"},
         "preflight a": {"plan"},
-        "hosts checked": {"preflight a", "preflight b"},
+        "compare hosts": {"preflight a", "preflight b"},
         "launch p1": {"save a"},
         "containers and files made": {"ranktable a", "ranktable b"},
         "old generation stopped": {f"clean up {i}" for i in INSTANCES - {"c0"}},

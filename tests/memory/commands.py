@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pd_deploy.engines.omniinfer import npu_smi, ranktable
-from pd_deploy.hosts import facts, files, lease
+from pd_deploy.hosts import batch, facts, files, lease, reach
+from pd_deploy.hosts import machine as machines
 from pd_deploy.hosts.host import CommandResult
 from pd_deploy.steps import host_records, tidy
 from tests.memory.disk import BLOCK
@@ -206,7 +207,9 @@ def _sizes(machine: Machine, arguments: Sequence[str], _: str) -> str:
 
 def _addresses(machine: Machine, *_: object) -> str:
     links = [("lo", "127.0.0.1"), (INTERFACE, machine.address)]
-    return json.dumps([{"ifname": n, "addr_info": [{"local": a}]} for n, a in links])
+    return json.dumps(
+        [{"ifname": n, "mtu": machine.mtu, "addr_info": [{"local": a}]} for n, a in links]
+    )
 
 
 def _route(machine: Machine, *_: object) -> str:
@@ -233,7 +236,8 @@ def _connections(machine: Machine, arguments: Sequence[str], _: str) -> str:
 
 
 def _npus(machine: Machine, *_: object) -> str:
-    rows = []
+    version = machine.driver
+    rows = [f"| npu-smi {version:<25}Version: {version:<53}|", "| Chip  Phy-ID | Bus-Id | HBM |"]
     for device in range(DEVICES):
         npu, chip = divmod(device, 2)
         rows.append(f"| {npu} Ascend910 | {machine.health.get(device, 'OK')} | 185.1 36 0 / 0 |")
@@ -248,6 +252,97 @@ def _health(machine: Machine, arguments: Sequence[str], _: str) -> str:
         f"network port of device {device}\n"
         f"link status: {'DOWN' if int(device) in machine.ports_down else 'UP'}\n"
         for device in arguments
+    )
+
+
+def _batch(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    """What `batch.BATCH` does: each command's own answer, and how it ends."""
+    _, _, *lanes = arguments
+    printed = ""
+    for line in (line for lane in lanes for line in lane.splitlines()):
+        if line in machine.captured:
+            done = CommandResult(0, machine.captured[line], "")
+        else:
+            argv = shlex.split(line)
+            done = _one(Asked(_recognised(argv), argv), machine, b"")
+        printed += f"\x1e{line}\n{done.stdout}{done.stderr}\n\x1e={done.exit_status}\n"
+    return printed
+
+
+def _hccn(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    """hccn_tool, in the formats of the lab's."""
+    device, item = int(arguments[1]), arguments[2].removeprefix("-")
+    if (device, item) in machine.hccn:
+        return machine.hccn[device, item]
+    octet = f"{machine.address.rpartition('.')[2]}.{100 + device}"
+    if item in ("ping", "hccs_ping"):
+        return "3 packets transmitted, 3 received, 0.00% packet loss\n"
+    return {
+        "link": f"link status: {'DOWN' if device in machine.ports_down else 'UP'}\n",
+        "net_health": "net health status: Success\n",
+        "ip": f"ipaddr:192.168.{octet}\nnetmask:255.255.0.0\n",
+        "gateway": f"default gateway:192.168.0.1, Iface:eth{device}\n",
+        "vnic": f"vnic link status: UP\nvnic ipaddr: 172.31.{octet}\n",
+        "tls": f"dev_id:{device}, tls switch[0](0:disable, 1:enable), tls preconfigured[1]\n",
+    }[item]
+
+
+def _date(machine: Machine, *_: object) -> str:
+    return f"{machine.clock.date().timestamp() + machine.clock_ahead:.9f}\n"
+
+
+def _cat(machine: Machine, paths: Sequence[str], given: str) -> str | CommandResult:
+    octet = machine.address.rpartition(".")[2]
+    usual = {
+        "/proc/meminfo": "MemTotal: 1056460452 kB\nMemAvailable: 902134432 kB\n"
+        "HugePages_Total: 0\nHugepagesize: 2048 kB\n",
+        "/usr/local/Ascend/driver/version.info": f"Version={machine.driver}\n",
+        "/usr/local/Ascend/firmware/version.info": "Version=7.5.0.5.220\n",
+        "/etc/hccn.conf": "".join(
+            f"address_{device}=192.168.{octet}.{100 + device}\n" for device in range(DEVICES)
+        ),
+    } | machine.files
+    if any(path not in usual for path in paths):
+        return CommandResult(1, "", f"cat: {paths[0]}: No such file or directory\n")
+    return "".join(usual[path] for path in paths) or given
+
+
+def _shared_memory(machine: Machine, *_: object) -> str:
+    head = "Filesystem 1024-blocks Used Available Capacity Mounted on"
+    return f"{head}\ntmpfs 528230224 {machine.files.get('/dev/shm', '0')} 1 1% /dev/shm\n"
+
+
+def _model_files(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    directory = arguments[0].rstrip("/")
+    files = [
+        (path, content)
+        for path, content in machine.disk.files(directory)
+        if "/." not in path.removeprefix(directory)
+    ]
+    if "-printf" in arguments:
+        return "".join(f"{len(c)} {p.removeprefix(directory)[1:]}\n" for p, c in files)
+    return "".join(f"{hashlib.sha256(c).hexdigest()}  {p}\n" for p, c in files)
+
+
+def _reach(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    """What `reach.REACH` does, as if all hosts ran it at the same time."""
+    asked, cluster = json.loads(arguments[0]), machine.cluster
+    own = {port for _, port, *_ in machine.listeners()}
+    calls = {}
+    for address, port in asked["call"]:
+        other = cluster.machines[address]
+        shut = machine.address in other.closed_to or other.unplugged
+        calls[f"{address}:{port}"] = "ETIMEDOUT" if shut else ""
+    listened = [port for port, _ in asked["listen"] if port not in own]
+    return json.dumps({"listened": listened, "calls": calls})
+
+
+def _digest(machine: Machine, paths: Sequence[str], _: str) -> str:
+    contents = {path: (machine.disk.get(path), path) for path in paths}
+    return "".join(
+        f"{hashlib.sha256(entry.content or b'').hexdigest()}  {path}\n"
+        for entry, path in contents.values()
+        if entry
     )
 
 
@@ -383,12 +478,19 @@ TABLE = (
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
     _script("links", facts.LINKS, _links),
     _script("device health", npu_smi.HEALTH, _health, "npu-smi"),
+    _script("batch", batch.BATCH, _batch),
+    _script("reach", reach.REACH, _reach),
+    Command("hccn_tool", ("hccn_tool",), _hccn),
+    Command("date", tuple(machines.DATE), _date),
+    Command("shared memory", tuple(machines.SHARED_MEMORY), _shared_memory),
+    Command("model files", ("find", "-L"), _model_files),
+    Command("sha256sum", ("sha256sum",), _digest),
     Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
     Command("find", ("find",), _find),
     Command("true", ("true",), lambda *_: ""),
     Command("rmdir", tidy.RMDIR, _rmdir, changes=True),
     # What the contract of hosts asks for.
-    Command("cat", ("cat",), lambda _, __, given: given),
+    Command("cat", ("cat",), _cat),
     Command("false", ("false",), lambda *_: CommandResult(1, "", "")),
     Command("missing", ("no-such-command",), _missing_command),
     Command("sleep", ("sleep",), _sleep),

@@ -118,6 +118,13 @@ class Machine:
         links: where links in the model's directory lead.
         closed: files in it that root may not read.
         ports_down: devices whose network ports are down.
+        driver: the version that npu-smi prints.
+        hccn: what hccn_tool prints, by device and what it is asked, where that is not the usual.
+        files: what files of the system hold, over what is usual.
+        clock_ahead: seconds that its clock is ahead of the others'.
+        mtu: of its interface.
+        closed_to: addresses that get no answer from its ports.
+        captured: what commands printed on a host that it stands for, by command.
         route_address: its own on the default route; "" without such a route.
         docker_since: when its Docker started, by the clock's seconds.
         security_options: what the engine says of its security.
@@ -138,6 +145,13 @@ class Machine:
         self.unplugged_until = 0.0
         self.health: dict[int, str] = {}
         self.ports_down: set[int] = set()
+        self.driver = "24.1.rc3.5"
+        self.hccn: dict[tuple[int, str], str] = {}
+        self.files: dict[str, str] = {}
+        self.clock_ahead = 0.0
+        self.mtu = 1500
+        self.closed_to: set[str] = set()
+        self.captured: dict[str, str] = {}
         self.links: dict[str, str] = {}
         self.closed: list[str] = []
         self.docker_since = 0.0

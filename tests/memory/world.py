@@ -55,6 +55,8 @@ INSTANCES = {"p0", "p1", "p2", "d0", "c0"}
 REPOSITORY = "swr.cn-east-4.myhuaweicloud.com/omni-ci/daily_omniinfer"
 FIRST = f"{REPOSITORY}:20250722_26"
 PROXY_PORT = 7000
+MODEL = "/data/models/QwQ-32B"
+MODEL_FILES = {"config.json": b"{}", "model-00001.safetensors": b"weights", "README.md": b"QwQ"}
 CHANGES: dict[str, Any] = {
     "extends": str(example.FILE),
     "ssh": {"credentials": None},
@@ -519,6 +521,8 @@ def _furnish(machine: Machine) -> None:
     """What an NPU host has: the driver, the model, the devices."""
     for directory in _furniture():
         machine.disk.add_directory(directory)
+    for name, content in MODEL_FILES.items():
+        machine.disk.put(f"{MODEL}/{name}", content, 0o644)
 
 
 @cache

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pd_deploy.config import yaml_files
 from pd_deploy.config.load import load_deployment, parse_deployment, profiles
 from pd_deploy.config.models import Deployment
-from pd_deploy.config.rule_names import RULES
+from pd_deploy.config.rule_names import ALLOWABLE, CHECKS, RULES
 from pd_deploy.engines.omniinfer import corrections
 from pd_deploy.hosts.container_values import ContainerSpec
 from pd_deploy.planning import placement
@@ -108,6 +108,13 @@ def test_every_rule_is_documented_as_it_is() -> None:
     section = PAGE.partition("## Rules")[2]
     table = re.findall(r"^\| `([a-z-]+)` \| (.*) \|$", section, re.MULTILINE)
     assert dict(table) == RULES
+
+
+def test_every_check_of_hosts_is_documented() -> None:
+    page = (ROOT / "docs/preflight.md").read_text()
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)) == set(CHECKS)
+    (sentence,) = re.findall(r"Errors of (.*?) can be allowed", page)
+    assert tuple(re.findall(r"`([a-z-]+)`", sentence)) == ALLOWABLE
 
 
 def test_the_list_of_corrections_has_the_bounds_of_logs_that_containers_get() -> None:

@@ -40,8 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         ("nothing to do", "b", (6, 7, 0)),
         ("upgrade", "a", (21, 98, 74)),
         ("upgrade", "b", (17, 55, 55)),
-        ("cold", "a", (22, 78, 75)),
-        ("cold", "b", (18, 45, 60)),
+        ("cold", "a", (23, 78, 75)),
+        ("cold", "b", (19, 45, 60)),
     ],
 )
 def test_a_run_goes_to_a_host_no_more_often(

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from pd_deploy.config.models import Deployment, InstanceEntry, Settings
 from pd_deploy.config.topology import Instance, Topology
-from pd_deploy.engines import common
+from pd_deploy.engines import ascend, common
 from pd_deploy.engines.base import Counter, Counters, HostFacts, Member, Service
 from pd_deploy.engines.common import instance_of, longest_sequence, mount, mounts
+from pd_deploy.engines.device_report import DeviceTools
 from pd_deploy.engines.omniinfer import (
     by_image,
     kv,
@@ -220,6 +221,11 @@ def device_health_command(devices: Sequence[int]) -> list[str]:
 def faulty_devices(output: str, devices: Sequence[int]) -> Mapping[int, str]:
     """Parse which devices are out of order from what these print."""
     return npu_smi.parse_faults(output, devices)
+
+
+def device_tools(deployment: Deployment) -> DeviceTools | None:
+    """Return those of Ascend's NPUs."""
+    return ascend
 
 
 def command(service: Service, name: str) -> list[str]:

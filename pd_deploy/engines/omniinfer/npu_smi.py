@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
+from pd_deploy.engines.ascend import cells, health_of
 from pd_deploy.errors import FactsError
 
 COMMAND = ["npu-smi", "info"]
@@ -26,7 +27,7 @@ def parse_users(output: str, devices: Sequence[int], *, host: str) -> dict[int, 
     Raises:
         FactsError: devices that `npu-smi info` does not list.
     """
-    ids, users = _read([_cells(line) for line in output.splitlines()])
+    ids, users = _read([cells(line) for line in output.splitlines()])
     missing = [device for device in devices if device not in ids.values()]
     if missing:
         raise FactsError(
@@ -47,13 +48,11 @@ def health_command(devices: Iterable[int]) -> list[str]:
 def parse_faults(output: str, devices: Sequence[int]) -> dict[int, str]:
     """Parse which of the devices are out of order, each with what is said of it."""
     table, *ports = output.split(f"{_PORT} ")
-    faults: dict[int, list[str]] = {device: [] for device in devices}
-    for above, row in itertools.pairwise([_cells(line) for line in table.splitlines()]):
-        if len(row) >= 3 and _CHIP.fullmatch(row[1]) and len(above) >= 2 and above[0]:
-            chip = row[0].split()
-            device = int(chip[1]) if len(chip) > 1 else int(above[0].split()[0])
-            if device in faults and above[1] not in FIT:
-                faults[device].append(f"npu-smi says {above[1]}")
+    health = health_of(table)
+    faults: dict[int, list[str]] = {
+        device: [f"npu-smi says {health[device]}"] if health.get(device, "OK") not in FIT else []
+        for device in devices
+    }
     for port in ports:
         number, _, state = port.partition("\n")
         if re.search(r"link status:\s*DOWN", state) and number.isdecimal():
@@ -79,10 +78,3 @@ def _read(rows: Sequence[list[str]]) -> tuple[dict[tuple[int, int], int], dict[i
             if (npu, chip_id) in ids:
                 users[ids[npu, chip_id]] = f"{row[2]} (pid {row[1]})"
     return ids, users
-
-
-def _cells(line: str) -> list[str]:
-    """Split a table row into its cells; none for a frame."""
-    if not line.startswith("|"):
-        return []
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
