@@ -156,7 +156,10 @@ bash /workspace/omniinfer/tools/scripts/{shape.launcher} \\
 """
 
 
-class _Dumper(yaml.SafeDumper):
+_FAST: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # where libyaml is
+
+
+class _Dumper(_FAST):
     """Writes scripts as blocks, as people do."""
 
 

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -611,14 +613,19 @@ PROFILES = {
 }
 
 
+@cache
+def of_profile(case: str) -> tuple[str, importing.Import]:
+    """A profile's text, and what it gives; read once for all tests."""
+    directory = Path(mkdtemp())
+    paths = files.write(directory, profile=files.omni_cli(PROFILES[case]))
+    return paths[0].read_text(), imported(*paths)
+
+
 @pytest.mark.parametrize("case", PROFILES)
 class TestOmniCli:
-    def of(self, directory: Path, case: str) -> importing.Import:
-        return imported(*files.write(directory, profile=files.omni_cli(PROFILES[case])))
-
     def test_what_the_profile_gives_is_rendered(self, tmp_path: Path, case: str) -> None:
         profile = PROFILES[case]
-        tables = rendered(deployment_of(tmp_path, self.of(tmp_path, case)))
+        tables = rendered(deployment_of(tmp_path, of_profile(case)[1]))
         (pods, members, devices), (_, hosts, each) = profile.prefill, profile.decode
         assert len(tables) == pods * members + hosts
         first, *_, last = tables.values()
@@ -639,16 +646,16 @@ class TestOmniCli:
         assert int(first.get("--max-num-batched-tokens ", 1 << 30)) >= profile.max_len
 
     def test_the_report_explains_each_difference(self, tmp_path: Path, case: str) -> None:
-        result = self.of(tmp_path, case)
+        _, result = of_profile(case)
         deployment_of(tmp_path, result)
         assert [e for e in result.report.of("changed") if "pd-deploy's own" in e.note] == []
         lost = {entry.what for entry in result.report.of("not expressible", "unmapped")}
         assert lost <= {"DEVICES"}
 
-    def test_each_line_is_accounted_for(self, tmp_path: Path, case: str) -> None:
-        result = self.of(tmp_path, case)
+    def test_each_line_is_accounted_for(self, case: str) -> None:
+        text, result = of_profile(case)
         lines = {entry.place.line for entry in result.report.entries}
-        for number, line in enumerate((tmp_path / "profile.yml").read_text().splitlines(), 1):
+        for number, line in enumerate(text.splitlines(), 1):
             if not line.rstrip().endswith(":"):
                 assert number in lines, f"{number}: {line}"
 
