@@ -475,11 +475,12 @@ def metrics(
     from pd_deploy.cli.check import load
 
     deployment = load(file)
-    from pd_deploy.cli import metrics as scraping
+    from pd_deploy.cli import metrics
+    from pd_deploy.planning import scraping
 
-    groups = scraping.of_what_serves(deployment) if serving else scraping.of_file(deployment)
+    groups = metrics.of_what_serves(deployment) if serving else metrics.of_file(deployment)
     if output:
-        scraping.write(output, scraping.text(groups))
+        metrics.write(output, groups)
         typer.echo(f"wrote {len(groups)} targets to {output}")
     else:
         typer.echo(scraping.text(groups), nl=False)

@@ -1,17 +1,12 @@
 """`pd-deploy metrics`: what Prometheus is to scrape of a service."""
 
 import asyncio
-import contextlib
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.planning import placement, scraping
-
-READABLE = 0o644  # Prometheus runs as another user
 
 
 def of_file(deployment: Deployment) -> list[dict[str, Any]]:
@@ -40,27 +35,16 @@ async def _of_what_serves(deployment: Deployment) -> list[dict[str, Any]]:
     return scraping.groups(saved.deployment, topology, serving.generation)
 
 
-def text(groups: list[dict[str, Any]]) -> str:
-    """Write targets as Prometheus reads them."""
-    return json.dumps(groups, indent=2) + "\n"
-
-
-def write(path: Path, content: str) -> None:
-    """Replace a file at once: whoever reads it meanwhile gets the old content or the new.
-
-    The draft's name does not end in `.json`, so `file_sd_configs` with `*.json` passes it over.
+def write(path: Path, groups: list[dict[str, Any]]) -> None:
+    """Replace a file with targets.
 
     Raises:
         InvalidInput: it can't be written; a file that was there stays as it was.
     """
-    path = path.resolve()
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    from pd_deploy.flows import targets
+
     try:
-        draft.write_text(content)
-        draft.chmod(READABLE)
-        draft.replace(path)
+        targets.replace(path, scraping.text(groups))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        problem = Problem("--output", f"{path} cannot be written: {error.strerror}")
+        problem = Problem("--output", f"{path.resolve()} cannot be written: {error.strerror}")
         raise InvalidInput([problem]) from error

@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, faults_of, headline
-from pd_deploy.flows import events, publish
+from pd_deploy.flows import events, publish, targets
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
@@ -52,6 +52,8 @@ async def roll_out(
             await line.together([promote.after(*line.ends)(rollout, str(run))])
             if before != rollout.plan.generation:
                 events.promoted(rollout)
+            if unwritten := targets.refresh(rollout):
+                get_run_logger().warning("%s", unwritten)
     except Exception as error:
         if interrupted := await undo(rollout, error, run, stages, on_failure):
             return interrupted

@@ -1,10 +1,11 @@
 """Removing a deployment from its hosts."""
 
 from prefect import State, flow
+from prefect.logging import get_run_logger
 
 from pd_deploy.config.fields import shown
 from pd_deploy.errors import InvalidInput, Problem
-from pd_deploy.flows import deployment_file, publish, unknown
+from pd_deploy.flows import deployment_file, publish, targets, unknown
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
@@ -41,4 +42,6 @@ async def teardown(file: str, name: str) -> State[None]:
         cleared = await fan_out(
             session.barrier, [clear(session, name, history) for name in proxy_first]
         )
+    if unwritten := targets.remove(deployment.name):
+        get_run_logger().warning("%s", unwritten)
     return await publish.removed(deployment.name, [*stopped, *cleared])

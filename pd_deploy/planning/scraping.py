@@ -1,5 +1,6 @@
 """What Prometheus is to scrape of a service, as its file-based service discovery reads it. Pure."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,11 @@ def groups(
         {"targets": [labels["server"]], "labels": {**common, **labels}}
         for labels in _labels(deployment, topology)
     ]
+
+
+def text(groups: list[dict[str, Any]]) -> str:
+    """Write targets as Prometheus reads them."""
+    return json.dumps(groups, indent=2) + "\n"
 
 
 def _labels(deployment: Deployment, topology: Topology) -> Iterator[Mapping[str, str]]:

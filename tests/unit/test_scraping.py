@@ -14,9 +14,12 @@ from pd_deploy.config.load import load_deployment, parse_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge, read
 from pd_deploy.errors import InvalidInput
+from pd_deploy.flows import targets
 from pd_deploy.flows.deploy import deploy
-from pd_deploy.planning import placement
-from tests.memory.world import World
+from pd_deploy.flows.teardown import teardown
+from pd_deploy.planning import placement, scraping
+from tests.memory.machine import Faults
+from tests.memory.world import NAME, World
 from tests.unit import example
 
 FILES = sorted((example.ROOT / "deployments").glob("*.yaml"))
@@ -32,7 +35,7 @@ def proxies(deployment: Deployment) -> list[dict[str, Any]]:
 def test_every_server_is_a_target_that_its_labels_tell_from_all_others(path: Path) -> None:
     """Prometheus drops samples of targets that have the same labels."""
     deployment = load_deployment(path)
-    groups = json.loads(metrics.text(metrics.of_file(deployment)))
+    groups = json.loads(scraping.text(metrics.of_file(deployment)))
     servers = [s for pod in placement.build(deployment).pods for s in pod.servers]
     targets = [t for g in groups if g["labels"]["role"] != "proxy" for t in g["targets"]]
     assert targets == servers
@@ -108,9 +111,9 @@ def test_whoever_reads_the_file_gets_the_old_or_the_new(
     done = CliRunner().invoke(app, [*command, "--output", str(path)])
     assert (done.exit_code, done.stdout) == (0, f"wrote 4 targets to {path}\n")
     assert path.read_text() == CliRunner().invoke(app, command).stdout
-    assert path.stat().st_mode & 0o777 == metrics.READABLE
+    assert path.stat().st_mode & 0o777 == targets.READABLE
     held = path.open()
-    metrics.write(path, "[]\n")
+    metrics.write(path, [])
     assert len(json.load(held)) == 4
     assert path.read_text() == "[]\n"
 
@@ -120,11 +123,50 @@ def test_whoever_reads_the_file_gets_the_old_or_the_new(
 
     monkeypatch.setattr(Path, "chmod", full)
     with pytest.raises(InvalidInput, match=r"--output: .*qwq\.json cannot be written: No space"):
-        metrics.write(path, "[{}]\n")
+        metrics.write(path, [{}])
     assert [file.name for file in tmp_path.iterdir()] == ["qwq.json"]
     assert path.read_text() == "[]\n"
 
 
 def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"none/x\.json cannot be written: No such file"):
-        metrics.write(tmp_path / "none" / "x.json", "[]\n")
+        metrics.write(tmp_path / "none" / "x.json", [])
+
+
+class TestRuns:
+    """With a directory for them, runs keep the targets as what serves is."""
+
+    def written(self, directory: Path) -> set[str]:
+        groups = json.loads((directory / f"{NAME}.json").read_text())
+        return {group["labels"]["generation"] for group in groups}
+
+    def test_the_targets_are_those_of_the_generation_that_serves(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        directory = tmp_path / "targets"
+        directory.mkdir()
+        monkeypatch.setenv(targets.DIRECTORY, str(directory))
+        world = World(tmp_path)
+        assert world.run(deploy).completed
+        first = world.serving()
+        assert self.written(directory) == {first}
+        bad = world.push("20250724_1", {"d0": Faults(garbage=True)})
+        assert world.run(deploy, image=bad).error
+        assert self.written(directory) == {first}
+        assert world.run(deploy, image=world.push("20250725_1")).completed
+        assert self.written(directory) == {world.serving()} != {first}
+        (directory / f"{NAME}.json").unlink()
+        assert world.run(deploy).completed
+        assert self.written(directory) == {world.serving()}
+        assert world.run(teardown, name=NAME).completed
+        assert not list(directory.iterdir())
+
+    def test_a_directory_that_is_not_there_fails_no_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(targets.DIRECTORY, str(tmp_path / "none"))
+        world = World(tmp_path)
+        assert world.run(deploy).completed
+        assert "none/qwq-3p1d.json of PD_DEPLOY_METRICS cannot be written" in targets._told(
+            NAME, ""
+        )
