@@ -83,8 +83,9 @@ def part_of(task_run: str) -> str:
     Raises:
         ValueError: `PARTS` has none for it.
     """
+    name = task_run.rpartition(": ")[2]  # gates begin with their phase, others with the way back
     for words, part in PARTS.items():
-        if task_run.startswith(words):
+        if name.startswith(words):
             return part
     raise ValueError(f"expected a task run of a part in bench/timeline.py, found {task_run!r}")
 

@@ -1,7 +1,8 @@
 """`pd-deploy`: check, plan and deploy a service, follow a run, and run the lab.
 
-Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid, 130 interrupted by Ctrl-C,
-143 by SIGTERM.
+Exit codes: 0 success, 1 the run failed and the service is as before, 2 the input is invalid, 4 it
+failed and nothing serves, 6 it failed and the generation before serves again, 130 interrupted by
+Ctrl-C, 143 by SIGTERM.
 
 Each command imports what it needs when it runs, the file's models before Prefect: so `--help` takes
 a tenth of a second of CPU, and an invalid file is refused long before Prefect is imported.
@@ -36,8 +37,9 @@ app = typer.Typer(
     help="Deploy prefill/decode-disaggregated LLM inference on bare-metal hosts.\n\n"
     "Start with `init` (copies an example), then `check` (is the file valid?), `plan` (what would "
     "change?) and `deploy`.\n\n"
-    "Exit codes: 0 success, 1 the deployment failed, 2 the input is invalid, 130 interrupted by "
-    "Ctrl-C, 143 by SIGTERM.",
+    "Exit codes: 0 success, 1 the run failed and the service is as before, 2 the input is invalid, "
+    "4 it failed and nothing serves, 6 it failed and the generation before serves again, 130 "
+    "interrupted by Ctrl-C, 143 by SIGTERM.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -705,7 +707,8 @@ def follow(
 ) -> None:
     """Follow a flow run on the Prefect server until it ends.
 
-    The exit code is 0 if the run completed, 1 if it didn't.
+    The exit code is that of `deploy`: 0 if the run completed, 4 if nothing serves, 6 if the
+    generation before serves again, 1 otherwise.
     """
     from pd_deploy.cli import run
 

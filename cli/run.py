@@ -30,7 +30,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import TerminationSignal
 from prefect.types import DateTime
 
-from pd_deploy.cli.exit_codes import FAILED
+from pd_deploy.cli.exit_codes import of_a_run
 from pd_deploy.cli.prefect_api import ServerLost, served
 from pd_deploy.errors import InvalidInput, PdDeployError
 from pd_deploy.flows.interrupts import Ending, ending
@@ -47,7 +47,7 @@ _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗
 
 
 def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
-    """Run a flow in this process; return 0 if it completed, 1 if it failed.
+    """Run a flow in this process; return 0 if it completed, else a code of `exit_codes`.
 
     A signal ends it with 128 and its number, as a shell would say.
 
@@ -97,7 +97,7 @@ def _interrupted(end: Ending) -> int:
 
 
 def follow(flow_run: UUID | None) -> int:
-    """Print a run's steps as they happen; return 0 if it completed, 1 otherwise.
+    """Print a run's steps as they happen; return 0 if it completed, else a code of `exit_codes`.
 
     Args:
         flow_run: by default, the latest run of pd-deploy's that has begun or is due.
@@ -137,7 +137,7 @@ async def _here(
         raise error
     if isinstance(error, PdDeployError):
         typer.echo(f"pd-deploy: {error}", err=True)
-        return FAILED
+        return of_a_run(state.name or "")
     return _last_word(state, end)
 
 
@@ -274,4 +274,4 @@ def _last_word(state: State[Any], end: Ending | None = None) -> int:
     typer.echo(f"{state.name}: {state.message}", err=not state.is_completed())
     if state.is_completed():
         return 0
-    return (_interrupted(end) if end else 0) or 1
+    return (_interrupted(end) if end else 0) or of_a_run(state.name or "")

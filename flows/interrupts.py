@@ -21,6 +21,8 @@ from prefect.logging import get_run_logger
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.states import Cancelled
 
+from pd_deploy.errors import PdDeployError
+from pd_deploy.flows import outcomes
 from pd_deploy.flows.run import remedy
 from pd_deploy.steps.rollout import Rollout
 
@@ -52,7 +54,8 @@ ending: ContextVar[Ending] = ContextVar("ending")
 
 
 def interruptible(left: str, first: str = GOES_BACK) -> Callable[[Runbook[P]], Runbook[P]]:
-    """Have a flow's function end by itself when it is asked to end, as Cancelled.
+    """Have a flow's function end by itself when it is asked to end, as Cancelled, and under a name
+    that tells what became of the service when it fails.
 
     Args:
         left: what became of the hosts when it was cancelled in a part that undoes nothing.
@@ -69,6 +72,12 @@ def interruptible(left: str, first: str = GOES_BACK) -> Callable[[Runbook[P]], R
                     end.state = await runbook(*args, **kwargs)
                 except asyncio.CancelledError:
                     end.state = Cancelled(message=f"Interrupted; {left}")
+                except PdDeployError as error:
+                    if outcomes.name_of(error) == outcomes.FAILED:
+                        raise
+                    if not error.logged:
+                        get_run_logger().error("%s", error)
+                    end.state = outcomes.failed(error)
                 finally:
                     _uncancel()
                 return end.state

@@ -15,10 +15,12 @@ class Line:
     Attributes:
         reports: of all steps so far.
         ends: results of the last steps: what those that come next wait for.
+        prefix: what the names of gates begin with.
     """
 
-    def __init__(self, barrier: Barrier, *after: Result) -> None:
+    def __init__(self, barrier: Barrier, *after: Result, prefix: str = "") -> None:
         self.barrier = barrier
+        self.prefix = prefix
         self.reports: list[Report] = []
         self.ends: tuple[Result, ...] = after
 
@@ -36,7 +38,7 @@ class Line:
 
     def branch(self, *after: Result) -> "Line":
         """Start a line where this one is now, and after further steps."""
-        return Line(self.barrier, *self.ends, *after)
+        return Line(self.barrier, *self.ends, *after, prefix=self.prefix)
 
     async def joined(self, name: str) -> None:
         """Join the ends in one gate, so that N steps after N others have N + N edges, not N x N.
@@ -45,4 +47,4 @@ class Line:
             name: what is so from there on, as the UI shows it.
         """
         if len(self.ends) > 1:
-            self.ends = (await gate.after(*self.ends)(name),)
+            self.ends = (await gate.after(*self.ends)(f"{self.prefix}{name}"),)

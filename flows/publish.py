@@ -3,7 +3,7 @@
 import asyncio
 import textwrap
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pd_deploy.planning import actions
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History, Record
-from pd_deploy.steps import stopping
+from pd_deploy.steps import stopping, timeline
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -136,7 +136,7 @@ async def success(
         message += f"; {cut}"
     if rollout.newer_tags:
         message += f"; {_newer_tags(rollout)}"
-    await _publish(rollout, f"**{message}**", reports, completion)
+    await _publish(rollout, f"**{message}**", completion)
     if completion:
         message += f"; serves at {completion.url}"
         answer = textwrap.shorten(completion.text, 80, placeholder=" …")
@@ -154,8 +154,11 @@ async def failure(
     for name, fault in stopped.items():
         if fault:
             get_run_logger().error("%s may still run: %s", name, fault)
-    reason = str(error) or type(error).__name__
-    await _publish(rollout, f"**Failed:**\n\n```\n{reason}\n```", [], None)
+    if isinstance(error, Exception):
+        reason = str(error) or type(error).__name__
+        await _publish(rollout, f"**Failed:**\n\n```\n{reason}\n```", None)
+    else:
+        await _publish(rollout, "**Interrupted: the run was cancelled, or got a signal.**", None)
 
 
 def interrupted(rollout: Rollout, stages: Sequence[str]) -> State[None]:
@@ -194,13 +197,11 @@ def ended_at_once(rollout: Rollout) -> State[None]:
 
 
 async def rolled_back(
-    rollout: Rollout,
-    error: Exception,
-    reports: Sequence[Report],
-    completion: Completion,
+    rollout: Rollout, failed: Rollout, error: Exception, completion: Completion
 ) -> None:
     """Publish that a run failed and that the previous generation serves again."""
-    await _publish(rollout, f"**Rolled back:**\n\n```\n{error}\n```", reports, completion)
+    headline = f"**Rolled back:**\n\n```\n{error}\n```"
+    await _publish(rollout, headline, completion, failed)
 
 
 async def listing(deployment: str, history: History) -> None:
@@ -228,13 +229,13 @@ async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:
 async def _publish(
     rollout: Rollout,
     headline: str,
-    reports: Sequence[Report],
     completion: Completion | None,
+    failed: Rollout | None = None,
 ) -> None:
     deployment = rollout.plan.deployment
     report = acreate_markdown_artifact(
         key=f"{deployment}-report",
-        markdown=_report(rollout, headline, reports, completion),
+        markdown=_report(rollout, headline, completion, failed),
         description=f"Last run of {_file()}",
     )
     instances = acreate_table_artifact(
@@ -270,8 +271,14 @@ async def if_the_server_takes_it(*artifacts: Coroutine[Any, Any, object]) -> Non
 
 
 def _report(
-    rollout: Rollout, headline: str, reports: Sequence[Report], completion: Completion | None
+    rollout: Rollout, headline: str, completion: Completion | None, failed: Rollout | None
 ) -> str:
+    """Write a run's report.
+
+    Args:
+        rollout: the generation that serves now, or was to.
+        failed: the one from which the run went back, if it did.
+    """
     lines = [f"# {rollout.plan.deployment}", "", headline, ""]
     lines += [
         f"Image `{rollout.release.chosen_image}`, `{rollout.plan.pinned_image}` ({rollout.rule})",
@@ -294,8 +301,9 @@ def _report(
             *(f"- {remark}" for remark in completion.remarks),
             "",
         ]
-    if reports:
-        lines += _table(reports)
+    steps, downtime = rollout.session.timeline, rollout.attempt.downtime
+    down = (downtime.since, downtime.until or datetime.now(UTC)) if downtime.since else None
+    lines += ["```", *timeline.waterfall(steps, down), "```", *timeline.tables(steps)]
     return "\n".join(lines)
 
 

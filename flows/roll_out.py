@@ -18,7 +18,7 @@ from pd_deploy.flows.run import Run
 from pd_deploy.flows.stages import prove_and_open, run_stages
 from pd_deploy.flows.survey import restore
 from pd_deploy.planning.plans import STAGES, Stage
-from pd_deploy.steps import containers, promotion, stopping, surveying
+from pd_deploy.steps import containers, promotion, stopping, surveying, timeline
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -142,9 +142,11 @@ async def abort(
 
 
 def _tell_if_down(rollout: Rollout, error: BaseException) -> None:
-    """Emit an event if a failed attempt leaves nothing that serves."""
+    """Emit an event, and mark the error, if a failed attempt leaves nothing that serves."""
     record = rollout.history.record
     if record.closed or not record.serving:
+        if isinstance(error, PdDeployError):
+            error.nothing_serves = True
         events.down(rollout, error)
 
 
@@ -157,6 +159,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
     lost = any(host.connects > failed.attempt.connects[name] for name, host in hosts.items())
     reason = f"new generation {failed.plan.generation} {_end(error)}"
     reason = "; ".join([reason, *(f"meanwhile {fault}" for fault in away.values())])
+    session.timeline.enter(timeline.WAY_BACK)
     get_run_logger().error("%s; going back to %s", reason, generation)
     attempts: list[Rollout] = []
     try:
@@ -196,7 +199,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         f"{failed.plan.generation}`",
     )
     events.rolled_back(failed, back, reason)
-    await publish.rolled_back(back, raised, line.reports, completion)
+    await publish.rolled_back(back, failed, raised, completion)
     raise raised from error
 
 
@@ -209,7 +212,7 @@ async def _serve_again(
         # What an earlier attempt has opened was closed by this run all the same.
         back.attempt.stopped = True
     attempts.append(back)
-    line = Line(back.session.barrier, back)
+    line = Line(back.session.barrier, back, prefix=back.session.timeline.prefix)
     await run_stages(line, back, list(STAGES))
     return back, line, await prove_and_open(line, back)
 
@@ -228,6 +231,7 @@ async def tidy_up(line: Line, rollout: Rollout) -> None:
     What can't be removed is logged and left for the next run, because the service is up.
     """
     session, history = rollout.locked, rollout.history
+    session.timeline.enter(timeline.TIDY)
     serves = history.record.serving == rollout.plan.generation
     outdated = history.generations - history.kept(session.deployment.keep)
     steps = [

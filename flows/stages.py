@@ -6,7 +6,7 @@ import time
 from pd_deploy.config.topology import Topology
 from pd_deploy.flows.line import Line
 from pd_deploy.planning.plans import Stage
-from pd_deploy.steps import promotion
+from pd_deploy.steps import promotion, timeline
 from pd_deploy.steps.readiness import ALL_STARTED
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -40,16 +40,17 @@ async def run_stages(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
 
 async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
     """Do everything that can be done while the old generation serves."""
+    rollout.session.timeline.enter(timeline.PREPARE)
     hosts = list(rollout.plan.hosts)
     await line.together(check_host.after(*line.ends)(rollout, host) for host in hosts)
     await line.together([compare_hosts.after(*line.ends)(rollout, line.reports[-len(hosts) :])])
     if "cleanup" in stages or "launch" in stages:
         await line.together(pull_image.after(*line.ends)(rollout, host) for host in hosts)
-        await line.joined("image on all hosts")
+        await line.joined("prepare: image on all hosts")
     if "launch" in stages:
         await promotion.note_hosts(rollout)
     await line.branches(create(line.branch(), rollout, host, stages) for host in hosts)
-    await line.joined("containers and files made")
+    await line.joined("prepare: containers and files made")
     if "launch" in stages and "proxy" in stages and rollout.may_prepare_early():
         await prepare(line, rollout)
 
@@ -69,6 +70,7 @@ async def create(line: Line, rollout: Rollout, host: str, stages: list[Stage]) -
 
 async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
     """Cut over: stop what must no longer run, the proxy first, then the servers."""
+    rollout.session.timeline.enter(timeline.CUT_OVER)
     if "cleanup" in stages:
         proxies, servers = rollout.to_clean_up()
     elif "server" in stages:
@@ -78,16 +80,17 @@ async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
     if rollout.stopping:
         await promotion.note_closing(rollout)
     await line.together(clean_up.after(*line.ends)(rollout, proxy) for proxy in proxies)
-    await line.joined("proxies stopped")
+    await line.joined("cut-over: proxies stopped")
     await line.together(clean_up.after(*line.ends)(rollout, server) for server in servers)
-    await line.joined("old generation stopped")
+    await line.joined("cut-over: old generation stopped")
 
 
 async def serve_all(line: Line, rollout: Rollout) -> None:
     """Start all servers when what they need is free, and wait until all are ready."""
+    rollout.session.timeline.enter(timeline.SERVE)
     busy = [host for host in rollout.plan.hosts if rollout.to_start(host)]
     await line.together(until_free.after(*line.ends)(rollout, host) for host in busy)
-    await line.joined("devices and ports free")
+    await line.joined("serve: devices and ports free")
     session = rollout.session
     topology, starts_after = session.topology, session.engine.starts_after
     first = {i.name: starts_after(session.deployment, topology, i.name) for i in topology.instances}
@@ -118,7 +121,8 @@ async def time_loading(line: Line, servers: list[str]) -> Line:
 
 async def all_started(line: Line, gate: str, servers: tuple[str, ...]) -> Line:
     """Open one gate for all instances that start after the same servers."""
-    join = Line(line.barrier, *await line.barrier.passed(servers))
+    passed = await line.barrier.passed(servers)
+    join = Line(line.barrier, *passed, prefix=line.prefix)
     await join.joined(gate)
     line.barrier.open(gate, join.ends[0])
     return join
@@ -126,11 +130,12 @@ async def all_started(line: Line, gate: str, servers: tuple[str, ...]) -> Line:
 
 def _started(topology: Topology, servers: tuple[str, ...]) -> str:
     roles = dict.fromkeys(i.role for i in map(topology.instance, servers) if i)
-    return f"{' and '.join(roles)} started"
+    return f"serve: {' and '.join(roles)} started"
 
 
 async def prove_and_open(line: Line, rollout: Rollout) -> Completion:
     """Prove the service where only the smoke test can reach it, then let clients in."""
+    rollout.session.timeline.enter(timeline.SERVE)
     begin = time.monotonic()
     completion = await smoke_test.after(*line.ends)(rollout)
     rollout.attempt.downtime.proof = time.monotonic() - begin

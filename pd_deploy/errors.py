@@ -41,8 +41,8 @@
      │   ├─ NoSuchGeneration          a generation that is not kept
      │   ├─ Unrecorded                containers run of which no host has a record any more
      │   ├─ NothingServes             what served was stopped, and there is nothing to go back to
-     │   ├─ RolledBack                a generation failed, and the previous one serves again
-     │   └─ RollbackFailed            a generation failed, and the previous one does not come back
+     │   │   └─ RollbackFailed            a generation failed, and the previous one does not return
+     │   └─ RolledBack                a generation failed, and the previous one serves again
      └─ TransientError            worth a retry
          ├─ HostUnreachable           no SSH connection could be made
          ├─ ConnectionDropped         the connection was lost while a call was under way
@@ -88,6 +88,8 @@ class PdDeployError(Exception):
         """The step that failed, e.g. `ready p1`."""
         self.logged = False
         """Whether it has been logged already."""
+        self.nothing_serves = False
+        """Whether it ended a run after which nothing serves."""
 
     def __str__(self) -> str:
         where = ", ".join(
@@ -327,13 +329,17 @@ class Unrecorded(ServiceError):
 class NothingServes(ServiceError):
     """What clients could reach was stopped, and there is no generation to go back to."""
 
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.nothing_serves = True
+
 
 class RolledBack(ServiceError):
     """A generation failed, and the previous one serves again; the message says both."""
 
 
-class RollbackFailed(ServiceError):
-    """A generation failed, and the previous one does not come back: nothing serves."""
+class RollbackFailed(NothingServes):
+    """A generation failed, and the previous one does not come back."""
 
 
 class TransientError(PdDeployError):

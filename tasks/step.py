@@ -1,22 +1,24 @@
 """What all steps have in common: a name, retries, a log line, and what they wait for."""
 
+import asyncio
 import dataclasses
 import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
+from prefect.tasks import TaskRunNameCallbackWithParameters
 from prefect.utilities.annotations import opaque, quote
 
-from pd_deploy.errors import PdDeployError, is_transient
+from pd_deploy.errors import Abandoned, PdDeployError, headline, is_transient
 from pd_deploy.records.releases import Choice
-from pd_deploy.steps.barrier import Barrier
 from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Gate, Report
@@ -24,6 +26,7 @@ from pd_deploy.steps.retry import RETRY_DELAYS_S
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
+from pd_deploy.steps.timeline import Took
 from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import story
 
@@ -53,10 +56,14 @@ class Step(Generic[P, R]):
     """A function as a step of a run, to be called with the function's own parameters.
 
     In a flow run it is a task of Prefect; outside, as for `pd-deploy plan`, the function alone.
+
+    Attributes:
+        name: of its task runs, with the function's parameters in braces.
     """
 
-    def __init__(self, task_: Task[P, Coroutine[Any, Any, R]]) -> None:
+    def __init__(self, task_: Task[P, Coroutine[Any, Any, R]], name: str) -> None:
         self.task = task_
+        self.name = name
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the step."""
@@ -100,30 +107,40 @@ def step(
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Step[P, R]:
         @functools.wraps(function)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            begin = time.monotonic()
+            session, clock = _session(args), _Clock(run_name, _bound(function, args, kwargs))
+            phase = session.timeline.phase if session else ""
             try:
-                barrier = _barrier(args)
                 work = function(*args, **kwargs)
-                result = await (barrier.unless_failed(work, grace) if barrier else work)
-            except PdDeployError as error:
-                error.step = error.step or run_name.format(**_bound(function, args, kwargs))
+                result = await (session.barrier.unless_failed(work, grace) if session else work)
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, PdDeployError):
+                    error.step = error.step or clock.name
+                if session:
+                    session.timeline.steps.append(clock.failed(phase, error))
                 raise
             if isinstance(result, Report):
-                timed = dataclasses.replace(result, seconds=time.monotonic() - begin)
-                result = cast(R, timed)
+                result = cast(R, dataclasses.replace(result, seconds=clock.seconds))
+            if session:
+                session.timeline.steps.append(clock.ended(phase, result))
             if FlowRunContext.get():
                 story.log(result)
             return result
 
+        def task_run_name(parameters: dict[str, Any]) -> str:
+            session = _session(parameters.values())
+            prefix = session.timeline.prefix if session else ""
+            return f"{prefix}{run_name.format(**parameters)}"
+
         return Step(
             task(
-                task_run_name=run_name,
+                task_run_name=cast(TaskRunNameCallbackWithParameters, task_run_name),
                 retries=len(RETRY_DELAYS_S),
                 retry_delay_seconds=list(RETRY_DELAYS_S),
                 retry_condition_fn=_worth_a_retry,
                 cache_policy=NO_CACHE,
                 persist_result=False,
-            )(run)
+            )(run),
+            run_name,
         )
 
     return decorate
@@ -139,11 +156,40 @@ def pure(function: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
     return run
 
 
-def _barrier(args: Sequence[object]) -> Barrier | None:
-    """Return the barrier of the run that a step belongs to."""
-    of = args[0] if args else None
+class _Clock:
+    """Tells how long a step took, and what became of it."""
+
+    def __init__(self, run_name: str, parameters: dict[str, Any]) -> None:
+        self.name = run_name.format(**parameters)
+        self._verb = run_name.partition("{")[0].strip()
+        self._began, self._begin = time.monotonic(), datetime.now(UTC)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def ended(self, phase: str, result: object) -> Took:
+        took = self._took(phase)
+        if not isinstance(result, Report):
+            return dataclasses.replace(took, detail=getattr(result, "detail", ""))
+        return dataclasses.replace(took, detail=result.detail, changed=result.changed)
+
+    def failed(self, phase: str, error: BaseException) -> Took:
+        given_up = isinstance(error, Abandoned | asyncio.CancelledError)
+        detail = "given up" if given_up else headline(error)
+        return dataclasses.replace(self._took(phase), detail=detail, failed=True)
+
+    def _took(self, phase: str) -> Took:
+        subject = self.name.removeprefix(self._verb).strip()
+        end = self._begin + timedelta(seconds=self.seconds)
+        return Took(self._verb, subject, phase, self._begin, end)
+
+
+def _session(args: Iterable[object]) -> Session | None:
+    """Return the session of the run that a step belongs to: of its first parameter."""
+    of = next(iter(args), None)
     session = of.session if isinstance(of, Rollout) else of
-    return session.barrier if isinstance(session, Session) else None
+    return session if isinstance(session, Session) else None
 
 
 def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ _LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 _REPEATS = (
     "Finished in state Completed()",
     "Finished in state Failed(",
+    "Finished in state RolledBack(",
+    "Finished in state NothingServes(",
     "Finished in state Crashed(",
     "Crash detected! Execution was cancelled",
 )

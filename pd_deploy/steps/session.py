@@ -14,6 +14,7 @@ from pd_deploy.hosts.lease import Lease
 from pd_deploy.planning import placement
 from pd_deploy.records.releases import HostAccess
 from pd_deploy.steps.barrier import Barrier
+from pd_deploy.steps.timeline import Timeline
 
 
 class Session:
@@ -24,6 +25,7 @@ class Session:
         hosts: the deployment's, and those that a former generation ran on.
         registry_login: credentials for pulling.
         forgotten: addresses of former hosts that are gone for good.
+        timeline: the run's, where it has begun already.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Session:
         hosts: Hosts,
         registry_login: RegistryLogin | None = None,
         forgotten: Iterable[str] = (),
+        timeline: Timeline | None = None,
     ) -> None:
         self.deployment = deployment
         self.topology = placement.derive(deployment)
@@ -40,6 +43,7 @@ class Session:
         self.registry_login = registry_login
         self.forgotten = frozenset(forgotten)
         self.barrier = Barrier()
+        self.timeline = timeline or Timeline()
         self.pulling = asyncio.Semaphore(deployment.pull_at_once)
 
     @property
@@ -83,7 +87,7 @@ class Session:
         return self._like(self.deployment, hosts)
 
     def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
-        return type(self)(deployment, hosts, self.registry_login, self.forgotten)
+        return type(self)(deployment, hosts, self.registry_login, self.forgotten, self.timeline)
 
 
 class LockedSession(Session):
@@ -98,10 +102,11 @@ class LockedSession(Session):
         hosts: Hosts,
         registry_login: RegistryLogin | None = None,
         forgotten: Iterable[str] = (),
+        timeline: Timeline | None = None,
         *,
         lease: Lease,
     ) -> None:
-        super().__init__(deployment, hosts, registry_login, forgotten)
+        super().__init__(deployment, hosts, registry_login, forgotten, timeline)
         self.lease = lease
         lease.watchers.append(self.barrier.fail)
 
@@ -113,6 +118,7 @@ class LockedSession(Session):
             session.hosts,
             session.registry_login,
             session.forgotten,
+            session.timeline,
             lease=lease,
         )
 
@@ -125,7 +131,14 @@ class LockedSession(Session):
         await self.lease.check(host)
 
     def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
-        return type(self)(deployment, hosts, self.registry_login, self.forgotten, lease=self.lease)
+        return type(self)(
+            deployment,
+            hosts,
+            self.registry_login,
+            self.forgotten,
+            self.timeline,
+            lease=self.lease,
+        )
 
 
 def host_accesses(deployment: Deployment) -> dict[str, HostAccess]:

@@ -437,6 +437,8 @@ async def _carried_out(
     if error := work.exception():
         return Outcome(error=error, moments=moments)
     state = work.result()
+    if state.is_failed():
+        return Outcome(error=state.data, moments=moments)
     return Outcome(str(state.message), cancelled=state.is_cancelled(), moments=moments)
 
 

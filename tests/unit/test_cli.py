@@ -399,7 +399,7 @@ class TestPlanOffline:
         ),
         ("plan", ["FILE", "--facts", "device_addresses", "--format", "Example: pd-deploy plan"]),
         ("deploy", ["FILE", "--stage", "--dry-run", "PREFECT_API_URL", "Example: pd-deploy"]),
-        ("follow", ["flow run's id", "exit code is 0"]),
+        ("follow", ["flow run's id", "exit code is that of `deploy`: 0"]),
         ("credentials ssh", ["--private-key", "--known-hosts", "never given as", "Example:"]),
         ("credentials registry", ["--username", "prompted for the password", "Example:"]),
         ("lab", ["up", "down", "status"]),

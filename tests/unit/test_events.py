@@ -13,12 +13,13 @@ from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 
 from pd_deploy.cli import notify
-from pd_deploy.flows import events
+from pd_deploy.errors import PdDeployError
+from pd_deploy.flows import events, outcomes
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from tests.memory.programs import Faults
-from tests.memory.world import World
+from tests.memory.world import Outcome, World
 from tests.unit.test_host_faults import after_stop_of, once
 
 BLOCK = UUID(int=7)
@@ -62,7 +63,7 @@ def test_a_rollback_and_a_quarantine_are_told(world: World) -> None:
     world.deploy()
     first, _ = world.serving(), told(world)
     bad = world.push("20250724_1", {"p0": Faults(dies_at_request=1)})
-    assert world.run(deploy, image=bad).error
+    assert named(world.run(deploy, image=bad)) == outcomes.ROLLED_BACK
     payloads = {event["event"]: event["payload"] for event in world.events}
     assert told(world) == [events.QUARANTINED, events.ROLLED_BACK]
     for payload in payloads.values():
@@ -76,7 +77,8 @@ def test_a_rollback_and_a_quarantine_are_told(world: World) -> None:
 def test_that_nothing_serves_is_told(world: World, on_failure: str) -> None:
     """Where nothing did before, where a failed generation is kept, and by each try to mend it."""
     bad = world.push("20250724_1", {"p0": Faults(dies_at_request=1)})
-    assert world.run(deploy, image=bad, on_failure=on_failure).error
+    outcome = world.run(deploy, image=bad, on_failure=on_failure)
+    assert named(outcome) == outcomes.NOTHING_SERVES
     assert told(world) == [events.DOWN]
 
 
@@ -87,13 +89,23 @@ def test_a_way_back_that_fails_leaves_nothing_that_serves_and_is_told(world: Wor
     image, ports = world.push("20250724_1"), world.machines["b"].held_ports
 
     watch = once(after_stop_of(world, "d0"), lambda: ports.__setitem__(port, "nc"))
-    assert "Nothing serves" in str(world.run(deploy, image=image, watch=watch).error)
+    outcome = world.run(deploy, image=image, watch=watch)
+    assert "Nothing serves" in str(outcome.error)
+    assert named(outcome) == outcomes.NOTHING_SERVES
     assert told(world) == [events.DOWN]
-    assert "Nothing serves" in str(world.run(recover).error)
+    outcome = world.run(recover)
+    assert "Nothing serves" in str(outcome.error)
+    assert named(outcome) == outcomes.NOTHING_SERVES
     assert set(told(world)) == {events.DOWN}
     ports.clear()
     assert world.run(recover).completed
     assert told(world) == []
+
+
+def named(outcome: Outcome) -> str:
+    """The name of the last state of a run that failed."""
+    assert isinstance(outcome.error, PdDeployError)
+    return outcomes.name_of(outcome.error)
 
 
 def test_a_night_that_is_skipped_is_told(world: World) -> None:

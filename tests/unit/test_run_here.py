@@ -11,7 +11,8 @@ from prefect.states import Cancelled, Completed, exception_to_failed_state
 
 from pd_deploy.cli import run
 from pd_deploy.cli.prefect_api import ServerLost
-from pd_deploy.errors import DiskFull
+from pd_deploy.errors import DiskFull, NothingServes, RollbackFailed, RolledBack
+from pd_deploy.flows import outcomes
 from pd_deploy.flows.interrupts import ending
 
 
@@ -83,6 +84,9 @@ def test_a_run_that_was_cut_off_says_what_to_run(
             "pd-deploy: host a (10.0.0.1): expected room, found none\n"
             "Next: pd-deploy status x.yaml",
         ),
+        (RolledBack("back on 1-x"), 6, "pd-deploy: back on 1-x\n"),
+        (NothingServes("was stopped"), 4, "pd-deploy: was stopped\n"),
+        (RollbackFailed("nor does 1-x"), 4, "pd-deploy: nor does 1-x\n"),
     ],
 )
 def test_after_a_run_comes_the_next_command(
@@ -94,6 +98,8 @@ def test_after_a_run_comes_the_next_command(
     told: str,
 ) -> None:
     async def flow(**_: object) -> Any:
+        if isinstance(error, RolledBack | NothingServes):
+            return outcomes.failed(error)
         if error:
             return await exception_to_failed_state(error)
         return Completed(message="serves")

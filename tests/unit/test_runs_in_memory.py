@@ -1,6 +1,7 @@
 """On hosts in memory: stages one by one, runs at the same time, the newest image, and the end."""
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -273,10 +274,25 @@ class TestTheEnd:
         assert releases() == ["3 serving", "2 good"]
         assert world.run(deploy, dry_run=True, artifacts=publish).completed
         assert set(shown) == keys | {"qwq-3p1d-dry-run"}
+        bad = world.push("20250723_1", {"p1": Faults(dies=3)})
+        assert world.run(deploy, image=bad, artifacts=publish).error
+        self.assert_both_ways_are_told(shown["qwq-3p1d-report"])
         assert world.run(teardown, name=NAME, artifacts=publish).completed
         assert (releases(), shown["qwq-3p1d-instances"]) == ([], [])
         assert "**Removed from its hosts.**" in shown["qwq-3p1d-report"]
         assert "serving" not in shown["qwq-3p1d-report"]
+
+    def assert_both_ways_are_told(self, report: str) -> None:
+        """The steps of the attempt, and those of the way back, each in its phase."""
+        _, *phases = report.split("\n### ")
+        titles = [re.sub(", .*", "", phase.partition("\n")[0]) for phase in phases]
+        assert titles == ["Look", "Prepare", "Cut-over", "Serve", "Way back"]
+        serve, back = phases[3:]
+        assert re.search(r"\| ready \| p1 \|  \| \*\*failed:\*\* host a .*: ended with", serve)
+        assert re.search(r"\| ready \| \w+ \|  \| \*\*failed:\*\* given up", serve)
+        assert re.search(r"\| ready \| p1 \|  \| healthy", back)
+        assert re.search(r"\nway back +[\d.]+ s +█", report)
+        assert re.search(r"\ndown +[\d.]+ s +▓", report)
 
     def test_teardown_takes_logs_from_a_former_place_for_logs(self, world: World) -> None:
         world.deploy()

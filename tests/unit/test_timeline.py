@@ -11,7 +11,7 @@ from pd_deploy.tasks.step import Step
 from tests.unit.example import ROOT
 
 STEPS = [
-    step.task.task_run_name
+    step.name
     for step in vars(tasks).values()
     if isinstance(step, Step) and step not in (tasks.gate, tasks.stop)  # `stop`: only of teardown
 ]
@@ -20,7 +20,7 @@ GATES = [
     for path in sorted((ROOT / "flows").glob("*.py"))
     for name in re.findall(r'\.joined\("([^"]+)"\)', path.read_text())
 ]
-STARTED = ["decode started", "prefill started"]
+STARTED = ["serve: decode started", "way back: serve: prefill started"]
 
 
 @pytest.mark.parametrize("name", [*STEPS, *GATES, *STARTED])
