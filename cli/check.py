@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pd_deploy.cli.tables import aligned
+from pd_deploy.code import reading
 from pd_deploy.config.load import load_deployment, naming_lines
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement
@@ -47,6 +48,7 @@ def describe(deployment: Deployment) -> str:
             f"{deployment.name}: {len(placed.prefill)} prefill + {len(placed.decode)} decode, "
             f"{deployment.engine}, profile {deployment.profile}",
             f"image {deployment.image_reference}",
+            *_own_code(deployment),
             *_unusual(deployment),
             "",
             *aligned(rows),
@@ -54,6 +56,11 @@ def describe(deployment: Deployment) -> str:
             "The file is valid. Next: pd-deploy plan FILE",
         ]
     )
+
+
+def _own_code(deployment: Deployment) -> list[str]:
+    own = deployment.own_code
+    return [f"code {own.source}: {reading.read(own.source).detail}"] if own else []
 
 
 def _unusual(deployment: Deployment) -> list[str]:

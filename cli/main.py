@@ -348,6 +348,13 @@ def deploy(
             help="Don't clean up this host: it was removed from the file and is gone for good.",
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Deploy again whenever the file or its source code changes, until Ctrl-C.",
+        ),
+    ] = False,
 ) -> None:
     """Bring a service up, and prove it with a completion.
 
@@ -358,25 +365,29 @@ def deploy(
     is configured (PREFECT_API_URL), one is started on this machine, and kept for the next command.
     It is safe to run again: only what differs from the file is changed.
 
+    With --watch, it runs again after each change of the file or of the directory that `code` names,
+    and once more if something changed during a run. Ctrl-C ends watching and leaves the service up.
+
     Example: pd-deploy deploy qwq-3p1d.yaml
     """
     _refuse_invalid(file)
     _refuse_invalid(file, image)
     from pd_deploy.cli import run
+    from pd_deploy.cli.watch import deploy_on_change
     from pd_deploy.flows.deploy import deploy as flow
 
-    stages = [entry.value for entry in stage] if stage else None
-    raise typer.Exit(
-        run.here(
+    def once() -> int:
+        return run.here(
             flow,
             file=str(file),
             image=image,
-            stages=stages,
+            stages=[entry.value for entry in stage] if stage else None,
             dry_run=dry_run,
             on_failure=on_failure.value,
             forget=forget,
         )
-    )
+
+    raise typer.Exit(deploy_on_change(file, once) if watch else once())
 
 
 @app.command()

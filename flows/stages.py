@@ -11,6 +11,7 @@ from pd_deploy.steps.readiness import ALL_STARTED
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import (
+    bring_code,
     check_host,
     clean_up,
     compare_hosts,
@@ -47,6 +48,9 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
     if "cleanup" in stages or "launch" in stages:
         await line.together(pull_image.after(*line.ends)(rollout, host) for host in hosts)
         await line.joined("prepare: image on all hosts")
+    if "launch" in stages and any(map(rollout.code_on, hosts)):
+        await line.together(bring_code.after(*line.ends)(rollout, host) for host in hosts)
+        await line.joined("prepare: code on all hosts")
     if "launch" in stages:
         await promotion.note_hosts(rollout)
     await line.branches(create(line.branch(), rollout, host, stages) for host in hosts)

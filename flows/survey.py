@@ -5,7 +5,7 @@ yet is brought to a host and asked what it is.
 """
 
 from pd_deploy.flows.fan_out import fan_out
-from pd_deploy.steps import identifying, surveying
+from pd_deploy.steps import identifying, own_code, surveying
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import LockedSession, Session
 from pd_deploy.tasks import (
@@ -13,6 +13,7 @@ from pd_deploy.tasks import (
     device_addresses,
     identify_image,
     make_plan,
+    read_code,
     resolve_image,
     survey,
     take_plan,
@@ -33,7 +34,10 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
         run: the run, and who or what started it.
         patience: seconds to wait for a registry that is out of order.
     """
-    states = await survey_hosts(session)
+    states, source = await survey_hosts(session), None
+    if session.deployment.own_code:
+        source = await read_code.after(*states)(session)
+        session = own_code.with_tree(session, source)
     choice = await choose_image.after(*states)(session, states, image, patience)
     resolved = await resolve_image.after(choice)(session, choice, patience)
     latest: Result = resolved
@@ -48,7 +52,7 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
     ]
     addresses = await fan_out(session.barrier, reading)
     planning = make_plan.after(latest, *addresses)
-    return await planning(session, states, addresses, resolved, run, record)
+    return await planning(session, states, addresses, resolved, run, record, source)
 
 
 async def restore(session: Session, generation: str) -> Rollout:

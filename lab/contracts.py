@@ -31,6 +31,21 @@ class Contract:
     removed: tuple[str, ...] = ()  # paths of the oldest image
 
 
+def _plugin(package: str, connectors: str, function: str, revision: str) -> str:
+    """Write the package that the engine loads; `revision` is what its answers tell."""
+    return f"""\
+\"\"\"The plug-in {package} of vLLM.\"\"\"
+
+REVISION = "{revision}"
+
+
+def register():
+    from {connectors} import {function}
+
+    {function}()
+"""
+
+
 def _v0_connectors(names: tuple[str, ...]) -> str:
     # The class has the name under which a later contract registers it.
     lines = [
@@ -64,6 +79,10 @@ _NPU_CONNECTORS_OF_ROLES = f"""\
         "NPUOffloadingConnector",
     )
 """
+_PLUGIN_OF_V0 = f"{_SOURCES}/omni/__init__.py"
+# What an editable installation leaves: where Python looks for the package.
+_EDITABLE_OF_V0 = f"{_PACKAGES}/__editable__.omni_infer.pth"
+_SOURCES_OF_NPU = f"{_SOURCES}/components/omni-npu/src"
 _PROXY = "later/omni_proxy.sh"
 _MODULES = {"usr/local/nginx/modules/ngx_http_omni_proxy_module.so": "of the stand-in: unread\n"}
 _BUILT_NGINX = "usr/local/nginx/nginx"  # an RPM's is /usr/sbin/nginx
@@ -83,7 +102,11 @@ CONTRACTS = {
         },
         cann="8.2.RC1",
         commit="0fb5786d00000000000000000000000000000001",
-        written={_CONNECTORS_OF_V0: _v0_connectors(("AscendHcclConnectorV1",))},
+        written={
+            _CONNECTORS_OF_V0: _v0_connectors(("AscendHcclConnectorV1",)),
+            _PLUGIN_OF_V0: _plugin("omni", "omni.accelerators.pd", "register", "0.3.0"),
+            _EDITABLE_OF_V0: f"/{_SOURCES}\n",
+        },
     ),
     "v0": Contract(
         engine="v0",
@@ -101,6 +124,7 @@ CONTRACTS = {
         written={
             **_MODULES,
             _CONNECTORS_OF_V0: _v0_connectors(("AscendHcclConnectorV1", "LMCacheConnectorV1")),
+            _PLUGIN_OF_V0: _plugin("omni", "omni.accelerators.pd", "register", "0.7.1"),
         },
         removed=(_BUILT_NGINX,),
     ),
@@ -111,8 +135,19 @@ CONTRACTS = {
         cann="8.5.0",
         commit="c29cdcda00000000000000000000000000000003",
         copied={f"{_SOURCES}/components/omni-proxy/omni_proxy/omni_proxy.sh": _PROXY},
-        written={**_MODULES, f"{_PACKAGES}/omni_npu/connector/__init__.py": _NPU_CONNECTORS},
-        removed=(_BUILT_NGINX, f"{_SOURCES}/omni/accelerators/pd"),
+        written={
+            **_MODULES,
+            f"{_PACKAGES}/omni_npu/__init__.py": _plugin(
+                "omni_npu", "omni_npu.connector", "register_connectors", "1.2.1"
+            ),
+            f"{_PACKAGES}/omni_npu/connector/__init__.py": _NPU_CONNECTORS,
+        },
+        removed=(
+            _BUILT_NGINX,
+            _EDITABLE_OF_V0,
+            _PLUGIN_OF_V0,
+            f"{_SOURCES}/omni/accelerators/pd",
+        ),
     ),
     "roles": Contract(
         engine="roles",
@@ -126,11 +161,13 @@ CONTRACTS = {
         },
         written={
             **_MODULES,
-            f"{_SOURCES}/components/omni-npu/src/omni_npu/connector/register.py": (
-                _NPU_CONNECTORS_OF_ROLES
+            f"{_PACKAGES}/__editable__.omni_npu.pth": f"/{_SOURCES_OF_NPU}\n",
+            f"{_SOURCES_OF_NPU}/omni_npu/__init__.py": _plugin(
+                "omni_npu", "omni_npu.connector.register", "register_connectors", "1.2.1.post1"
             ),
+            f"{_SOURCES_OF_NPU}/omni_npu/connector/register.py": _NPU_CONNECTORS_OF_ROLES,
         },
-        removed=(_BUILT_NGINX, f"{_SOURCES}/omni", f"{_SOURCES}/tools/scripts"),
+        removed=(_BUILT_NGINX, _EDITABLE_OF_V0, f"{_SOURCES}/omni", f"{_SOURCES}/tools/scripts"),
     ),
 }
 OLDEST = "v0-early"  # that of the stand-in's own tree
@@ -152,6 +189,30 @@ def layer(name: str) -> Files:
         **contract.written,
         **{path: (STANDIN / source).read_bytes() for path, source in contract.copied.items()},
         **dict.fromkeys(contract.removed),
+    }
+
+
+def sources(name: str) -> Files:
+    """List the source tree of a contract's image, by path in it: what developers check out.
+
+    Raises:
+        LabError: there is no such contract.
+    """
+    image = STANDIN / "image"
+    files: Files = {
+        str(path.relative_to(image)): path.read_bytes()
+        for path in (image / _SOURCES).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    for change in (layer(OLDEST), layer(name)):
+        gone = [path for path, content in change.items() if content is None]
+        kept = {
+            p: c for p, c in files.items() if not any(f"{p}/".startswith(f"{g}/") for g in gone)
+        }
+        files = kept | {path: content for path, content in change.items() if content is not None}
+    below = f"{_SOURCES}/"
+    return {
+        p[len(below) :]: c for p, c in files.items() if p.startswith(below) and "/.git/" not in p
     }
 
 

@@ -38,6 +38,7 @@
      │   ├─ SmokeTestFailed           the service answers, but not as it should
      │   ├─ HostAway                  a host was not back in time for the way back
      │   ├─ UnknownImage              nobody knows what an image like this expects
+     │   ├─ CodeRefused               other source code would run than the file's
      │   ├─ NoSuchGeneration          a generation that is not kept
      │   ├─ Unrecorded                containers run of which no host has a record any more
      │   ├─ NothingServes             what served was stopped, and there is nothing to go back to
@@ -316,6 +317,10 @@ class HostAway(ServiceError):
 
 class UnknownImage(ServiceError):
     """Nobody knows what an image like this expects, or it does not say what it is."""
+
+
+class CodeRefused(ServiceError):
+    """Other source code would run than the file's, or it can't be imported."""
 
 
 class NoSuchGeneration(ServiceError):

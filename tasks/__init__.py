@@ -5,7 +5,15 @@ have in common, such as retries, into `step.py`; what takes more than one
 call of them, into `composed.py`.
 """
 
-from pd_deploy.steps import containers, preflight, promotion, readiness, surveying, tidy
+from pd_deploy.steps import (
+    containers,
+    own_code,
+    preflight,
+    promotion,
+    readiness,
+    surveying,
+    tidy,
+)
 from pd_deploy.steps.verify import smoke
 from pd_deploy.tasks import composed
 from pd_deploy.tasks.step import TO_ITS_END, pure, step
@@ -17,6 +25,7 @@ LOOK_S = 15
 connect = step("connect {name}", grace=LOOK_S)(surveying.connect)
 lock = step("lock")(composed.lock)
 survey = step("survey {name}", grace=LOOK_S)(surveying.survey)
+read_code = step("read code")(own_code.read)
 choose_image = step("choose image")(surveying.choose)
 resolve_image = step("resolve image")(surveying.resolve_image)
 identify_image = step("identify image")(composed.identify)
@@ -28,6 +37,7 @@ take_plan = step("saved plan")(pure(surveying.restored))
 check_host = step("preflight {name}", grace=LOOK_S)(preflight.preflight)
 compare_hosts = step("compare hosts", grace=LOOK_S)(preflight.compare)
 pull_image = step("pull image {name}")(composed.pull)
+bring_code = step("bring code {name}")(composed.bring_code)
 save = step("save {name}")(promotion.save)
 launch = step("launch {instance}")(containers.launch)
 write_ranktables = step("ranktable {name}")(containers.write_ranktables)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from prefect.logging import get_run_logger
 
 from pd_deploy.hosts.container_values import PullProgress
-from pd_deploy.steps import containers, identifying, locking
+from pd_deploy.steps import containers, identifying, locking, own_code
 from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Gate, Report
 from pd_deploy.steps.rollout import HostState, Rollout
@@ -30,6 +30,11 @@ async def lock(session: LockedSession) -> Report:
 async def pull(rollout: Rollout, name: str) -> Report:
     """Bring the image to a host unless it is there; log how far the pull is."""
     return await containers.pull(rollout, name, _every_tenth())
+
+
+async def bring_code(rollout: Rollout, name: str) -> Report:
+    """Bring the user's own source code to a host; log how far that is."""
+    return await own_code.bring(rollout, name, _every_tenth())
 
 
 async def identify(

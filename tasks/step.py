@@ -17,6 +17,7 @@ from prefect.context import FlowRunContext
 from prefect.tasks import TaskRunNameCallbackWithParameters
 from prefect.utilities.annotations import opaque, quote
 
+from pd_deploy.code.reading import Source
 from pd_deploy.errors import Abandoned, PdDeployError, headline, is_transient
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.host_records import HostRecords
@@ -45,6 +46,7 @@ Result = (
     | Choice
     | ResolvedImage
     | Identified
+    | Source
     | Addresses
     | Rollout
     | Completion

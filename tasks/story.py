@@ -4,6 +4,7 @@ import logging
 
 from prefect.logging import get_run_logger
 
+from pd_deploy.code.reading import Source
 from pd_deploy.errors import PdDeployError, headline
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.identifying import Identified
@@ -72,6 +73,8 @@ def log(result: object) -> None:
             logger.info("%s (%.1f s)", detail, seconds)
         case Choice(chosen_image=image, rule=rule):
             logger.info("%s: %s", image, rule)
+        case Source(detail=detail):
+            logger.info("%s", detail)
         case Identified(detail=detail):
             logger.info("%s", detail)
         case Completion(proof=proof, remarks=remarks):

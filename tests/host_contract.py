@@ -18,13 +18,14 @@ from uuid import uuid4
 import pytest
 
 from pd_deploy import errors
+from pd_deploy.code import tree
 from pd_deploy.hosts import facts
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerSpec, Mount, PullProgress
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import PART_BYTES, Host
 from pd_deploy.hosts.lease import Lease, Owner, this_process
 from pd_deploy.registry import archives
-from pd_deploy.steps import host_records
+from pd_deploy.steps import host_records, own_code
 from tests.archives import Image, tar
 
 # What the two modules of tests take from here.
@@ -37,6 +38,7 @@ __all__ = [
     "TestFiles",
     "TestImages",
     "TestLeases",
+    "TestSourceTrees",
     "create",
     "place",
 ]
@@ -296,6 +298,71 @@ class TestFiles:
         assert {path for path, s in tree.items() if s.is_directory} == {
             root, f"{root}/1-a", f"{root}/1-a/p0", logs, f"{logs}/1-a", f"{logs}/1-a/p0",
         }  # fmt: skip
+
+
+class TestSourceTrees:
+    """Of the user's own code."""
+
+    async def test_a_content_is_kept_once_and_damage_is_seen(
+        self, host: Host, console: Console, place: str
+    ) -> None:
+        root, names = f"{place}/.code", await laid_out(host, place)
+        assert console.modes(root) == {DIGEST: "755", tree.OBJECTS: "755"}
+        paths = [f"{root}/{DIGEST}/{name}" for name in ("a\nb", "sub/run.sh")]
+        assert await host.find_files(f"{root}/{DIGEST}") == paths
+        file, program = names
+        objects = f"{root}/{tree.OBJECTS}"
+        assert console.modes(objects) == {file: "644", program: "755"}
+        assert console.modes(f"{root}/{DIGEST}/sub") == {"run.sh": "755"}
+        look = ["sh", "-c", own_code.LOOK, "sh", root]
+        wanted = "\n".join([*names, "0" * 64])
+        seen = (await host.run(look, input=wanted)).stdout.split()
+        assert dict(zip(seen[1::2], seen[::2], strict=True)) == dict.fromkeys(names, file)
+        await host.write_files({f"{objects}/{file}": File(b"damaged")})
+        seen = (await host.run(look, input=file)).stdout.split()
+        assert seen == [sha256(b"damaged").hexdigest(), file]
+        # A tree is no generation, and what is in it is not looked through.
+        found = facts.parse_tree(await host.output(facts.tree(place, f"{place}/logs")))
+        assert [path for path in found if root in path] == [
+            root, *sorted([f"{root}/{DIGEST}", f"{root}/{tree.OBJECTS}"])
+        ]  # fmt: skip
+        assert (
+            host_records.parse(
+                await host.output(host_records.command(place)), host, place
+            ).generations
+            == frozenset()
+        )
+
+    async def test_objects_go_with_the_last_tree_that_has_them(
+        self, host: Host, console: Console, place: str
+    ) -> None:
+        root, _ = f"{place}/.code", await laid_out(host, place)
+        prune = ["sh", "-c", own_code.PRUNE, "sh", root]
+        assert (await host.run([*prune, DIGEST])).stdout == ""
+        assert len(console.modes(f"{root}/{tree.OBJECTS}")) == 2
+        assert (await host.run(prune)).stdout == f"{DIGEST}\n"
+        assert console.modes(root) == {tree.OBJECTS: "755"}
+        assert console.modes(f"{root}/{tree.OBJECTS}") == {}
+        assert (await host.run(["sh", "-c", own_code.PRUNE, "sh", f"{place}/none"])).stdout == ""
+
+
+DIGEST = "d" * 64
+
+
+async def laid_out(host: Host, place: str) -> list[str]:
+    """Send the objects of a tree, and lay it out; return their names."""
+    root, content = f"{place}/.code", b"echo"
+    sha256_of = sha256(content).hexdigest()
+    entries = (
+        tree.Entry("a\nb", "file", sha256_of, len(content)),
+        tree.Entry("link", "link", "0" * 64, 0, "sub/run.sh"),
+        tree.Entry("sub/run.sh", "program", sha256_of, len(content)),
+    )
+    made = tree.Tree(entries)
+    objects = tree.objects_archive((entry, content) for entry in made.objects.values())
+    await host.run(["sh", "-c", own_code.RECEIVE, "sh", root], input=objects)
+    await host.run(["sh", "-c", own_code.LAY_OUT, "sh", root, DIGEST], input=made.archive())
+    return sorted(made.objects)
 
 
 class TestFacts:

@@ -266,9 +266,45 @@ def parse_code(value: object) -> object:
         return value
     if not isinstance(value, str) or not value.startswith("/"):
         raise ValueError(
-            f"expected `image` (the code in the image) or an absolute path, found {shown(value)}"
+            "expected `image` (the code in the image), an absolute path on the hosts, or "
+            f"`{{source: …}}`, found {shown(value)}"
         )
     return _absolute(value)
+
+
+_URL = r"[a-z][a-z0-9+.-]*://"
+_GIT_URL = rf"({_URL}|[^/\s]+@[\w.-]+:)\S+"
+
+
+def is_git_url(value: str) -> bool:
+    """Tell whether a text is a repository's URL, not a path."""
+    return bool(re.match(_GIT_URL, value))
+
+
+def split_code_source(value: str) -> tuple[str, str]:
+    """Split where source code is into a repository's URL and a commit; of a directory the second is
+    empty."""
+    url, at, commit = value.rpartition("@")
+    is_url = at and re.fullmatch(_GIT_URL, url) and re.fullmatch(r"[0-9a-f]{40}", commit)
+    return (url, commit) if is_url else (value, "")
+
+
+def parse_code_source(value: object) -> object:
+    if not isinstance(value, str) or not is_git_url(value):
+        return value
+    url = re.sub(r"@[0-9a-f]{40}$", "", value)
+    if re.match(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/]*@|[^/@:]*:[^/@]*@", url):
+        raise ValueError(
+            "expected a URL without user and password, for which git has its own configuration; "
+            "found one with them (not shown)"
+        )
+    if not re.match(r"(https?|git|ssh|file)://|[^/]*:(?!//)", value):
+        raise ValueError(f"expected a URL by http, https, ssh, git or file, found {shown(value)}")
+    if not split_code_source(value)[1]:
+        raise ValueError(
+            f"expected URL@COMMIT with all 40 digits of the commit, found {shown(value)}"
+        )
+    return value
 
 
 def shown(value: object) -> str:

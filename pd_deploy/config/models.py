@@ -13,7 +13,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -40,6 +42,7 @@ from pd_deploy.config.fields import (
     compile_pattern,
     like,
     parse_code,
+    parse_code_source,
     parse_engine_id,
     parse_group,
     parse_host,
@@ -58,8 +61,8 @@ from pd_deploy.config.fields import (
     without_login,
 )
 
-# Keys of the model that no document gives: they come from the profile's own.
-DERIVED = ("profile_settings", "upstream_source")
+# Keys of the model that no document gives: they come from the profile's own, or are read by a run.
+DERIVED = ("profile_settings", "upstream_source", "code_tree")
 DOCKER_SOCKET = "/var/run/docker.sock"
 EngineName = Literal["omniinfer", "sglang", "vllm"]
 ProxyProgram = Literal["global", "omni"]
@@ -536,6 +539,40 @@ class Supports(Model):
     server_offset: Literal["servers", "devices"] | None = None
 
 
+class OwnCode(Model):
+    """Source code that replaces the image's. `source` is a directory where pd-deploy runs, or
+    `URL@COMMIT` of a git repository. `path` is where the containers have it, and `package` what is
+    imported from there to prove it; the engine knows both, unless its images differ."""
+
+    source: Annotated[Text, BeforeValidator(parse_code_source)]
+    path: AbsolutePath | None = None
+    package: (
+        Annotated[str, like(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "the name of a Python package")]
+        | None
+    ) = None
+
+
+def _form_of_code(value: object) -> str:
+    return "function-own" if isinstance(value, dict | OwnCode) else "function-place"
+
+
+# Pydantic adds the tags to the paths of keys, from which problems take what begins so.
+Code = Annotated[
+    Annotated[str, BeforeValidator(parse_code), Tag("function-place")]
+    | Annotated[OwnCode, Tag("function-own")],
+    Discriminator(_form_of_code),
+]
+
+
+class CodeTree(Model):
+    """The source code that a run has read, by digest: what servers see of it, and the proxy (none
+    where it needs none). `commit` is what it is based on, "" if that is not known."""
+
+    servers: Sha256
+    proxy: Sha256 | None
+    commit: str
+
+
 KvParallelSize = Annotated[
     Literal["by-image", "prefill-pods-plus-one", "decode-tensor-parallel"] | int,
     BeforeValidator(parse_kv_parallel_size),
@@ -568,7 +605,7 @@ class Deployment(Model):
     decode: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     proxy: Annotated[dict[Name, ProxyEntry], Field(min_length=1, max_length=1)]
     settings: dict[Literal["all", "prefill", "decode"], Settings] = {}
-    code: Annotated[str, BeforeValidator(parse_code)] = "image"
+    code: Code = "image"
     http_proxy: Annotated[Word | None, without_login(r"^([^/]*://)?[^/]*@")] = None
     ports: Ports = Ports()
     paths: Paths = Paths()
@@ -589,6 +626,7 @@ class Deployment(Model):
     upstream_source: Text | None = Field(
         default=None, description="the upstream files that the profile's section `upstream` follows"
     )
+    code_tree: CodeTree | None = None
 
     @field_validator("update")
     @classmethod
@@ -627,6 +665,11 @@ class Deployment(Model):
         if self.registry.host is None or archive_of(self.image):
             return self.image
         return f"{self.registry.host}/{split_registry(self.image)[1]}"
+
+    @property
+    def own_code(self) -> OwnCode | None:
+        """The source code that pd-deploy brings to the hosts; None where it brings none."""
+        return self.code if isinstance(self.code, OwnCode) else None
 
     @property
     def window(self) -> timedelta:

@@ -3,6 +3,8 @@
 
 RULES = {
     "batched-tokens": "`max-num-batched-tokens` holds the longest prompt",
+    "code-commit": "`code` is based on the commit that the image has by what it says of itself",
+    "code-path": "`code` has a place in the containers where the engine looks for it",
     "contract-of-image": "`contract` is the one that the image follows by what it says of itself",
     "decode-devices": "decode with several copies of the model has devices 0, 1, … on each host",
     "decode-gear-list": "graph sizes are inside `graph_model_compile_config`, at most 6",

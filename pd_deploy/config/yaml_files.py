@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pd_deploy.config import text_files
-from pd_deploy.config.fields import FILE, WrittenFloat, archive_of
+from pd_deploy.config.fields import FILE, WrittenFloat, archive_of, is_git_url
 from pd_deploy.errors import InvalidInput, Problem
 
 Document = dict[str, Any]
@@ -110,7 +110,8 @@ def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
     """Read the mapping that a YAML file holds, merged over the file that it `extends`.
 
     Mappings merge key by key, lists and scalars replace, and a key set to null removes what the
-    extended file gave. The path of an `image: file:PATH` becomes an absolute one.
+    extended file gave. The path of an `image: file:PATH`
+    and of a directory in `code` become absolute ones.
 
     Args:
         names_file: keys whose value may be the path of a file, relative to the file that has the
@@ -132,6 +133,13 @@ def placed(image: str, named_in: Path) -> str:
     """Make the path of an image in a file absolute: it is relative to the file that names it."""
     path = archive_of(image)
     return image if path is None else f"{FILE}{_resolved(named_in.parent / path, named_in)}"
+
+
+def _code_placed(code: Document, named_in: Path) -> Document:
+    source = code.get("source")
+    if not isinstance(source, str) or is_git_url(source):
+        return code
+    return {**code, "source": str(_resolved(named_in.parent / source, named_in))}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
@@ -158,6 +166,8 @@ def _read(path: Path, names_file: tuple[str, ...], seen: tuple[Path, ...]) -> Do
             document[key] = str(_resolved(path.parent / value, path))
         elif key == "image" and isinstance(value, str):
             document[key] = placed(value, path)
+        elif key == "code" and isinstance(value, dict):
+            document[key] = _code_placed(value, path)
     parent = document.pop("extends", None)
     if parent is None:
         return document

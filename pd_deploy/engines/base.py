@@ -81,6 +81,16 @@ class Layout:
         """Return the directory of an instance's log files."""
         return f"{self.log_root}/{name}"
 
+    @staticmethod
+    def code_root(root: str) -> str:
+        """Return the directory of all source trees, given that of the deployment. Its name begins
+        with a dot, unlike those of generations."""
+        return f"{root}/.code"
+
+    def code(self, digest: str) -> str:
+        """Return the directory of a source tree, which generations may share."""
+        return f"{self.code_root(f'{self.state}/{self.deployment}')}/{digest}"
+
 
 @dataclass(frozen=True)
 class Service:
@@ -132,6 +142,21 @@ class Counters:
     kv_tokens: Counter
     kv_bytes: Counter
     kv_bytes_of: Literal["prefill", "decode"] = "decode"
+
+
+@dataclass(frozen=True)
+class CodePlace:
+    """Where an engine's containers have source code that replaces the image's.
+
+    Attributes:
+        path: the directory of the tree.
+        package: what the servers import from there.
+        of_proxy: what of the tree only the proxy uses; None where it uses none of it at all.
+    """
+
+    path: str
+    package: str
+    of_proxy: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -215,6 +240,9 @@ class Engine(Protocol):
     def image_findings(self, deployment: Deployment, facts: ImageFacts | None) -> Iterator[Finding]:
         """Yield the rules that a deployment breaks with its image, by the image's facts, or as far
         as its name tells while there are none."""
+
+    def code_place(self, deployment: Deployment) -> CodePlace:
+        """Say where the containers have the user's own source code."""
 
     def tensor_parallel(self, role: Literal["prefill", "decode"], devices: Sequence[int]) -> int:
         """Return how many devices share a copy of the model unless the file says so, given the

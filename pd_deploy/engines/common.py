@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, MountEntry
 from pd_deploy.config.topology import Instance
-from pd_deploy.engines.base import Service
+from pd_deploy.engines.base import CodePlace, Service
 from pd_deploy.hosts.container_values import Mount
 
 ONE_STEP_ON = """\
@@ -19,6 +19,12 @@ one_step_on() {
     steps=$((steps - 1))
 }"""
 """Shell function of a proxy's script: waits for the next signal; one that comes early counts."""
+
+
+# As the start scripts do it: ~/.bashrc says which Python that is.
+_PYTHON = 'source ~/.bashrc >/dev/null 2>&1; exec "$(command -v python || command -v python3)" "$@"'
+NOT_READ = "TREE"
+"""What stands for a tree's digest where the tree was not read, as in a plan without hosts."""
 
 
 def instance_of(service: Service, name: str) -> Instance | None:
@@ -49,6 +55,23 @@ def mounts(
     listed += [mount(deployment.model.path), *after, mount(zone, "/etc/localtime", read_only=True)]
     listed += map(_from_file, instance.settings.mounts if instance else ())
     return tuple({entry.target: entry for entry in listed}.values())
+
+
+def code_mounts(service: Service, name: str, place: CodePlace) -> list[Mount]:
+    """Mount the source tree that this container sees, where the file has one, over the image's."""
+    if service.deployment.own_code is None:
+        return []
+    tree = service.deployment.code_tree
+    if instance_of(service, name):
+        digest: str | None = tree.servers if tree else NOT_READ
+    else:
+        digest = tree.proxy if tree else (None if place.of_proxy is None else NOT_READ)
+    return [mount(service.layout.code(digest), place.path, read_only=True)] if digest else []
+
+
+def in_python(source: str, *arguments: str) -> list[str]:
+    """Return the command that runs a program's source in the Python of an image."""
+    return ["bash", "-c", _PYTHON, "bash", "-c", source, *arguments]
 
 
 def flags(arguments: Mapping[str, Scalar]) -> list[str]:

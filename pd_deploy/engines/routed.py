@@ -10,8 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Instance, Pod, Topology
-from pd_deploy.engines.base import PROVING_ADDRESS, Finding, HostFacts, Service
-from pd_deploy.engines.common import ONE_STEP_ON, exports, instance_of, mounts, text, title
+from pd_deploy.engines.base import PROVING_ADDRESS, CodePlace, Finding, HostFacts, Service
+from pd_deploy.engines.common import (
+    ONE_STEP_ON,
+    code_mounts,
+    exports,
+    instance_of,
+    mounts,
+    text,
+    title,
+)
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec, DeviceRequest
 
@@ -23,7 +31,7 @@ OPENED = f"{OPEN} to clients"
 OPEN_SIGNAL = "SIGUSR1"
 DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
 UNUSED_KEYS: tuple[str, ...] = (
-    "code", "compat", "contract", "decode_engine_id", "http_proxy", "kv_connector_extra_config",
+    "compat", "contract", "decode_engine_id", "http_proxy", "kv_connector_extra_config",
     "kv_parallel_size", "ports.ray", "proxy.*.core_num", "proxy.*.decode_lb_sdk",
     "proxy.*.log_level", "proxy.*.nginx_sha256", "proxy.*.nginx_tarball", "proxy.*.pass_through",
     "proxy.*.prefill_lb_sdk", "proxy.*.prefix_aware", "proxy.*.program", "proxy.*.start_core_index",
@@ -75,6 +83,26 @@ def faulty_devices(output: str, devices: Sequence[int]) -> Mapping[int, str]:
     return {}
 
 
+def code_place(deployment: Deployment, package: str) -> CodePlace:
+    """Take the place of source code from the file: each builder of images has its own. The router
+    is no part of the engine's tree."""
+    own = deployment.own_code
+    return CodePlace((own and own.path) or "", (own and own.package) or package, of_proxy=None)
+
+
+def code_findings(deployment: Deployment) -> Iterator[Finding]:
+    """Demand that the file says where the image has its code."""
+    if isinstance(deployment.code, str) and deployment.code != "image":
+        message = "expected `image` or `{source: …, path: …}`, found a directory on the hosts"
+        yield "code-path", Problem("code", message)
+    elif deployment.own_code and not deployment.own_code.path:
+        message = (
+            "is missing: where the image has the tree, such as /vllm-workspace/vllm-ascend; "
+            "`pip show -f PACKAGE` in a container of it says where"
+        )
+        yield "code-path", Problem("code.path", message)
+
+
 def container(service: Service, name: str, *, has_device_files: bool) -> ContainerSpec:
     """Specify the container of an instance or of the proxy; the server is its main process.
 
@@ -95,7 +123,9 @@ def container(service: Service, name: str, *, has_device_files: bool) -> Contain
         image=service.pinned_image,
         entrypoint=("bash",),
         command=(service.layout.start_script(name),),
-        mounts=mounts(service, name),
+        mounts=mounts(
+            service, name, after=code_mounts(service, name, code_place(service.deployment, ""))
+        ),
         devices=tuple(dict.fromkeys(files)) if instance else (),
         device_requests=(DeviceRequest(count=-1),) if options.gpus and instance else (),
         privileged=options.privileged,

@@ -19,6 +19,7 @@ from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import ascend, routed
 from pd_deploy.engines.base import (
     PROVING_ADDRESS,
+    CodePlace,
     Counter,
     Counters,
     Finding,
@@ -147,6 +148,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         message = f"is missing; profile {deployment.profile} is not one of engine sglang"
         yield "engine-keys", Problem("sglang", message)
         return
+    yield from routed.code_findings(deployment)
     backends = _PLATFORMS[options.device].backends
     if options.transfer_backend not in backends:
         message = (
@@ -158,6 +160,11 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         yield from _sizes(pod)
     yield from routed.ratio(topology)
     yield from _layouts(topology)
+
+
+def code_place(deployment: Deployment) -> CodePlace:
+    """Return the file's place; see `routed.code_place`."""
+    return routed.code_place(deployment, "sglang")
 
 
 def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:

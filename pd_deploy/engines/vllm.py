@@ -16,6 +16,7 @@ from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import ascend, common, routed
 from pd_deploy.engines.base import (
     PROVING_ADDRESS,
+    CodePlace,
     Counter,
     Counters,
     Finding,
@@ -131,6 +132,7 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     if deployment.vllm is None:
         message = f"is missing; profile {deployment.profile} is not one of engine vllm"
         yield "engine-keys", Problem("vllm", message)
+    yield from routed.code_findings(deployment)
     for pod in topology.pods:
         tp = pod.tensor_parallel
         for member in pod.members:
@@ -149,6 +151,11 @@ def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | N
     if options is None or not options.router_metrics_open:
         return None
     return MetricsPage(f"{proxy.address}:{options.router_metrics_port}")
+
+
+def code_place(deployment: Deployment) -> CodePlace:
+    """Return the file's place; see `routed.code_place`."""
+    return routed.code_place(deployment, "vllm")
 
 
 def members(

@@ -11,11 +11,13 @@ from typing import Protocol
 
 from pd_deploy.errors import FactsError
 
-# Directories with their mode, files with mode and sha256, three levels deep; of the second
-# directory, where others write, only directories. What goes away meanwhile is left out.
+# Directories with their mode, files with mode and sha256, three levels deep, but for what is in
+# source trees; of the second directory, where others write, only directories. What goes away
+# meanwhile is left out.
 TREE = r"""[ ! -d "$1" ] || {
-  find "$1/" -maxdepth 3 -xdev -exec stat -c '%f %n' {} + 2>/dev/null
-  find "$1/" -maxdepth 3 -xdev -mindepth 3 -type f -exec sha256sum {} + 2>/dev/null
+  find "$1/" -maxdepth 3 -xdev -path "$1/.code/*/*" -prune -o -exec stat -c '%f %n' {} + 2>/dev/null
+  find "$1/" -maxdepth 3 -xdev -mindepth 3 -path "$1/.code/*/*" -prune -o \
+    -type f -exec sha256sum {} + 2>/dev/null
 }
 [ ! -d "$2" ] || find "$2/" -maxdepth 2 -xdev -type d -exec stat -c '%f %n' {} + 2>/dev/null
 true"""

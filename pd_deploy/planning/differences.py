@@ -5,12 +5,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pd_deploy.config.models import Deployment
+from pd_deploy.config.models import DERIVED, Deployment
 from pd_deploy.planning.plans import HostPlan, Plan
 
 NOT_SET = "(not set)"
 # Of the present form of the file alone, or of every generation its own.
-_INTERNAL = frozenset({"profile_settings", "upstream_source"})
+_INTERNAL = frozenset(DERIVED)
 _OF_EACH = ("pd-deploy.generation", "pd-deploy.epoch")
 _GENERATION = "GENERATION"
 

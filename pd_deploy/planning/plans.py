@@ -10,7 +10,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
-from pd_deploy.hosts.container_values import ContainerSpec
+from pd_deploy.hosts.container_values import ContainerSpec, Mount
 from pd_deploy.planning.flat_plans import FlatCommand, FlatFile, FlatHost, FlatPlan
 from pd_deploy.records import generations
 from pd_deploy.records.generations import Generation
@@ -130,6 +130,16 @@ class HostPlan(_Frozen):
         """All directories, the shared one first."""
         shared = [self.ranktables.directory] if self.ranktables else []
         return [*shared, *(d for plan in self.instances.values() for d in plan.directories)]
+
+    def code(self, root: str) -> dict[str, Mount]:
+        """Return the mounts of source trees below a directory, by who sees them: `servers` and
+        `proxy`."""
+        return {
+            "proxy" if plan.role == "proxy" else "servers": mount
+            for plan in self.instances.values()
+            for mount in plan.container.mounts
+            if mount.source.startswith(f"{root}/")
+        }
 
     @property
     def files(self) -> list[PlannedFile]:

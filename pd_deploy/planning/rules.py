@@ -32,7 +32,8 @@ def broken(
     engine = engines.get(deployment.engine)
     asked: list[ImageFacts | None] = [*images] or [None]
     of_image = (finding for facts in asked for finding in engine.image_findings(deployment, facts))
-    for rule, problem in chain(_findings(deployment, topology), of_image):
+    of_code = _other_commits(deployment, {facts.commit for facts in asked if facts})
+    for rule, problem in chain(_findings(deployment, topology), of_image, of_code):
         if rule not in deployment.allow:
             problems.append(Problem(problem.key, f"{problem.message} (rule {rule})"))
     return problems
@@ -207,9 +208,23 @@ def _derived_arguments(
 
 def _is_ours(deployment: Deployment, target: str) -> bool:
     paths = deployment.paths
-    exact = {deployment.model.path, deployment.code, "/etc/localtime"}
+    code = deployment.code
+    if not isinstance(code, str):
+        code = engines.get(deployment.engine).code_place(deployment).path
+    exact = {deployment.model.path, code, "/etc/localtime"}
     below = (f"{paths.state}/{deployment.name}/", f"{paths.logs}/{deployment.name}/")
     return target in exact or f"{target}/".startswith(below)
+
+
+def _other_commits(deployment: Deployment, commits: Iterable[str]) -> Iterator[Finding]:
+    """Find where source code is based on another commit than the image, as far as that is known:
+    the rest of the image was built for its own."""
+    tree = deployment.code_tree
+    for commit in sorted(filter(None, commits)):
+        if tree and tree.commit != commit:
+            found = f"commit {tree.commit}" if tree.commit else "a tree without a commit"
+            message = f"expected a tree of the image's commit {commit}, found {found}"
+            yield "code-commit", Problem("code.source", message)
 
 
 def _unused(deployment: Deployment) -> Iterator[Finding]:

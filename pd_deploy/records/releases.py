@@ -68,6 +68,7 @@ class Release(_Frozen):
         hosts: all its hosts by their names then.
         instances: where each instance and the proxy is; older versions wrote none.
         contract: of its image, by which it was rendered; older versions wrote none.
+        code: digests of the source trees that its containers mount.
         logs: where its log files are on them.
         created: when it was first attempted, by the controller's clock.
         started_by: the run that made it, and who or what started that.
@@ -83,6 +84,7 @@ class Release(_Frozen):
     hosts: dict[str, HostAccess]
     instances: dict[str, Place] = {}
     contract: str = ""
+    code: tuple[str, ...] = ()
     logs: str
     created: datetime
     started_by: str

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pd_deploy.engines.image_facts import FactsOfImage, ImageFacts, brief
 from pd_deploy.errors import PdDeployError, TransientError, UnknownImage
 from pd_deploy.hosts.concurrent import task_group
-from pd_deploy.hosts.container_values import ContainerSpec
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.settled import settled
-from pd_deploy.records import generations
 from pd_deploy.records.releases import Record, digest_of
-from pd_deploy.steps import copies, images, surveying
+from pd_deploy.steps import copies, images, surveying, throwaway
 from pd_deploy.steps.images import OnProgress
 from pd_deploy.steps.rollout import HostState
 from pd_deploy.steps.session import LockedSession, Session
@@ -102,34 +100,21 @@ async def ask(session: Session, host: Host, image: ResolvedImage, name: str) -> 
     Raises:
         UnknownImage: it gives no answer in time, or none that is one.
     """
-    deployment = session.deployment.name
-    spec = ContainerSpec(
-        name=name,
-        image=image.pinned_image,
-        entrypoint=(),
-        command=tuple(session.engine.probe_command()),
-        network_mode="none",
-        user="root",
-        labels={generations.DEPLOYMENT: deployment, generations.ROLE: generations.PROBE},
-    )
-    await session.may_change(host)
-    # One of a run that was killed.
-    await host.docker.remove(name, deployment=deployment, force=True)
+    code = 0
     try:
-        await session.may_change(host)
-        await host.docker.create(spec)
-        await session.may_change(host)
-        await host.docker.start(name)
-        async with asyncio.timeout(ANSWER_S):
-            code = await host.docker.wait(name)
-        output = await host.docker.logs(name, "all")
+        output, code = await throwaway.output(
+            session,
+            host,
+            image.pinned_image,
+            session.engine.probe_command(),
+            ANSWER_S,
+            name=name,
+        )
         return session.engine.parse_probe(output)
     except TimeoutError:
         raise _silent(image, host, "no answer", f" within {ANSWER_S:g} s") from None
     except ValueError as answer:
         raise _silent(image, host, f"{answer} (exit code {code})") from None
-    finally:
-        await settled(_gone(host, name, deployment))
 
 
 def _silent(image: ResolvedImage, host: Host, answer: str, when: str = "") -> UnknownImage:
@@ -152,7 +137,7 @@ async def _of_host(
     says it instead."""
     host = session.host(state.host)
     await bring(session, state, image, brought, on_progress)
-    name = f"pd-deploy-probe_{session.deployment.name}"
+    name = throwaway.name_of(session)
     try:
         return await ask(session, host, image, name)
     except UnknownImage as error:
@@ -205,10 +190,3 @@ async def _remove(session: LockedSession, brought: Iterable[Host], image: Resolv
             await host.docker.remove_image(image.pinned_image)
         except PdDeployError as fault:
             log.warning("the image is left on host %s: %s", host.where, fault.headline)
-
-
-async def _gone(host: Host, name: str, deployment: str) -> None:
-    try:
-        await host.docker.remove(name, deployment=deployment, force=True)
-    except PdDeployError as fault:
-        log.warning("the next run that asks an image there removes %s: %s", name, fault)

@@ -186,6 +186,7 @@ async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     # Containers mount the parents: all instances' directories of a generation, and of its logs.
     ours = {*plan.directories, *(str(PurePosixPath(path).parent) for path in plan.directories)}
     specs = [instance.container for instance in plan.instances.values()]
+    ours |= {mount.source for mount in rollout.code_on(name).values()}
     mounts = {mount.source for spec in specs for mount in spec.mounts} - ours
     devices = {device.partition(":")[0] for spec in specs for device in spec.devices}
     missing = await host.facts.missing_paths(sorted(mounts | devices))

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from pd_deploy.code.reading import Source
+from pd_deploy.engines.base import Layout
 from pd_deploy.engines.image_facts import brief
 from pd_deploy.errors import OutOfOrder
-from pd_deploy.hosts.container_values import ContainerState, ListedContainer
+from pd_deploy.hosts.container_values import ContainerState, ListedContainer, Mount
 from pd_deploy.hosts.facts import Seen
 from pd_deploy.planning import actions, plans
 from pd_deploy.records import generations
@@ -65,6 +67,8 @@ class Rollout:
         attempt: what this run has done so far.
         newer_tags: tags that seem newer than its image, but are of forms that `update` does not
             take.
+        source: the user's own source tree; None where there is none, or an older generation comes
+            back, whose tree is on the hosts.
     """
 
     session: Session
@@ -75,6 +79,7 @@ class Rollout:
     rule: str
     attempt: Attempt
     newer_tags: tuple[str, ...] = ()
+    source: Source | None = None
 
     @property
     def locked(self) -> LockedSession:
@@ -112,10 +117,15 @@ class Rollout:
     def _lacks(self, host: str) -> bool:
         state = self.states[host]
         directories = self.plan.hosts[host].directories
+        directories += [mount.source for mount in self.code_on(host).values()]
         has_directories = all(path in state.tree for path in directories)
         return not has_directories or all(
             release.generation != self.plan.generation for release in state.records.releases
         )
+
+    def code_on(self, host: str) -> dict[str, Mount]:
+        """Return the source trees that a host's containers mount, by who sees them."""
+        return self.plan.hosts[host].code(Layout.code_root(self.session.root))
 
     @property
     def said_by_image(self) -> str:

@@ -4,6 +4,7 @@ Changes nothing.
 """
 
 import asyncio
+import posixpath
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from pd_deploy.code.reading import Source
 from pd_deploy.config.fields import archive_of, split_image
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
@@ -244,12 +246,14 @@ def planned(
     image: ResolvedImage,
     by: str,
     record: Record | None = None,
+    source: Source | None = None,
 ) -> Rollout:
     """Plan the rollout of the deployment file with an image.
 
     Args:
         by: the run, and who or what started it.
         record: the deployment's, where it was changed since the survey.
+        source: the user's own source tree, if the file has one.
 
     Raises:
         FactsError: devices share an address, or hosts announce another than the file's.
@@ -287,6 +291,7 @@ def planned(
         hosts=host_accesses(deployment),
         instances=_places(session.topology),
         contract=deployment.contract if session.engine.probe_command() else "",
+        code=_trees(session, rendered.plan),
         logs=Layout.of(deployment, rendered.plan.generation).log_root,
         created=datetime.now(UTC),
         started_by=by,
@@ -302,7 +307,15 @@ def planned(
         image.choice.rule,
         Attempt.begin(history.record),
         image.choice.newer_tags,
+        source,
     )
+
+
+def _trees(session: Session, plan: plans.Plan) -> tuple[str, ...]:
+    """List the source trees that a plan's containers mount."""
+    root = Layout.code_root(session.root)
+    mounts = (mount for host in plan.hosts.values() for mount in host.code(root).values())
+    return tuple(sorted({posixpath.basename(mount.source) for mount in mounts}))
 
 
 def _places(topology: Topology) -> dict[str, Place]:

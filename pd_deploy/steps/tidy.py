@@ -12,7 +12,7 @@ from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, Release, local_tag
-from pd_deploy.steps import stopping
+from pd_deploy.steps import own_code, stopping
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession
 
@@ -24,18 +24,18 @@ RMDIR = ("rmdir", "--")
 
 
 async def prune(session: LockedSession, name: str, history: History) -> Report:
-    """Remove old generations from a host: containers, files, logs, and the images that no kept
-    one needs. Those stay that `History.kept` names."""
+    """Remove old generations from a host: containers, files, logs, and the images and source trees
+    that no kept one needs. Those stay that `History.kept` names."""
     host, kept = session.host(name), history.kept(session.deployment.keep)
     outdated = sorted(history.generations - kept)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
-    removed = [
+    old = [
         c
         for c in containers
         if c.labels.get(generations.GENERATION) in outdated
         or c.labels.get(generations.ROLE) == generations.PROBE
     ]
-    await _remove_containers(session, host, removed)
+    await _remove_containers(session, host, old)
     for generation in outdated:
         await _remove_generation(session, host, history, generation)
     needed = {release.pinned_image for release in _known(history, kept)}
@@ -43,10 +43,15 @@ async def prune(session: LockedSession, name: str, history: History) -> Report:
         release for release in _known(history, outdated) if release.pinned_image not in needed
     ]
     await _remove_images(session, host, outdated, images)
+    trees: list[str] = []
+    if any(release.code for release in history.releases.values()):
+        used = {digest for release in _known(history, kept) for digest in release.code}
+        trees = await own_code.prune(session, host, used)
     await session.may_change(host)
     drafts = await host.output(["sh", "-c", DRAFTS, "sh", session.root])
-    detail = f"removed {', '.join(outdated)}" if outdated else "nothing to remove"
-    return Report("prune", name, name, bool(outdated or drafts), detail)
+    removed = [*outdated, *(f"source tree {digest[:12]}" for digest in trees)]
+    detail = f"removed {', '.join(removed)}" if removed else "nothing to remove"
+    return Report("prune", name, name, bool(removed or drafts), detail)
 
 
 def _known(history: History, generations: Iterable[str]) -> list[Release]:

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from pd_deploy.flows.prune import prune
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.flows.teardown import teardown
+from pd_deploy.lab import contracts
 from tests.e2e.conftest import Service, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
@@ -38,6 +40,34 @@ def epochs(service: Service) -> dict[str, str]:
 
 def all_on(epoch: int) -> dict[str, str]:
     return dict.fromkeys(INSTANCES, str(epoch))
+
+
+PLUGIN = """\
+REVISION = "mine"
+
+
+def register():
+    from omni.accelerators.pd import register as register_connectors
+
+    register_connectors()
+"""
+
+
+def own_code(tree: Path) -> Path:
+    """Check out the sources of the image, with a change."""
+    for path, content in contracts.sources(contracts.OLDEST).items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_bytes(content.encode() if isinstance(content, str) else content or b"")
+    (tree / "omni/__init__.py").write_text(PLUGIN)
+    return tree
+
+
+def revisions(service: Service) -> set[str]:
+    """What the servers say of their code."""
+    a, b = (service.lab.hosts[name].address for name in "ab")
+    servers = (f"{a}:9000", f"{a}:9001", f"{b}:9002", f"{b}:9100")
+    answers = [httpx.get(f"http://{server}/version", trust_env=False) for server in servers]
+    return {answer.headers["X-Omni-Revision"] for answer in answers}
 
 
 class TestUpgrade:
@@ -247,11 +277,17 @@ class TestRollback:
     async def test_rollback_to_a_generation_by_name_and_its_refusals(
         self, service: Service
     ) -> None:
-        """Any kept one; one that is not kept is refused with those that are."""
-        await deploy(service.file)
+        """Any kept one; one that is not kept is refused with those that are. Each generation runs
+        the source code that it was deployed with, which is the user's own."""
+        tree = own_code(service.path.parent / "omniinfer")
+        service.change(code={"source": "omniinfer"}, allow=["code-commit"])
+        state = await run(deploy, service)
+        assert state.is_completed(), state.message
         first = service.record()["serving"]
-        service.change(settings=CHANGED)
+        assert revisions(service) == {"mine"}
+        (tree / "omni/__init__.py").write_text(PLUGIN.replace("mine", "changed"))
         await deploy(service.file)
+        assert revisions(service) == {"changed"}
         state = await run(rollback, service, generation="9-00000000")
         assert "expected 9-00000000 among the kept generations" in str(state.message)
         assert first in str(state.message)
@@ -259,6 +295,7 @@ class TestRollback:
         assert state.is_completed(), state.message
         assert service.record()["serving"] == first
         assert epochs(service) == all_on(1)
+        assert revisions(service) == {"mine"}
 
 
 class TestPruning:

@@ -46,7 +46,7 @@ _FACTS: dict[str, dict[str, Any]] = {
 }
 
 
-def of(kind: str) -> str:
+def of(kind: str, commit: str = "") -> str:
     """What an image of this kind prints."""
     facts = dict(_FACTS[kind])
     directory = f"/workspace/omniinfer/{facts.pop('scripts')}"
@@ -60,5 +60,6 @@ def of(kind: str) -> str:
         "flags": {LAUNCHER: ["--model-path", *facts.pop("flags", [])]},
         "packages": {name: version for name, version in versions.items() if version},
         **facts,
+        "commit": commit,
     }
     return MARK + json.dumps(answer)

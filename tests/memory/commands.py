@@ -5,10 +5,12 @@ A command that is not in the table is an error: so nothing passes for done that 
 
 import contextlib
 import hashlib
+import io
 import json
 import posixpath
 import re
 import shlex
+import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,12 +18,13 @@ from pd_deploy.engines.omniinfer import npu_smi, ranktable
 from pd_deploy.hosts import batch, facts, files, lease, reach
 from pd_deploy.hosts import machine as machines
 from pd_deploy.hosts.host import CommandResult
-from pd_deploy.steps import host_records, tidy
+from pd_deploy.steps import host_records, own_code, tidy
 from tests.memory.disk import BLOCK
 from tests.memory.machine import Machine
 from tests.memory.programs import Proxy
 
 DEVICES = 16
+LINK = 0o120777
 INTERFACE = "enp23s0f3"
 Answer = Callable[[Machine, Sequence[str], str], str | CommandResult]
 
@@ -75,7 +78,8 @@ def run(asked: Sequence[Asked], machine: Machine, data: bytes) -> CommandResult:
 def _one(asked: Asked, machine: Machine, data: bytes) -> CommandResult:
     arguments = asked.argv[len(asked.command.begins) :]
     try:
-        answer = asked.command.answer(machine, arguments, data.decode())
+        text = data.decode(errors="surrogateescape")
+        answer = asked.command.answer(machine, arguments, text)
     except TimeoutError:
         raise
     except OSError as error:
@@ -107,7 +111,9 @@ def _records(machine: Machine, arguments: Sequence[str], _: str) -> str:
     (root,) = arguments
     disk, parts = machine.disk, list[str]()
     names = disk.names(root)
-    directories = [n for n in names if disk.entries[f"{root}/{n}"].is_directory]
+    # Like the shell's `*/`.
+    shown = [name for name in names if not name.startswith(".")]
+    directories = [n for n in shown if disk.entries[f"{root}/{n}"].is_directory]
     for name in ["record.json", *(f"{d}/release.json" for d in directories)]:
         if disk.get(f"{root}/{name}"):
             parts += [name, disk.read(f"{root}/{name}")]
@@ -143,6 +149,8 @@ def _tree(machine: Machine, arguments: Sequence[str], _: str) -> str:
         paths = [directory] if disk.get(directory) else []
         for path in [*paths, *disk.below(directory)]:
             entry, level = disk.entries[path], path.removeprefix(directory).count("/")
+            if "/.code/" in path and level > 2:
+                continue
             if level > depth or (directory == logs and not entry.is_directory):
                 continue
             kind = 0o040000 if entry.is_directory else 0o100000
@@ -150,6 +158,62 @@ def _tree(machine: Machine, arguments: Sequence[str], _: str) -> str:
             if entry.content is not None and level == depth:
                 lines.append(f"{hashlib.sha256(entry.content).hexdigest()}  {path}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _objects(machine: Machine, arguments: Sequence[str], names: str) -> str:
+    """What `own_code.LOOK` does."""
+    found = {name: machine.disk.get(f"{arguments[0]}/objects/{name}") for name in names.split()}
+    return "".join(
+        f"{hashlib.sha256(entry.content or b'').hexdigest()}  {name}\n"
+        for name, entry in found.items()
+        if entry
+    )
+
+
+def _receive(machine: Machine, arguments: Sequence[str], data: str) -> str:
+    """What `own_code.RECEIVE` does."""
+    for member, content in _members(data):
+        path = f"{arguments[0]}/objects/{member.name}"
+        machine.disk.make_room(path, len(content))
+        machine.disk.put(path, content, member.mode)
+    return ""
+
+
+def _lay_out(machine: Machine, arguments: Sequence[str], data: str) -> str:
+    """What `own_code.LAY_OUT` does."""
+    root, digest = arguments
+    machine.disk.add_directory(f"{root}/{digest}")
+    for member, _ in _members(data):
+        path = f"{root}/{digest}/{member.name.removeprefix('new').lstrip('/')}"
+        if member.issym():
+            machine.disk.put(path, member.linkname.encode(), LINK)
+        elif member.islnk():
+            machine.disk.entries[path] = machine.disk.entries[f"{root}/{member.linkname}"]
+            machine.disk.add_directory(posixpath.dirname(path))
+    return ""
+
+
+def _members(data: str) -> list[tuple[tarfile.TarInfo, bytes]]:
+    content = io.BytesIO(data.encode(errors="surrogateescape"))
+    with tarfile.open(fileobj=content, errors="surrogateescape") as tar:
+        files = [(member, tar.extractfile(member) if member.isreg() else None) for member in tar]
+        return [(member, file.read() if file else b"") for member, file in files]
+
+
+def _prune_code(machine: Machine, arguments: Sequence[str], _: str) -> str:
+    """What `own_code.PRUNE` does."""
+    root, *kept = arguments
+    disk = machine.disk
+    gone = [name for name in disk.names(root) if name not in (*kept, "objects")]
+    for name in gone:
+        disk.may_change(root)
+        disk.remove(f"{root}/{name}")
+    objects = f"{root}/objects/"
+    used = {id(entry) for path, entry in disk.entries.items() if not path.startswith(objects)}
+    for path in disk.below(f"{root}/objects"):
+        if id(disk.entries[path]) not in used:
+            disk.remove(path)
+    return "".join(f"{name}\n" for name in gone)
 
 
 def _missing(machine: Machine, arguments: Sequence[str], _: str) -> str:
@@ -196,7 +260,9 @@ def _rmdir(machine: Machine, arguments: Sequence[str], _: str) -> str | CommandR
 
 
 def _find(machine: Machine, arguments: Sequence[str], _: str) -> str:
-    return "".join(f"{path}\0" for path, _ in machine.disk.files(arguments[0]))
+    disk = machine.disk
+    files = (p for p, _ in disk.files(arguments[0]) if disk.entries[p].mode != LINK)
+    return "".join(f"{path}\0" for path in files)
 
 
 def _sizes(machine: Machine, arguments: Sequence[str], _: str) -> str:
@@ -455,6 +521,10 @@ TABLE = (
     _script("records", host_records.READ, _records),
     _script("tree", facts.TREE, _tree),
     _script("drafts", tidy.DRAFTS, _drafts, changes=True),
+    _script("objects", own_code.LOOK, _objects),
+    _script("receive", own_code.RECEIVE, _receive, changes=True),
+    _script("lay out", own_code.LAY_OUT, _lay_out, changes=True),
+    _script("prune code", own_code.PRUNE, _prune_code, changes=True),
     _script("missing paths", facts.MISSING, _missing),
     _script("disk", facts.FREE, _free),
     _script("containers of", facts.CONTAINERS, _containers),

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from pd_deploy.code import in_container
 from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.records import generations
@@ -160,9 +161,37 @@ class Probe(_Process):
     def __init__(self, machine: Machine, container: Container) -> None:
         super().__init__(machine, container)
         answer = container.image.build.answer
+        if mounts := container.config["HostConfig"].get("Mounts"):
+            answer = self._code(mounts)
         if answer is not None:
             self.say(answer)
             self.ends_in(PREPARE_S, 0)
+
+    def _code(self, mounts: list[dict[str, str]]) -> str:
+        """What `in_container` says of the trees that are mounted."""
+        asked = json.loads(self.container.config["Cmd"][-1])
+        sources = {mount["Target"]: mount["Source"] for mount in mounts}
+        answer: dict[str, Any] = {
+            "trees": {name: self._digest(sources[path]) for name, path in asked["trees"].items()}
+        }
+        if package := asked["package"]:
+            answer |= {"package": f"{asked['path']}/{package}/__init__.py"}
+            initial = self.machine.disk.read(f"{sources[asked['path']]}/{package}/__init__.py")
+            is_broken = initial.startswith("raise")
+            answer |= {"fault": "ValueError" if is_broken else "", "missing": ""}
+        return in_container.MARK + json.dumps(answer)
+
+    def _digest(self, root: str) -> str:
+        disk = self.machine.disk
+        return in_container.digest_of(
+            (
+                path.removeprefix(f"{root}/").encode(errors="surrogateescape"),
+                "link" if mode > 0o777 else "program" if mode & 0o100 else "file",
+                hashlib.sha256(content).hexdigest(),
+            )
+            for path, content in disk.files(root)
+            for mode in [disk.entries[path].mode]
+        )
 
 
 class Server(_Process):

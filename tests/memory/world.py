@@ -372,7 +372,8 @@ class World:
             disk = machine.disk
             assert disk.read(f"{ROOT}/lease").split("\n")[1] == "", "the lease is still held"
             assert not [path for path, _ in disk.files("/") if is_draft(path)]
-            kept = {n for n in disk.names(ROOT) if disk.entries[f"{ROOT}/{n}"].is_directory}
+            directories = {n for n in disk.names(ROOT) if disk.entries[f"{ROOT}/{n}"].is_directory}
+            kept = directories - {".code"}
             ours = [
                 c for c in machine.containers.values() if c.labels.get(DEPLOYMENT_LABEL) == NAME
             ]

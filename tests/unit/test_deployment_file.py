@@ -244,7 +244,19 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"paths": {"state": "/a/../b"}}, ["paths.state: expected an absolute path without '..'"]),
     ({"paths": {"logs": "/"}}, ["paths.logs: expected an absolute path"]),
-    ({"code": "src"}, ["code: expected `image` (the code in the image) or an absolute path"]),
+    ({"code": "src"}, ["code: expected `image` (the code in the image), an absolute path on"]),
+    ({"code": {"sorce": "x"}}, ["code.source: is missing", "code.sorce: is not a known key; did"]),
+    *(
+        ({"code": {"source": url}}, [f"code.source: expected {says}"])
+        for url, says in (
+            (f"https://u:p@h/x@{'a' * 40}", "a URL without user and password, for which git"),
+            (f"https://token@h/x@{'a' * 40}", "a URL without user and password, for which git"),
+            (f"ssh://git:p@h/x@{'a' * 40}", "a URL without user and password, for which git"),
+            ("u:p@h:x.git", "a URL without user and password, for which git"),
+            ("git@h:x.git@main", "URL@COMMIT with all 40 digits of the commit, found"),
+            (f"ftp://h/x@{'a' * 40}", "a URL by http, https, ssh, git or file, found"),
+        )
+    ),
     ({"code": "/a/"}, ["code: expected an absolute path without '..' or a trailing '/'"]),
     ({"gates": {"ready": 0}}, ["gates.ready: expected more than 0"]),
     ({"gates": {"ready": float("inf")}}, ["gates.ready: expected at most 86400"]),

@@ -16,6 +16,7 @@ ROOMS = (
     "planning",
     "importer",
     "registry",
+    "code",
     "steps",
     "verify",
     "blocks",

@@ -29,6 +29,7 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
         {place: {where: {"arguments": {"max-num-batched-tokens": 1000}}}}
         for place, where in (("settings", "all"), ("settings", "decode"), ("prefill", "p1"))
     ],
+    "code-path": [{"code": {"source": "/x", "path": "/opt/omni"}}],
     "contract-of-image": [
         {"contract": "v0"},
         {"contract": "roles"},
@@ -164,7 +165,8 @@ def test_a_refusal_says_how_to_go_on_if_it_is_meant() -> None:
 
 
 def test_every_rule_is_tried() -> None:
-    assert set(BREAKING) == set(RULES)
+    # A tree has to be read for this one: see test_own_code.
+    assert set(BREAKING) == set(RULES) - {"code-commit"}
 
 
 @pytest.mark.parametrize(("rule", "changes"), CASES, ids=[f"{r} {c}"[:70] for r, c in CASES])

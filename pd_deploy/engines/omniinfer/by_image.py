@@ -9,14 +9,13 @@ from importlib import resources
 from pd_deploy.config.fields import split_image
 from pd_deploy.config.models import ContractName, Deployment
 from pd_deploy.engines.base import Finding
+from pd_deploy.engines.common import in_python
 from pd_deploy.engines.image_facts import QUESTIONS, ImageFacts, brief
 from pd_deploy.engines.omniinfer import contracts, kv
 from pd_deploy.engines.omniinfer.in_image import LAUNCHER, MARK
 from pd_deploy.errors import Problem, UnknownImage
 
 _SOURCE = resources.files(__package__).joinpath("in_image.py").read_text()
-# As the start scripts do it: ~/.bashrc says which Python that is.
-_PYTHON = 'source ~/.bashrc >/dev/null 2>&1; exec "$(command -v python || command -v python3)" "$@"'
 _RENUMBERS = "--use-inventory-devices"  # what launchers take that otherwise number devices anew
 _V0: frozenset[ContractName] = frozenset({"v0-early", "v0"})
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -29,7 +28,7 @@ _OF_MEANING: dict[str, ContractName] = {
 
 def probe_command() -> list[str]:
     """Return the command that prints, in a container of an image, what the image is."""
-    return ["bash", "-c", _PYTHON, "bash", "-c", _SOURCE]
+    return in_python(_SOURCE)
 
 
 def parse_probe(output: str) -> ImageFacts:

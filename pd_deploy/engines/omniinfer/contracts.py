@@ -32,6 +32,7 @@ class Contract:
     Attributes:
         scripts: where the launcher is, and the script of global_proxy.
         proxies: program → directories where its script may be; the first program is the default.
+        package: what servers import of omni-infer.
         connector: what moves KV.
         has_ranktables: whether the engine reads them, and all link to all while loading: in an
             order, and with one decode pod.
@@ -57,6 +58,7 @@ class Contract:
     name: ContractName
     scripts: str = _SCRIPTS
     proxies: Mapping[ProxyProgram, tuple[str, ...]] = field(default_factory=dict)
+    package: str = "omni"
     connector: str = "AscendHcclConnectorV1"
     has_ranktables: bool = True
     kv_parallel_size: Literal["prefill-pods-plus-one", "decode-tensor-parallel"] = (
@@ -90,6 +92,7 @@ _V0 = replace(
 _V1 = Contract(
     "v1",
     proxies={"omni": (_SUBMODULE, _OMNI_PROXY), "global": (_SCRIPTS,)},
+    package="omni_npu",
     connector="LLMDataDistConnector",
     has_ranktables=False,
     engine_id="text",  # vLLM 0.12 checks types, and wants text

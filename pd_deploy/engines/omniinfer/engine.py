@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pd_deploy.config.models import Deployment, InstanceEntry, Settings
 from pd_deploy.config.topology import Instance, Topology
 from pd_deploy.engines import ascend, common
-from pd_deploy.engines.base import Counter, Counters, HostFacts, Member, Service
-from pd_deploy.engines.common import instance_of, longest_sequence, mount, mounts
+from pd_deploy.engines.base import CodePlace, Counter, Counters, HostFacts, Member, Service
+from pd_deploy.engines.common import code_mounts, instance_of, longest_sequence, mount, mounts
 from pd_deploy.engines.device_report import DeviceTools
 from pd_deploy.engines.omniinfer import (
     by_image,
@@ -112,6 +112,16 @@ def further_ports(
     if role == "prefill" and api_ports and environments.is_prefix_aware(deployment):
         ports["events"] = api_ports[0] + launcher.EVENTS_PORT_OFFSET
     return ports
+
+
+def code_place(deployment: Deployment) -> CodePlace:
+    """Lay a tree over the image's own, from which images import what is theirs of the engine."""
+    own = deployment.own_code
+    return CodePlace(
+        path=(own and own.path) or environments.TREE,
+        package=(own and own.package) or contract_of(deployment).package,
+        of_proxy=proxy.SOURCES,
+    )
 
 
 def read_addresses_command(deployment: Deployment, devices: Sequence[int]) -> list[str]:
@@ -264,7 +274,9 @@ def _pods(deployment: Deployment) -> list[InstanceEntry]:
 def _mounts(service: Service, name: str) -> tuple[Mount, ...]:
     deployment, entry = service.deployment, service.topology.proxy.entry
     shared_tmp = [] if corrected(deployment, "no-shared-tmp") else [mount("/tmp")]  # noqa: S108
-    after = [] if deployment.code == "image" else [mount(deployment.code)]
+    after = code_mounts(service, name, code_place(deployment))
+    if isinstance(deployment.code, str) and deployment.code != "image":
+        after.append(mount(deployment.code))
     if entry.nginx_tarball and name == service.topology.proxy.name:
         after += [mount(entry.nginx_tarball, read_only=True)]
     return mounts(service, name, before=shared_tmp, after=after)

@@ -1,5 +1,6 @@
 """Environment variables of containers and servers of omni-infer. Pure."""
 
+import posixpath
 from typing import Literal
 
 from pd_deploy.config.fields import Scalar
@@ -11,6 +12,8 @@ from pd_deploy.engines.omniinfer import ranktable
 from pd_deploy.engines.omniinfer.contracts import Contract, contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
 
+TREE = "/workspace/omniinfer"
+"""The source tree in images."""
 HASH_SEED = "123"
 """`PYTHONHASHSEED` where prefill, decode and proxy have to hash alike: upstream's value."""
 _RAY: dict[str, Scalar] = {
@@ -22,7 +25,10 @@ _RAY: dict[str, Scalar] = {
 
 def code(deployment: Deployment) -> str:
     """Return the directory that has the source tree, `omniinfer`, in containers."""
-    return "/workspace" if deployment.code == "image" else deployment.code
+    if isinstance(deployment.code, str) and deployment.code != "image":
+        return deployment.code
+    own = deployment.own_code
+    return posixpath.dirname((own and own.path) or TREE)
 
 
 def is_prefix_aware(deployment: Deployment) -> bool:

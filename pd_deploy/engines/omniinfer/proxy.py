@@ -8,7 +8,7 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import PROVING_ADDRESS, MetricsPage, Service
 from pd_deploy.engines.common import ONE_STEP_ON, exports, flags, text, title
-from pd_deploy.engines.omniinfer.contracts import contract_of
+from pd_deploy.engines.omniinfer.contracts import CONTRACTS, contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
 from pd_deploy.engines.omniinfer.environment import HASH_SEED, code, is_prefix_aware
 
@@ -173,7 +173,7 @@ trap 'exit 0' INT TERM
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
 if ! command -v nginx >/dev/null; then
     echo "pd-deploy: the image has no nginx; building {_NGINX}"
-    cd {shlex.quote(code(service.deployment))}/omniinfer/{_SOURCES_OF_MODULES} || exit 1
+    cd {shlex.quote(code(service.deployment))}/omniinfer/{SOURCES_OF_MODULES} || exit 1
 {fetch_nginx(service)}
 {BUILD_NGINX}fi
 unset http_proxy https_proxy
@@ -272,7 +272,16 @@ while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
 # `listen`, is decided before any location is looked for.
 _CLOSED = " if ($uri ~* ^/proxy/) { return 403; }"
 # Its build script is here too.
-_SOURCES_OF_MODULES = "omni/accelerators/sched/global_proxy"
+SOURCES_OF_MODULES = "omni/accelerators/sched/global_proxy"
+_SCRIPTS = {contract.scripts for contract in CONTRACTS.values()}
+SOURCES = tuple(
+    sorted(
+        {p for contract in CONTRACTS.values() for ps in contract.proxies.values() for p in ps}
+        - _SCRIPTS
+        | {SOURCES_OF_MODULES, *(f"{scripts}/global_proxy.sh" for scripts in _SCRIPTS)}
+    )
+)
+"""What of a source tree only the proxy uses, in images of any age."""
 # Build scripts differ in the version that they take unless they are told one.
 BUILD_NGINX = f"""\
     export NGINX_VERSION={_NGINX.removeprefix("nginx-")}

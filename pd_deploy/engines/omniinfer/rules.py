@@ -61,6 +61,10 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     yield from kv.findings(deployment, topology)
     yield from _proxy(deployment, topology)
     yield from _ports_of_ray(deployment, topology)
+    own = deployment.own_code
+    if own and own.path and not own.path.endswith("/omniinfer"):
+        message = f"expected a path that ends with /omniinfer, as scripts have it, found {own.path}"
+        yield "code-path", Problem("code.path", message)
 
 
 def _pods(deployment: Deployment, topology: Topology) -> Iterator[Finding]:

@@ -45,6 +45,7 @@ class Api(ThreadingHTTPServer):
         self.metrics = metrics
         self.keep_alive_seconds = keep_alive_seconds
         self.engine: Engine | None = None
+        self.revision = ""  # of omni-infer's package
 
     def server_bind(self) -> None:
         """Bind without the base class's name look-up, which can take seconds without DNS."""
@@ -86,6 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Send a header that says so if the connection ends with this answer."""
         if self.close_connection:
             self.send_header("Connection", "close")
+        if self.server.revision:
+            self.send_header("X-Omni-Revision", self.server.revision)
         super().end_headers()
 
     def do_GET(self) -> None:

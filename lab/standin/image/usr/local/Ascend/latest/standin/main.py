@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from standin import age, death, npu, ondemand, options, wire
+from standin import age, death, npu, ondemand, options, plugin, wire
 from standin.api import Api
 from standin.engine import Engine
 from standin.environment import Environment
@@ -37,12 +37,15 @@ def _run(arguments: argparse.Namespace, env: Environment) -> None:
     if settings["crash_after"] is not None:
         death.crash_after(settings["crash_after"], settings["exit_code"])
     by_ranktable = age.contract() == "v0"
+    config = arguments.kv_transfer_config
+    revision = plugin.load(config.get("kv_connector") if isinstance(config, dict) else "")
     instance = (resolve if by_ranktable else ondemand.resolve)(arguments, env)
     if by_ranktable:
         npu.check_addresses(instance.devices)
     holders = npu.hold(instance.device_ids)
     metrics = _metrics(instance, arguments)
     api = _bound_api(arguments, env, faults, metrics)
+    api.revision = revision
     if by_ranktable:
         listeners = _prefill_listeners(instance)
     else:
