@@ -78,7 +78,7 @@ def make_plan(deployment: Deployment, path: Path) -> plans.Plan:
         pinned_image=facts.image or deployment.image_reference,
         history=releases.merge((), (), facts.generations),
     )
-    return actions.with_actions(made.plan, {}, {}, {}, STAGES)
+    return actions.with_actions(made.plan, {}, {}, {}, [], STAGES)
 
 
 def _read(path: Path) -> FactsFile:

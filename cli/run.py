@@ -40,7 +40,8 @@ PAGE = 200  # of task runs; the server gives no more at a time
 QUIET_POLLS = 4
 LOST = "the Prefect server was lost during the run, and does not know how it ended"
 QUEUED = "AwaitingConcurrencySlot"
-FLOWS = "pd-"
+FLOWS = ["pd-deploy", "pd-rollback", "pd-recover", "pd-prune", "pd-teardown", "pd-fleet"]
+"""Those that somebody may want to follow; checks of health come every minute."""
 """What names of our flows begin with."""
 CHANGING = ("pd-deploy", "pd-rollback", "pd-recover")
 _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
@@ -113,7 +114,7 @@ async def _follow_latest() -> int:
     due = FlowRunFilterExpectedStartTime(before_=DateTime.now(UTC))
     async with get_client() as client:
         runs = await client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(like_=FLOWS)),
+            flow_filter=FlowFilter(name=FlowFilterName(any_=FLOWS)),
             flow_run_filter=FlowRunFilter(expected_start_time=due),
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
             limit=1,

@@ -15,6 +15,7 @@ from pd_deploy.cli import exit_codes, hosts, looks, next_nightly
 from pd_deploy.cli.looks import LastLook, Since
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Deployment
+from pd_deploy.records import mending
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import looking
 from pd_deploy.steps.verify.looking import HostLook, InstanceLook, Look
@@ -105,6 +106,7 @@ def as_document(told: Told) -> str:
         "drift": look.drift,
         "drift_unknown": look.drift_unknown,
         "hold": record.hold and record.hold.model_dump(mode="json"),
+        "mending": record.mending and record.mending.model_dump(mode="json"),
         "quarantine": {k: q.model_dump(mode="json") for k, q in record.quarantine.items()},
         "next_nightly": told.nightly,
         "looked": told.when,
@@ -157,6 +159,8 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
     yield "lease", "; ".join(holdings) or "free"
     if record.hold:
         yield "held by", str(record.hold)
+    if held_back := mending.told(record.mending, look.session.deployment.health, told.when):
+        yield "health", held_back
     drift = f"not known: {look.drift_unknown}" if look.drift is None else look.drift or "none"
     yield "drift", drift
     listed = (f"{q.image} ({digest[:19]})" for digest, q in record.quarantine.items())

@@ -9,11 +9,14 @@ from prefect.logging import get_run_logger
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import headline
 from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.verify.checking import Checked
 
 PROMOTED = "pd-deploy.generation.promoted"
 ROLLED_BACK = "pd-deploy.generation.rolled-back"
 QUARANTINED = "pd-deploy.generation.quarantined"
 DOWN = "pd-deploy.service.down"
+DEGRADED = "pd-deploy.service.degraded"
+GAVE_UP = "pd-deploy.health.gave-up"
 NEWER_TAGS = "pd-deploy.newer-tags-not-taken"
 SKIPPED = "pd-deploy.nightly.skipped"
 
@@ -57,6 +60,32 @@ def down(rollout: Rollout, error: BaseException) -> None:
     """Tell that nothing serves, and that nothing more is tried."""
     message = f"nothing serves: {headline(error)}"
     emit(DOWN, rollout.session.deployment, message, **_facts(rollout))
+
+
+def degraded(deployment: Deployment, checked: Checked) -> None:
+    """Tell that a service does not serve as it should."""
+    message = f"{checked.word}: {_line(checked.told)}"
+    emit(DEGRADED, deployment, message, **_of_check(checked))
+
+
+def gave_up(deployment: Deployment, checked: Checked, why: str) -> None:
+    """Tell that health does not try any more to mend a service."""
+    message = f"{checked.word}: {_line(checked.told)}; {why}"
+    emit(GAVE_UP, deployment, message, **_of_check(checked))
+
+
+def _of_check(checked: Checked) -> dict[str, object]:
+    return {
+        "verdict": checked.word,
+        "generation": checked.look.status.generation,
+        "image": checked.look.status.image,
+        "failed": sorted(checked.failed),
+        "away": checked.away,
+    }
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _facts(rollout: Rollout) -> dict[str, str]:

@@ -142,12 +142,14 @@ async def abort(
 
 
 def _tell_if_down(rollout: Rollout, error: BaseException) -> None:
-    """Emit an event, and mark the error, if a failed attempt leaves nothing that serves."""
-    record = rollout.history.record
+    """Emit an event, and mark the error, if a failed attempt leaves nothing that serves; where
+    health found that, it has told already."""
+    record, attempt = rollout.history.record, rollout.attempt
     if record.closed or not record.serving:
         if isinstance(error, PdDeployError):
             error.nothing_serves = True
-        events.down(rollout, error)
+        if not (attempt.is_mend and attempt.was_down):
+            events.down(rollout, error)
 
 
 async def roll_back(failed: Rollout, error: BaseException, generation: str, run: Run) -> None:

@@ -427,6 +427,16 @@ class Gates(Model):
     away: Seconds = 600  # a server with accelerators takes minutes to start again
 
 
+class Health(Model):
+    """How often `pd-health` may restart what has failed: at most `attempts` times in `within`
+    seconds, `pause` seconds after the first time and three times as long after each further one.
+    With 0 attempts it only tells."""
+
+    attempts: Annotated[int, Field(ge=0, le=50, strict=True)] = 4
+    within: Seconds = 3600
+    pause: Seconds = 60
+
+
 class Disk(Model):
     """Free disk space that a host needs before anything is stopped: for an image that it doesn't
     have yet, and for logs. In bytes, or as `40g`."""
@@ -611,6 +621,7 @@ class Deployment(Model):
     paths: Paths = Paths()
     container: ContainerOptions = ContainerOptions()
     gates: Gates = Gates()
+    health: Health = Health()
     disk: Disk = Disk()
     keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()

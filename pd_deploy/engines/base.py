@@ -327,6 +327,12 @@ class Engine(Protocol):
     ) -> tuple[str, ...]:
         """List the instances that must be started (not ready) before this one."""
 
+    def restarts_with(
+        self, deployment: Deployment, topology: Topology, name: str
+    ) -> frozenset[str]:
+        """List what has to start again together with an instance, itself included: what has linked
+        with it while loading, and a proxy that would not ask it again."""
+
     def device_users_command(self) -> list[str]:
         """Return the command that prints who uses a host's devices; empty if none can."""
 

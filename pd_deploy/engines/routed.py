@@ -58,6 +58,11 @@ def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
     return {}
 
 
+def restarts_with(_: Deployment, topology: Topology, name: str) -> frozenset[str]:
+    """Return the members of its pod: peers and router find a new server at the old address."""
+    return frozenset(member.name for member in topology.pod_of(name).members)
+
+
 def starts_after(deployment: Deployment, topology: Topology, name: str) -> tuple[str, ...]:
     """Return none: all load at the same time."""
     return ()

@@ -47,6 +47,7 @@ read_addresses_command = routed.read_addresses_command
 parse_addresses = routed.parse_addresses
 check_facts = routed.check_facts
 ranktables = routed.ranktables
+restarts_with = routed.restarts_with
 starts_after = routed.starts_after
 device_users_command = routed.device_users_command
 device_users = routed.device_users

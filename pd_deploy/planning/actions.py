@@ -4,6 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.facts import Seen
 from pd_deploy.planning.plans import Action, HostPlan, Plan, PlannedFile
 from pd_deploy.records import generations
@@ -15,6 +16,7 @@ def with_actions(
     containers: Containers,
     trees: Mapping[str, Mapping[str, Seen]],
     listening: Mapping[str, Collection[int]],
+    stopping: Iterable[tuple[str, ContainerState]],
     stages: Sequence[str],
 ) -> Plan:
     """Add the changes that the stages would make to a plan, host by host.
@@ -23,17 +25,18 @@ def with_actions(
         containers: per host, the deployment's containers that exist.
         trees: per host, what lies in the deployment's directories, by path.
         listening: per host, the TCP ports that somebody listens on.
+        stopping: the containers that have to stop first, with their host.
     """
     to_stop: defaultdict[str, list[str]] = defaultdict(list)
     if _cleans(stages):
-        for host_name, state in generations.to_stop(plan.roles, containers):
+        for host_name, state in stopping:
             to_stop[host_name].append(state.name)
     hosts = {}
     for name, host in plan.hosts.items():
-        stopping = to_stop[name]
+        stopped = to_stop[name]
         states = list(containers.get(name, ()))
-        running = {s.name for s in states if s.status in generations.RUNNING} - set(stopping)
-        actions = [Action(verb="stop", subject=container) for container in stopping]
+        running = {s.name for s in states if s.status in generations.RUNNING} - set(stopped)
+        actions = [Action(verb="stop", subject=container) for container in stopped]
         if "launch" in stages:
             actions += _launch(host, {state.name for state in states}, trees.get(name, {}))
         if "ranktable" in stages and host.ranktables:

@@ -173,6 +173,12 @@ class Plan(_Frozen):
             for plan in host.instances.values()
         }
 
+    @property
+    def container_names(self) -> dict[str, str]:
+        """The name of each container, by instance."""
+        instances = (pair for host in self.hosts.values() for pair in host.instances.items())
+        return {name: plan.container.name for name, plan in instances}
+
     def instance(self, name: str) -> InstancePlan:
         """Return the plan of an instance or of the proxy."""
         return next(h.instances[name] for h in self.hosts.values() if name in h.instances)

@@ -6,7 +6,8 @@ A generation is one coherent set: an image, all containers, scripts and ranktabl
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -70,15 +71,20 @@ def desired(names: Iterable[str], fingerprint: str, serving: str | None = None) 
 def to_stop(
     planned: Mapping[str, str],
     containers: Containers,
+    restarts_with: Callable[[str], Collection[str]],
+    failed: AbstractSet[str] = frozenset(),
 ) -> list[tuple[str, ContainerState]]:
     """List the running containers, with their host, that must stop before a generation can start.
 
-    These are all that are not of its plan; and of it, when a server has ended or is gone, every
-    other one, because links between prefill and decode are made once, while loading. The proxy
-    stops whenever a server does not run.
+    These are all that are not of its plan; and of it, when a server has ended, is gone or has
+    failed, every one that has to start again with it. The proxy stops whenever a server has not
+    been started yet.
 
     Args:
         planned: name of each of its containers → the role.
+        restarts_with: by name of a server's container, those of the plan that can't go on without
+            it, or with a new one in its place.
+        failed: containers of the plan that run, and don't work.
     """
     ours: list[tuple[str, ContainerState]] = []
     others: list[tuple[str, ContainerState]] = []
@@ -87,12 +93,16 @@ def to_stop(
             (ours if state.name in planned else others).append((host, state))
     members = {name for name, role in planned.items() if role != "proxy"}
     servers = [(host, state) for host, state in ours if state.name in members]
-    gone = members - {state.name for _, state in servers}
-    ended = gone or any(state.status in ENDED for _, state in servers)
+    lost = members - {state.name for _, state in servers}
+    lost |= {state.name for _, state in servers if state.status in ENDED} | (members & failed)
     complete = sum(state.status in RUNNING for _, state in servers) == len(members)
     stopping = others
-    if ended:
-        stopping = others + ours
+    if lost or failed:
+        again = set(failed)
+        for name in lost if any(state.status in RUNNING for _, state in ours) else ():
+            if name not in again or name in failed:
+                again.update(restarts_with(name))
+        stopping = others + [(host, state) for host, state in ours if state.name in again]
     elif not complete:
         stopping = others + [proxy for proxy in ours if proxy not in servers]
     return [(host, state) for host, state in stopping if state.status in RUNNING]

@@ -156,6 +156,20 @@ class Hold(_Frozen):
         return f"{self.by}, since {self.when:%Y-%m-%d %H:%M:%S}: {self.reason}"
 
 
+class Mending(_Frozen):
+    """What health has tried to keep the serving generation up.
+
+    Attributes:
+        attempts: when each began, the latest last.
+        failed: when the last one failed; None if it did not.
+        gave_up: since when it tries no more; None while it would.
+    """
+
+    attempts: tuple[datetime, ...] = ()
+    failed: datetime | None = None
+    gave_up: datetime | None = None
+
+
 class Record(_Frozen):
     """What became of the releases.
 
@@ -169,6 +183,7 @@ class Record(_Frozen):
         closed: since when clients can't connect; None while the service is up.
         hold: who keeps runs from working on it; None if nobody does.
         attempts: the last runs that changed what serves or failed, the latest last.
+        mending: what health has tried since it was deployed; None for nothing.
     """
 
     sequence: int = 0
@@ -180,6 +195,7 @@ class Record(_Frozen):
     closed: datetime | None = None
     hold: Hold | None = None
     attempts: tuple[Attempt, ...] = ()
+    mending: Mending | None = None
 
     def promoted(self, generation: str, when: datetime, by: str, image: str = "") -> "Record":
         """Make a generation that passed all gates the one that serves, unless it is already.
@@ -274,6 +290,33 @@ class Record(_Frozen):
     def held(self, hold: Hold | None) -> "Record":
         """Keep all runs from working on the deployment, or let them again."""
         return self if hold == self.hold else self._changed(hold=hold)
+
+    def mended(self, when: datetime) -> "Record":
+        """Add an attempt of health's to restart what has failed."""
+        attempts = (*(self.mending or Mending()).attempts, when)[-ATTEMPTS:]
+        return self._changed(mending=Mending(attempts=attempts))
+
+    def not_mended(self, began: datetime, when: datetime) -> "Record":
+        """Note that health's attempt failed."""
+        before = self.mending or Mending()
+        attempts = before.attempts if began in before.attempts else (*before.attempts, began)
+        mending = before.model_copy(update={"attempts": attempts[-ATTEMPTS:], "failed": when})
+        return self._changed(mending=mending)
+
+    def gave_up(self, when: datetime) -> "Record":
+        """Note that health tries no more."""
+        before = self.mending or Mending()
+        return self._changed(mending=before.model_copy(update={"gave_up": when}))
+
+    def well(self) -> "Record":
+        """Note that all is well again, so that health will try again; its attempts still count."""
+        if self.mending is None or not (self.mending.failed or self.mending.gave_up):
+            return self
+        return self._changed(mending=Mending(attempts=self.mending.attempts))
+
+    def rested(self) -> "Record":
+        """Let health begin anew: somebody has seen to the service."""
+        return self._changed(mending=None) if self.mending else self
 
     def without(self, generations: Iterable[str]) -> "Record":
         """Forget generations that are removed."""

@@ -60,6 +60,7 @@ class Attempt:
         connects: by host, how often its connection had been made when the attempt began.
         interrupted: whether the run was cancelled; it undoes what it did, unless that is cancelled
             as well.
+        is_mend: whether health makes it: then it counts, until somebody else makes one.
     """
 
     record: Record
@@ -71,6 +72,7 @@ class Attempt:
     cut: int = 0
     connects: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
+    is_mend: bool = False
 
     @classmethod
     def begin(cls, record: Record, lost: datetime | None = None) -> "Attempt":

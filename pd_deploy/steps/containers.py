@@ -74,7 +74,8 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
     ]
     if stopping:
         rollout.attempt.stopped = True
-        rollout.attempt.downtime.begin()
+        if not rollout.stays_open:
+            rollout.attempt.downtime.begin()
     session = rollout.locked
     cut = sum(await all_ended(stop(session, session.host(h), state) for h, state in stopping))
     rollout.attempt.cut += cut

@@ -71,6 +71,7 @@ async def promote(rollout: Rollout, by: str) -> Report:
     image = rollout.release.chosen_image
     record = before.promoted(generation, datetime.now(UTC), by, image)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()
+    record = record.well() if rollout.attempt.is_mend else record.rested()
     uncopied = await write(rollout, record)
     where = session.topology.proxy.host
     changed = record is not before

@@ -69,6 +69,7 @@ class Rollout:
             take.
         source: the user's own source tree; None where there is none, or an older generation comes
             back, whose tree is on the hosts.
+        failed: instances, or the proxy, whose containers run and have to start again.
     """
 
     session: Session
@@ -80,6 +81,7 @@ class Rollout:
     attempt: Attempt
     newer_tags: tuple[str, ...] = ()
     source: Source | None = None
+    failed: frozenset[str] = frozenset()
 
     @property
     def locked(self) -> LockedSession:
@@ -159,7 +161,23 @@ class Rollout:
     @cached_property
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""
-        return generations.to_stop(self.plan.roles, self.containers)
+        names = self.plan.container_names
+        instances = {container: name for name, container in names.items()}
+
+        def restarts_with(container: str) -> list[str]:
+            session, name = self.session, instances[container]
+            again = session.engine.restarts_with(session.deployment, session.topology, name)
+            return [names[instance] for instance in again]
+
+        failed = {names[name] for name in self.failed}
+        return generations.to_stop(self.plan.roles, self.containers, restarts_with, failed)
+
+    @cached_property
+    def stays_open(self) -> bool:
+        """Whether clients can go on to connect while it restarts servers: the proxy stays."""
+        proxy = self.plan.instance(self.session.topology.proxy.name).container.name
+        runs = {s.name for states in self.containers.values() for s in states if s.running}
+        return proxy in runs - self._names_stopping
 
     @cached_property
     def _names_stopping(self) -> frozenset[str]:
@@ -218,5 +236,6 @@ class Rollout:
             self.containers,
             {name: state.tree for name, state in self.states.items()},
             {name: state.listening for name, state in self.states.items()},
+            self.stopping,
             stages,
         )

@@ -28,7 +28,7 @@ from pd_deploy.blocks import opening
 from pd_deploy.config import yaml_files
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
-from pd_deploy.flows import events, interrupts, publish, session
+from pd_deploy.flows import events, health, interrupts, past_checks, publish, session
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
 from pd_deploy.hosts.lease import Owner
@@ -67,13 +67,14 @@ CHANGES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the message of its last state, or what it raised; `killed` ones have
-    neither."""
+    """How a run ended: the message and name of its last state, or what it raised; `killed` ones
+    have neither."""
 
     message: str = ""
     error: BaseException | None = None
     killed: bool = False
     cancelled: bool = False
+    word: str = ""
     moments: tuple[Moment, ...] = ()
 
     @property
@@ -103,6 +104,7 @@ class World:
             _furnish(machine)
         self.buried: list[str] = []
         self.events: list[dict[str, Any]] = []
+        self.word = ""
         self.push("20250722_26")
 
     def change(self, **changes: Any) -> None:
@@ -195,6 +197,7 @@ class World:
                     )
                 )
                 _let_go(loop)
+                self.word = outcome.word
                 return outcome
         finally:
             loop.close()
@@ -439,8 +442,10 @@ async def _carried_out(
         return Outcome(error=error, moments=moments)
     state = work.result()
     if state.is_failed():
-        return Outcome(error=state.data, moments=moments)
-    return Outcome(str(state.message), cancelled=state.is_cancelled(), moments=moments)
+        return Outcome(error=state.data, word=state.name, moments=moments)
+    return Outcome(
+        str(state.message), cancelled=state.is_cancelled(), word=state.name, moments=moments
+    )
 
 
 def _let_go(loop: asyncio.AbstractEventLoop) -> None:
@@ -467,6 +472,11 @@ def _without_prefect(
 
     async def nowhere(**_: object) -> None: ...
 
+    async def was_told() -> bool:
+        return world.word in past_checks.TROUBLED
+
+    async def forget() -> None: ...
+
     def emitted(**event: Any) -> None:
         world.events.append(event)
 
@@ -479,6 +489,9 @@ def _without_prefect(
             (publish, "acreate_markdown_artifact", artifacts or nowhere),
             (publish, "acreate_table_artifact", artifacts or nowhere),
             (events, "emit_event", emitted),
+            (health, "now", world.cluster.clock.date),
+            (past_checks, "was_told", was_told),
+            (past_checks, "forget", forget),
             (time, "monotonic", world.cluster.clock.seconds),
             (surveying, "reach", reaching(world.cluster)),
             (archives, "in_thread", _in_place),

@@ -29,7 +29,7 @@ def stopping(ours: dict[str, str], old: dict[str, str] | None = None) -> set[str
     for generation, states in ((OURS, ours), (OLD, old or {})):
         for name, status in states.items():
             containers[HOSTS[name]].append(state(name, status, generation))
-    found = generations.to_stop(PLANNED, containers)
+    found = generations.to_stop(PLANNED, containers, lambda _: PLANNED)
     assert [host for host, s in found] == [HOSTS[s.labels[generations.INSTANCE]] for _, s in found]
     return {s.name for _, s in found}
 
@@ -93,6 +93,32 @@ def all_of(status: str, **but: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
+    ("ours", "failed", "expected"),
+    [
+        (all_of("running", p1="exited"), (), set()),
+        (all_of("running", p1="exited"), ("p1",), set()),
+        (all_of("running", d0="exited"), (), {"p2"}),  # its pod's other member
+        (all_of("running"), ("p0",), {"p0"}),
+        (all_of("running"), ("p2",), {"p2", "d0"}),
+        (all_of("running"), ("c0",), {"c0"}),
+        (all_of("running", p1="exited"), ("c0",), {"c0"}),
+    ],
+)
+def test_what_stops_where_links_are_made_on_demand(
+    ours: dict[str, str], failed: tuple[str, ...], expected: set[str]
+) -> None:
+    """Only what can't go on without a server that has ended, and what has failed."""
+    containers: dict[str, list[ContainerState]] = {"a": [], "b": []}
+    for name, status in ours.items():
+        containers[HOSTS[name]].append(state(name, status))
+    pod = names("p2", "d0")
+    found = generations.to_stop(
+        PLANNED, containers, lambda name: pod if name in pod else {name}, names(*failed)
+    )
+    assert {s.name for _, s in found} == names(*expected)
+
+
+@pytest.mark.parametrize(
     ("ours", "expected"),
     [
         ({}, set()),
@@ -129,4 +155,6 @@ def test_all_that_runs_of_another_generation_stops() -> None:
 
 def test_instances_that_left_the_file_stop_with_their_generation() -> None:
     containers = {"a": [state("p9", "running", OLD)], "b": []}
-    assert [s.name for _, s in generations.to_stop(PLANNED, containers)] == [f"p9_{OLD}"]
+    assert [s.name for _, s in generations.to_stop(PLANNED, containers, lambda _: PLANNED)] == [
+        f"p9_{OLD}"
+    ]

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import FlowRunEngine
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
-from prefect.server.schemas.schedules import CronSchedule
+from prefect.server.schemas.schedules import CronSchedule, IntervalSchedule
 
 from pd_deploy.flows import catalogue, fleet, nights
 from pd_deploy.flows.deploy import deploy
@@ -36,15 +36,17 @@ def document(path: str) -> dict[str, Any]:
 PRODUCTION: list[dict[str, Any]] = document(OURS)["deployments"]
 DEPLOYMENTS: list[dict[str, Any]] = [*PRODUCTION, *document(LAB)["deployments"]]
 NIGHTLY = [one for one in DEPLOYMENTS if one["name"].endswith("-nightly")]
+HEALTH = [one for one in DEPLOYMENTS if one["name"].endswith("-health")]
 (FLEET,) = (one for one in DEPLOYMENTS if one["entrypoint"].endswith(".fleet"))
 FLOWS = {"deploy": deploy, "rollback": rollback}
 RECOVER = [one for one in DEPLOYMENTS if "recover" in one["entrypoint"]]
 
 
-def test_each_service_with_a_recovery_has_a_nightly_and_no_other_has_a_schedule() -> None:
+def test_each_service_with_a_recovery_has_a_nightly_and_health_and_no_other_is_scheduled() -> None:
     assert {f"{one['tags'][0]}-nightly" for one in RECOVER} == {one["name"] for one in NIGHTLY}
+    assert {f"{one['tags'][0]}-health" for one in RECOVER} == {one["name"] for one in HEALTH}
     scheduled = [one["name"] for one in DEPLOYMENTS if "schedules" in one]
-    assert sorted(scheduled) == sorted(one["name"] for one in [*NIGHTLY, FLEET])
+    assert sorted(scheduled) == sorted(one["name"] for one in [*NIGHTLY, *HEALTH, FLEET])
 
 
 @pytest.mark.parametrize("nightly", NIGHTLY, ids=lambda one: one["name"])
@@ -58,7 +60,7 @@ def test_what_makes_a_night_a_night_is_no_parameter_of_a_schedule(nightly: dict[
     assert not any("parameters" in schedule for schedule in nightly["schedules"])
 
 
-@pytest.mark.parametrize("one", [*NIGHTLY, FLEET, *RECOVER], ids=lambda one: one["name"])
+@pytest.mark.parametrize("one", [*NIGHTLY, *HEALTH, FLEET, *RECOVER], ids=lambda one: one["name"])
 def test_switches_are_kept_by_a_step_that_asks_for_this_very_deployment(
     one: dict[str, Any],
 ) -> None:
@@ -80,6 +82,22 @@ def test_each_night_has_the_minute_of_its_service(nightly: dict[str, Any]) -> No
     (schedule,) = nightly["schedules"]
     assert schedule["cron"] == "{{ night }}"
     CronSchedule(cron=nights.spread(**given)["night"], timezone=schedule["timezone"])
+
+
+@pytest.mark.parametrize("one", HEALTH, ids=lambda one: one["name"])
+def test_health_is_checked_each_minute_at_a_second_of_its_service(one: dict[str, Any]) -> None:
+    """And is missed while another check goes on: they must not queue up behind one that mends."""
+    (step,) = one["build"][1:]
+    given = step["pd_deploy.flows.nights.spread_checks"]
+    assert given["name"] == one["tags"][0]
+    assert one["parameters"] == {"file": f"deployments/{given['name']}.yaml"}
+    (schedule,) = one["schedules"]
+    assert schedule["anchor_date"] == "{{ checks }}"
+    assert "parameters" not in schedule
+    anchor = datetime.fromisoformat(nights.spread_checks(**given)["checks"])
+    assert IntervalSchedule(interval=timedelta(seconds=schedule["interval"]), anchor_date=anchor)
+    assert schedule["interval"] == 60
+    assert one["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
 
 
 def test_the_fleet_is_made_of_deployments_that_there_are() -> None:

@@ -213,6 +213,17 @@ def starts_after(deployment: Deployment, topology: Topology, name: str) -> tuple
     return topology.ray_names
 
 
+def restarts_with(deployment: Deployment, topology: Topology, name: str) -> frozenset[str]:
+    """Return everything where links are made while loading: a server that starts alone can't join
+    again. Where they are made on demand, return its pod, and global_proxy, whose balancer goes on
+    with wrong counts of a server that it has lost."""
+    contract = contract_of(deployment)
+    if contract.has_ranktables:
+        return frozenset(topology.names)
+    pod = frozenset(member.name for member in topology.pod_of(name).members)
+    return pod | ({topology.proxy.name} if contract.program(deployment) == "global" else set())
+
+
 def device_users_command() -> list[str]:
     """Run `npu-smi info`: it lists all devices and their processes (contract section 7.2)."""
     return npu_smi.COMMAND

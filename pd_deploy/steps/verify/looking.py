@@ -5,10 +5,10 @@ Per host: two sessions, one for what a survey reads and one for lease and device
 its Docker engine; per server: its health and its counters. All hosts are asked at the same time.
 """
 
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -21,7 +21,7 @@ from pd_deploy.hosts.lease import Holding
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
 from pd_deploy.records import status as statuses
-from pd_deploy.records.generations import RUNNING
+from pd_deploy.records.generations import GENERATION, RUNNING
 from pd_deploy.records.releases import History, Release
 from pd_deploy.records.status import Status
 from pd_deploy.steps import host_records, surveying
@@ -34,6 +34,10 @@ T = TypeVar("T")
 
 ANSWER_TIMEOUT_S = 3.0
 HEALTHY = "healthy"
+Cause = Literal["", "late", "refused", "status"]
+"""Why a port's answer is not as it should be: none in time, or the way there was lost; nobody
+listens, or hangs up; another status than 200. Empty if it is as it should be."""
+NOT_KNOWN = "not known"
 SHOWN = 3
 
 
@@ -44,6 +48,7 @@ class InstanceLook:
     Attributes:
         container: Docker's word for its container's state, or `gone`; empty if that is not known.
         health: `healthy`, or what is wrong with its answer; empty if it was not asked.
+        cause: the kind of that.
         since: when its container was started last or, if it has ended, when it ended.
         was_restarted: whether its container has been started more than once. Docker counts only
             what it restarts by itself, which pd-deploy does not let it do.
@@ -58,6 +63,7 @@ class InstanceLook:
     devices: tuple[int, ...] = ()
     container: str = ""
     health: str = ""
+    cause: Cause = ""
     since: datetime | None = None
     was_restarted: bool = False
     run: str = ""
@@ -87,16 +93,20 @@ class Look:
     """A service from all sides.
 
     Attributes:
+        session: with the deployment as it was for what serves, as far as that could be read.
         release: what serves, or is to.
+        others: containers that run, and are of another generation than what serves.
         drift: how the hosts differ from what the file makes; None if that is not known.
         drift_unknown: why it is not.
     """
 
     status: Status
+    session: Session
     history: History
     release: Release | None
     instances: Sequence[InstanceLook]
     hosts: Sequence[HostLook]
+    others: Sequence[str]
     drift: str | None
     drift_unknown: str = ""
 
@@ -111,15 +121,20 @@ class _HostAnswer:
     addresses: Addresses = field(default_factory=lambda: Addresses("", {}))
 
 
-async def look(session: Session) -> Look:
-    """Look at a service and all of its hosts, former ones excepted."""
+async def look(session: Session, *, as_deployed: bool = False) -> Look:
+    """Look at a service and all of its hosts, former ones excepted.
+
+    Args:
+        as_deployed: read what the file said when what serves was deployed in any case, not only
+            where the hosts differ from what it says now.
+    """
     names = list(session.deployment.hosts)
     answers = dict(zip(names, await together(_ask(session, name) for name in names), strict=True))
     here = {name: a for name, a in answers.items() if isinstance(a, _HostAnswer)}
     away = {name: a for name, a in answers.items() if isinstance(a, PdDeployError)}
     history = surveying.history_of(answer.state for answer in here.values())
     drift, drift_unknown = _drift(session, here, away)
-    if drift and history.serving:
+    if history.serving and (drift or as_deployed):
         session = await _as_deployed(session, here, history.serving)
     instances = await _instances(session, here, history.serving)
     status = statuses.status(
@@ -130,7 +145,19 @@ async def look(session: Session) -> Look:
         {i.name: i.health for i in instances if i.health not in ("", HEALTHY)},
     )
     hosts = [_host(session, name, answer) for name, answer in answers.items()]
-    return Look(status, history, history.serving, instances, hosts, drift, drift_unknown)
+    serving = history.serving
+    others = _others(here.values(), serving)
+    return Look(status, session, history, serving, instances, hosts, others, drift, drift_unknown)
+
+
+def _others(answers: Iterable["_HostAnswer"], serving: Release | None) -> list[str]:
+    ours = (serving.generation, serving.servers) if serving else ()
+    return [
+        state.name
+        for answer in answers
+        for state in answer.state.containers
+        if state.status in RUNNING and state.labels.get(GENERATION) not in ours
+    ]
 
 
 def _host(session: Session, name: str, answer: "_HostAnswer | PdDeployError") -> HostLook:
@@ -153,7 +180,7 @@ async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
         return state
     entry = HostLook(name, host.address)
     if isinstance(printed, PdDeployError):
-        unread = HostLook(name, host.address, devices=f"not known: {printed.message}")
+        unread = HostLook(name, host.address, devices=f"{NOT_KNOWN}: {printed.message}")
         return _HostAnswer(host, state, unread)
     holding = lease.parse_look(printed.pop(0))
     told = ""
@@ -260,49 +287,58 @@ async def _instance(
         container=state.status,
         since=state.started_at if state.running else state.finished_at,
         was_restarted=state.running and state.finished_at is not None,
-        run=f"{state.id} {state.started_at}",
+        run=run_of(state),
     )
     if not state.running:
         return entry
     host = session.host_of(name)
     if member is None:
-        health = await _proxy_health(host, topology.proxy.address, topology.proxy.port)
-        return replace(entry, health=health)
+        health, cause = await _proxy_health(host, topology.proxy.address, topology.proxy.port)
+        return replace(entry, health=health, cause=cause)
     asked = await together(_server(host, member.address, port) for port in member.api_ports)
-    counters, pages = session.engine.COUNTERS, [page for _, page in asked if page is not None]
-    unwell = [health for health, _ in asked if health != HEALTHY]
+    counters, pages = session.engine.COUNTERS, [page for *_, page in asked if page is not None]
+    unwell = [(health, cause) for health, cause, _ in asked if cause]
+    causes: list[Cause] = [cause for _, cause in unwell]
     return replace(
         entry,
-        health="; ".join(dict.fromkeys(unwell)) or (HEALTHY if asked else ""),
+        health="; ".join(dict.fromkeys(h for h, _ in unwell)) or (HEALTHY if asked else ""),
+        cause=next((cause for cause in causes if cause != "late"), next(iter(causes), "")),
         requests=metrics.total(pages, counters.served),
         kv_tokens=metrics.total(pages, counters.kv_tokens) if role == "decode" else None,
     )
 
 
-async def _server(host: Host, address: str, port: int) -> tuple[str, metrics.Samples | None]:
+def run_of(state: ContainerState) -> str:
+    """Tell this run of a container from all others."""
+    return f"{state.id} {state.started_at}"
+
+
+async def _server(host: Host, address: str, port: int) -> tuple[str, Cause, metrics.Samples | None]:
     """Ask an API server for its health and its counters."""
     url = f"http://{address}:{port}"
     try:
         async with host.http(address, port) as client:
             answer = await client.get(f"{url}/health", timeout=ANSWER_TIMEOUT_S)
             if answer.status_code != httpx.codes.OK:
-                return f"status {answer.status_code} on its health endpoint", None
+                return f"status {answer.status_code} on its health endpoint", "status", None
             page = await client.get(f"{url}/metrics", timeout=ANSWER_TIMEOUT_S)
-            return HEALTHY, metrics.parse(page.text) if page.is_success else None
+            return HEALTHY, "", metrics.parse(page.text) if page.is_success else None
     except (httpx.HTTPError, PdDeployError) as error:
-        return _no_answer(error), None
+        return *no_answer(error), None
 
 
-async def _proxy_health(host: Host, address: str, port: int) -> str:
+async def _proxy_health(host: Host, address: str, port: int) -> tuple[str, Cause]:
     """Ask the proxy for anything: what its /health says of servers, they are asked themselves."""
     try:
         async with host.http(address, port) as client:
             await client.get(f"http://{address}:{port}/health", timeout=ANSWER_TIMEOUT_S)
-            return HEALTHY
+            return HEALTHY, ""
     except (httpx.HTTPError, PdDeployError) as error:
-        return _no_answer(error)
+        return no_answer(error)
 
 
-def _no_answer(error: Exception) -> str:
+def no_answer(error: Exception) -> tuple[str, Cause]:
+    """Say what came in place of an answer, and of which kind that is."""
     found = error.message if isinstance(error, PdDeployError) else str(error)
-    return f"does not answer ({found or type(error).__name__})"
+    is_late = isinstance(error, PdDeployError | httpx.TimeoutException)
+    return f"does not answer ({found or type(error).__name__})", "late" if is_late else "refused"

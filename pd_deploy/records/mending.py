@@ -1,0 +1,85 @@
+"""When health restarts what has failed, and when it lets it be. Pure."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from pd_deploy.config.models import Health
+from pd_deploy.records.releases import Mending
+
+FACTOR = 3
+"""How many times longer each pause is than the one before."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether health may restart what has failed.
+
+    Attributes:
+        why: it may not; empty if it may.
+        gives_up: whether it gives up by this decision.
+    """
+
+    why: str = ""
+    gives_up: bool = False
+
+
+def decide(mending: Mending | None, options: Health, now: datetime) -> Decision:
+    """Decide by what was tried lately."""
+    if not options.attempts:
+        return Decision("`health.attempts` is 0, so nothing is restarted")
+    if mending and mending.gave_up:
+        return Decision(_gave_up(mending))
+    recent = lately(mending, options, now)
+    if len(recent) >= options.attempts:
+        times = f"{len(recent)} times" if len(recent) > 1 else "once"
+        return Decision(
+            f"it was restarted {times} in {_minutes(options.within)}, and that did not help for "
+            "long; nothing more is tried",
+            gives_up=True,
+        )
+    if (due := _due(mending, recent, options)) and due > now:
+        return Decision(f"the next attempt at a restart is due at {due:%H:%M:%S} UTC")
+    return Decision()
+
+
+def lately(mending: Mending | None, options: Health, now: datetime) -> list[datetime]:
+    """List when attempts began that still count."""
+    attempts = mending.attempts if mending else ()
+    return [when for when in attempts if now - when < timedelta(seconds=options.within)]
+
+
+def told(mending: Mending | None, options: Health, now: datetime) -> str:
+    """Say for people what health holds back; empty if nothing."""
+    if mending is None:
+        return ""
+    if mending.gave_up:
+        return _gave_up(mending)
+    recent = lately(mending, options, now)
+    if not recent or mending.failed is None:
+        return ""
+    due = _due(mending, recent, options)
+    assert due
+    return (
+        f"{len(recent)} of {options.attempts} attempts at a restart failed or did not last; "
+        f"the next one is due at {due.astimezone():%Y-%m-%d %H:%M:%S}"
+    )
+
+
+def _gave_up(mending: Mending) -> str:
+    assert mending.gave_up
+    return (
+        f"health gave up at {mending.gave_up:%Y-%m-%d %H:%M:%S} UTC: `pd-deploy recover FILE` "
+        "starts what is to serve, and health watches again"
+    )
+
+
+def _due(mending: Mending | None, recent: list[datetime], options: Health) -> datetime | None:
+    """Say when the next attempt may begin: ever longer after the last one."""
+    if mending is None or not recent:
+        return None
+    last = max(filter(None, (recent[-1], mending.failed)))
+    return last + timedelta(seconds=options.pause * FACTOR ** (len(recent) - 1))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:g} s"

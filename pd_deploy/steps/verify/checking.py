@@ -1,0 +1,225 @@
+"""Checking whether a service serves, as `pd-health` does, and what of it has surely failed.
+
+A container that has ended is sure at once. A server that runs and does not answer is asked again,
+because one that is busy answers late: what is late, or out of reach, is told, and never counts as
+failed. Changes nothing.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import httpx
+
+from pd_deploy.errors import PdDeployError
+from pd_deploy.records import generations
+from pd_deploy.records.status import SERVES, Verdict
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import Session
+from pd_deploy.steps.verify import looking, requests
+from pd_deploy.steps.verify.answers import NoAnswer, ask
+from pd_deploy.steps.verify.looking import HEALTHY, Cause, InstanceLook, Look
+
+LOOKS = 3
+"""How often a service is looked at before what runs and does not answer counts as failed."""
+LOOKS_FOR_HOSTS = 2
+"""The same for hosts that are away: each look waits for them, for `gates.connect`."""
+PAUSE_S = 1.0
+COMPLETION_S = 20.0
+"""How long a completion through the proxy may take: a service that is busy has a queue."""
+TOKENS = 2
+"""Of that completion: prefill makes the first one, and the second follows from its KV."""
+BUSY = frozenset({httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE})
+"""What a proxy answers that has too much to do, or holds its clients up."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A service as it was found.
+
+    Attributes:
+        look: the last one.
+        failed: by name of an instance, or of the proxy, that has surely failed: which run of its
+            container did; empty if that has ended, or is gone.
+        told: all that is not as it should be, in a line; empty if all is well.
+        answered: how long the completion through the proxy took, in s; None if there was none.
+        by_completion: whether only a completion shows that something has failed.
+    """
+
+    look: Look
+    failed: dict[str, str] = field(default_factory=dict)
+    told: str = ""
+    answered: float | None = None
+    by_completion: bool = False
+
+    @property
+    def away(self) -> list[str]:
+        """Hosts that did not answer."""
+        return [f"{host.name} ({host.address})" for host in self.look.hosts if host.away]
+
+    @property
+    def working(self) -> str:
+        """Who works on the service now; empty if nobody does."""
+        record = self.look.history.record
+        if record.hold:
+            return f"it is held by {record.hold}"
+        return "; ".join(dict.fromkeys(_working(self.look)))
+
+    @property
+    def word(self) -> str:
+        """The verdict: serving, degraded or down."""
+        verdict = self.look.status.verdict
+        if self.told and verdict == Verdict.SERVING:
+            verdict = Verdict.DOWN if self.by_completion else Verdict.DEGRADED
+        return str(verdict)
+
+
+def _working(look: Look) -> list[str]:
+    """Say who holds a lease, and has shown that it lives."""
+    lasts = look.session.deployment.gates.lease_lasts
+    return [str(host.lease) for host in look.hosts if host.lease and host.lease.age < lasts]
+
+
+async def check(session: Session, now: datetime) -> Checked:
+    """Look at a service, ask it for a completion as a client would, and say what has failed."""
+    looks = [await looking.look(session, as_deployed=True)]
+    while _is_in_doubt(looks):
+        await asyncio.sleep(PAUSE_S)
+        looks.append(await looking.look(session, as_deployed=True))
+    last = looks[-1]
+    checked = Checked(last, failed(looks, now), told=trouble(last))
+    if last.release is None or last.status.verdict != Verdict.SERVING:
+        return checked
+    found, is_sure, seconds = await _completion(last.session)
+    if not found:
+        return Checked(last, checked.failed, checked.told, seconds)
+    proxy = last.session.topology.proxy
+    told = f"a completion through http://{proxy.address}:{proxy.port} failed: {found}"
+    lost = {i.name: i.run for i in last.instances} if is_sure else {}
+    return Checked(last, lost, "; ".join(filter(None, (checked.told, told))), by_completion=is_sure)
+
+
+def trouble(look: Look) -> str:
+    """Say in a line all that is not as it should be. Pure."""
+    parts = [] if look.status.state == SERVES else [look.status.state]
+    parts += [
+        f"{host.name} ({host.address}): {host.devices}"
+        for host in look.hosts
+        if host.devices not in ("", HEALTHY)
+    ]
+    return "; ".join(parts)
+
+
+def failed(looks: Sequence[Look], now: datetime) -> dict[str, str]:
+    """List what has surely failed, with the run of its container. Pure.
+
+    What has ended or is gone, and the proxy where a run has left it closed; and what runs, but
+    refused or answered with an error at each look, unless it may still be loading: then nobody
+    listens at its port yet.
+    """
+    last = looks[-1]
+    serves = {i.name for i in last.instances if i.health == HEALTHY}
+    lost = {last.session.topology.proxy.name: ""} if last.history.record.closed else {}
+    lost |= {i.name: "" for i in last.instances if _has_ended(i)}
+    for instance in last.instances if len(looks) >= LOOKS else ():
+        is_loading = instance.cause == "refused" and _may_load(instance, last, serves, now)
+        if all(_fails(instance, look) for look in looks) and not is_loading:
+            lost[instance.name] = instance.run
+    return lost
+
+
+def to_restart(rollout: Rollout, checked: Checked, tried: bool) -> frozenset[str]:
+    """List what runs and has to start again, unless somebody has restarted it since it was looked
+    at. Pure.
+
+    A completion that failed does not say which server is to blame: the proxy starts again alone
+    where servers can be left, and all does where that was tried.
+    """
+    runs = {
+        state.labels[generations.INSTANCE]: looking.run_of(state)
+        for states in rollout.containers.values()
+        for state in states
+        if state.name in rollout.plan.roles
+    }
+    names = {name for name, run in checked.failed.items() if run and runs.get(name) == run}
+    if not checked.by_completion or tried:
+        return frozenset(names)
+    session = rollout.session
+    first, proxy = session.topology.instances[0], session.topology.proxy.name
+    is_one_set = session.engine.restarts_with(session.deployment, session.topology, first.name)
+    return frozenset(names if is_one_set >= names else names & {proxy})
+
+
+def _has_ended(instance: InstanceLook) -> bool:
+    return instance.container not in ("", *generations.RUNNING)
+
+
+def _fails(instance: InstanceLook, look: Look) -> bool:
+    """Tell whether a look found the same run of an instance failing, and not merely late."""
+    sure: tuple[Cause, ...] = ("refused", "status")
+    return any(i.run == instance.run and i.cause in sure for i in look.instances)
+
+
+def _may_load(instance: InstanceLook, look: Look, serves: set[str], now: datetime) -> bool:
+    """Tell whether a server may still be loading: it was started lately, and none that it links to
+    while it loads serves already."""
+    session = look.session
+    if instance.name == session.topology.proxy.name or instance.since is None:
+        return False
+    linked = session.engine.restarts_with(session.deployment, session.topology, instance.name)
+    ready = timedelta(seconds=session.deployment.gates.ready)
+    servers = linked - {session.topology.proxy.name}
+    return now - instance.since < ready and not servers & serves
+
+
+def _is_in_doubt(looks: Sequence[Look]) -> bool:
+    """Tell whether to look again: something does not answer, and nothing has surely failed."""
+    last = looks[-1]
+    if last.release is None or _working(last):
+        return False
+    if any(host.away for host in last.hosts):
+        return len(looks) < LOOKS_FOR_HOSTS
+    if any(map(_has_ended, last.instances)):
+        return False
+    unread = any(host.devices.startswith(looking.NOT_KNOWN) for host in last.hosts)
+    return (unread or any(i.cause for i in last.instances)) and len(looks) < LOOKS
+
+
+async def _completion(session: Session) -> tuple[str, bool, float]:
+    """Ask for a completion where clients ask, again if it fails.
+
+    Returns:
+        What came in its place, empty if it came; whether that is sure to be a fault of the service;
+        and how long the answer took, in s.
+    """
+    deployment, proxy = session.deployment, session.topology.proxy
+    url, body = requests.completion(deployment, proxy)
+    body |= {"max_tokens": TOKENS, **session.engine.cache_busting_fields(str(uuid.uuid4()))}
+    found, is_sure = "", True
+    async with session.host(proxy.host).http(proxy.address, proxy.port) as client:
+        for turn in range(LOOKS):
+            if turn:
+                await asyncio.sleep(PAUSE_S)
+            begin = time.monotonic()
+            try:
+                await ask(client, url, body, timeout=COMPLETION_S)
+            except (NoAnswer, PdDeployError) as error:
+                found = error.message if isinstance(error, PdDeployError) else str(error)
+                is_sure = is_sure and _is_of_the_service(error)
+                if turn and not is_sure:
+                    break
+            else:
+                return "", False, time.monotonic() - begin
+    return found, is_sure, 0.0
+
+
+def _is_of_the_service(error: Exception) -> bool:
+    """Tell whether what came in place of a completion is sure to be a fault of the service: not
+    where it came late, the way there was lost, or the request was not to its liking."""
+    if isinstance(error, PdDeployError) or isinstance(error.__cause__, httpx.TimeoutException):
+        return False
+    status = error.status if isinstance(error, NoAnswer) else None
+    return status is None or (status >= 500 and status not in BUSY)
