@@ -98,11 +98,20 @@ class PrefectServer:
             httpx.HTTPError: it refuses, or does not answer.
         """
         for delay in (*RETRY_DELAYS_S, None):
-            answer = httpx.request(
-                method, f"{self.api}/{path}", json=body, trust_env=False, timeout=ANSWER_TIMEOUT_S
-            )
-            if answer.status_code not in BUSY or delay is None:
-                break
+            try:
+                answer = httpx.request(
+                    method,
+                    f"{self.api}/{path}",
+                    json=body,
+                    trust_env=False,
+                    timeout=ANSWER_TIMEOUT_S,
+                )
+            except httpx.TransportError:
+                if delay is None:
+                    raise
+            else:
+                if answer.status_code not in BUSY or delay is None:
+                    break
             time.sleep(delay)
         answer.raise_for_status()
         return answer.json() if answer.content else None

@@ -1,7 +1,9 @@
 """The soak: what counts as growth, and what its report says."""
 
+import httpx
 import pytest
 
+from bench import prefect_server
 from bench.growth import Comparison, Limit, compare
 from bench.soak import FAULTS, KEPT, LIMITS, Upgrade, failed, report
 
@@ -64,3 +66,23 @@ def test_what_hosts_fill_up_with_at_first_is_not_compared() -> None:
 
 def test_a_soak_that_compared_nothing_has_not_shown_that_nothing_grows() -> None:
     assert "nothing to compare" in report(upgrades(KEPT + 1))
+
+
+@pytest.mark.parametrize("first", [httpx.ReadTimeout("busy"), httpx.Response(503)])
+def test_a_server_that_is_busy_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, first: httpx.Response | Exception
+) -> None:
+    """As Prefect's own client does: no upgrade has failed of it."""
+    answers = [first, httpx.Response(200, json={"id": 1}, request=httpx.Request("GET", "http://x"))]
+
+    def request(*_: object, **__: object) -> httpx.Response:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(prefect_server.httpx, "request", request)
+    monkeypatch.setattr(prefect_server, "RETRY_DELAYS_S", (0.0,))
+    server = object.__new__(prefect_server.PrefectServer)
+    server.api = "http://x"
+    assert server.ask("GET", "flow_runs/1") == {"id": 1}
