@@ -35,6 +35,7 @@ PARTS = {
     "free": "clean up",
     "devices and ports free": "clean up",
     "launch": "launch",
+    "prepare waiting room": "launch",
     "ranktable": "ranktable",
     "prepare proxy": "start",
     "start server": "start",

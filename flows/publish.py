@@ -132,6 +132,8 @@ async def success(
     message = f"Generation {rollout.plan.generation}: {outcome}"
     if rollout.attempt.downtime.since and completion:
         message += f", {rollout.attempt.downtime}"
+    if rollout.attempt.held:
+        message += f"; {rollout.attempt.held}"
     if cut := stopping.told_of(rollout.attempt.cut, rollout.locked):
         message += f"; {cut}"
     if rollout.newer_tags:

@@ -18,7 +18,14 @@ from pd_deploy.flows.run import Run
 from pd_deploy.flows.stages import prove_and_open, run_stages
 from pd_deploy.flows.survey import restore
 from pd_deploy.planning.plans import STAGES, Stage
-from pd_deploy.steps import containers, promotion, stopping, surveying, timeline
+from pd_deploy.steps import (
+    containers,
+    promotion,
+    stopping,
+    surveying,
+    timeline,
+    waiting_room,
+)
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -120,6 +127,7 @@ async def abort(
     """Stop what the run has started, record why, and go back if that is possible."""
     if on_failure == "keep":
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
+        await waiting_room.dismiss(rollout)
         await promotion.note_failure(rollout, error, str(run))
         await publish.failure(rollout, error, {})
         _tell_if_down(rollout, error)
@@ -134,6 +142,7 @@ async def abort(
     if to_undo and before and before.generation != rollout.plan.generation:
         await roll_back(rollout, error, before.generation, run)
     else:
+        await waiting_room.dismiss(rollout)
         down = "\nNothing serves: `pd-deploy recover FILE` once the cause is fixed"
         if rollout.history.record.closed and isinstance(error, PdDeployError):
             error.message = error.message.removesuffix(down) + down
@@ -171,6 +180,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
     except Exception as fault:
         if attempts:
             await containers.stop_started(attempts[-1])
+        await waiting_room.dismiss(failed)
         states = await surveying.states(
             session, {generation, failed.plan.generation, failed.plan.servers}
         )
@@ -193,6 +203,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         get_run_logger().error("not recorded that %s serves: %s", generation, fault)
     await tidy_up(line, back)
     cut = stopping.told_of(failed.attempt.cut + back.attempt.cut, failed.locked)
+    cut = "; ".join(filter(None, (back.attempt.held, cut)))
     raised = RolledBack(
         f"{reason}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}"
         f"{cut and f'; {cut}'}"

@@ -5,8 +5,8 @@ import time
 
 from pd_deploy.config.topology import Topology
 from pd_deploy.flows.line import Line
-from pd_deploy.planning.plans import Stage
-from pd_deploy.steps import promotion, timeline
+from pd_deploy.planning.plans import STAGES, Stage
+from pd_deploy.steps import promotion, timeline, waiting_room
 from pd_deploy.steps.readiness import ALL_STARTED
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -18,6 +18,7 @@ from pd_deploy.tasks import (
     launch,
     open_proxy,
     prepare_proxy,
+    prepare_waiting_room,
     pull_image,
     save,
     smoke_test,
@@ -55,8 +56,14 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
         await promotion.note_hosts(rollout)
     await line.branches(create(line.branch(), rollout, host, stages) for host in hosts)
     await line.joined("prepare: containers and files made")
+    proxy, steps = rollout.session.topology.proxy.name, []
     if "launch" in stages and "proxy" in stages and rollout.may_prepare_early():
-        await prepare(line, rollout)
+        steps.append(prepare_proxy.after(*line.ends)(rollout, proxy))
+    if set(stages) != set(STAGES):
+        await waiting_room.dismiss(rollout)
+    elif waiting_room.is_wanted(rollout):
+        steps.append(prepare_waiting_room.after(*line.ends)(rollout, proxy))
+    await line.together(steps)
 
 
 async def create(line: Line, rollout: Rollout, host: str, stages: list[Stage]) -> Line:

@@ -13,6 +13,7 @@ from pd_deploy.steps import (
     readiness,
     surveying,
     tidy,
+    waiting_room,
 )
 from pd_deploy.steps.verify import smoke
 from pd_deploy.tasks import composed
@@ -42,9 +43,10 @@ save = step("save {name}")(promotion.save)
 launch = step("launch {instance}")(containers.launch)
 write_ranktables = step("ranktable {name}")(containers.write_ranktables)
 prepare_proxy = step("prepare proxy {instance}")(containers.prepare_proxy)
+prepare_waiting_room = step("prepare waiting room")(waiting_room.prepare)
 
 # From the cut-over to the promotion
-clean_up = step("clean up {instance}", grace=TO_ITS_END)(containers.clean_up)
+clean_up = step("clean up {instance}", grace=TO_ITS_END)(composed.clean_up)
 until_free = step("free {name}")(preflight.until_free)
 start_server = step("start server {instance}")(containers.start_server)
 until_ready = step("ready {instance}")(readiness.until_ready)

@@ -44,6 +44,11 @@ async def identify(
     return await identifying.identify(session, states, image, _every_tenth())
 
 
+async def clean_up(rollout: Rollout, instance: str) -> Report:
+    """Stop an instance's outdated containers; log how many requests a proxy still answers."""
+    return await containers.clean_up(rollout, instance, get_run_logger().info)
+
+
 async def open_proxy(rollout: Rollout, instance: str) -> Report:
     """Open the proxy's port to clients, and send a request as a client would."""
     report = await containers.open_proxy(rollout)

@@ -314,6 +314,9 @@ class InstanceEntry(Settings):
 class ProxyEntry(Model):
     """The proxy that clients talk to.
 
+    `hold` is how long, in seconds, a request may wait while a run has nothing that serves; with 0,
+    connections are refused then. `drain` is how long requests under way may take when the proxy
+    stops; without it, `container.stop_timeout`. Both are for runs: they change nothing that runs.
     `arguments` and `environment` are for its program: the image's script, or the router. `program`
     chooses between omni-infer's two. Of omni_proxy, `prefix_aware` sends a prompt where its
     beginning is cached, and `pass_through` opens the location that relays to any address.
@@ -321,6 +324,8 @@ class ProxyEntry(Model):
 
     host: Name
     port: Annotated[int, Field(ge=1024, le=65500, strict=True)] = 7000
+    hold: Annotated[float, Field(ge=0, le=3600)] = 0
+    drain: Annotated[int, Field(ge=1, le=3600, strict=True)] | None = None
     # nginx's workers, and the first one's core; limits and defaults of the script (section 5.2).
     core_num: Annotated[int, Field(ge=1, le=64, strict=True)] = 4
     start_core_index: Annotated[int, Field(ge=0, le=1023, strict=True)] = 16
@@ -681,6 +686,12 @@ class Deployment(Model):
     def own_code(self) -> OwnCode | None:
         """The source code that pd-deploy brings to the hosts; None where it brings none."""
         return self.code if isinstance(self.code, OwnCode) else None
+
+    @property
+    def drain(self) -> int:
+        """How long requests may take, in seconds, that are under way when the proxy stops."""
+        (proxy,) = self.proxy.values()
+        return self.container.stop_timeout if proxy.drain is None else proxy.drain
 
     @property
     def window(self) -> timedelta:

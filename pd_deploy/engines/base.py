@@ -216,6 +216,9 @@ class Engine(Protocol):
         """Say where the proxy shows metrics of its own; return None if nobody else can read them
         there."""
 
+    def shares_port(self, deployment: Deployment) -> bool:
+        """Say whether the proxy listens at its port with SO_REUSEPORT, so that two can at once."""
+
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         """Yield the engine's own rules that a deployment breaks."""
 

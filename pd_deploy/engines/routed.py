@@ -53,6 +53,11 @@ def check_facts(deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
     """Check nothing: every server is told its host's address, and asks for no device's."""
 
 
+def shares_port(deployment: Deployment) -> bool:
+    """Return False: the router takes its port alone."""
+    return False
+
+
 def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
     """Return none."""
     return {}

@@ -48,6 +48,7 @@ parse_addresses = routed.parse_addresses
 check_facts = routed.check_facts
 ranktables = routed.ranktables
 restarts_with = routed.restarts_with
+shares_port = routed.shares_port
 starts_after = routed.starts_after
 device_users_command = routed.device_users_command
 device_users = routed.device_users

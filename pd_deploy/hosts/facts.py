@@ -108,7 +108,7 @@ for port in sys.argv[1:]:
                 print("BOUND", port)
 ' "$@"
 """
-CONNECTIONS = ["ss", "-Htn", "state", "established"]
+CONNECTIONS = ["ss", "-Htnp", "state", "established"]
 FREE = r"""p=$1; while [ ! -e "$p" ]; do p=$(dirname -- "$p"); done; LC_ALL=C df -P -k -- "$p" """
 # A container's id is the last part of its processes' cgroup that looks like one.
 CONTAINERS = r"""for p; do
@@ -166,9 +166,10 @@ class Facts:
         output = await self._host.output(["sh", "-c", TAKEN, "sh", *map(str, ports)])
         return parse_taken(output, ports, self._host.where)
 
-    async def connections(self, port: int) -> int:
-        """Count the connections that clients have to a port."""
-        return len((await self._host.output([*CONNECTIONS, f"sport = :{port}"])).splitlines())
+    async def connections(self, port: int) -> list[int]:
+        """List the connections that clients have to a port: of each the process that has it."""
+        output = await self._host.output([*CONNECTIONS, f"sport = :{port}"])
+        return [int(pid) for pid in re.findall(r"users:\(\(\"[^\"]*\",pid=(\d+)", output)]
 
     async def containers_of(self, pids: Sequence[int]) -> dict[int, str]:
         """Find the container's id of each process, "" for none; leave out processes that ended."""

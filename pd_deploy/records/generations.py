@@ -24,6 +24,9 @@ IMAGE = "pd-deploy.image"
 PROBE = "probe"
 """Role of a container that only says what its image is; of no generation, gone after seconds."""
 
+WAITING_ROOM = "waiting-room"
+"""Role of a container that holds requests while nothing serves; of no generation either."""
+
 Containers = Mapping[str, Iterable[ContainerState]]
 """Host name → the deployment's containers on it."""
 

@@ -57,6 +57,8 @@ class Attempt:
         was_down: whether clients could not connect before this run stopped anything.
         stopped: whether this run has stopped anything that ran: from then on a failure is undone.
         cut: how many requests of clients were cut when their time was up.
+        waiting_room: id of the container that holds requests for this run; empty without one.
+        held: what became of these requests, in words; empty while there are none.
         connects: by host, how often its connection had been made when the attempt began.
         interrupted: whether the run was cancelled; it undoes what it did, unless that is cancelled
             as well.
@@ -70,6 +72,8 @@ class Attempt:
     was_down: bool = False
     stopped: bool = False
     cut: int = 0
+    waiting_room: str = ""
+    held: str = ""
     connects: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
     is_mend: bool = False

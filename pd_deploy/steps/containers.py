@@ -23,12 +23,13 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
 from pd_deploy.records.releases import local_tag
-from pd_deploy.steps import host_faults, images
+from pd_deploy.steps import host_faults, images, waiting_room
 from pd_deploy.steps.patience import patiently
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.stopping import stop, told_of
+from pd_deploy.steps.waiting_room_program import HEADER
 
 LOG_LINES = 20  # of a server that ended, in the error: enough for a traceback's end
 ABORT_TIMEOUT_S = 10  # between SIGINT and SIGKILL: what never served has no requests to finish
@@ -65,8 +66,16 @@ async def _name(rollout: Rollout, name: str) -> None:
         await host.docker.tag(image, generation)
 
 
-async def clean_up(rollout: Rollout, instance: str) -> Report:
-    """Stop an instance's outdated containers; keep them for a rollback."""
+async def clean_up(
+    rollout: Rollout, instance: str, tell: Callable[[str], None] | None = None
+) -> Report:
+    """Stop an instance's outdated containers; keep them for a rollback.
+
+    Args:
+        tell: told how many requests are under way while a proxy stops.
+    """
+    if instance == rollout.session.topology.proxy.name:
+        await waiting_room.take_port(rollout)
     stopping = [
         (host, state)
         for host, state in rollout.stopping
@@ -77,7 +86,9 @@ async def clean_up(rollout: Rollout, instance: str) -> Report:
         if not rollout.stays_open:
             rollout.attempt.downtime.begin()
     session = rollout.locked
-    cut = sum(await all_ended(stop(session, session.host(h), state) for h, state in stopping))
+    cut = sum(
+        await all_ended(stop(session, session.host(h), state, tell=tell) for h, state in stopping)
+    )
     rollout.attempt.cut += cut
     where = ", ".join(sorted({host for host, _ in stopping}))
     detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
@@ -214,9 +225,11 @@ async def open_proxy(rollout: Rollout) -> Report:
         if not rollout.attempt.stopped:
             rollout.attempt.downtime.never()
         return Report("open proxy", name, where, False, f"port {port} is open")
+    await waiting_room.make_way(rollout)
     await _one_step_on(rollout, state)
     await _log_says(rollout, name, state, session.engine.OPENED, session.deployment.gates.start)
     rollout.attempt.downtime.end()
+    await waiting_room.see_off(rollout)
     return Report("open proxy", name, where, True, f"opened port {port}")
 
 
@@ -416,13 +429,13 @@ async def _answers(rollout: Rollout, address: str) -> bool:
         async with host.http(address, proxy.port) as client:
             try:
                 url = f"http://{address}:{proxy.port}/health"
-                await patiently(partial(client.get, url, timeout=CONNECT_S))
+                answer = await patiently(partial(client.get, url, timeout=CONNECT_S))
             except httpx.TransportError:
                 await host.run(["true"])
                 if host.connects == connects:
                     return False
             else:
-                return True
+                return HEADER not in answer.headers
 
 
 async def _log_says(

@@ -56,7 +56,7 @@ class Holder:
 async def holders(
     rollout: Rollout, host: Host, devices: Iterable[int], ports: Iterable[int]
 ) -> list[Holder]:
-    """List who has devices and ports of a host."""
+    """List who has devices and ports of a host; not who holds a port for the new proxy."""
     devices, ports = sorted(devices), sorted(ports)
     async with task_group() as group:
         device_holders = group.create_task(device_users(rollout, host, devices))
@@ -69,7 +69,9 @@ async def holders(
     holding = []
     for kind, number, who in uses:
         pid = _pid(who)
-        name, is_ours = containers.get(homes.get(pid or 0, ""), ("", False))
+        name, is_ours, role = containers.get(homes.get(pid or 0, ""), ("", False, ""))
+        if is_ours and role == generations.WAITING_ROOM:
+            continue
         shown = who.replace(")", f", container {name})") if name else who
         is_stranger = pid in homes and not is_ours
         holding.append(Holder(kind, number, shown or "a process", is_stranger, is_ours))
@@ -141,14 +143,14 @@ async def of_instance(rollout: Rollout, instance: str) -> HostError | None:
     return None
 
 
-async def _container(rollout: Rollout, host: Host, container: str) -> tuple[str, bool]:
-    """Return a container's name, and whether it is this deployment's."""
+async def _container(rollout: Rollout, host: Host, container: str) -> tuple[str, bool, str]:
+    """Return a container's name, whether it is this deployment's, and its role there."""
     try:
         state = await host.docker.inspect(container)
     except ContainerMissing:
-        return "", False
+        return "", False, ""
     is_ours = state.labels.get(generations.DEPLOYMENT) == rollout.session.deployment.name
-    return state.name, is_ours
+    return state.name, is_ours, state.labels.get(generations.ROLE, "")
 
 
 async def _full(rollout: Rollout, host: Host) -> list[str]:

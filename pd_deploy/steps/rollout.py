@@ -27,6 +27,7 @@ class HostState:
         tree: what lies in the deployment's own directories, by path.
         route_address: its own address on its default route; None if it has no such route.
         strangers: all containers that are not of one of its generations.
+        waiting_rooms: those that it has for this deployment, running or not.
         probe_left: whether a run was killed there while it asked an image what it is.
     """
 
@@ -41,6 +42,7 @@ class HostState:
     records: HostRecords
     route_address: str | None = None
     strangers: tuple[ListedContainer, ...] = ()
+    waiting_rooms: tuple[ListedContainer, ...] = ()
     probe_left: bool = False
 
     @property
@@ -51,8 +53,13 @@ class HostState:
 
     @property
     def has_leftovers(self) -> bool:
-        """Whether a run was killed there while it wrote a file, or asked an image what it is."""
-        return self.probe_left or any(re.fullmatch(r".*/\.[^/]*\.tmp", path) for path in self.tree)
+        """Whether a run has left a container of its own there, or was killed while it wrote a
+        file."""
+        return (
+            self.probe_left
+            or bool(self.waiting_rooms)
+            or any(re.fullmatch(r".*/\.[^/]*\.tmp", path) for path in self.tree)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ class Rollout:
     @cached_property
     def changes(self) -> bool:
         """Whether anything is to be done at all: a container does not run, a file is not as
-        planned, or a host lacks a directory or the generation's account of itself."""
+        planned, a host lacks a directory or the generation's account of itself, or another run has
+        left a waiting room, which may be in the proxy's way."""
         planned = self.with_actions(plans.STAGES).hosts
         noted = (
             self.surveyed_history.record.on(self.release.hosts.values())
@@ -112,9 +120,16 @@ class Rollout:
         )
         return (
             not noted
+            or self.has_waiting_room
             or any(host.actions for host in planned.values())
             or any(self._lacks(name) for name in planned)
         )
+
+    @property
+    def has_waiting_room(self) -> bool:
+        """Whether a run before this one has left a container that may hold requests."""
+        rooms = self.states[self.session.topology.proxy.host].waiting_rooms
+        return any(room.status in generations.RUNNING for room in rooms)
 
     def _lacks(self, host: str) -> bool:
         state = self.states[host]

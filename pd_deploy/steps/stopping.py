@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from pd_deploy.errors import ContainerMissing, PdDeployError
 from pd_deploy.hosts.concurrent import task_group
@@ -10,6 +11,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.steps.session import LockedSession
 
+TELL_EVERY_S = 5.0
 LOOK_BEFORE_S = 2.0
 """How long before its time is up a proxy's connections are first counted: most end before."""
 POLL_S = 0.5
@@ -18,25 +20,33 @@ KILLED = 137
 
 
 async def stop(
-    session: LockedSession, host: Host, state: ContainerState, timeout: int | None = None
+    session: LockedSession,
+    host: Host,
+    state: ContainerState,
+    timeout: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> int:
     """Stop a container of the deployment.
 
     Args:
-        timeout: seconds after which it is killed; by default `container.stop_timeout`.
+        timeout: seconds after which it is killed; by default `container.stop_timeout`, and of a
+            proxy `proxy.drain`, if the file has that.
+        tell: told how many requests are under way while a proxy stops.
 
     Returns:
         How many requests of clients it has cut: their connections were open when its time was up.
     """
-    seconds = session.deployment.container.stop_timeout if timeout is None else timeout
+    is_proxy = state.labels.get(generations.ROLE) == "proxy"
+    if timeout is None:
+        of = session.deployment
+        timeout = of.drain if is_proxy else of.container.stop_timeout
     deployment = session.deployment.name
     await session.may_change(host)
-    is_proxy = state.labels.get(generations.ROLE) == "proxy"
     async with task_group() as group:
         clients = _Clients(host, state)
-        counting = group.create_task(clients.count(seconds)) if is_proxy else None
+        counting = group.create_task(clients.count(timeout, tell)) if is_proxy else None
         try:
-            await host.docker.stop(state.id, deployment=deployment, timeout=seconds)
+            await host.docker.stop(state.id, deployment=deployment, timeout=timeout)
         finally:
             if counting:
                 counting.cancel()
@@ -48,8 +58,10 @@ def told_of(requests: int, session: LockedSession) -> str:
     if not requests:
         return ""
     what = f"{requests} requests that were" if requests > 1 else "1 request that was"
-    seconds = session.deployment.container.stop_timeout
-    return f"cut {what} not answered within {seconds} s (container.stop_timeout)"
+    deployment = session.deployment
+    given = any(proxy.drain is not None for proxy in deployment.proxy.values())
+    key = "proxy.drain" if given else "container.stop_timeout"
+    return f"cut {what} not answered within {deployment.drain} s ({key})"
 
 
 class _Clients:
@@ -58,22 +70,43 @@ class _Clients:
     def __init__(self, host: Host, state: ContainerState) -> None:
         self.connected = 0
         self._host = host
+        self._container = state.id
         self._port = int(state.labels.get(generations.PORTS, "").partition(",")[0] or 0)
 
-    async def count(self, seconds: float) -> None:
+    async def count(self, seconds: float, tell: Callable[[str], None] | None) -> None:
         """Count them again and again, until the proxy is killed after some seconds."""
         if not self._port:
             return
-        killed_at = asyncio.get_running_loop().time() + seconds
-        await asyncio.sleep(max(seconds - LOOK_BEFORE_S, 0))
+        now = asyncio.get_running_loop().time
+        killed_at = now() + seconds
+        told = 0
+        while (left := killed_at - now() - LOOK_BEFORE_S) > 0:
+            await asyncio.sleep(min(left, TELL_EVERY_S))
+            if tell and left > TELL_EVERY_S:
+                with contextlib.suppress(PdDeployError):
+                    under_way = await self._look()
+                    if under_way != told:
+                        tell(_still(under_way, killed_at - now()))
+                    told = under_way
         while True:
             # The stop goes on, counted or not.
             with contextlib.suppress(PdDeployError):
-                connected = await self._host.facts.connections(self._port)
+                connected = await self._look()
                 # A later count would miss those that were cut by then.
-                if asyncio.get_running_loop().time() < killed_at:
+                if now() < killed_at:
                     self.connected = connected
             await asyncio.sleep(POLL_S)
+
+    async def _look(self) -> int:
+        """Count the connections of the proxy itself: others may have its port by now."""
+        pids = await self._host.facts.connections(self._port)
+        homes = await self._host.facts.containers_of(sorted(set(pids)))
+        return sum(homes.get(pid) == self._container for pid in pids)
+
+
+def _still(requests: int, seconds: float) -> str:
+    what = "1 request is" if requests == 1 else f"{requests} requests are"
+    return f"{what} still being answered; the proxy stops in {seconds:.0f} s at the latest"
 
 
 async def _was_killed(host: Host, state: ContainerState) -> bool:

@@ -95,7 +95,8 @@ async def survey(session: Session, name: str) -> HostState:
         containers = await host.docker.listed()
         labelled = [c for c in containers if c.labels.get(generations.DEPLOYMENT) == deployment]
         probes = {c.id for c in labelled if c.labels.get(generations.ROLE) == generations.PROBE}
-        ours = {c.id for c in labelled} - probes
+        rooms = [c for c in labelled if c.labels.get(generations.ROLE) == generations.WAITING_ROOM]
+        ours = {c.id for c in labelled} - probes - {c.id for c in rooms}
         states = group.create_task(host.docker.states(ours))
     records, tree, addresses, listeners, route = reading.result()
     interface = facts.parse_interface(addresses, host.address, host.where)
@@ -128,6 +129,7 @@ async def survey(session: Session, name: str) -> HostState:
         tree=facts.parse_tree(tree),
         records=host_records.parse(records, host, session.root),
         strangers=tuple(c for c in containers if c.id not in ours),
+        waiting_rooms=tuple(rooms),
         probe_left=bool(probes),
     )
 
@@ -360,11 +362,27 @@ def fitted(session: Session, image: ResolvedImage, facts: FactsOfImage) -> Deplo
 async def saved(session: Session, name: str) -> tuple[Session, Saved]:
     """Read a kept generation, and the session as it was for it; survey that one for `restored`.
 
+    How clients are treated meanwhile is as the file says now.
+
     Raises:
         NoSuchGeneration: it is not kept.
     """
     loaded = await host_records.load(session.hosts, session.root, name)
+    deployment = _with_patience(loaded.deployment, session.deployment)
+    loaded = loaded.model_copy(update={"deployment": deployment})
     return session.for_deployment(loaded.deployment), loaded
+
+
+def _with_patience(deployment: Deployment, of: Deployment) -> Deployment:
+    """Give a deployment's proxy another one's `hold` and `drain`, by which nothing runs."""
+    (name, proxy), (other,) = *deployment.proxy.items(), of.proxy.values()
+    # What is not given stays so, or the saved plan would be written anew.
+    patience = {
+        key: value
+        for key in ("hold", "drain")
+        if (value := getattr(other, key)) != getattr(proxy, key)
+    }
+    return deployment.model_copy(update={"proxy": {name: proxy.model_copy(update=patience)}})
 
 
 def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rollout:

@@ -12,7 +12,7 @@ from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, Release, local_tag
-from pd_deploy.steps import own_code, stopping
+from pd_deploy.steps import own_code, stopping, waiting_room
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession
 
@@ -35,6 +35,7 @@ async def prune(session: LockedSession, name: str, history: History) -> Report:
         if c.labels.get(generations.GENERATION) in outdated
         or c.labels.get(generations.ROLE) == generations.PROBE
     ]
+    old += await waiting_room.outdated(host, containers)
     await _remove_containers(session, host, old)
     for generation in outdated:
         await _remove_generation(session, host, history, generation)

@@ -21,6 +21,7 @@ from pd_deploy.flows.rollback import rollback
 from pd_deploy.flows.teardown import teardown
 from pd_deploy.lab import contracts
 from tests.e2e.conftest import Service, until
+from tests.e2e.patient_clients import PatientClients
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 
@@ -74,12 +75,22 @@ class TestUpgrade:
     async def test_everything_is_made_while_the_old_generation_serves(
         self, service: Service
     ) -> None:
-        """Pull, containers, files and the prepared proxy: the old one stops after them."""
+        """Pull, containers, files and the prepared proxy: the old one stops after them. Requests
+        are held meanwhile: clients that try again lose none, and find nobody's port closed."""
+        service.change(proxy={"c0": {"host": "a", "port": 7000, "hold": 50, "drain": 20}})
         await deploy(service.file)
         old = service.containers(running=True)
         image = service.push("20250723_1", {"/etc/example": "new"})
-        state = await run(deploy, service, image=image)
+        with PatientClients(service.url) as clients:
+            state = await run(deploy, service, image=image)
         assert state.is_completed(), state.message
+        assert {kind: kept.lost for kind, kept in clients.kept.items()} == {
+            "keep-alive": [], "new connections": [], "streams": [],
+        }  # fmt: skip
+        assert sum(kept.refused for kept in clients.kept.values()) == 0
+        assert 503 in clients.health
+        assert 0 not in clients.health
+        assert re.search(r"held \d requests? for up to \d+\.\d s", str(state.message))
         assert epochs(service) == all_on(2)
         stopped = service.finished(old["c0"]["Id"])
         for container in service.containers().values():

@@ -293,12 +293,12 @@ def _listeners(machine: Machine, *_: object) -> str:
 
 def _connections(machine: Machine, arguments: Sequence[str], _: str) -> str:
     port = int(arguments[0].removeprefix("sport = :"))
-    count = sum(
-        one.program.clients()
+    return "".join(
+        f'0 0 {machine.address}:{port} 10.9.9.9:40000 users:(("nginx",pid={one.pid},fd=9))\n'
         for one in machine.running()
         if isinstance(one.program, Proxy) and one.program.port == port
+        for _ in range(one.program.clients())
     )
-    return f"0 0 {machine.address}:{port} 10.9.9.9:40000\n" * count
 
 
 def _npus(machine: Machine, *_: object) -> str:

@@ -48,12 +48,14 @@ class Faults:
 @dataclass(frozen=True)
 class Build:
     """An image in the registry: its digest, what is wrong with it, by instance or `*`, the machines
-    that it is for, and what it prints when it is asked what it is; None if it never answers."""
+    that it is for, and what it prints when it is asked what it is; None if it never answers. One
+    without Python can't hold requests."""
 
     digest: str
     faults: Mapping[str, Faults] = field(default_factory=dict)
     architecture: str = "arm64"
     answer: str | None = answers.of("by its tag")
+    has_python: bool = True
 
 
 @dataclass
@@ -275,7 +277,9 @@ class Cluster:
         self.settle()
         if machine.unplugged:
             return None
-        for one in machine.running():
-            if one.program and {(address, port), ("0.0.0.0", port)} & one.program.serving():
-                return one.program
+        # As the kernel: who listens at the address itself comes before who does at all of them.
+        for place in ((address, port), ("0.0.0.0", port)):
+            for one in machine.running():
+                if one.program and place in one.program.serving():
+                    return one.program
         return None

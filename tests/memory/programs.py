@@ -18,6 +18,7 @@ from pd_deploy.code import in_container
 from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.records import generations
+from pd_deploy.steps import waiting_room_program as waiting_room
 from tests.memory.machine import Container, Faults, Machine
 
 LOAD_S = 0.3
@@ -63,6 +64,8 @@ def start(machine: Machine, container: Container) -> None:
         container.program = Proxy(machine, container)
     elif role == generations.PROBE:
         container.program = Probe(machine, container)
+    elif role == generations.WAITING_ROOM:
+        container.program = WaitingRoom(machine, container)
     else:
         container.program = Server(machine, container)
     container.program.settle()
@@ -192,6 +195,47 @@ class Probe(_Process):
             for path, content in disk.files(root)
             for mode in [disk.entries[path].mode]
         )
+
+
+class WaitingRoom(_Process):
+    """What has the proxy's port while no proxy has: clients' requests wait in it."""
+
+    def __init__(self, machine: Machine, container: Container) -> None:
+        super().__init__(machine, container)
+        options = json.loads(container.config["Cmd"][-1])
+        self.port, self._shares_port = options["port"], options["shares_port"]
+        self.signals: list[str] = []
+        if container.image.build.has_python:
+            self.say(waiting_room.READY)
+        else:
+            self.refuse("bash: exec: : not found", 127)
+
+    def settle(self) -> None:
+        super().settle()
+        leaves = "SIGUSR2" in self.signals and (not self._shares_port or self._proxy_listens())
+        if self.container.running and not self._ends and (leaves or "SIGTERM" in self.signals):
+            held = {"held": 3, "refused": 1, "left": 0, "longest": 2.5}
+            self.say(waiting_room.CLOSED + json.dumps(held))
+            self.ends_in(0, 0)
+
+    def signal(self, name: str) -> None:
+        self.signals.append(name)
+        self.settle()
+
+    def bound(self) -> set[tuple[str, int]]:
+        return self.serving()
+
+    def serving(self) -> set[tuple[str, int]]:
+        if self._ends or "SIGUSR1" not in self.signals:
+            return set()
+        return {(self.machine.address, self.port)}
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        return httpx.Response(503, headers={waiting_room.HEADER: "waiting room"})
+
+    def _proxy_listens(self) -> bool:
+        programs = (one.program for one in self.machine.running())
+        return any((ANYWHERE, self.port) in p.serving() for p in programs if isinstance(p, Proxy))
 
 
 class Server(_Process):

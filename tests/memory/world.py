@@ -285,13 +285,24 @@ class World:
         return {machine.name: machine for machine in self.cluster.machines.values()}
 
     def containers(self) -> list[Container]:
-        """All of the deployment, on both hosts."""
+        """All of the deployment, on both hosts, but for waiting rooms."""
         self.cluster.settle()
         return [
             one
             for machine in self.cluster.machines.values()
             for one in machine.containers.values()
             if one.labels.get(DEPLOYMENT_LABEL) == NAME
+            and one.labels[generations.ROLE] != generations.WAITING_ROOM
+        ]
+
+    def waiting_rooms(self) -> list[Container]:
+        """What holds requests, or did."""
+        self.cluster.settle()
+        return [
+            one
+            for machine in self.cluster.machines.values()
+            for one in machine.containers.values()
+            if one.labels.get(generations.ROLE) == generations.WAITING_ROOM
         ]
 
     def running(self) -> dict[str, Container]:

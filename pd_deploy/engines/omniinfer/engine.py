@@ -41,6 +41,7 @@ DERIVED_PROXY_ARGUMENTS = rules.DERIVED_PROXY_ARGUMENTS
 DERIVED_PROXY_ENVIRONMENT = rules.DERIVED_PROXY_ENVIRONMENT
 findings = rules.findings
 proxy_metrics = proxy.metrics
+shares_port = proxy.shares_port
 probe_command = by_image.probe_command
 parse_probe = by_image.parse_probe
 for_image = by_image.for_image

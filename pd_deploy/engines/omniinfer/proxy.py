@@ -49,6 +49,13 @@ def metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
     return page if _is_omni(deployment) else None
 
 
+def shares_port(deployment: Deployment) -> bool:
+    """Tell whether nginx listens with `reuseport`: both scripts have it so (contract section 5.3),
+    unless omni_proxy's is told otherwise."""
+    (proxy,) = deployment.proxy.values()
+    return not any(name.replace("_", "-") == "no-reuseport" for name in proxy.arguments)
+
+
 def _is_omni(deployment: Deployment) -> bool:
     return contract_of(deployment).program(deployment) == "omni"
 

@@ -1,0 +1,265 @@
+"""The waiting room: a container that holds clients' requests while a run has nothing that serves.
+
+It is made while the old generation serves, takes the proxy's port when the old proxy lets go of it,
+and leaves it to the new proxy, to which it forwards what it has held. Nothing of it can fail a run:
+without it, connections are refused meanwhile, as without `proxy.hold`.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+
+from pd_deploy.config.models import Deployment
+from pd_deploy.errors import LeaseLost, PdDeployError
+from pd_deploy.hosts.container_values import ContainerSpec, ContainerState
+from pd_deploy.hosts.host import Host
+from pd_deploy.records import generations
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.session import LockedSession, Session
+from pd_deploy.steps.waiting_room_program import CLOSED, READY
+
+log = logging.getLogger(__name__)
+
+_SOURCE = resources.files(__package__).joinpath("waiting_room_program.py").read_text()
+# ~/.bashrc says which Python an image has.
+_PYTHON = 'source ~/.bashrc >/dev/null 2>&1; exec "$(command -v python3 || command -v python)" "$@"'
+READY_S = 60.0  # a container's first start on a busy disk; the old generation serves meanwhile
+CALL_S = 10.0  # what it is told during a cut-over
+LEAVES_S = 3.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What became of requests that came while nothing served.
+
+    Attributes:
+        held: how many waited, for up to `longest` seconds.
+        refused: those, and others, that were told to try again.
+        left: those whose clients went away.
+    """
+
+    held: int
+    refused: int
+    left: int
+    longest: float
+
+    def __str__(self) -> str:
+        if not self.held and not self.refused:
+            return ""
+        told = [f"held {_requests(self.held)} for up to {self.longest:.1f} s"] if self.held else []
+        told += [f"told {_requests(self.refused)} to try again (503)"] if self.refused else []
+        told += [f"{_requests(self.left)} gone before that"] if self.left else []
+        return ", ".join(told)
+
+
+def is_wanted(rollout: Rollout) -> bool:
+    """Tell whether requests are to be held, or are already, by what another run has left."""
+    return rollout.session.topology.proxy.entry.hold > 0 or rollout.has_waiting_room
+
+
+async def prepare(rollout: Rollout, instance: str) -> Report:
+    """Make the proxy's waiting room ready, or take over the one that another run has left.
+
+    Where requests can't be held, the detail says why.
+    """
+    where = rollout.session.topology.host_of(instance)
+    try:
+        async with asyncio.timeout(READY_S):
+            changed, detail = await _prepare(rollout, instance)
+    except LeaseLost:
+        raise
+    except (PdDeployError, TimeoutError) as fault:
+        changed, detail = False, f"requests will not be held: {_why(fault)}"
+        log.warning("host %s: %s", rollout.session.host(where).where, detail)
+    return Report("prepare waiting room", instance, where, changed, detail)
+
+
+async def take_port(rollout: Rollout) -> None:
+    """Have the room take the port as soon as the old proxy, which is about to be stopped, lets go
+    of it: at once where the proxy's program shares its port."""
+    if rollout.attempt.waiting_room:
+        async with _harmless():
+            await _signal(rollout, "SIGUSR1")
+
+
+async def make_way(rollout: Rollout) -> None:
+    """Have the room leave the port to the new proxy, which is about to open: now, or once the two
+    share it."""
+    session = rollout.session
+    if rollout.attempt.waiting_room:
+        async with _harmless():
+            await _signal(rollout, "SIGUSR2")
+        if not session.engine.shares_port(session.deployment):
+            async with _harmless():
+                await _left(rollout)
+
+
+async def see_off(rollout: Rollout) -> None:
+    """See that the room has left the port to the proxy, which is open; note what it has held."""
+    if rollout.attempt.waiting_room:
+        async with _harmless():
+            await _left(rollout)
+        async with _harmless():
+            await _note(rollout)
+
+
+async def dismiss(rollout: Rollout) -> None:
+    """End, after a failure, every room that holds requests for a proxy that does not come."""
+    session = rollout.locked
+    if is_wanted(rollout):
+        async with _harmless():
+            await _end_all(session, session.host(session.topology.proxy.host))
+
+
+async def outdated(host: Host, containers: Iterable[ContainerState]) -> list[ContainerState]:
+    """List the rooms on a host that nobody needs at the end of a run: those that have ended, or
+    still wait for a proxy. One that has left its port ends when its last answer does."""
+    rooms = [c for c in containers if c.labels.get(generations.ROLE) == generations.WAITING_ROOM]
+    return [r for r in rooms if r.status not in generations.RUNNING or await _waits(host, r)]
+
+
+async def _prepare(rollout: Rollout, instance: str) -> tuple[bool, str]:
+    session, host = rollout.locked, rollout.session.host_of(instance)
+    proxy = rollout.plan.instance(instance)
+    if proxy not in rollout.to_start(rollout.session.topology.proxy.host):
+        await _end_all(session, host)
+        return False, f"requests are not held: {instance} runs and stays"
+    for room in await _rooms(session, host):
+        if room.status in generations.RUNNING and await _waits(host, room):
+            rollout.attempt.waiting_room = room.id
+            return False, f"{room.name} holds requests already"
+    if reason := _in_vain(rollout, instance):
+        return False, f"requests are not held: {reason}"
+    spec = _spec(rollout)
+    await session.may_change(host)
+    room_id = await host.docker.create(spec)
+    await session.may_change(host)
+    await host.docker.start(room_id)
+    if await host.docker.wait_log(room_id, READY, READY_S) != "seen":
+        lines = await host.docker.logs(room_id, 5)
+        raise PdDeployError(
+            f"{spec.name} did not start: {lines.strip()[-500:] or 'it says nothing'}"
+        )
+    rollout.attempt.waiting_room = room_id
+    return True, f"started {spec.name}; its port is closed"
+
+
+def _in_vain(rollout: Rollout, instance: str) -> str:
+    """Say why there is nothing to hold requests for; "" if there is."""
+    proxy = rollout.session.topology.proxy
+    if not proxy.entry.hold:
+        return "`proxy.hold` is 0"
+    closing = {
+        (host, int(state.labels[generations.PORTS].partition(",")[0]))
+        for host, state in rollout.stopping
+        if state.labels[generations.ROLE] == "proxy"
+    }
+    if not closing and not rollout.attempt.was_down:
+        return "no proxy of this deployment is stopped"
+    if closing and (proxy.host, proxy.port) not in closing:
+        was = ", ".join(f"{host}:{number}" for host, number in sorted(closing))
+        return f"{instance} moves from {was} to {proxy.host}:{proxy.port}"
+    return ""
+
+
+def _spec(rollout: Rollout) -> ContainerSpec:
+    """Specify the room's container: it needs Python and the host's network."""
+    session, proxy = rollout.session, rollout.session.topology.proxy
+    options = {
+        "port": proxy.port,
+        "proxy": proxy.address,
+        "hold": proxy.entry.hold,
+        "shares_port": session.engine.shares_port(session.deployment),
+        "lasts": _longest_run(session.deployment),
+    }
+    deployment = session.deployment.name
+    return ContainerSpec(
+        name=f"pd-deploy-waiting-room_{deployment}_{secrets.token_hex(4)}",
+        image=rollout.plan.pinned_image,
+        entrypoint=(),
+        command=("bash", "-c", _PYTHON, "bash", "-I", "-c", _SOURCE, json.dumps(options)),
+        network_mode="host",
+        user="root",
+        init=False,
+        labels={
+            generations.DEPLOYMENT: deployment,
+            generations.ROLE: generations.WAITING_ROOM,
+        },
+    )
+
+
+def _longest_run(deployment: Deployment) -> float:
+    """How long it takes from the room's start to the end of a run that fails and goes back."""
+    gates = deployment.gates
+    waits = (gates.free, gates.prepare_proxy, 3 * gates.start, gates.ready, gates.smoke)
+    return gates.away + 2 * (2 * deployment.drain + sum(waits))
+
+
+async def _rooms(session: Session, host: Host) -> list[ContainerState]:
+    label = {
+        generations.DEPLOYMENT: session.deployment.name,
+        generations.ROLE: generations.WAITING_ROOM,
+    }
+    return await host.docker.containers(label)
+
+
+async def _waits(host: Host, room: ContainerState) -> bool:
+    """Tell whether a room still has its port, or is to take it."""
+    return CLOSED not in await host.docker.logs(room.id, "all")
+
+
+async def _signal(rollout: Rollout, name: str) -> None:
+    session, host = rollout.locked, rollout.session.host(rollout.session.topology.proxy.host)
+    room = rollout.attempt.waiting_room
+    await session.may_change(host)
+    await host.docker.kill(room, name, deployment=session.deployment.name)
+
+
+async def _left(rollout: Rollout) -> None:
+    """See that the room has left its port; one that does not is killed."""
+    room, proxy = rollout.attempt.waiting_room, rollout.session.topology.proxy
+    docker = rollout.session.host(proxy.host).docker
+    if await docker.wait_log(room, CLOSED, LEAVES_S) == "timeout":
+        log.warning("the waiting room did not leave port %s, so it is killed", proxy.port)
+        await _signal(rollout, "SIGKILL")
+
+
+async def _note(rollout: Rollout) -> None:
+    host = rollout.session.host(rollout.session.topology.proxy.host)
+    output = await host.docker.logs(rollout.attempt.waiting_room, "all")
+    if line := output.partition(CLOSED)[2].partition("\n")[0]:
+        rollout.attempt.held = str(Held(**json.loads(line)))
+
+
+async def _end_all(session: LockedSession, host: Host) -> None:
+    for room in await _rooms(session, host):
+        if room.status in generations.RUNNING and await _waits(host, room):
+            await session.may_change(host)
+            await host.docker.kill(room.id, "SIGTERM", deployment=session.deployment.name)
+            await host.docker.wait_log(room.id, CLOSED, LEAVES_S)
+
+
+@asynccontextmanager
+async def _harmless() -> AsyncIterator[None]:
+    """Do something with a room that no run waits long for, or fails by."""
+    try:
+        async with asyncio.timeout(CALL_S):
+            yield
+    except LeaseLost:
+        raise
+    except (PdDeployError, TimeoutError, ValueError, TypeError) as fault:
+        log.warning("requests may be refused instead of held: %s", _why(fault))
+
+
+def _why(fault: BaseException) -> str:
+    return str(fault).partition("\n")[0] or "no answer in time"
+
+
+def _requests(count: int) -> str:
+    return f"{count} request" if count == 1 else f"{count} requests"

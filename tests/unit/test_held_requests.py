@@ -1,0 +1,203 @@
+"""What clients find at the proxy's port during runs with `proxy.hold`, on hosts in memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.recover import recover
+from pd_deploy.flows.teardown import teardown
+from pd_deploy.tasks import composed
+from tests.memory.calls import Moment
+from tests.memory.machine import Build, Container, Faults
+from tests.memory.programs import Proxy, WaitingRoom
+from tests.memory.world import NAME, PROXY_PORT, World
+
+HELD = "held 3 requests for up to 2.5 s, told 1 request to try again (503)"
+FAULTS = {"d0": Faults(garbage=True)}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.change(proxy={"c0": {"hold": 50}})
+    world.deploy()
+    assert world.waiting_rooms() == [], "nothing served before, so nobody asks"
+    return world
+
+
+class Watch:
+    """What clients find at each moment: the proxy, a waiting room, or nobody."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.answers: list[str] = []
+        self.rooms: set[str] = set()
+
+    def __call__(self, _: Moment) -> None:
+        machine = self.world.machines["a"]
+        program = self.world.cluster.listener(machine, machine.address, PROXY_PORT)
+        answer = {Proxy: "proxy", WaitingRoom: "room"}.get(type(program), "nobody")
+        if answer not in self.answers[-1:]:
+            self.answers.append(answer)
+        self.rooms |= {room.id for room in self.world.waiting_rooms()}
+
+
+def in_use(world: World) -> Container | None:
+    """The room that has the port."""
+    return next((r for r in world.waiting_rooms() if r.program and r.program.serving()), None)
+
+
+@pytest.mark.parametrize("faults", [{}, FAULTS], ids=["upgrade", "rolled back"])
+def test_somebody_has_the_port_through_the_whole_run(world: World, faults: Any) -> None:
+    """One room, also for the way back; it is gone in the end, and the run says what it did."""
+    watch = Watch(world)
+    outcome = world.run(deploy, image=world.push("20250725_1", faults), watch=watch)
+    assert watch.answers == ["proxy", "room", "proxy"]
+    assert HELD in (outcome.message or str(outcome.error))
+    assert outcome.completed is not faults
+    assert len(watch.rooms) == 1
+    assert world.waiting_rooms() == []
+    world.assert_coherent()
+
+
+def test_a_generation_from_before_the_key_comes_back_with_its_room(world: World) -> None:
+    """It is the file as it is now that says how clients are treated."""
+    world.change(proxy={"c0": {"hold": 0}}, settings={"all": {"environment": {"EXAMPLE": "1"}}})
+    assert world.run(deploy).completed
+    world.change(proxy={"c0": {"hold": 50}})
+    dead, machine = world.running()["p0"], world.machines["a"]
+    machine.end(dead, 1)
+    watch = Watch(world)
+    outcome = world.run(recover, watch=watch)
+    assert outcome.completed, outcome.error
+    assert watch.answers == ["proxy", "room", "proxy"]
+    assert HELD in outcome.message
+
+
+@pytest.mark.parametrize("when", ["idle", "in use", "nothing else serves", "leaving"])
+def test_the_next_run_finds_what_a_dead_one_has_left(world: World, when: str) -> None:
+    """It takes it over where the proxy has to start again, so those who wait have their answers;
+    otherwise the room goes out of the proxy's way."""
+
+    def is_left(room: Container) -> bool:
+        program = room.program
+        if not isinstance(program, WaitingRoom):
+            return False
+        proxy_runs = any(isinstance(one.program, Proxy) for one in world.running().values())
+        return {
+            "idle": not program.signals,
+            "in use": bool(program.serving()),
+            "nothing else serves": bool(program.serving()) and not proxy_runs,
+            "leaving": "SIGUSR2" in program.signals,
+        }[when]
+
+    killed = world.run(deploy, image=world.push("20250725_1"), watch=dies_once(world, is_left))
+    assert killed.error, when
+    (left,) = world.waiting_rooms()
+    world.pass_by(60)
+    watch = Watch(world)
+    again = world.run(recover, watch=watch)
+    assert again.completed, again.error
+    assert watch.rooms <= {left.id}
+    assert watch.answers[-1] == "proxy"
+    assert "nobody" not in watch.answers
+    assert world.waiting_rooms() == []
+    world.assert_coherent()
+
+
+class _Dead(BaseException):
+    pass
+
+
+def dies_once(world: World, is_left: Callable[[Container], bool]) -> Callable[[Moment], None]:
+    """What kills a run as soon as it has made such a room."""
+
+    def watch(_: Moment) -> None:
+        if any(map(is_left, world.waiting_rooms())):
+            raise _Dead
+
+    return watch
+
+
+@pytest.mark.parametrize("fault", ["no Python", "ends at once", "ends while it holds", "deaf"])
+def test_a_room_that_fails_fails_nothing(world: World, fault: str) -> None:
+    """Connections are refused then, as without one."""
+    image = world.push("20250725_1")
+    build = world.cluster.registry[image]
+    if fault == "no Python":
+        world.cluster.push(image, Build(build.digest, has_python=False))
+
+    def watch(_: Moment) -> None:
+        for room in world.waiting_rooms():
+            if not isinstance(room.program, WaitingRoom):
+                continue
+            if fault == "ends at once" or (fault == "ends while it holds" and in_use(world)):
+                world.machines["a"].end(room, 137)
+            elif fault == "deaf":
+                room.program.signals = [s for s in room.program.signals if s != "SIGUSR2"]
+
+    outcome = world.run(deploy, image=image, watch=watch)
+    assert outcome.completed, outcome.error
+    world.assert_coherent()
+    assert world.waiting_rooms() == []
+
+
+def test_nothing_is_held_where_nothing_can_come(world: World) -> None:
+    """When the proxy moves, and when nothing serves in the end."""
+    world.change(proxy={"c0": {"port": PROXY_PORT + 1}})
+    watch = Watch(world)
+    assert world.run(deploy, watch=watch).completed
+    assert watch.answers == ["proxy", "nobody"]
+    assert watch.rooms == set()
+    world.change(proxy={"c0": {"port": PROXY_PORT}})
+    assert world.run(deploy).completed
+    world.cluster.faults["p2"] = Faults(dies=1)
+    watch = Watch(world)
+    outcome = world.run(deploy, image=world.push("20250725_1"), watch=watch)
+    assert "Nothing serves" in str(outcome.error)
+    assert in_use(world) is None
+    assert world.run(teardown, name=NAME).completed
+    assert world.waiting_rooms() == []
+
+
+def test_what_a_room_is_made_of(world: World) -> None:
+    """Its own label only: it is in no generation, and claims no port and no device."""
+    made = list[Container]()
+
+    def watch(_: Moment) -> None:
+        made.extend(world.waiting_rooms())
+
+    assert world.run(deploy, image=world.push("20250725_1"), watch=watch).completed
+    config = made[0].config
+    assert config["HostConfig"]["NetworkMode"] == "host"
+    assert not config["HostConfig"].get("Privileged")
+    assert not config["HostConfig"].get("Devices")
+    assert not config["HostConfig"].get("Mounts")
+    assert config["Labels"] == {
+        "pd-deploy.deployment": "qwq-3p1d",
+        "pd-deploy.role": "waiting-room",
+    }
+
+
+def test_how_many_requests_are_left_is_told_while_the_proxy_drains(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time that it has changed; those that the file gives no more time are cut."""
+    world.change(proxy={"c0": {"drain": 20}})
+    proxy, told = world.running()["c0"].program, list[str]()
+    assert isinstance(proxy, Proxy)
+    for seconds in (60, 60, 8):
+        proxy.stream(seconds)
+    logger = SimpleNamespace(info=lambda line, *_: told.append(line))
+    monkeypatch.setattr(composed, "get_run_logger", lambda: logger)
+    outcome = world.run(deploy, image=world.push("20250725_1"))
+    still = [line for line in told if "still being answered" in line]
+    assert still == [
+        "3 requests are still being answered; the proxy stops in 15 s at the latest",
+        "2 requests are still being answered; the proxy stops in 10 s at the latest",
+    ]
+    assert "cut 2 requests that were not answered within 20 s (proxy.drain)" in outcome.message
