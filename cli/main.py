@@ -85,6 +85,14 @@ Image = Annotated[
 ]
 
 
+Why = Annotated[
+    str | None,
+    typer.Option(
+        "--message", "-m", help="Why you do it; shown by `history`, `releases` and in the report."
+    ),
+]
+
+
 def _print_version(requested: bool) -> None:
     if requested:
         from importlib import metadata
@@ -355,6 +363,7 @@ def deploy(
             help="Deploy again whenever the file or its source code changes, until Ctrl-C.",
         ),
     ] = False,
+    message: Why = None,
 ) -> None:
     """Bring a service up, and prove it with a completion.
 
@@ -385,6 +394,7 @@ def deploy(
             dry_run=dry_run,
             on_failure=on_failure.value,
             forget=forget,
+            message=message,
         )
 
     raise typer.Exit(deploy_on_change(file, once) if watch else once())
@@ -397,6 +407,7 @@ def rollback(
         str | None,
         typer.Argument(help="One that `releases` lists; by default, the previous good one."),
     ] = None,
+    message: Why = None,
 ) -> None:
     """Bring back a generation that served before.
 
@@ -409,11 +420,11 @@ def rollback(
     from pd_deploy.cli import run
     from pd_deploy.flows.rollback import rollback as flow
 
-    raise typer.Exit(run.here(flow, file=str(file), generation=generation))
+    raise typer.Exit(run.here(flow, file=str(file), generation=generation, message=message))
 
 
 @app.command()
-def recover(file: File) -> None:
+def recover(file: File, message: Why = None) -> None:
     """Repair what an interrupted run left behind.
 
     A promoted generation is completed; one that was not is stopped, and the previous one serves
@@ -425,7 +436,7 @@ def recover(file: File) -> None:
     from pd_deploy.cli import run
     from pd_deploy.flows.recover import recover as flow
 
-    raise typer.Exit(run.here(flow, file=str(file)))
+    raise typer.Exit(run.here(flow, file=str(file), message=message))
 
 
 @app.command()

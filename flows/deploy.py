@@ -33,6 +33,7 @@ async def deploy(
     dry_run: bool = False,
     on_failure: OnFailure = "rollback",
     forget: list[str] | None = None,
+    message: str | None = None,
 ) -> State[None]:
     """Bring a service up: prefill, decode and proxy on their hosts; prove it with a completion.
 
@@ -49,6 +50,7 @@ async def deploy(
         on_failure: rollback, or keep the failed generation as it is, for inspection.
         forget: addresses of hosts that were removed from the file and are gone for good, so that
             they can't be cleaned up.
+        message: why you start the run; kept with the generation, and shown where runs are listed.
     """
     run, deployment = this_run(), deployment_file.load(file)
     if run.late > deployment.window:

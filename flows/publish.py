@@ -1,6 +1,7 @@
 """What a run shows in the UI: log lines, a report and a table under stable keys, its last word."""
 
 import asyncio
+import re
 import textwrap
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from prefect.states import Cancelled, Completed
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.flows import events
-from pd_deploy.flows.run import Run, remedy
+from pd_deploy.flows.run import Run, remedy, this_run
 from pd_deploy.planning import actions
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
@@ -29,12 +30,21 @@ SHOWN_TAGS = 3
 
 
 def run_name() -> str:
-    """Name a flow run after its deployment file and time, so that names sort by time."""
+    """Name a flow run after its deployment file and time, so that names sort by time; one that
+    somebody gave it, in the UI or with `--name`, stays."""
+    if given := given_name(runtime.flow_run.name or ""):
+        return given
     parameters = runtime.flow_run.parameters
     started = runtime.flow_run.scheduled_start_time
     kind = "dry run" if parameters.get("dry_run") else "-".join(parameters.get("stages") or [])
     words = [Path(parameters["file"]).stem[:80], kind, f"{started:%m-%d %H:%M:%S}"]
     return " ".join(word for word in words if word)
+
+
+def given_name(name: str) -> str:
+    """Return the name of a run if somebody gave it; "" for one of Prefect's own making, which is
+    two words like `brawny-catfish`, in the UI's form also `Sleek-Eel`, or for none."""
+    return "" if re.fullmatch(r"([A-Za-z]+-[A-Za-z]+)?", name) else name
 
 
 def announce(rollout: Rollout) -> None:
@@ -286,9 +296,14 @@ def _report(
         f"Image `{rollout.release.chosen_image}`, `{rollout.plan.pinned_image}` ({rollout.rule})",
         "",
         *([f"{said[0].upper()}{said[1:]}.", ""] if (said := rollout.said_by_image) else []),
+        f"By {this_run()}.",
+        "",
     ]
     if rollout.attempt.downtime.since:
         lines += [f"The service was {rollout.attempt.downtime}.", ""]
+    steps, downtime = rollout.session.timeline, rollout.attempt.downtime
+    down = (downtime.since, downtime.until or datetime.now(UTC)) if downtime.since else None
+    lines += ["```", *timeline.waterfall(steps, down), "```", ""]
     if completion:
         lines += [
             f"Completion through `{completion.url}` in {completion.seconds:.2f} s:",
@@ -303,10 +318,7 @@ def _report(
             *(f"- {remark}" for remark in completion.remarks),
             "",
         ]
-    steps, downtime = rollout.session.timeline, rollout.attempt.downtime
-    down = (downtime.since, downtime.until or datetime.now(UTC)) if downtime.since else None
-    lines += ["```", *timeline.waterfall(steps, down), "```", *timeline.tables(steps)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *timeline.tables(steps)])
 
 
 def _table(reports: Iterable[Report]) -> list[str]:

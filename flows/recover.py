@@ -35,7 +35,7 @@ PATIENCE_S = 24 * 3600  # nobody watches an automation, and no run lasts a day
     on_crashed=[unknown.tell],
 )
 @interruptible(left="what it stopped stays stopped; run it again")
-async def recover(file: str, after: str | None = None) -> State[None]:
+async def recover(file: str, after: str | None = None, message: str | None = None) -> State[None]:
     """Repair what an interrupted run left behind, so that the promoted generation serves.
 
     A generation that was promoted is completed; one that was not is stopped, and the previous one
@@ -47,6 +47,7 @@ async def recover(file: str, after: str | None = None) -> State[None]:
         file: the deployment file of the service to repair.
         after: the interrupted run, as `prefect.flow-run.ID`; set by an automation. Then this run
             waits up to a day for any other run that works on the deployment.
+        message: why you start the run; shown where runs are listed.
     """
     run, deployment = this_run(), deployment_file.load(file)
     if after:

@@ -187,12 +187,14 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         same = headline(fault) == headline(error)
         because = "for the same reason" if same else f"because {headline(fault)}"
         events.down(failed, fault)
-        raise RollbackFailed(
+        both = RollbackFailed(
             f"{reason}; generation {generation} does not come back either, {because}"
             f"\nNothing serves. {states}"
             f"{_below(error, failed.plan.generation)}{_below(fault, generation)}",
             hint="read these logs, fix the cause, and run `pd-deploy recover FILE`",
-        ) from error
+        )
+        await publish.failure(failed, both, {})
+        raise both from error
     image = ""
     try:
         note = partial(_note_way_back, back, failed, None if away or lost else error, str(run))

@@ -20,7 +20,9 @@ from pd_deploy.steps import surveying
     on_crashed=[unknown.tell],
 )
 @interruptible(left="nothing on the hosts was changed")
-async def rollback(file: str, generation: str | None = None) -> State[None]:
+async def rollback(
+    file: str, generation: str | None = None, message: str | None = None
+) -> State[None]:
     """Bring back a generation that served before, with its own image, scripts and ranktables.
 
     It has to pass the same checks as a new one. If it fails, what serves now is started again.
@@ -28,6 +30,7 @@ async def rollback(file: str, generation: str | None = None) -> State[None]:
     Args:
         file: the deployment file of the service.
         generation: one that `pd-deploy releases` lists; by default, the previous good one.
+        message: why you start the run; shown where runs are listed.
     """
     run, deployment = this_run(), deployment_file.load(file)
     async with locked_session(

@@ -1,13 +1,18 @@
 """The flow run itself: its name, its page in the UI, and who or what started it."""
 
+import getpass
+import os
+import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from prefect import runtime
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
 FLEET = "pd-fleet"
 """Tag of runs that a roll through a fleet started."""
+LONGEST = 200  # characters of a message: it is kept on the hosts with each run
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class Run:
 
     Attributes:
         late: how long after its scheduled time it started, if a schedule started it.
+        message: why it was started, if somebody said so; in one line.
     """
 
     name: str
@@ -23,10 +29,12 @@ class Run:
     started_by: str
     scheduled: bool
     late: timedelta
+    message: str = ""
 
     def __str__(self) -> str:
         where = f" ({self.url})" if self.url else ""
-        return f"run {self.name!r}{where} by {self.started_by}"
+        why = f": {self.message}" if self.message else ""
+        return f"run {self.name!r}{where} by {self.started_by}{why}"
 
 
 def this_run() -> Run:
@@ -34,14 +42,33 @@ def this_run() -> Run:
     context = FlowRunContext.get()
     flow_run = context.flow_run if context else None
     assert flow_run is not None
-    creator = flow_run.created_by.display_value if flow_run.created_by else None
     scheduled = bool(flow_run.auto_scheduled)
-    by_fleet = FLEET in flow_run.tags
-    started_by = "the schedule" if scheduled else FLEET if by_fleet else creator or "hand"
     url = runtime.flow_run.ui_url if flow_run.deployment_id else None
     now = datetime.now(UTC)
     due = flow_run.expected_start_time if scheduled else None
-    return Run(flow_run.name, url or "", started_by, scheduled, now - (due or now))
+    message = one_line(str(runtime.flow_run.parameters.get("message") or ""))
+    return Run(flow_run.name, url or "", starter(flow_run), scheduled, now - (due or now), message)
+
+
+def starter(flow_run: FlowRun) -> str:
+    """Name who or what started a run; a server without logins does not know who uses it."""
+    if flow_run.auto_scheduled:
+        return "the schedule"
+    if FLEET in flow_run.tags:
+        return FLEET
+    if flow_run.deployment_id is None:
+        return f"{os.environ.get('SUDO_USER') or getpass.getuser()}@{socket.gethostname()}"
+    creator = flow_run.created_by
+    if creator and creator.display_value:
+        is_automation = creator.type == "AUTOMATION"
+        return f"{'automation ' if is_automation else ''}{creator.display_value!r}"
+    return "hand"
+
+
+def one_line(text: str) -> str:
+    """Write a text in one line of at most `LONGEST` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 
 def remedy() -> str:

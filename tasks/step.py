@@ -117,6 +117,8 @@ def step(
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, PdDeployError):
                     error.step = error.step or clock.name
+                    if FlowRunContext.get():
+                        story.log_fault(error)
                 if session:
                     session.timeline.steps.append(clock.failed(phase, error))
                 raise

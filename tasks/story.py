@@ -5,7 +5,7 @@ import logging
 from prefect.logging import get_run_logger
 
 from pd_deploy.code.reading import Source
-from pd_deploy.errors import PdDeployError, headline
+from pd_deploy.errors import Abandoned, PdDeployError, headline, is_transient
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Report
@@ -63,6 +63,15 @@ def tell() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(present, _Story) for present in logger.filters):
             logger.addFilter(_Story())
+
+
+def log_fault(error: PdDeployError) -> None:
+    """Log on a step's own page why it failed, with the last lines of a server's log; Prefect logs
+    what was retried, and nothing else. What was given up because of another step is told there."""
+    if error.logged or is_transient(error) or isinstance(error, Abandoned):
+        return
+    get_run_logger().error("%s", error)
+    error.logged = True
 
 
 def log(result: object) -> None:

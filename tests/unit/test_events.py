@@ -89,8 +89,14 @@ def test_a_way_back_that_fails_leaves_nothing_that_serves_and_is_told(world: Wor
     image, ports = world.push("20250724_1"), world.machines["b"].held_ports
 
     watch = once(after_stop_of(world, "d0"), lambda: ports.__setitem__(port, "nc"))
-    outcome = world.run(deploy, image=image, watch=watch)
+    reports = []
+
+    async def publish(*, key: str, **artifact: Any) -> None:
+        reports.append(artifact.get("markdown", ""))
+
+    outcome = world.run(deploy, image=image, watch=watch, artifacts=publish)
     assert "Nothing serves" in str(outcome.error)
+    assert "Nothing serves" in "".join(reports)
     assert named(outcome) == outcomes.NOTHING_SERVES
     assert told(world) == [events.DOWN]
     outcome = world.run(recover)

@@ -50,8 +50,12 @@ def test_failures_and_ways_back_are_listed_each_once(world: World) -> None:
     bad = world.push("20250723_1", {"d0": Faults(garbage=True)})
     assert world.run(deploy, image=bad).error
     assert world.run(deploy, image=bad).error
-    assert world.run(deploy, image=world.push("20250724_1")).completed
-    assert world.run(rollback).completed
+    why = {"message": "more KV\ncache"}
+    assert world.run(deploy, image=world.push("20250724_1"), **why).completed
+    assert world.run(rollback, message="too slow").completed
+    assert [a.by.rpartition(": ")[2] for a in attempts(world)[:2]] == ["too slow", "more KV cache"]
+    made = releases.table(world.asked(hosts.past(load_deployment(world.path))).history)
+    assert made[0]["started by"].endswith(": more KV cache")
     assert [result for result, _ in results(world)] == ["good", "good", "failed", "failed", "good"]
     assert "smoke test" in attempts(world)[2].reason
 

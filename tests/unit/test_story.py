@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prefect import task_engine
 
-from pd_deploy.errors import HostError, HostUnreachable
+from pd_deploy.errors import Abandoned, HostError, HostUnreachable, InstanceDied
 from pd_deploy.tasks import story
 
 RETRY = "Task run failed with %s: %r - Retry %s/%s will start %s"  # as Prefect words it
@@ -76,6 +76,19 @@ def test_the_end_of_the_retries_says_the_fault(
         log.error(text, exc_info=(HostUnreachable, away, None))
     (record,) = set(caplog.records)
     assert record.getMessage() == "host a (10.0.0.1): no route to host"
+
+
+def test_a_step_says_on_its_own_page_why_it_failed_and_nothing_else_says_it_again(
+    log: logging.Logger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect says nothing of a failure that it does not retry."""
+    monkeypatch.setattr(story, "get_run_logger", lambda: log)
+    died = InstanceDied("ended with exit code 1\n  ValueError: no KV", instance="p1")
+    for fault in (died, died, Abandoned("given up because …"), HostUnreachable("is retried")):
+        story.log_fault(fault)
+    log.error("Encountered exception", exc_info=(InstanceDied, died, None))
+    (record,) = set(caplog.records)
+    assert record.getMessage() == str(died)
 
 
 def test_prefect_words_a_retry_so() -> None:
