@@ -33,6 +33,7 @@ MEANING = {
     "ready": "notice that all servers are ready",
     "open proxy": "let nginx open its port",
     "smoke test": "completions through the proxy, and proof that KV was transferred",
+    "benchmark": "the load of `gates.benchmark`, if the file has one",
     "promote": "record it, remove old generations",
     "between steps": "Prefect: task states, report, artifacts",
 }

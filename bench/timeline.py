@@ -44,6 +44,7 @@ PARTS = {
     "ready": READY,
     "open proxy": "open proxy",
     "smoke test": "smoke test",
+    "benchmark": "benchmark",
     "promote": "promote",
     "prune": "promote",
     "clear": "promote",

@@ -536,6 +536,34 @@ def releases(
 
 
 @app.command()
+def bench(
+    file: File,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save", help="Keep the figures on the hosts, for new generations to be compared with."
+        ),
+    ] = False,
+) -> None:
+    """Measure what serves: time to the first token, time per token, and throughput.
+
+    Sends the load of `gates.benchmark` (by default 100 requests, 8 at a time, of 1024 tokens for
+    128) to the proxy where clients ask, and compares the figures with those that the hosts keep.
+
+    The exit code is 1 if they are worse than the file allows, or if requests failed.
+
+    Example: pd-deploy bench qwq-3p1d.yaml --save
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import bench as measuring
+
+    raise typer.Exit(measuring.run(deployment, file, as_json=as_json, save=save))
+
+
+@app.command()
 def tags(
     file: File,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,

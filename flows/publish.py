@@ -18,7 +18,7 @@ from pd_deploy.flows import events
 from pd_deploy.flows.run import Run, remedy, this_run
 from pd_deploy.planning import actions
 from pd_deploy.planning.plans import STAGES
-from pd_deploy.records import releases
+from pd_deploy.records import benchmark, releases
 from pd_deploy.records.releases import History, Record
 from pd_deploy.steps import stopping, timeline
 from pd_deploy.steps.report import Report
@@ -146,6 +146,8 @@ async def success(
         message += f"; {rollout.attempt.held}"
     if cut := stopping.told_of(rollout.attempt.cut, rollout.locked):
         message += f"; {cut}"
+    if rollout.attempt.figures:
+        message += f"; {'; '.join([str(rollout.attempt.figures), *rollout.attempt.unjudged])}"
     if rollout.newer_tags:
         message += f"; {_newer_tags(rollout)}"
     await _publish(rollout, f"**{message}**", completion)
@@ -318,6 +320,7 @@ def _report(
             *(f"- {remark}" for remark in completion.remarks),
             "",
         ]
+    lines += benchmark.as_markdown(rollout.history.record.figures)
     return "\n".join([*lines, *timeline.tables(steps)])
 
 

@@ -227,6 +227,7 @@ async def _serve_again(
         # What an earlier attempt has opened was closed by this run all the same.
         back.attempt.stopped = True
     attempts.append(back)
+    back.attempt.downtime.benchmark = failed.attempt.downtime.benchmark
     line = Line(back.session.barrier, back, prefix=back.session.timeline.prefix)
     await run_stages(line, back, list(STAGES))
     return back, line, await prove_and_open(line, back)

@@ -2,6 +2,7 @@
 those after it."""
 
 import time
+from collections.abc import Sequence
 
 from pd_deploy.config.topology import Topology
 from pd_deploy.flows.line import Line
@@ -9,8 +10,10 @@ from pd_deploy.planning.plans import STAGES, Stage
 from pd_deploy.steps import promotion, timeline, waiting_room
 from pd_deploy.steps.readiness import ALL_STARTED
 from pd_deploy.steps.rollout import Rollout
+from pd_deploy.steps.verify.benchmark import is_due
 from pd_deploy.steps.verify.smoke import Completion
 from pd_deploy.tasks import (
+    benchmark,
     bring_code,
     check_host,
     clean_up,
@@ -27,6 +30,7 @@ from pd_deploy.tasks import (
     until_ready,
     write_ranktables,
 )
+from pd_deploy.tasks.step import Result
 
 
 async def run_stages(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
@@ -145,13 +149,19 @@ def _started(topology: Topology, servers: tuple[str, ...]) -> str:
 
 
 async def prove_and_open(line: Line, rollout: Rollout) -> Completion:
-    """Prove the service where only the smoke test can reach it, then let clients in."""
+    """Prove the service where only the smoke test can reach it, then let clients in. A new
+    generation has to carry the load of `gates.benchmark` before: clients meet no slow one, and
+    their requests don't disturb its figures."""
     rollout.session.timeline.enter(timeline.SERVE)
     begin = time.monotonic()
     completion = await smoke_test.after(*line.ends)(rollout)
     rollout.attempt.downtime.proof = time.monotonic() - begin
+    passed: Sequence[Result] = [completion]
+    if is_due(rollout):
+        await line.together([benchmark.after(completion)(rollout)])
+        passed = line.ends
     proxy = rollout.session.topology.proxy.name
-    await line.together([open_proxy.after(completion)(rollout, proxy)])
+    await line.together([open_proxy.after(*passed)(rollout, proxy)])
     return completion
 
 

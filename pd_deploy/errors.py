@@ -36,6 +36,7 @@
      │   ├─ OutOfOrder                a stage is run before the one that it depends on
      │   ├─ Abandoned                 given up because something else failed
      │   ├─ SmokeTestFailed           the service answers, but not as it should
+     │   ├─ BenchmarkFailed           the service answers, but not as fast as it has to
      │   ├─ HostAway                  a host was not back in time for the way back
      │   ├─ UnknownImage              nobody knows what an image like this expects
      │   ├─ CodeRefused               other source code would run than the file's
@@ -309,6 +310,19 @@ class Abandoned(ServiceError):
 
 class SmokeTestFailed(ServiceError):
     """The service answers, but not as it should."""
+
+
+class BenchmarkFailed(ServiceError):
+    """The service answers, but not as fast as it has to, or not all of a load.
+
+    `of_the_generation` tells whether the generation before did better by the same load.
+    """
+
+    def __init__(
+        self, message: str, *, of_the_generation: bool = False, **where: str | None
+    ) -> None:
+        super().__init__(message, **where)
+        self.of_the_generation = of_the_generation
 
 
 class HostAway(ServiceError):

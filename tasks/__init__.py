@@ -51,6 +51,7 @@ until_free = step("free {name}")(preflight.until_free)
 start_server = step("start server {instance}")(containers.start_server)
 until_ready = step("ready {instance}")(readiness.until_ready)
 smoke_test = step("smoke test")(smoke.smoke_test)
+benchmark = step("benchmark")(composed.benchmark)
 open_proxy = step("open proxy {instance}")(composed.open_proxy)
 promote = step("promote", grace=TO_ITS_END)(promotion.promote)
 

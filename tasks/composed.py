@@ -12,6 +12,7 @@ from pd_deploy.steps.report import Gate, Report
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import LockedSession
 from pd_deploy.steps.surveying import ResolvedImage
+from pd_deploy.steps.verify import benchmark as load
 from pd_deploy.steps.verify import smoke
 
 MIB = 1 << 20
@@ -47,6 +48,15 @@ async def identify(
 async def clean_up(rollout: Rollout, instance: str) -> Report:
     """Stop an instance's outdated containers; log how many requests a proxy still answers."""
     return await containers.clean_up(rollout, instance, get_run_logger().info)
+
+
+async def benchmark(rollout: Rollout) -> Report:
+    """Let the proxy carry the load of the file; log what could not be judged."""
+    try:
+        return await load.gate(rollout)
+    finally:
+        for remark in rollout.attempt.unjudged:
+            get_run_logger().warning("benchmark: %s", remark)
 
 
 async def open_proxy(rollout: Rollout, instance: str) -> Report:

@@ -410,6 +410,33 @@ class ContainerOptions(Model):
     stop_timeout: Annotated[int, Field(ge=1, le=3600)] = 60
 
 
+class BenchmarkLimits(Model):
+    """What a service has to keep under the load of `gates.benchmark`: `ttft` and `tpot`, in
+    seconds, for 95 % of the requests, and `throughput` in output tokens per second."""
+
+    ttft: Seconds | None = None
+    tpot: Seconds | None = None
+    throughput: Annotated[float, Field(gt=0)] | None = None
+
+
+class Benchmark(Model):
+    """The load that a new generation has to carry before clients can connect.
+
+    Lengths are in tokens. `seconds` is how long it may take, which counts as downtime. `tolerance`
+    is by which share a median, or the throughput, may be worse than the last good generation's;
+    `learned` from how much the kept figures vary.
+    """
+
+    # With fewer answers, the 95th percentile would be the slowest of them.
+    requests: Annotated[int, Field(ge=20, le=100_000, strict=True)] = 100
+    concurrency: Annotated[int, Field(ge=1, le=1000, strict=True)] = 8
+    input_length: Annotated[int, Field(ge=1, strict=True)] = 1024
+    output_length: Annotated[int, Field(ge=2, strict=True)] = 128  # TPOT needs two
+    seconds: Seconds = 120
+    tolerance: Literal["learned"] | Annotated[float, Field(gt=0, le=10)] = "learned"
+    limits: BenchmarkLimits = BenchmarkLimits()
+
+
 class Gates(Model):
     """How long each wait may last, in seconds.
 
@@ -417,6 +444,7 @@ class Gates(Model):
     how long that run may go without a sign of life before it counts as dead. `registry` is how
     long a scheduled run waits for a registry that is out of order; other runs fail at once. `away`
     is how long a rollback after a failure, or a recovery, waits for hosts that are away.
+    `benchmark` is a load that a new generation has to carry; there is none by default.
     """
 
     connect: Seconds = 10
@@ -430,6 +458,7 @@ class Gates(Model):
     ready: Seconds = 1800  # as long as servers wait for each other (HCCL_CONNECT_TIMEOUT)
     smoke: Seconds = 120
     away: Seconds = 600  # a server with accelerators takes minutes to start again
+    benchmark: Benchmark | None = None
 
 
 class Health(Model):

@@ -408,11 +408,15 @@ class Host:
         )
 
 
+_AS_MANY_AS_ASKED = httpx.Limits()
+"""By default, httpx lets requests beyond 100 at a time wait."""
+
+
 class _ToHost(httpx.AsyncHTTPTransport):
     """Tells what the service does from what becomes of the way to its host."""
 
     def __init__(self, tunnel: Tunnel, path: str, tls: ssl.SSLContext) -> None:
-        super().__init__(uds=path, verify=tls)
+        super().__init__(uds=path, verify=tls, limits=_AS_MANY_AS_ASKED)
         self._tunnel = tunnel
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

@@ -52,6 +52,7 @@ def _findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         yield from _devices_of_pod(pod)
         yield from _overrides(deployment, pod)
     yield from _unused(deployment)
+    yield from _benchmark(deployment, topology)
     yield from engines.get(deployment.engine).findings(deployment, topology)
 
 
@@ -225,6 +226,20 @@ def _other_commits(deployment: Deployment, commits: Iterable[str]) -> Iterator[F
             found = f"commit {tree.commit}" if tree.commit else "a tree without a commit"
             message = f"expected a tree of the image's commit {commit}, found {found}"
             yield "code-commit", Problem("code.source", message)
+
+
+def _benchmark(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
+    benchmark = deployment.gates.benchmark
+    if benchmark is None:
+        return
+    longest = engines.get(deployment.engine).longest_prompt(deployment, topology)
+    needed = benchmark.input_length + benchmark.output_length
+    if needed > longest:
+        message = (
+            f"expected input_length and output_length of at most {longest} tokens together, which "
+            f"is the longest prompt with its answer that the service takes, found {needed}"
+        )
+        yield "benchmark-length", Problem("gates.benchmark", message)
 
 
 def _unused(deployment: Deployment) -> Iterator[Finding]:

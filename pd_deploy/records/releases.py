@@ -18,6 +18,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from pd_deploy.config.models import DOCKER_SOCKET
 from pd_deploy.engines.image_facts import QUESTIONS, FactsOfImage, ImageFacts
 from pd_deploy.errors import NotOurs
+from pd_deploy.records import benchmark
+from pd_deploy.records.benchmark import Figures
 from pd_deploy.records.generations import Generation, latest
 
 RELEASE = "release.json"
@@ -184,6 +186,7 @@ class Record(_Frozen):
         hold: who keeps runs from working on it; None if nobody does.
         attempts: the last runs that changed what serves or failed, the latest last.
         mending: what health has tried since it was deployed; None for nothing.
+        figures: those of the last benchmarks, the latest last.
     """
 
     sequence: int = 0
@@ -196,6 +199,7 @@ class Record(_Frozen):
     hold: Hold | None = None
     attempts: tuple[Attempt, ...] = ()
     mending: Mending | None = None
+    figures: tuple[Figures, ...] = ()
 
     def promoted(self, generation: str, when: datetime, by: str, image: str = "") -> "Record":
         """Make a generation that passed all gates the one that serves, unless it is already.
@@ -278,6 +282,12 @@ class Record(_Frozen):
         others = {key: known for key, known in self.images.items() if key != digest}
         images = [*others.items(), (digest, {**self.facts_of(digest), **facts})]
         return self._changed(images=dict(images[-IMAGES:]))
+
+    def measured(self, figures: Figures | None) -> "Record":
+        """Add the figures of a benchmark, if there was any; the oldest of too many go."""
+        if figures is None or figures in self.figures:
+            return self
+        return self._changed(figures=(*self.figures, figures)[-benchmark.KEPT :])
 
     def closing(self, when: datetime) -> "Record":
         """Note since when clients can't connect; a service that is down already stays so."""
@@ -502,7 +512,7 @@ def _row(
         result = opened if runs else "promoted, does not run"
     if release.digest in history.record.quarantine:
         result += ", image quarantined"
-    return {
+    row = {
         "generation": release.generation,
         "created": f"{release.created:%Y-%m-%d %H:%M:%S}",
         "image": release.chosen_image,
@@ -513,6 +523,10 @@ def _row(
         "ended": f"{outcome.when:%Y-%m-%d %H:%M:%S}" if outcome else "",
         "why": _first_line(outcome.reason) if outcome else "",
     }
+    if history.record.figures:
+        figures = benchmark.of_generation(history.record.figures, release.generation)
+        row["benchmark"] = str(figures) if figures else ""
+    return row
 
 
 def _first_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from pd_deploy.records.benchmark import Figures
 from pd_deploy.records.releases import Record
 
 
@@ -14,11 +15,13 @@ class Downtime:
 
     Attributes:
         proof: seconds of it that went into the smoke test.
+        benchmark: seconds of it that went into the benchmark.
     """
 
     since: datetime | None = None
     until: datetime | None = None
     proof: float = 0.0
+    benchmark: float = 0.0
 
     def begin(self, lost: datetime | None = None) -> None:
         """Note that the proxy is about to close, or that the service was lost before by itself; one
@@ -40,8 +43,9 @@ class Downtime:
         return ((self.until or datetime.now(UTC)) - self.since).total_seconds() if self.since else 0
 
     def __str__(self) -> str:
-        proof = f", {self.proof:.1f} s of it for the smoke test" if self.proof else ""
-        return f"down for {self.seconds:.1f} s{proof}"
+        parts = {"smoke test": self.proof, "benchmark": self.benchmark}
+        spent = [f"{took:.1f} s of it for the {part}" for part, took in parts.items() if took]
+        return ", ".join([f"down for {self.seconds:.1f} s", *spent])
 
 
 @dataclass
@@ -60,6 +64,8 @@ class Attempt:
         waiting_room: id of the container that holds requests for this run; empty without one.
         held: what became of these requests, in words; empty while there are none.
         connects: by host, how often its connection had been made when the attempt began.
+        figures: what the benchmark found, if there was one; not recorded before the attempt ends.
+        unjudged: what of them could not be judged, and why.
         interrupted: whether the run was cancelled; it undoes what it did, unless that is cancelled
             as well.
         is_mend: whether health makes it: then it counts, until somebody else makes one.
@@ -75,6 +81,8 @@ class Attempt:
     waiting_room: str = ""
     held: str = ""
     connects: dict[str, int] = field(default_factory=dict)
+    figures: Figures | None = None
+    unjudged: tuple[str, ...] = ()
     interrupted: bool = False
     is_mend: bool = False
 

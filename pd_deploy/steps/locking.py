@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from pd_deploy.errors import NoSuchGeneration, TransientError
 from pd_deploy.hosts.lease import Lease, Owner, this_process
+from pd_deploy.records.benchmark import Figures
 from pd_deploy.records.releases import Hold
 from pd_deploy.steps import copies, host_records
 from pd_deploy.steps.report import Report
@@ -56,6 +57,22 @@ async def set_hold(
         )
     await copies.write_record(session, copies.hosts_in_order(session), record.held(hold))
     return record.hold
+
+
+async def save_figures(
+    session: LockedSession, figures: Figures, waiting: Callable[[str], None]
+) -> None:
+    """Add figures of what serves to the record, for later ones to be compared with.
+
+    Whoever saves them wants them for a baseline: they count as let through.
+
+    Raises:
+        LeaseHeld: a run works on the deployment.
+    """
+    await _take(session, waiting)
+    record = host_records.merged((await copies.read(session)).values()).record
+    kept = record.measured(figures.model_copy(update={"passed": True}))
+    await copies.write_record(session, copies.hosts_in_order(session), kept)
 
 
 async def _take(session: LockedSession, waiting: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from pd_deploy.errors import (
+    BenchmarkFailed,
     InstanceDied,
     LeaseLost,
     NotReady,
@@ -16,6 +17,7 @@ from pd_deploy.errors import (
     headline,
 )
 from pd_deploy.hosts.concurrent import all_ended, together
+from pd_deploy.planning import differences
 from pd_deploy.records.releases import Outcome, Quarantined, Record, Result, digest_of, local_tag
 from pd_deploy.steps import containers, copies, host_faults, host_records
 from pd_deploy.steps.report import Report
@@ -28,7 +30,9 @@ NOTE_S = 10.0  # a run that has failed does not wait longer to say so on the hos
 log = logging.getLogger(__name__)
 
 # Faults of the service itself; those of hosts, network or registry say nothing about an image.
-_OF_THE_SERVICE = (InstanceDied, NotReady, SmokeTestFailed)
+_OF_THE_SERVICE = (BenchmarkFailed, InstanceDied, NotReady, SmokeTestFailed)
+# Keys that say nothing of how fast a service is, or that follow from its image.
+_NOT_OF_SPEED = ("contract", "gates.", "health.", "image", "keep", "kv_parallel_size", "update.")
 
 
 async def save(rollout: Rollout, name: str) -> Report:
@@ -72,6 +76,7 @@ async def promote(rollout: Rollout, by: str) -> Report:
     record = before.promoted(generation, datetime.now(UTC), by, image)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()
     record = record.well() if rollout.attempt.is_mend else record.rested()
+    record = record.measured(rollout.attempt.figures)
     uncopied = await write(rollout, record)
     where = session.topology.proxy.host
     changed = record is not before
@@ -104,6 +109,7 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
     )
     image = rollout.release.chosen_image
     record = rollout.history.record.ended(rollout.plan.generation, outcome, image)
+    record = record.measured(rollout.attempt.figures)
     untouched = not rollout.attempt.stopped and not rollout.attempt.was_down
     await write(rollout, record.opened() if untouched else record)
 
@@ -142,6 +148,10 @@ async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bo
         return False
     if not is_of_the_service(error) or await host_faults.restarted(failed):
         return False
+    if any(isinstance(fault, BenchmarkFailed) for fault in faults_of(error)) and not (
+        _slower_by_its_image(back, failed, error)
+    ):
+        return False
     quarantined = Quarantined(
         image=failed.release.chosen_image,
         when=datetime.now(UTC),
@@ -149,6 +159,16 @@ async def quarantine(back: Rollout, failed: Rollout, error: BaseException) -> bo
     )
     await write(back, history.record.quarantined(digest, quarantined))
     return True
+
+
+def _slower_by_its_image(back: Rollout, failed: Rollout, error: BaseException) -> bool:
+    """Tell whether only an image can be why a benchmark failed: the generation before did better by
+    the same load, and nothing else is different."""
+    blamed = all(
+        fault.of_the_generation for fault in faults_of(error) if isinstance(fault, BenchmarkFailed)
+    )
+    changed = differences.of_files(back.session.deployment, failed.session.deployment)
+    return blamed and all(key.startswith(_NOT_OF_SPEED) for key in changed)
 
 
 def is_of_the_service(error: BaseException) -> bool:

@@ -23,6 +23,8 @@ from pd_deploy.lab import contracts
 from tests.e2e.conftest import Service, until
 from tests.e2e.patient_clients import PatientClients
 
+# By a tolerance that a busy machine does not exceed.
+LOAD = {"requests": 20, "concurrency": 10, "input_length": 300, "output_length": 8, "tolerance": 5}
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 
 
@@ -276,13 +278,29 @@ class TestRollback:
         assert float(down[1]) > (state.timestamp - failed).total_seconds()
 
     async def test_failed_generation_is_kept_on_request(self, service: Service) -> None:
-        """What lives of it goes on living; the next run puts things right."""
-        await deploy(service.file)
+        """What lives of it goes on living; the next run puts things right. A build that is only
+        slower is rolled back as well, by the figures of the one that serves."""
+        service.change(gates={"benchmark": LOAD})
+        service.faults(
+            "d0", slow=0.25
+        )  # or pd-deploy itself would be the limit, and nothing judged
+        first = await run(deploy, service)
+        assert "nothing to compare with" in str(first.message)
         image = service.push_bad("20250724_4", garbage=True)
         state = await run(deploy, service, image=image, on_failure="keep")
         assert state.is_failed()
         assert epochs(service) == all_on(2)
         assert (await run(recover, service)).is_completed()
+        assert epochs(service) == all_on(1)
+        slow = service.push_bad("20250724_5", token_seconds=0.15)
+        message = str((await run(deploy, service, image=slow)).message)
+        kept = service.record()["figures"]
+        assert [(f["generation"][:1], f["passed"]) for f in kept] == [("1", True), ("3", False)]
+        assert kept[1]["tpot"] > 0.14 > kept[0]["tpot"]
+        assert "failed at `benchmark` because" in message
+        assert re.search(r"TPOT is \d{3} ms instead of [\d.e-]+ ms with generation 1-", message)
+        assert re.search(r"down for [\d.]+ s, .*, [\d.]+ s of it for the benchmark", message)
+        assert f"its image {slow} is in quarantine" in message
         assert epochs(service) == all_on(1)
 
     async def test_rollback_to_a_generation_by_name_and_its_refusals(

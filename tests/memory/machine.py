@@ -33,6 +33,7 @@ class Faults:
         wrong_kv: decode reads other KV than prefill made, without any error.
         dies_at_request: exit code with which it ends when it is asked.
         out_of_memory: the kernel ends it while it loads.
+        token_seconds: how long each token of a stream takes; else it comes at once, in one event.
     """
 
     dies: int | None = None
@@ -43,6 +44,7 @@ class Faults:
     wrong_kv: bool = False
     dies_at_request: int | None = None
     out_of_memory: bool = False
+    token_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

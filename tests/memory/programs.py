@@ -4,12 +4,13 @@ A server follows the stand-in in what matters to a deployment: it holds its devi
 with all of its peers while loading and only then, and hands KV over by the engine's protocol.
 """
 
+import asyncio
 import functools
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import httpx
@@ -364,6 +365,9 @@ class Server(_Process):
             answer["kv_transfer_params"] = {
                 "remote_host_ip": self.machine.address, "port": self.api_port, "key": key,
             }  # fmt: skip
+        if body.get("stream") and "prompt" in body and self.faults.token_seconds:
+            stream = TokenByToken(body["max_tokens"], self.faults.token_seconds)
+            return httpx.Response(200, stream=stream)
         return _response(path, body, answer)
 
     def _pull(self, offered: Mapping[str, Any]) -> str | None:
@@ -376,6 +380,26 @@ class Server(_Process):
         if not (self.links_on_demand or holder.container.run_id in self.links):
             return None
         return holder.kv.pop(offered["key"], None)
+
+
+class TokenByToken(httpx.AsyncByteStream):
+    """A streamed completion, with the tokens that it used at its end."""
+
+    def __init__(self, tokens: int, seconds: float) -> None:
+        self._tokens = tokens
+        self._seconds = seconds
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for number in range(1, self._tokens + 1):
+            await asyncio.sleep(self._seconds)
+            reason = "length" if number == self._tokens else None
+            yield _event({"choices": [{"index": 0, "text": " sun", "finish_reason": reason}]})
+        yield _event({"choices": [], "usage": {"completion_tokens": self._tokens}})
+        yield b"data: [DONE]\n\n"
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()
 
 
 class Proxy(_Process):

@@ -24,8 +24,9 @@ EXAMPLE = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
 OF_ENGINES = re.findall(r"```yaml\n((?:sglang|vllm):\n.*?)```", PAGE, re.DOTALL)
-# Of the containers' options, those that only the other engine uses have an example here.
-EXAMPLES = {"container": {"gpus"}}
+# Options of containers that only the other engine uses, and what there is none of by default, have
+# an example here.
+EXAMPLES = {"container": {"gpus"}, "gates": {"benchmark"}}
 
 
 def documented() -> dict[str, Any]:

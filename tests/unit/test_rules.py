@@ -25,6 +25,7 @@ BREAKING: dict[str, list[dict[str, Any]]] = {
         {"paths": {"logs": "/var/lib/pd-deploy"}},
         {"paths": {"state": "/data/log_path"}},
     ],
+    "benchmark-length": [{"gates": {"benchmark": {"input_length": 1_000_000}}}],
     "batched-tokens": [
         {place: {where: {"arguments": {"max-num-batched-tokens": 1000}}}}
         for place, where in (("settings", "all"), ("settings", "decode"), ("prefill", "p1"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from pd_deploy.config.models import Deployment, SmokeCheck
 from pd_deploy.config.topology import Proxy
+from pd_deploy.records.benchmark import Load
 
 HANDOVER_TOKENS = 8
 """Tokens that a prefill and a decode are asked for directly. Prefill makes the first one; from the
@@ -71,6 +72,26 @@ def of_check(deployment: Deployment, check: SmokeCheck, longest: int, seed: str)
     return Question(
         COMPLETIONS, {**body, "prompt": _ids(count, seed)}, f"a prompt of {count} tokens"
     )
+
+
+def of_load(deployment: Deployment, load: Load, seed: str) -> dict[str, Any]:
+    """Build the body of one request of a load.
+
+    Its prompt is of token ids, which make it as long as it has to be without the model's tokenizer,
+    and as `ignore_eos` makes the answer, the same work for every image.
+
+    Args:
+        seed: makes the prompt another one each time, so that no cache has it.
+    """
+    return {
+        "model": deployment.model.served_name,
+        "prompt": _ids(load.input_length, seed),
+        "max_tokens": load.output_length,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
 
 
 def _ids(count: int, seed: str) -> list[int]:
