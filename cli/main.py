@@ -335,6 +335,47 @@ def diff(file: File) -> None:
 
 
 @app.command()
+def preflight(
+    file: File,
+    image: Image = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask no host: check what the file alone tells.")
+    ] = False,
+    full_hashes: Annotated[
+        bool,
+        typer.Option(
+            "--full-hashes", help="Read the model's files whole on all hosts, not only their ends."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Check hosts in full before a service is deployed to them.
+
+    Drivers, devices and their network, ways between hosts, clocks, memory, model, image, and what
+    a run would need: all problems in one table, with what to do. Changes nothing.
+
+    Exit codes: 0 no errors, 1 errors, 2 the file is invalid. Warnings are no errors.
+
+    Example: pd-deploy preflight qwq-3p1d.yaml
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file, image)
+    from pd_deploy.cli import preflight as checking
+
+    if offline:
+        found, what = checking.offline(deployment), "without asking hosts"
+    else:
+        found = checking.run(deployment, image, full_hashes=full_hashes)
+        what = f"{len(deployment.hosts)} hosts"
+    if as_json:
+        typer.echo(checking.as_json(deployment, found))
+    else:
+        typer.echo(checking.as_text(deployment, found, what))
+    raise typer.Exit(FAILED if any(flaw.is_error for flaw in found) else 0)
+
+
+@app.command()
 def deploy(
     file: File,
     image: Image = None,

@@ -1,6 +1,7 @@
 """What a run shows in the UI: log lines, a report and a table under stable keys, its last word."""
 
 import asyncio
+import logging
 import re
 import textwrap
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.flows import events
 from pd_deploy.flows.run import Run, remedy, this_run
 from pd_deploy.planning import actions
+from pd_deploy.planning.flaws import Flaw
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import benchmark, releases
 from pd_deploy.records.releases import History, Record
@@ -221,6 +223,34 @@ async def rolled_back(
 async def listing(deployment: str, history: History) -> None:
     """Publish a deployment's releases."""
     await if_the_server_takes_it(_listing(deployment, history))
+
+
+async def flaws(deployment: str, found: Sequence[Flaw]) -> None:
+    """Publish what a preflight found; log it, too."""
+    for flaw in found:
+        level = logging.ERROR if flaw.is_error else logging.WARNING
+        where = f"host {flaw.host}: " if flaw.host else ""
+        get_run_logger().log(level, "%s: %s%s → %s", flaw.check, where, flaw.message, flaw.hint)
+    rows = [
+        {
+            "": "error" if flaw.is_error else "warning",
+            "check": flaw.check,
+            "host": flaw.host,
+            "problem": flaw.message,
+            "what to do": flaw.hint,
+        }
+        for flaw in found
+    ]
+    artifact = acreate_table_artifact(
+        key=f"{deployment}-preflight", table=rows, description=f"Last preflight of {_file()}"
+    )
+    await if_the_server_takes_it(artifact)
+
+
+def checked(found: Sequence[Flaw], hosts: int) -> State[None]:
+    """End a preflight without errors."""
+    warnings = f"{len(found)} warnings, no errors" if found else "no problems"
+    return Completed(message=f"{warnings} on {hosts} hosts")
 
 
 async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:

@@ -7,6 +7,7 @@ call of them, into `composed.py`.
 
 from pd_deploy.steps import (
     containers,
+    full_preflight,
     own_code,
     preflight,
     promotion,
@@ -44,6 +45,13 @@ launch = step("launch {instance}")(containers.launch)
 write_ranktables = step("ranktable {name}")(containers.write_ranktables)
 prepare_proxy = step("prepare proxy {instance}")(containers.prepare_proxy)
 prepare_waiting_room = step("prepare waiting room")(waiting_room.prepare)
+
+# Preflight alone
+inspect_host = step("inspect {name}")(full_preflight.inspect_host)
+compare_all = step("compare hosts")(full_preflight.compare_all)
+try_ports = step("try ports")(full_preflight.try_ports)
+ping_devices = step("ping devices")(full_preflight.ping_devices)
+check_plan = step("check plan")(full_preflight.check_plan)
 
 # From the cut-over to the promotion
 clean_up = step("clean up {instance}", grace=TO_ITS_END)(composed.clean_up)

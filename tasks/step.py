@@ -20,6 +20,7 @@ from prefect.utilities.annotations import opaque, quote
 from pd_deploy.code.reading import Source
 from pd_deploy.errors import Abandoned, PdDeployError, headline, is_transient
 from pd_deploy.records.releases import Choice
+from pd_deploy.steps.full_preflight import Inspected
 from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Gate, Report
@@ -50,6 +51,7 @@ Result = (
     | Addresses
     | Rollout
     | Completion
+    | Inspected
 )
 """What a step may wait for: the result of another."""
 

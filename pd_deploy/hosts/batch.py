@@ -60,6 +60,8 @@ Batch = Mapping[str, Printed]
 def command(first: Lane, lanes: Sequence[Lane] = (), limit: float = LIMIT_S) -> list[str]:
     """Make the command that runs lanes side by side; what those after the first print is cut at
     4000 characters each."""
+    if any("\n" in word for lane in (first, *lanes) for argv in lane for word in argv):
+        raise ValueError("a command of a batch has to be one line")
     texts = ["\n".join(map(shlex.join, lane)) for lane in (first, *lanes) if lane or lane is first]
     return ["sh", "-c", BATCH, "sh", f"{limit:g}", RUN, *texts]
 

@@ -15,7 +15,7 @@ from collections.abc import (
 )
 from dataclasses import replace
 from datetime import datetime
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import requests
 import urllib3
@@ -208,17 +208,29 @@ class DockerClient:
             ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
         """
 
+        return str((await self._distribution(ref, auth))["Descriptor"]["digest"])
+
+    async def architectures(self, ref: str, auth: RegistryLogin | None = None) -> frozenset[str]:
+        """Ask the registry what `ref` is for, in the names of OCI; empty if it does not say.
+
+        Raises:
+            ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
+        """
+        platforms = (await self._distribution(ref, auth)).get("Platforms") or []
+        names = {str(platform.get("architecture") or "") for platform in platforms}
+        return frozenset(names - {"", "unknown"})
+
+    async def _distribution(self, ref: str, auth: RegistryLogin | None) -> dict[str, Any]:
         def refused(exc: sdk.APIError) -> PdDeployError:
             return pull_error(explanation(exc), ref, self._where)
 
-        distribution = await self._long(
+        return await self._long(
             f"resolve {ref}",
             lambda c: c.inspect_distribution(  # type: ignore[no-untyped-call]
                 ref, auth_config=_login(auth)
             ),
             refused,
         )
-        return str(distribution["Descriptor"]["digest"])
 
     async def tag(self, ref: str, name: str) -> None:
         """Give the image `ref` the further name `repository:tag`, so that no prune takes it."""

@@ -110,10 +110,10 @@ def parts_command(directory: str) -> Argv:
     return [*_files(directory), "-size", f"+{SMALL}", "-exec", "sh", "-c", _PARTS, "sh", "{}", "+"]
 
 
-_PARTS = r"""for file; do
-  digest=$( { head -c 1048576 "$file"; tail -c 1048576 "$file"; } | sha256sum)
-  printf '%s  %s\n' "${digest%% *}" "$file"
-done"""
+_PARTS = (
+    'for file; do digest=$({ head -c 1048576 "$file"; tail -c 1048576 "$file"; } | sha256sum); '
+    'printf \'%s  %s\\n\' "${digest%% *}" "$file"; done'
+)
 
 
 def _files(directory: str) -> list[str]:

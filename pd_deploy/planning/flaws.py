@@ -57,6 +57,7 @@ class HostAnswers:
         model: None if nothing there needs it.
         clock: between what its clock said when this one stood at 0; None if it did not say.
         parts: digests of parts of the model's files, or of all, by path.
+        listening: the ports where something listens.
     """
 
     name: str
@@ -66,6 +67,7 @@ class HostAnswers:
     model: ModelFiles | None = None
     clock: tuple[float, float] | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    listening: frozenset[int] = frozenset()
 
 
 def allowed(flaws: Iterable[Flaw], allow: Sequence[str]) -> list[Flaw]:
@@ -325,7 +327,7 @@ def _clocks(hosts: Sequence[HostAnswers]) -> Iterator[Flaw]:
     if not known:
         return
     # The clock in the middle counts as right.
-    middle = sorted(known.values(), key=sum)[len(known) // 2]
+    middle = sorted(known.values(), key=sum)[(len(known) - 1) // 2]
     for where, (earliest, latest) in known.items():
         apart = max(earliest - middle[1], middle[0] - latest)
         if apart > CLOCK_S:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from pd_deploy.engines.device_report import Ping
-from pd_deploy.hosts import batch, machine, reach
+from pd_deploy.hosts import batch, facts, machine, reach
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.host import Host
 from pd_deploy.planning import flaws, peers
@@ -36,6 +36,7 @@ async def inspect(session: Session, name: str, *, full: bool = False) -> HostAns
     devices, directory = devices_on(session, name), session.deployment.model.path
     first = [*machine.COMMANDS]
     first += machine.model_commands(directory) if session.topology.on_host(name) else ()
+    first += [facts.LISTENERS] if full else ()
     of_all, of_each = tools.lanes(devices, full=full) if tools else ([], [])
     limit = FULL_S if full else QUICK_S
     command = batch.command([*first, *of_all], of_each, limit)
@@ -43,6 +44,7 @@ async def inspect(session: Session, name: str, *, full: bool = False) -> HostAns
     printed = batch.parse(await _output(host, command, limit))
     after = time.monotonic()
     said = machine.parse(printed, host.address)
+    listeners = batch.of(printed, facts.LISTENERS).text.strip() if full else ""
     return HostAnswers(
         name,
         host.where,
@@ -50,6 +52,7 @@ async def inspect(session: Session, name: str, *, full: bool = False) -> HostAns
         tools.parse(printed, devices, full=full) if tools else None,
         machine.parse_model(printed, directory) if session.topology.on_host(name) else None,
         (said.now - after, said.now - before) if said.now else None,
+        listening=frozenset(facts.parse_listeners(listeners, host.where)),
     )
 
 

@@ -43,23 +43,16 @@ async def preflight(rollout: Rollout, name: str) -> Checked:
         FileMissing, DiskFull, InUse, PortTaken: the only fault found.
         HostError: several faults.
     """
-    host = rollout.session.host(name)
-    checks = [_paths]
-    # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
-    # nothing that a disk with little room left would put at risk.
-    if not rollout.is_last_resort:
-        checks += [_model, _disk, _held]
-    inspecting_it = [] if rollout.is_last_resort else [inspecting.inspect(rollout.session, name)]
+    host, session = rollout.session.host(name), rollout.session
+    inspecting_it = [] if rollout.is_last_resort else [inspecting.inspect(session, name)]
     async with task_group() as group:
         answering = [group.create_task(work) for work in inspecting_it]
-        checking = group.create_task(together(check(rollout, host, name) for check in checks))
-    faults = [fault for faults_of_check in checking.result() for fault in faults_of_check]
-    answers = answering[0].result() if answering else None
+        checking = group.create_task(faults_of(rollout, name))
+    faults, answers = checking.result(), answering[0].result() if answering else None
     warnings = list[Flaw]()
     if answers:
         of_devices, warnings = _told(rollout, _of_host(rollout, answers))
         faults += of_devices
-        faults += _of_other_deployments(rollout, host, name)
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -78,6 +71,18 @@ async def preflight(rollout: Rollout, name: str) -> Checked:
     for warning in warnings:
         detail += f"; {warning.message}"
     return Checked("preflight", name, name, False, detail, answers=answers)
+
+
+async def faults_of(rollout: Rollout, name: str) -> list[HostError]:
+    """Find what a host lacks of what its part of the plan needs, or what others have of it."""
+    host, checks = rollout.session.host(name), [_paths]
+    # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
+    # nothing that a disk with little room left would put at risk.
+    if not rollout.is_last_resort:
+        checks += [_model, _disk, _held]
+    by_check = await together(check(rollout, host, name) for check in checks)
+    faults = [fault for of_check in by_check for fault in of_check]
+    return faults + [*_of_other_deployments(rollout, host, name)] * (not rollout.is_last_resort)
 
 
 async def compare(rollout: Rollout, checked: Sequence[Report]) -> Report:

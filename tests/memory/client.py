@@ -53,7 +53,9 @@ class MemoryClient:
         }
 
     def inspect_distribution(self, ref: str, auth_config: Mapping[str, str]) -> dict[str, Any]:
-        return {"Descriptor": {"digest": self._build(ref).digest}}
+        build = self._build(ref)
+        platforms = [{"architecture": build.architecture, "os": "linux"}]
+        return {"Descriptor": {"digest": build.digest}, "Platforms": platforms}
 
     def pull(self, ref: str, **_: object) -> Iterator[dict[str, Any]]:
         build = self._build(ref)

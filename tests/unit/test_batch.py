@@ -2,6 +2,8 @@
 
 import subprocess
 
+import pytest
+
 from pd_deploy.hosts import batch
 from pd_deploy.hosts.batch import Lane, Printed
 
@@ -14,10 +16,11 @@ def ran(first: Lane, *lanes: Lane, limit: float = 20) -> dict[str, Printed]:
 
 
 def test_each_command_is_found_by_its_words_whatever_it_prints() -> None:
-    words = ["printf", "%s", "two\nlines; 'quoted' $HOME"]
+    words = ["printf", "%s", "a; 'quoted' $HOME"]
     printed = ran([["echo", "first"], ["no-such-tool", "-x"]], [words], [["sh", "-c", "exit 3"]])
     assert batch.of(printed, ["echo", "first"]) == Printed("first\n")
     assert batch.of(printed, ["sh", "-c", "exit 3"]) == Printed("", 3)
+    assert batch.of(printed, words) == Printed("a; 'quoted' $HOME")
     missing = batch.of(printed, ["no-such-tool", "-x"])
     assert missing.exit_status == 127
     assert "not found" in missing.shown
@@ -40,3 +43,8 @@ def test_what_is_too_long_is_cut_and_hides_no_other() -> None:
         cut = batch.of(printed, [*long, str(n)])
         assert cut.exit_status is None
         assert set(cut.text.splitlines()[1:-1]) == {"0123456789"}
+
+
+def test_a_command_of_several_lines_is_refused() -> None:
+    with pytest.raises(ValueError, match="one line"):
+        batch.command([["echo", "a\nb"]])

@@ -25,7 +25,7 @@ def test_each_example_makes_a_directory_that_is_whole(tmp_path: Path, example: s
     original = load_deployment(ROOT / "deployments" / f"{example}.yaml")
     assert load_deployment(written[0]) == original
     told = prefect_file(tmp_path / "new/one/prefect.yaml")["deployments"]
-    kinds = ("", "-nightly", "-health", "-rollback", "-teardown", "-recover")
+    kinds = ("", "-nightly", "-health", "-rollback", "-preflight", "-teardown", "-recover")
     assert [one["name"] for one in told] == [f"{example}{kind}" for kind in kinds]
     assert [one for one in told if one["tags"] != [example, original.engine]] == []
     assert {one["parameters"]["file"] for one in told} == {written[0].name}

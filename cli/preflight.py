@@ -1,0 +1,92 @@
+"""Checking hosts in full, and the table of what is wrong."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import typer
+
+from pd_deploy.blocks.opening import open_session
+from pd_deploy.cli import hosts
+from pd_deploy.cli.tables import aligned
+from pd_deploy.config.fields import archive_of
+from pd_deploy.config.models import Deployment
+from pd_deploy.errors import PdDeployError
+from pd_deploy.planning import peers, placement
+from pd_deploy.planning.flaws import Flaw
+from pd_deploy.steps import full_preflight
+
+EPHEMERAL = range(32768, 61000)
+"""Ports that Linux gives to outbound connections, unless it is told otherwise."""
+
+
+def run(deployment: Deployment, image: str | None, *, full_hashes: bool) -> list[Flaw]:
+    """Check the hosts of a deployment, outside of any flow run."""
+    from pd_deploy.flows import preflight
+
+    async def check() -> list[Flaw]:
+        async with open_session(deployment) as session:
+            return await preflight.find_flaws(session, image, "a look", full_hashes, _tell)
+
+    with hosts.asking([deployment]):
+        return asyncio.run(check())
+
+
+def offline(deployment: Deployment) -> list[Flaw]:
+    """Check what can be known without any host; the file itself is valid already."""
+    from pd_deploy.registry import archives
+
+    found = []
+    topology = placement.derive(deployment)
+    for name, entry in deployment.hosts.items():
+        risky = [port for port in peers.ports(topology, name) if port in EPHEMERAL]
+        if risky:
+            found.append(
+                Flaw(
+                    "host", f"{name} ({entry.address})",
+                    "expected ports outside of the kernel's usual ephemeral range, "
+                    f"found {', '.join(map(str, risky))}",
+                    "reserve them there (sysctl net.ipv4.ip_local_reserved_ports), or move them",
+                    is_error=False,
+                )
+            )  # fmt: skip
+    if archive := archive_of(deployment.image):
+        try:
+            asyncio.run(archives.read(archive))
+        except PdDeployError as error:
+            found.append(full_preflight.flaw_of(error))
+    return found
+
+
+def as_json(deployment: Deployment, found: Sequence[Flaw]) -> str:
+    """Format problems for programs."""
+    return json.dumps({"deployment": deployment.name, "problems": [*map(asdict, found)]}, indent=2)
+
+
+def as_text(deployment: Deployment, found: Sequence[Flaw], what: str) -> str:
+    """Format problems as a table for people, with a line that counts them."""
+    rows = [("", "check", "host", "problem", "what to do")]
+    rows += [
+        ("error" if f.is_error else "warning", f.check, f.host, _line(f.message), _line(f.hint))
+        for f in found
+    ]
+    table = [*aligned(rows), ""] if found else []
+    return "\n".join([*table, f"{deployment.name}: {summary(found)} ({what})"])
+
+
+def _tell(progress: str) -> None:
+    typer.echo(progress, err=True)
+
+
+def summary(found: Sequence[Flaw]) -> str:
+    """Count errors and warnings."""
+    errors = sum(flaw.is_error for flaw in found)
+    warnings = len(found) - errors
+    counts = [f"{errors} error{'s' * (errors != 1)}"] * bool(errors)
+    counts += [f"{warnings} warning{'s' * (warnings != 1)}"] * bool(warnings)
+    return ", ".join(counts) or "no problems"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
