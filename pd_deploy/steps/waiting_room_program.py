@@ -29,6 +29,8 @@ CLOSED = "pd-deploy: waiting room closed "
 HEADER = "X-Pd-Deploy"
 """A field of all that it answers by itself, so that nobody takes it for a proxy."""
 
+LATER = "The service is being updated. Please try again."
+FULL = "The service is being updated, and too many requests are waiting. Please try again."
 HEALTH = {"health", "healthz", "live", "liveness", "livez", "metrics", "ping", "readiness", "ready",
           "readyz"}  # fmt: skip
 MOST_REQUESTS = 2000  # at once; each takes two connections while it is forwarded
@@ -227,6 +229,8 @@ class WaitingRoom:
         self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Let a request wait, at most for its time, and pass the proxy's answer on."""
+        if self._requests >= MOST_REQUESTS:
+            raise Refused(503, FULL)
         began = time.monotonic()
         self._requests += 1
         try:
@@ -241,7 +245,7 @@ class WaitingRoom:
                 elif self._over.done() and self._over.result():
                     await first_of(self._forward(request, writer), leaves)
                 else:
-                    raise Refused(503, "The service is being updated. Please try again.")
+                    raise Refused(503, LATER)
             finally:
                 leaves.cancel()
                 await asyncio.wait({leaves})
@@ -266,8 +270,6 @@ class WaitingRoom:
         self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bytes:
         """Read a body, if there is room for it."""
-        if self._requests > MOST_REQUESTS:
-            raise Refused(503, "The service is being updated, and too many requests are waiting.")
         length = request.field("content-length") or "0"
         if not length.isdecimal():
             raise Refused(400, "expected a number as Content-Length")
@@ -298,7 +300,7 @@ class WaitingRoom:
 
     def _reserve(self, request: Request, count: int) -> None:
         if self._bytes + count > MOST_BYTES:
-            raise Refused(503, "The service is being updated, and too many requests are waiting.")
+            raise Refused(503, FULL)
         self._bytes += count
         request.reserved += count
 
@@ -314,7 +316,7 @@ class WaitingRoom:
                     break
                 to_proxy.close()
             if time.monotonic() > until:
-                raise Refused(503, "The service is being updated. Please try again.")
+                raise Refused(503, LATER)
             await asyncio.sleep(0.02)
         answered = False
         try:

@@ -1,5 +1,6 @@
 """What clients find at the proxy's port during runs with `proxy.hold`, on hosts in memory."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from pd_deploy import engines
+from pd_deploy.config.load import load_deployment
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.teardown import teardown
@@ -15,6 +18,7 @@ from tests.memory.calls import Moment
 from tests.memory.machine import Build, Container, Faults
 from tests.memory.programs import Proxy, WaitingRoom
 from tests.memory.world import NAME, PROXY_PORT, World
+from tests.unit import example
 
 HELD = "held 3 requests for up to 2.5 s, told 1 request to try again (503)"
 FAULTS = {"d0": Faults(garbage=True)}
@@ -173,6 +177,9 @@ def test_what_a_room_is_made_of(world: World) -> None:
 
     assert world.run(deploy, image=world.push("20250725_1"), watch=watch).completed
     config = made[0].config
+    options = json.loads(config["Cmd"][-1])
+    assert options.pop("lasts") > 2 * load_deployment(world.path).gates.ready
+    assert options == {"port": PROXY_PORT, "proxy": "10.0.0.1", "hold": 50, "shares_port": True}
     assert config["HostConfig"]["NetworkMode"] == "host"
     assert not config["HostConfig"].get("Privileged")
     assert not config["HostConfig"].get("Devices")
@@ -181,6 +188,24 @@ def test_what_a_room_is_made_of(world: World) -> None:
         "pd-deploy.deployment": "qwq-3p1d",
         "pd-deploy.role": "waiting-room",
     }
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "shares"),
+    [
+        ("qwq-3p1d", {}, True),
+        ("deepseek-v3-2-a3", {}, True),
+        ("deepseek-v3-2-a3", {"no_reuseport": True}, False),
+        ("vllm-gpu-3p1d", {}, False),
+    ],
+)
+def test_who_shares_the_port_is_known(file: str, arguments: dict[str, bool], shares: bool) -> None:
+    """One that does not would fail at a port that is not free yet."""
+    deployment = load_deployment(example.ROOT / f"deployments/{file}.yaml")
+    ((name, proxy),) = deployment.proxy.items()
+    changed = {name: proxy.model_copy(update={"arguments": arguments})}
+    deployment = deployment.model_copy(update={"proxy": changed})
+    assert engines.get(deployment.engine).shares_port(deployment) is shares
 
 
 def test_how_many_requests_are_left_is_told_while_the_proxy_drains(
