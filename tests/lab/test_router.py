@@ -3,6 +3,7 @@
 Its backends only record what they get and answer as the engine would; the test needs no lab.
 """
 
+import asyncio
 import json
 import subprocess
 import threading
@@ -22,6 +23,7 @@ from pd_deploy.lab.system import wait_until
 from pd_deploy.steps.verify import metrics
 from tests.lab.registries import free_port
 from tests.unit import example
+from tests.waiting_rooms import begun, open_room, room, until_connected
 
 # Of vllm-ascend's MooncakeConnectorV1: what a prefill answers, with a field that nobody knows.
 HANDED_OVER = {
@@ -108,36 +110,64 @@ def metrics_port() -> int:
     return free_port()
 
 
-@pytest.fixture
-def router(program: Path, backends: tuple[Backend, Backend], metrics_port: int) -> Iterator[str]:
+@contextmanager
+def routing(
+    program: Path, backends: tuple[Backend, Backend], port: int, metrics_port: int
+) -> Iterator[subprocess.Popen[bytes]]:
     """The router as the example for vllm-ascend has it, but with these backends and ports."""
     changes = {"prefill": {"p1": None}}
     made = example.plan_of(example.ROOT / "deployments/vllm-ascend-2p1d.yaml", changes)
-    argv, port = [str(program), *made.instance("c0").command.argv[1:]], free_port()
+    argv = [str(program), *made.instance("c0").command.argv[1:]]
     for option, value in (
         ("--prefill", backends[0].address),
         ("--decode", backends[1].address),
-        ("--host", "127.0.0.1"),
         ("--port", str(port)),
         ("--prometheus-port", str(metrics_port)),
     ):
         argv[argv.index(option) + 1] = value
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
         assert process.poll() is None, "the router ended"
         try:
-            return httpx.get(f"{url}/readiness").is_success
+            return httpx.get(f"http://127.0.0.1:{port}/readiness").is_success
         except httpx.TransportError:
             return False
 
     try:
         wait_until("the router", ready, 60)
-        yield url
+        yield process
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture
+def router(program: Path, backends: tuple[Backend, Backend], metrics_port: int) -> Iterator[str]:
+    port = free_port()
+    with routing(program, backends, port, metrics_port):
+        yield f"http://127.0.0.1:{port}"
+
+
+async def test_a_waiting_room_leaves_its_port_to_the_router_and_takes_it_from_one_that_stops(
+    program: Path, backends: tuple[Backend, Backend], metrics_port: int
+) -> None:
+    """The router takes the port although requests that were held are still connected there."""
+    async with open_room(shares_port=False) as before, httpx.AsyncClient(timeout=60) as client:
+        sent = {"model": "qwen", "prompt": "1, 2, 3,", "max_tokens": 2}
+        asking = asyncio.ensure_future(client.post(f"{before.url}/v1/completions", json=sent))
+        await begun(before, 1)
+        before.tell("SIGUSR2")
+        assert (await before.counts())["held"] == 1
+        with routing(program, backends, before.port, metrics_port) as process:
+            assert "the answer" in (await asking).text
+            assert await before.ended() == 0
+            async with room(port=before.port, shares_port=False) as after:
+                after.tell("SIGUSR1")
+                process.terminate()
+                process.wait()
+                await until_connected(after.port)
+                await begun(after, 0)
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -1,86 +1,16 @@
 """The waiting room's program over real sockets: what clients get while no proxy serves."""
 
 import asyncio
-import json
-import signal
 import socket
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import httpx
 import pytest
 
 from pd_deploy.cli.local_http import free_port
 from pd_deploy.steps import waiting_room_program as program
-
-HERE = "127.0.0.1"
-SOURCE = program.__file__
-PATIENCE_S = 20
-
-
-class Room:
-    """A waiting room of a port, which is told what to do by signals."""
-
-    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
-        self.process = process
-        self.port = port
-        self.url = f"http://{HERE}:{port}"
-
-    def tell(self, name: str) -> None:
-        self.process.send_signal(getattr(signal, name))
-
-    async def line(self) -> str:
-        assert self.process.stdout
-        return (await asyncio.wait_for(self.process.stdout.readline(), PATIENCE_S)).decode()
-
-    async def counts(self) -> dict[str, Any]:
-        """What it says when it has left the port."""
-        counts: dict[str, Any] = json.loads((await self.line()).removeprefix(program.CLOSED))
-        return counts
-
-    async def ended(self) -> int:
-        return await asyncio.wait_for(self.process.wait(), PATIENCE_S)
-
-
-@asynccontextmanager
-async def room(**options: Any) -> AsyncIterator[Room]:
-    """A room that is ready, and has not been told to take its port."""
-    defaults = {"port": free_port(), "proxy": HERE, "hold": 30, "shares_port": True, "lasts": 60}
-    given = {**defaults, "addresses": [HERE], **options}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-IS", SOURCE, json.dumps(given), stdout=asyncio.subprocess.PIPE
-    )
-    made = Room(process, given["port"])
-    try:
-        assert await made.line() == f"{program.READY}\n"
-        yield made
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-@asynccontextmanager
-async def open_room(**options: Any) -> AsyncIterator[Room]:
-    """A room that has its port."""
-    async with room(**options) as made:
-        made.tell("SIGUSR1")
-        await until_connected(made.port)
-        yield made
-
-
-async def until_connected(port: int) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection(HERE, port)
-            except OSError:
-                await asyncio.sleep(0.002)
-            else:
-                writer.close()
-                return
+from tests.waiting_rooms import HERE, PATIENCE_S, begun, open_room, raw, room, until_connected
 
 
 class Proxy:
@@ -124,25 +54,8 @@ class Proxy:
             writer.close()
 
 
-async def begun(made: Room, count: int) -> None:
-    """Wait until so many requests wait, as the room itself says."""
-    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    async with asyncio.timeout(PATIENCE_S):
-        while f"Requests that wait: {count}.".encode() not in await raw(made.port, health):
-            pass
-
-
 def asking() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False)
-
-
-async def raw(port: int, data: bytes) -> bytes:
-    """All that comes back for some bytes, until the connection is closed."""
-    reader, writer = await asyncio.open_connection(HERE, port)
-    writer.write(data)
-    answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
-    writer.close()
-    return answer
 
 
 async def test_requests_are_held_and_reach_the_new_proxy_which_then_has_the_port() -> None:
