@@ -52,6 +52,11 @@ PARTS = {
     "promote": "promote",
     "prune": "promote",
     "clear": "promote",
+    "stop adopted": "clean up",
+    "start again": "start",
+    "ready again": READY,
+    "prove adopted": "smoke test",
+    "prune adopted": "promote",
 }
 
 

@@ -89,8 +89,10 @@ async def past(deployment: Deployment) -> Past:
     label = {generations.DEPLOYMENT: deployment.name}
 
     async def containers(host: Host) -> list[ContainerState] | PdDeployError:
+        adopted = reached.history.record.adopted
+        ids = [c.id for c in adopted.containers if c.host == host.address] if adopted else []
         try:
-            return await host.docker.containers(label)
+            return [*await host.docker.containers(label), *await host.docker.states(ids)]
         except PdDeployError as error:
             return error
 

@@ -234,6 +234,39 @@ def import_ansible(
 
 
 @app.command()
+def adopt(
+    file: File,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Take it over; without this, nothing is changed.")
+    ] = False,
+    container: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST=NAME",
+            help="A container under a name that the file does not imply; can be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Take over a service that the Ansible playbook has started.
+
+    Shows what runs on the hosts under the playbook's names (`container.names` and the instance's:
+    omni_infer_prefill_p0), and how it differs from the file.
+
+    With --yes it is entered into the deployment's record as generation 0, and nothing of it is
+    touched. The next `deploy` stops it at its cut-over, and keeps its containers: if that
+    deployment fails, the old service is started again and proven. `prune --adopted` removes them.
+
+    Example: pd-deploy adopt qwq-3p1d.yaml
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import adopt as adopting
+
+    typer.echo(adopting.run(deployment, file, container or [], yes=yes))
+
+
+@app.command()
 def check(file: File, image: Image = None) -> None:
     """Check a deployment file, without connecting to any host.
 
@@ -446,7 +479,10 @@ def rollback(
     file: File,
     generation: Annotated[
         str | None,
-        typer.Argument(help="One that `releases` lists; by default, the previous good one."),
+        typer.Argument(
+            help="One that `releases` lists, 0 for what was adopted; by default, the previous good "
+            "one."
+        ),
     ] = None,
     message: Why = None,
 ) -> None:
@@ -749,11 +785,18 @@ def execute(
 
 
 @app.command()
-def prune(file: File) -> None:
+def prune(
+    file: File,
+    adopted: Annotated[
+        bool,
+        typer.Option("--adopted", help="Remove the adopted service, generation 0, and no other."),
+    ] = False,
+) -> None:
     """Remove old generations.
 
     The one that serves, the last good ones and the latest stay; `keep` in the file says how many
-    good ones. Every deployment ends with this step.
+    good ones. Every deployment ends with this step. What `adopt` took over stays until it is
+    removed by --adopted.
 
     Example: pd-deploy prune qwq-3p1d.yaml
     """
@@ -761,7 +804,7 @@ def prune(file: File) -> None:
     from pd_deploy.cli import run
     from pd_deploy.flows.prune import prune as flow
 
-    raise typer.Exit(run.here(flow, file=str(file)))
+    raise typer.Exit(run.here(flow, file=str(file), adopted=adopted))
 
 
 @app.command()

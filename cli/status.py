@@ -16,6 +16,7 @@ from pd_deploy.cli.looks import LastLook, Since
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Deployment
 from pd_deploy.records import mending
+from pd_deploy.records.adopted import SHOWN
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import looking
 from pd_deploy.steps.verify.looking import HostLook, InstanceLook, Look
@@ -146,6 +147,9 @@ def _verdict(look: Look) -> str:
 
 def _facts(told: Told) -> Iterator[tuple[str, str]]:
     look, release, record = told.look, told.look.release, told.look.history.record
+    if service := record.adopted_serving:
+        yield "generation", f"{SHOWN}, since {_time(service.when)} by {service.by}"
+        yield "image", service.image
     if release:
         yield "generation", f"{release.generation}{_since(look.status.since)}"
         yield "image", f"{release.chosen_image} ({release.digest[:19]})"
@@ -187,7 +191,7 @@ def _instances(told: Told) -> Iterator[tuple[str, ...]]:
             i.name,
             i.role,
             i.host,
-            _ranges(i.devices),
+            ranges(i.devices),
             i.container,
             i.health,
             (_time(i.since) + (", restarted" if i.was_restarted else "")) if i.since else "",
@@ -210,7 +214,7 @@ def _devices(host: HostLook) -> str:
     return f"no answer: {host.away}" if host.away else host.devices or "not told by this engine"
 
 
-def _ranges(numbers: tuple[int, ...]) -> str:
+def ranges(numbers: tuple[int, ...]) -> str:
     """Write numbers as the file does: `0-3,8`."""
     parts: list[tuple[int, int]] = []
     for number in numbers:

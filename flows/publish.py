@@ -51,7 +51,7 @@ def given_name(name: str) -> str:
 
 def announce(rollout: Rollout) -> None:
     """Log what the run works on, and why it uses this image."""
-    plan, serving = rollout.plan, rollout.history.record.serving
+    plan, serving = rollout.plan, rollout.history.record.serving_name
     get_run_logger().info(
         "%s: generation %s of %s (%s) on %s; serving is %s",
         plan.deployment,
@@ -179,7 +179,7 @@ async def failure(
 
 def interrupted(rollout: Rollout, stages: Sequence[str]) -> State[None]:
     """Make the last word of a run that was cancelled when there was nothing to go back to."""
-    serving = rollout.history.record.serving
+    serving = rollout.history.record.serving_name
     if not rollout.attempt.stopped:
         outcome = "the service was not touched" if serving else "nothing was running before"
     elif set(stages) != set(STAGES):
@@ -204,7 +204,7 @@ def interrupted_late(rollout: Rollout) -> State[None]:
 
 def ended_at_once(rollout: Rollout) -> State[None]:
     """Make the last word of a run that was cancelled again while it undid what it had done."""
-    serving = rollout.history.record.serving
+    serving = rollout.history.record.serving_name
     does = f"makes {serving} serve" if serving else "stops what was left"
     return Cancelled(
         message="Interrupted again, so ended at once; what serves now is unknown: "
@@ -218,6 +218,11 @@ async def rolled_back(
     """Publish that a run failed and that the previous generation serves again."""
     headline = f"**Rolled back:**\n\n```\n{error}\n```"
     await _publish(rollout, headline, completion, failed)
+
+
+async def taken_back(failed: Rollout, error: Exception) -> None:
+    """Publish that a run failed and that the adopted service serves again."""
+    await _publish(failed, f"**Rolled back:**\n\n```\n{error}\n```", None)
 
 
 async def listing(deployment: str, history: History) -> None:

@@ -10,6 +10,7 @@ from prefect.states import Completed
 from pd_deploy.blocks.opening import open_session
 from pd_deploy.errors import HostAway, NothingServes, PdDeployError
 from pd_deploy.flows import deployment_file, publish, unknown
+from pd_deploy.flows.adopted import return_to
 from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.dead import untouched
 from pd_deploy.flows.fan_out import fan_out
@@ -39,9 +40,10 @@ async def recover(file: str, after: str | None = None, message: str | None = Non
     """Repair what an interrupted run left behind, so that the promoted generation serves.
 
     A generation that was promoted is completed; one that was not is stopped, and the previous one
-    serves again. If all is well, nothing is touched. If nothing was ever promoted, what the
-    interrupted run started is stopped. If the hosts have lost the record of what was deployed, a
-    whole generation that runs is recorded again; anything else that runs is left alone.
+    serves again, also where that was adopted. If all is well, nothing is touched. If nothing was
+    ever promoted, what the interrupted run started is stopped. If the hosts have lost the record of
+    what was deployed, a whole generation that runs is recorded again; anything else that runs is
+    left alone.
 
     Args:
         file: the deployment file of the service to repair.
@@ -72,6 +74,8 @@ async def _recovered(unlocked: Session, run: Run) -> State[None]:
         history = surveying.history_of(states)
         if running := surveying.unrecorded(states):
             return await roll_out(await written_down(session, running, str(run)), run)
+        if service := history.record.adopted_serving:
+            return await return_to(session, service, run)
         if history.serving is None:
             return await stop_all(session, states)
         rollout = await restore(session, history.serving.generation)

@@ -11,6 +11,7 @@ from prefect.states import Cancelled
 
 from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, faults_of, headline
 from pd_deploy.flows import events, publish, targets
+from pd_deploy.flows.adopted import take_back
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
@@ -141,6 +142,8 @@ async def abort(
     to_undo = rollout.attempt.stopped and set(stages) == set(STAGES)
     if to_undo and before and before.generation != rollout.plan.generation:
         await roll_back(rollout, error, before.generation, run)
+    elif to_undo and (service := rollout.history.record.adopted_serving):
+        await take_back(rollout, service, error, _end(error), run)
     else:
         await waiting_room.dismiss(rollout)
         down = "\nNothing serves: `pd-deploy recover FILE` once the cause is fixed"
@@ -154,7 +157,7 @@ def _tell_if_down(rollout: Rollout, error: BaseException) -> None:
     """Emit an event, and mark the error, if a failed attempt leaves nothing that serves; where
     health found that, it has told already."""
     record, attempt = rollout.history.record, rollout.attempt
-    if record.closed or not record.serving:
+    if record.closed or not record.serving_name:
         if isinstance(error, PdDeployError):
             error.nothing_serves = True
         if not (attempt.is_mend and attempt.was_down):

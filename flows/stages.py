@@ -92,7 +92,7 @@ async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
         proxies, servers = rollout.to_restart()
     else:
         return
-    if rollout.stopping and not rollout.stays_open:
+    if (rollout.stopping or rollout.leaving) and not rollout.stays_open:
         await promotion.note_closing(rollout)
     await line.together(clean_up.after(*line.ends)(rollout, proxy) for proxy in proxies)
     await line.joined("cut-over: proxies stopped")

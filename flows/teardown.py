@@ -11,7 +11,9 @@ from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import locked_session
 from pd_deploy.flows.survey import survey_hosts
+from pd_deploy.records.adopted import AdoptedService
 from pd_deploy.steps import surveying
+from pd_deploy.steps.report import Report
 from pd_deploy.tasks import clear, stop
 
 
@@ -44,4 +46,13 @@ async def teardown(file: str, name: str) -> State[None]:
         )
     if unwritten := targets.remove(deployment.name):
         get_run_logger().warning("%s", unwritten)
-    return await publish.removed(deployment.name, [*stopped, *cleared])
+    left = _left(history.record.adopted)
+    return await publish.removed(deployment.name, [*stopped, *cleared, *left])
+
+
+def _left(service: AdoptedService | None) -> list[Report]:
+    """Tell of an adopted service's containers, which are not the deployment's to remove."""
+    if service is None:
+        return []
+    names = ", ".join(container.name for container in service.containers)
+    return [Report("leave", "adopted", "adopted", False, f"{names} are left as they are")]

@@ -6,6 +6,7 @@ call of them, into `composed.py`.
 """
 
 from pd_deploy.steps import (
+    adopting,
     containers,
     full_preflight,
     own_code,
@@ -16,7 +17,7 @@ from pd_deploy.steps import (
     tidy,
     waiting_room,
 )
-from pd_deploy.steps.verify import smoke
+from pd_deploy.steps.verify import adopted, smoke
 from pd_deploy.tasks import composed
 from pd_deploy.tasks.step import TO_ITS_END, pure, step
 
@@ -67,6 +68,13 @@ promote = step("promote", grace=TO_ITS_END)(promotion.promote)
 prune = step("prune {name}", grace=TO_ITS_END)(tidy.prune)
 clear = step("clear {name}", grace=TO_ITS_END)(tidy.clear)
 stop = step("stop {name}", grace=TO_ITS_END)(tidy.stop)
+
+# A service that was started by other means, and taken over
+stop_adopted = step("stop adopted", grace=TO_ITS_END)(adopting.stop_all)
+start_again = step("start again {name}")(adopting.start)
+ready_again = step("ready again {name}")(adopting.until_ready)
+prove_adopted = step("prove adopted")(adopted.prove)
+prune_adopted = step("prune adopted {name}", grace=TO_ITS_END)(adopting.remove)
 
 # What joins the steps of many hosts; its name says what is so from there on
 gate = step("{name}")(composed.gate)

@@ -20,7 +20,13 @@ import pytest
 from pd_deploy import errors
 from pd_deploy.code import tree
 from pd_deploy.hosts import facts
-from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerSpec, Mount, PullProgress
+from pd_deploy.hosts.container_values import (
+    DEPLOYMENT_LABEL,
+    Adopted,
+    ContainerSpec,
+    Mount,
+    PullProgress,
+)
 from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import PART_BYTES, Host
 from pd_deploy.hosts.lease import Lease, Owner, this_process
@@ -641,6 +647,25 @@ class TestContainers:
         assert absent in (126, 127)
         with pytest.raises(errors.ContainerMissing):
             await docker.execute("no-such", command, write, deployment=OURS)
+
+    async def test_a_container_of_somebody_else_that_was_adopted(
+        self, host: Host, create: Create
+    ) -> None:
+        """It is touched under its id and name together, and only without our label."""
+        docker = host.docker
+        id, ours = await create(labels={}), await create()
+        adopted = Adopted(id, (await docker.inspect(id)).name)
+        await docker.start(id)
+        for owner in (OURS, Adopted(id, "another"), Adopted(ours, adopted.name)):
+            with pytest.raises(errors.NotOurs):
+                await docker.stop(id, deployment=owner)
+        with pytest.raises(errors.NotOurs):
+            await docker.remove(ours, deployment=Adopted(ours, (await docker.inspect(ours)).name))
+        await docker.spawn(
+            id, ["sh", "-c", "exit 0"], deployment=adopted, environment={"A": "b"}, directory="/"
+        )
+        await docker.stop(id, deployment=adopted, timeout=0)
+        assert await docker.remove(id, deployment=adopted)
 
     async def test_output_that_comes(self, host: Host, create: Create) -> None:
         docker = host.docker

@@ -8,7 +8,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 DEPLOYMENT_LABEL = "pd-deploy.deployment"
-"""Every container of a deployment carries it; no other container is ever stopped or removed."""
+"""Every container of a deployment carries it; no other one is stopped or removed, but `Adopted`."""
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A container that somebody else has made, and that a deployment was told to take over: this
+    one, under this name, and without any deployment's label."""
+
+    id: str
+    name: str
+
+
+Owner = str | Adopted
+"""Whose a container has to be before it is touched: a deployment's by its label, or adopted."""
 
 
 class Mount(BaseModel):
@@ -82,6 +95,7 @@ class ContainerState:
     image: str
     oom_killed: bool = False
     error: str = ""
+    image_id: str = ""
 
     @property
     def running(self) -> bool:
@@ -175,6 +189,7 @@ def state_of(inspected: Mapping[str, Any]) -> ContainerState:
         image=config["Image"],
         oom_killed=bool(state.get("OOMKilled")),
         error=state.get("Error") or "",
+        image_id=inspected.get("Image") or "",
     )
 
 

@@ -38,11 +38,13 @@ from pd_deploy.hosts import docker_create
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import (
     DEPLOYMENT_LABEL,
+    Adopted,
     ContainerSpec,
     ContainerState,
     DockerInfo,
     Image,
     ListedContainer,
+    Owner,
     PullMeter,
     PullProgress,
     RegistryLogin,
@@ -320,7 +322,7 @@ class DockerClient:
         """
         await self._change(f"start {container}", lambda c: c.start(container))
 
-    async def stop(self, container: str, *, deployment: str, timeout: int = 30) -> None:
+    async def stop(self, container: str, *, deployment: Owner, timeout: int = 30) -> None:
         """Stop a container of the deployment; nothing happens if it does not run.
 
         Args:
@@ -337,7 +339,7 @@ class DockerClient:
         state = await self._own(container, deployment)
         await self._change(f"kill {state.name}", lambda c: c.kill(state.id, signal))
 
-    async def remove(self, container: str, *, deployment: str, force: bool = False) -> bool:
+    async def remove(self, container: str, *, deployment: Owner, force: bool = False) -> bool:
         """Remove a container of the deployment; False if it was gone. NotOurs as in `stop`."""
         try:
             state = await self._own(container, deployment)
@@ -405,7 +407,7 @@ class DockerClient:
         argv: Sequence[str],
         write: Callable[[bytes, bytes], object],
         *,
-        deployment: str,
+        deployment: Owner,
     ) -> int:
         """Run a command in a container of the deployment; return its exit code.
 
@@ -427,6 +429,35 @@ class DockerClient:
             return int(client.exec_inspect(made["Id"])["ExitCode"])
 
         return await self._long(f"run {argv[0]} in {state.name}", run)
+
+    async def spawn(
+        self,
+        container: str,
+        argv: Sequence[str],
+        *,
+        deployment: Owner,
+        environment: Mapping[str, str],
+        directory: str,
+    ) -> None:
+        """Start a command in a container of the deployment, and leave it there.
+
+        Args:
+            environment: over that of the container. It is told to the engine, so it is in no
+                process's arguments.
+
+        Raises:
+            NotOurs: it does not carry the deployment's label.
+            DockerRefused: it does not run, or has no such program or directory.
+        """
+        state = await self._own(container, deployment)
+
+        def start(client: APIClient) -> None:
+            made = client.exec_create(
+                state.id, list(argv), environment=dict(environment), workdir=directory
+            )
+            client.exec_start(made["Id"], detach=True)
+
+        await self._change(f"start {argv[0]} in {state.name}", start)
 
     async def log_end(self, container: str) -> str:
         """Return the place where a container's output ends so far, for `wait_log`: the last line
@@ -505,9 +536,11 @@ class DockerClient:
             line for line in (await self._read(f"logs of {container}", read)).split("\n") if line
         ]
 
-    async def _own(self, container: str, deployment: str) -> ContainerState:
+    async def _own(self, container: str, deployment: Owner) -> ContainerState:
         state = await self.inspect(container)
-        if state.labels.get(DEPLOYMENT_LABEL) != deployment:
+        if isinstance(deployment, Adopted):
+            _require_adopted(state, deployment, self._where)
+        elif state.labels.get(DEPLOYMENT_LABEL) != deployment:
             raise NotOurs(
                 f"container {state.name} is not of deployment {deployment}: expected the label "
                 f"{DEPLOYMENT_LABEL}={deployment}, found "
@@ -624,6 +657,16 @@ class DockerClient:
             f"{what}: the connection to the Docker engine was lost",
             host=self._where,
             hint="run again; steps that are done already are skipped",
+        )
+
+
+def _require_adopted(state: ContainerState, adopted: Adopted, where: str) -> None:
+    if (state.id, state.name) != (adopted.id, adopted.name) or DEPLOYMENT_LABEL in state.labels:
+        raise NotOurs(
+            f"expected the container {adopted.name} ({adopted.id[:12]}) that was adopted, found "
+            f"{state.name} ({state.id[:12]})",
+            host=where,
+            hint="stop or remove it by hand if it is in the way",
         )
 
 

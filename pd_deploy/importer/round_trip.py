@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from pd_deploy import engines
+from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Topology
 from pd_deploy.engines.base import Engine, HostFacts, Layout, Service
 from pd_deploy.importer import launcher, profile_choice
@@ -55,7 +56,7 @@ def compare(source: Source, originals: Mapping[str, Server], draft: Draft) -> No
     Args:
         originals: servers as they were read, by name, before any value was changed.
     """
-    servers = rendered(draft)
+    servers = rendered(draft.deployment)
     _compare_derived(source, originals, servers, draft)
     found: dict[Difference, list[str]] = {}
     for name, original in originals.items():
@@ -111,10 +112,9 @@ def _reason(key: str, draft: Draft) -> str:
     return reasons.get(last, "pd-deploy's own: see docs/corrections.md")
 
 
-def rendered(draft: Draft) -> dict[str, Server]:
-    """Render the instances of a draft for hosts of invented interfaces and addresses, and read them
-    as servers, by name."""
-    deployment = draft.deployment
+def rendered(deployment: Deployment) -> dict[str, Server]:
+    """Render a file's instances for hosts of invented interfaces and addresses, and read them as
+    servers, by name."""
     topology = placement.derive(deployment)
     engine = engines.get(deployment.engine)
     service = Service(

@@ -4,7 +4,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.facts import Seen
 from pd_deploy.planning.plans import Action, HostPlan, Plan, PlannedFile
 from pd_deploy.records import generations
@@ -16,7 +15,7 @@ def with_actions(
     containers: Containers,
     trees: Mapping[str, Mapping[str, Seen]],
     listening: Mapping[str, Collection[int]],
-    stopping: Iterable[tuple[str, ContainerState]],
+    stopping: Iterable[tuple[str, str]],
     stages: Sequence[str],
 ) -> Plan:
     """Add the changes that the stages would make to a plan, host by host.
@@ -25,12 +24,12 @@ def with_actions(
         containers: per host, the deployment's containers that exist.
         trees: per host, what lies in the deployment's directories, by path.
         listening: per host, the TCP ports that somebody listens on.
-        stopping: the containers that have to stop first, with their host.
+        stopping: the names of containers that have to stop first, with their host.
     """
     to_stop: defaultdict[str, list[str]] = defaultdict(list)
     if _cleans(stages):
-        for host_name, state in stopping:
-            to_stop[host_name].append(state.name)
+        for host_name, name in stopping:
+            to_stop[host_name].append(name)
     hosts = {}
     for name, host in plan.hosts.items():
         stopped = to_stop[name]

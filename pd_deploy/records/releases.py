@@ -19,6 +19,8 @@ from pd_deploy.config.models import DOCKER_SOCKET
 from pd_deploy.engines.image_facts import QUESTIONS, FactsOfImage, ImageFacts
 from pd_deploy.errors import NotOurs
 from pd_deploy.records import benchmark
+from pd_deploy.records.adopted import GENERATION as ADOPTED
+from pd_deploy.records.adopted import SHOWN, AdoptedService
 from pd_deploy.records.benchmark import Figures
 from pd_deploy.records.generations import Generation, latest
 
@@ -187,6 +189,8 @@ class Record(_Frozen):
         attempts: the last runs that changed what serves or failed, the latest last.
         mending: what health has tried since it was deployed; None for nothing.
         figures: those of the last benchmarks, the latest last.
+        adopted: a service of somebody else's that this one takes over; it serves for as long as
+            `serving` is None.
     """
 
     sequence: int = 0
@@ -200,6 +204,29 @@ class Record(_Frozen):
     attempts: tuple[Attempt, ...] = ()
     mending: Mending | None = None
     figures: tuple[Figures, ...] = ()
+    adopted: AdoptedService | None = None
+
+    @property
+    def adopted_serving(self) -> AdoptedService | None:
+        """The adopted service, if it is what serves, or is to."""
+        return self.adopted if self.serving is None else None
+
+    @property
+    def serving_name(self) -> str | None:
+        """What serves, or is to, for people to read."""
+        return SHOWN if self.adopted_serving else self.serving
+
+    def adopting(self, service: AdoptedService | None) -> "Record":
+        """Take over a service of somebody else's, or forget it."""
+        return self if service == self.adopted else self._changed(adopted=service)
+
+    def returned(self, when: datetime, by: str) -> "Record":
+        """Note that the adopted service serves again."""
+        if self.serving is None:
+            return self.opened()
+        good = Outcome(result="good", when=when, by=by)
+        image = self.adopted.image if self.adopted else ""
+        return self._changed(serving=None, closed=None, attempts=self._with(good, ADOPTED, image))
 
     def promoted(self, generation: str, when: datetime, by: str, image: str = "") -> "Record":
         """Make a generation that passed all gates the one that serves, unless it is already.
@@ -470,7 +497,30 @@ def table(
         is_whole: whether all of what serves does.
     """
     releases = sorted(history.releases.values(), key=_age, reverse=True)
-    return [_row(history, release, running, is_whole) for release in releases]
+    rows = [_row(history, release, running, is_whole) for release in releases]
+    return [*rows, *_adopted_row(history.record, is_whole)]
+
+
+def _adopted_row(record: Record, is_whole: bool) -> list[Mapping[str, str]]:
+    service = record.adopted
+    if service is None:
+        return []
+    result = "kept"
+    if record.adopted_serving:
+        result = "serving" if is_whole else "does not serve as a whole"
+    return [
+        {
+            "generation": SHOWN,
+            "created": f"{service.when:%Y-%m-%d %H:%M:%S}",
+            "image": service.image,
+            "digest": "",
+            "contract": "",
+            "started by": f"somebody else; adopted by {service.by}",
+            "result": result,
+            "ended": "",
+            "why": "",
+        }
+    ]
 
 
 def attempts(history: History) -> Sequence[Attempt]:

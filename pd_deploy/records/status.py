@@ -10,6 +10,8 @@ from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
+from pd_deploy.records import adopted
+from pd_deploy.records.adopted import SHOWN, AdoptedService
 from pd_deploy.records.generations import GENERATION, INSTANCE, ROLE, RUNNING, latest
 from pd_deploy.records.releases import History, Place, Release
 
@@ -33,6 +35,11 @@ class Verdict(StrEnum):
 
 class AnyContainer(Protocol):
     """What is needed of a container, listed or inspected."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        ...
 
     @property
     def name(self) -> str:
@@ -119,6 +126,8 @@ def status(
     }
     release, record = history.serving, history.record
     troubles = [f"no answer from {why}" for why in away.values()]
+    if service := record.adopted_serving:
+        return _of_adopted(deployment, service, history, containers, away)
     if release is None:
         running = sorted(c.name for host in ours.values() for c in host if c.status in RUNNING)
         if running:
@@ -142,6 +151,36 @@ def status(
         "; ".join(troubles) or SERVES,
         _last_attempt(history),
         verdict(parts, bool(record.closed), bool(troubles)),
+    )
+
+
+def _of_adopted(
+    deployment: str,
+    service: AdoptedService,
+    history: History,
+    containers: Mapping[str, Sequence[AnyContainer]],
+    away: Mapping[str, str],
+) -> Status:
+    """Say whether the adopted service serves, as far as its containers tell."""
+    alive = {a: {c.id for c in listed if c.status in RUNNING} for a, listed in containers.items()}
+    running = service.running(alive)
+    parts = [
+        Member(c.name, c.role, c.instance, c.host, "" if c in running else "does not run")
+        for c in service.containers
+    ]
+    troubles = [f"no answer from {why}" for why in away.values()]
+    troubles += adopted.troubles(service, running)
+    closed = history.record.closed
+    if closed:
+        troubles.append(f"closed to clients since {closed:%Y-%m-%d %H:%M:%S}")
+    said = "of an adopted service only the containers were looked at"
+    return Status(
+        deployment,
+        SHOWN,
+        service.image,
+        state="; ".join(troubles) or SERVES,
+        remark="; ".join(filter(None, (said, _last_attempt(history)))),
+        verdict=verdict(parts, bool(closed), bool(troubles)),
     )
 
 

@@ -23,7 +23,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.planning.plans import PlannedFile
 from pd_deploy.records import generations
 from pd_deploy.records.releases import local_tag
-from pd_deploy.steps import host_faults, images, waiting_room
+from pd_deploy.steps import adopting, host_faults, images, waiting_room
 from pd_deploy.steps.patience import patiently
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.retry import retried
@@ -69,7 +69,7 @@ async def _name(rollout: Rollout, name: str) -> None:
 async def clean_up(
     rollout: Rollout, instance: str, tell: Callable[[str], None] | None = None
 ) -> Report:
-    """Stop an instance's outdated containers; keep them for a rollback.
+    """Stop an instance's outdated containers, and an adopted one; keep them for a rollback.
 
     Args:
         tell: told how many requests are under way while a proxy stops.
@@ -81,19 +81,21 @@ async def clean_up(
         for host, state in rollout.stopping
         if state.labels[generations.INSTANCE] == instance
     ]
-    if stopping:
+    leaving = [(host, each) for host, each in rollout.leaving if each.instance == instance]
+    if stopping or leaving:
         rollout.attempt.stopped = True
         if not rollout.stays_open:
             rollout.attempt.downtime.begin()
     session = rollout.locked
-    cut = sum(
-        await all_ended(stop(session, session.host(h), state, tell=tell) for h, state in stopping)
-    )
+    stops = [stop(session, session.host(host), state, tell=tell) for host, state in stopping]
+    stops += [adopting.stop(session, container) for _, container in leaving]
+    cut = sum(await all_ended(stops))
     rollout.attempt.cut += cut
-    where = ", ".join(sorted({host for host, _ in stopping}))
-    detail = ", ".join(f"stopped {state.name}" for _, state in stopping) or "nothing to stop"
+    where = ", ".join(sorted({host for host, _ in (*stopping, *leaving)}))
+    names = [state.name for _, state in stopping] + [container.name for _, container in leaving]
+    detail = ", ".join(f"stopped {name}" for name in names) or "nothing to stop"
     detail = "; ".join(filter(None, (detail, told_of(cut, session))))
-    return Report("clean up", instance, where, bool(stopping), detail)
+    return Report("clean up", instance, where, bool(names), detail)
 
 
 async def lost_since(rollout: Rollout) -> datetime | None:

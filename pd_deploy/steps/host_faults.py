@@ -35,7 +35,8 @@ class Holder:
         number: of the device or port.
         who: the process, and its container if it is in one.
         is_stranger: whether it is known to live on, and to be none of this deployment's.
-        is_ours: whether it is known to be this deployment's.
+        is_ours: whether it is known to be this deployment's, or of the service that it takes over.
+        container: the name of its container; empty for none.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Holder:
     who: str
     is_stranger: bool
     is_ours: bool = False
+    container: str = ""
 
     @property
     def what(self) -> str:
@@ -74,7 +76,7 @@ async def holders(
             continue
         shown = who.replace(")", f", container {name})") if name else who
         is_stranger = pid in homes and not is_ours
-        holding.append(Holder(kind, number, shown or "a process", is_stranger, is_ours))
+        holding.append(Holder(kind, number, shown or "a process", is_stranger, is_ours, name))
     return holding
 
 
@@ -149,7 +151,9 @@ async def _container(rollout: Rollout, host: Host, container: str) -> tuple[str,
         state = await host.docker.inspect(container)
     except ContainerMissing:
         return "", False, ""
+    adopted = rollout.history.record.adopted
     is_ours = state.labels.get(generations.DEPLOYMENT) == rollout.session.deployment.name
+    is_ours |= adopted is not None and state.id in adopted.ids()
     return state.name, is_ours, state.labels.get(generations.ROLE, "")
 
 

@@ -287,26 +287,38 @@ async def _held(rollout: Rollout, host: Host, name: str) -> list[HostError]:
     unused, unbound = devices.keys() - our_devices, ports.keys() - our_ports
     faults: list[HostError] = []
     for holder in await holders(rollout, host, unused, unbound):
-        if holder.kind == "device":
+        # Of a stopping generation's devices its labels tell; so this is an adopted service's.
+        if holder.kind == "device" and not holder.is_ours:
             faults.append(
                 InUse(
                     f"expected {holder.what} to be free for {devices[holder.number]}, "
                     f"found {holder.who} on it",
                     host=host.where,
-                    hint="stop that process, or use other devices",
+                    hint=f"stop that process, or use other devices{_adopt(holder)}",
                 )
             )
         # An older generation's proxy may have a port that its labels do not name.
-        elif not holder.is_ours:
+        elif holder.kind == "port" and not holder.is_ours:
             faults.append(
                 PortTaken(
                     f"expected {holder.what} to be free for {ports[holder.number]}, "
                     f"found that {holder.who} has it",
                     host=host.where,
-                    hint="stop that process, or change the port in the deployment file",
+                    hint="stop that process, or change the port in the deployment file"
+                    f"{_adopt(holder)}",
                 )
             )
     return faults
+
+
+def _adopt(holder: Holder) -> str:
+    """Name the way to take over a service that was started by other means."""
+    if not holder.container:
+        return ""
+    return (
+        "; if that container is of the service which this one replaces: `pd-deploy adopt FILE` "
+        "takes it over"
+    )
 
 
 def _labelled(rollout: Rollout, name: str, label: str) -> tuple[dict[int, str], set[int]]:

@@ -13,6 +13,7 @@ from pd_deploy.hosts.container_values import ContainerState, ListedContainer, Mo
 from pd_deploy.hosts.facts import Seen
 from pd_deploy.planning import actions, plans
 from pd_deploy.records import generations
+from pd_deploy.records.adopted import AdoptedContainer
 from pd_deploy.records.releases import History, Release
 from pd_deploy.steps.attempt import Attempt
 from pd_deploy.steps.host_records import HostRecords, Saved
@@ -50,6 +51,11 @@ class HostState:
         """The running containers of other deployments."""
         running = (c for c in self.strangers if c.status in generations.RUNNING)
         return [c for c in running if generations.DEPLOYMENT in c.labels]
+
+    @property
+    def unlabelled(self) -> list[ListedContainer]:
+        """The containers that no deployment of ours has made."""
+        return [c for c in self.strangers if generations.DEPLOYMENT not in c.labels]
 
     @property
     def has_leftovers(self) -> bool:
@@ -195,6 +201,21 @@ class Rollout:
         return proxy in runs - self._names_stopping
 
     @cached_property
+    def leaving(self) -> list[tuple[str, AdoptedContainer]]:
+        """Running containers of an adopted service, with their host, that cleanup has to stop."""
+        service = self.surveyed_history.record.adopted
+        if service is None:
+            return []
+        names = {host.address: name for name, host in self.session.hosts.items()}
+        ids = {
+            self.session.host(name).address: {
+                c.id for c in state.strangers if c.status in generations.RUNNING
+            }
+            for name, state in self.states.items()
+        }
+        return [(names[c.host], c) for c in service.running(ids)]
+
+    @cached_property
     def _names_stopping(self) -> frozenset[str]:
         return frozenset(state.name for _, state in self.stopping)
 
@@ -209,7 +230,7 @@ class Rollout:
     @property
     def all_run(self) -> bool:
         """Whether all of its containers run, and nothing else does."""
-        return not self.stopping and not any(map(self.to_start, self.plan.hosts))
+        return not (self.stopping or self.leaving) and not any(map(self.to_start, self.plan.hosts))
 
     def may_prepare_early(self) -> bool:
         """Whether the proxy can be prepared while the old one still serves."""
@@ -226,6 +247,9 @@ class Rollout:
             for state in containers:
                 names = proxies if state.labels[generations.ROLE] == "proxy" else servers
                 names.setdefault(state.labels[generations.INSTANCE])
+        for _, container in self.leaving:
+            names = proxies if container.role == "proxy" else servers
+            names.setdefault(container.instance)
         return list(proxies), list(servers)
 
     def to_restart(self) -> tuple[list[str], list[str]]:
@@ -235,6 +259,7 @@ class Rollout:
             OutOfOrder: another generation still runs.
         """
         others = [s.name for _, s in self.stopping if s.name not in self.plan.roles]
+        others += [container.name for _, container in self.leaving]
         if others:
             raise OutOfOrder(
                 f"expected no other generation to run, found {', '.join(others)}",
@@ -251,6 +276,9 @@ class Rollout:
             self.containers,
             {name: state.tree for name, state in self.states.items()},
             {name: state.listening for name, state in self.states.items()},
-            self.stopping,
+            [
+                *((host, container.name) for host, container in self.leaving),
+                *((host, state.name) for host, state in self.stopping),
+            ],
             stages,
         )

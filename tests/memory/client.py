@@ -6,6 +6,7 @@ import json
 import shlex
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import requests
@@ -13,12 +14,44 @@ from docker import errors as sdk
 
 from tests.memory import programs
 from tests.memory.machine import Build, Container, LocalImage, Machine
+from tests.memory.playbook import Workbench
 
 NEVER = "0001-01-01T00:00:00Z"
 
 
 class NotYet(Exception):
     """The answer is not there yet: to be asked again."""
+
+
+@dataclass
+class _Execution:
+    """A command in a container, and how it ended."""
+
+    container: Container
+    argv: list[str]
+    environment: Mapping[str, str]
+    directory: str
+    code: int = 0
+
+    def run(self) -> Iterator[tuple[bytes | None, bytes | None]]:
+        """What it prints to its outputs."""
+        argv, program = self.argv, self.container.program
+        if isinstance(program, Workbench):
+            printed, self.code = program.execute(argv, self.environment, self.directory)
+            yield printed.encode(), None
+            return
+        if argv[:2] != ["sh", "-c"]:
+            self.code = 127
+            yield f"exec: {argv[0]!r}: executable file not found in $PATH".encode(), None
+            return
+        for part in argv[2].split(";"):
+            words = shlex.split(part)
+            if words[0] == "echo" and words[-1] == ">&2":
+                yield None, f"{' '.join(words[1:-1])}\n".encode()
+            elif words[0] == "echo":
+                yield f"{' '.join(words[1:])}\n".encode(), None
+            elif words[0] == "exit":
+                self.code = int(words[1])
 
 
 class MemoryClient:
@@ -30,7 +63,7 @@ class MemoryClient:
         self._machine = machine
         self._stopping: dict[str, float] = {}
         self._pulling: dict[str, float] = {}
-        self._executions: dict[str, list[str]] = {}
+        self._executions: dict[str, _Execution] = {}
 
     def info(self) -> dict[str, Any]:
         return {
@@ -228,36 +261,31 @@ class MemoryClient:
         kept = [line.encode() for line in (lines if tail == "all" else lines[-int(tail) :])]
         return iter(kept) if stream else b"".join(kept)
 
-    def exec_create(self, name: str, argv: list[str]) -> dict[str, str]:
+    def exec_create(
+        self,
+        name: str,
+        argv: list[str],
+        environment: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+    ) -> dict[str, str]:
         one = self._find(name)
         if not one.running:
             raise _refused(409, f"container {one.id} is not running")
-        self._executions[f"exec-{len(self._executions)}"] = argv
+        execution = _Execution(one, argv, environment or {}, workdir or "/")
+        self._executions[f"exec-{len(self._executions)}"] = execution
         return {"Id": f"exec-{len(self._executions) - 1}"}
 
     def exec_start(
-        self, id: str, *, stream: bool, demux: bool
+        self, id: str, *, stream: bool = False, demux: bool = False, detach: bool = False
     ) -> Iterator[tuple[bytes | None, bytes | None]]:
-        """`sh -c` with some of `echo`, `echo … >&2` and `exit`; no other program is there."""
-        assert stream
-        assert demux
-        argv = self._executions[id]
-        if argv[:2] != ["sh", "-c"]:
-            yield f"exec: {argv[0]!r}: executable file not found in $PATH".encode(), None
-            return
-        for part in argv[2].split(";"):
-            words = shlex.split(part)
-            if words[0] == "echo" and words[-1] == ">&2":
-                yield None, f"{' '.join(words[1:-1])}\n".encode()
-            elif words[0] == "echo":
-                yield f"{' '.join(words[1:])}\n".encode(), None
+        """In a container of the playbook's what it makes of it; elsewhere `sh -c` with some of
+        `echo`, `echo … >&2` and `exit`. No other program is there."""
+        assert detach or (stream and demux)
+        execution = self._executions[id]
+        return iter(list(execution.run()))
 
     def exec_inspect(self, id: str) -> dict[str, int]:
-        argv = self._executions[id]
-        if argv[:2] != ["sh", "-c"]:
-            return {"ExitCode": 127}
-        last = shlex.split(argv[2].split(";")[-1])
-        return {"ExitCode": int(last[1]) if last[0] == "exit" else 0}
+        return {"ExitCode": self._executions[id].code}
 
     def _take_time(self, what: str) -> None:
         """What brings an image takes as long as the machine says."""

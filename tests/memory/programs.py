@@ -54,12 +54,16 @@ class Program(Protocol):
 
 def start(machine: Machine, container: Container) -> None:
     """Starts a container's program."""
+    from tests.memory.playbook import Workbench  # which is made of what is here
+
     role = container.labels.get(generations.ROLE)
     container.status = "running"
     container.runs += 1
     container.started_at = machine.clock.date()
     container.error, container.oom_killed = "", False
-    if role is None:
+    if container.config.get("Tty"):
+        container.program = Workbench(machine, container)
+    elif role is None:
         container.program = Shell(machine, container)
     elif role == "proxy":
         container.program = Proxy(machine, container)

@@ -32,6 +32,7 @@ from pd_deploy.flows import events, health, interrupts, past_checks, publish, se
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
 from pd_deploy.hosts.lease import Owner
+from pd_deploy.planning.plans import InstancePlan
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
 from pd_deploy.registry import archives
@@ -43,6 +44,7 @@ from tests.memory.commands import is_draft
 from tests.memory.disk import Entry
 from tests.memory.host import MemoryHost
 from tests.memory.machine import Build, Cluster, Container, Faults, LocalImage, Machine
+from tests.memory.playbook import Workbench
 from tests.memory.registry import reaching
 from tests.unit import example
 
@@ -263,6 +265,54 @@ class World:
         container.program.devices = frozenset(devices)
         return container
 
+    def playbook(self, **secrets: str) -> dict[str, Container]:
+        """Start the service by the playbook's means: containers without labels under its names, and
+        in them launchers and nginx; by instance.
+
+        Args:
+            secrets: further variables of the launchers.
+        """
+        made = {}
+        servers = len(INSTANCES) - 1
+        for name, host in example.plan().hosts.items():
+            machine = self.machines[name]
+            if machine.find_image(FIRST) is None:
+                machine.pull(FIRST, self.cluster.registry[FIRST])
+            image = machine.find_image(FIRST)
+            assert image
+            for instance, planned in host.instances.items():
+                self.cluster.made += 1
+                container_id = f"{self.cluster.made:064x}"
+                config = {
+                    "Image": FIRST,
+                    "Tty": True,
+                    "Env": ["LOG_PATH=/data/log_path", "CODE_PATH=/workspace", "PATH=/bin"],
+                    "HostConfig": {},
+                    "Servers": servers,
+                }
+                container = Container(container_id, f"{_prefix(planned)}_{instance}", config, image)
+                machine.containers[container_id] = made[instance] = container
+                programs.start(machine, container)
+                self._execute(container, instance, planned, secrets)
+        return made
+
+    def _execute(
+        self,
+        container: Container,
+        instance: str,
+        planned: InstancePlan,
+        secrets: Mapping[str, str],
+    ) -> None:
+        assert isinstance(container.program, Workbench)
+        nginx = ["/usr/local/nginx/nginx", "-c", "/usr/local/nginx/conf/nginx.conf"]
+        is_proxy = planned.role == "proxy"
+        container.program.spawn(
+            nginx if is_proxy else planned.command.argv,
+            {**planned.command.environment, "LOG_PATH": f"/data/log_path/{instance}", **secrets},
+            "/workspace/omniinfer/tools/scripts",
+            f"/data/log_path/{instance}/run.log",
+        )
+
     def asked(self, call: Coroutine[Any, Any, T]) -> T:
         """What a call returns that reads from the hosts without a flow run."""
         loop = VirtualLoop(self.cluster.clock)
@@ -394,6 +444,11 @@ class World:
             assert {c.labels[generations.GENERATION] for c in ours} <= kept
             assert len(kept) <= 2
         return serving
+
+
+def _prefix(planned: InstancePlan) -> str:
+    """What the file calls the containers of a role."""
+    return planned.container.name.rsplit("_", 2)[0]
 
 
 def _but_for_runs(path: str, content: bytes | None) -> object:

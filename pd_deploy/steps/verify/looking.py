@@ -111,6 +111,9 @@ class Look:
     drift_unknown: str = ""
 
 
+_UNCOMPARED = "pd-deploy has not started what serves; `pd-deploy adopt FILE` compares it"
+
+
 @dataclass(frozen=True)
 class _HostAnswer:
     """What a host said."""
@@ -140,7 +143,7 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
     status = statuses.status(
         session.deployment.name,
         history,
-        {a.host.address: a.state.containers for a in here.values()},
+        {a.host.address: [*a.state.containers, *a.state.unlabelled] for a in here.values()},
         {session.host(name).address: error.headline for name, error in away.items()},
         {i.name: i.health for i in instances if i.health not in ("", HEALTHY)},
     )
@@ -218,7 +221,7 @@ def _drift(
     states = [answer.state for answer in here.values()]
     history = surveying.history_of(states)
     if history.serving is None:
-        return None, "nothing serves"
+        return None, _UNCOMPARED if history.record.adopted_serving else "nothing serves"
     choice = releases.choose(session.deployment.image, None, history.serving)
     if choice.digest != history.serving.digest:
         return f"the file has another image, {choice.chosen_image}", ""

@@ -1,0 +1,47 @@
+"""The proof that an adopted service serves: a completion where clients ask."""
+
+import asyncio
+import time
+
+from pd_deploy.errors import SmokeTestFailed
+from pd_deploy.records.adopted import AdoptedService
+from pd_deploy.steps import adopting
+from pd_deploy.steps.report import Report
+from pd_deploy.steps.session import Session
+from pd_deploy.steps.verify import requests
+from pd_deploy.steps.verify.answers import NoAnswer, ask
+
+POLL_S = 0.5
+
+
+async def prove(session: Session, service: AdoptedService) -> Report:
+    """Ask the adopted service's proxy for a completion, until one comes or `gates.start` is over.
+
+    Raises:
+        SmokeTestFailed: none came.
+    """
+    proxy, gates = service.proxies[0], session.deployment.gates
+    host = adopting.host_of(session, proxy)
+    url = f"http://{host.address}:{service.port}{requests.COMPLETIONS}"
+    smoke = session.deployment.smoke
+    body = requests.prompt(session.deployment, smoke.prompt, smoke.max_tokens)
+    body["model"] = service.model
+    deadline = time.monotonic() + gates.start
+    while True:
+        try:
+            async with host.http(host.address, service.port) as client:
+                answer = await ask(client, url, body, timeout=gates.smoke)
+            if answer.text.strip():
+                break
+            why = f"the text {answer.text!r}"
+        except NoAnswer as error:
+            why = str(error)
+        if time.monotonic() >= deadline:
+            raise SmokeTestFailed(
+                f"expected a completion of the adopted service at {url}, found {why}",
+                host=host.where,
+                instance=proxy.instance,
+            )
+        await asyncio.sleep(POLL_S)
+    detail = f"serves at {url}, which answered {smoke.prompt!r} with {answer.text[:80]!r}"
+    return Report("prove adopted", session.deployment.name, host.name, False, detail)

@@ -1,0 +1,262 @@
+"""Taking over a service that the playbook has started, and bringing it back."""
+
+from pathlib import Path
+
+import pytest
+
+from pd_deploy.blocks.opening import open_session
+from pd_deploy.cli import adopt, hosts, show
+from pd_deploy.cli import status as showing
+from pd_deploy.config.load import load_deployment
+from pd_deploy.errors import InvalidInput, NotOurs, RolledBack
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.prune import prune
+from pd_deploy.flows.recover import recover
+from pd_deploy.flows.rollback import rollback
+from pd_deploy.hosts import exec_processes
+from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
+from tests.memory.machine import Container, Faults
+from tests.memory.playbook import Workbench
+from tests.memory.world import ROOT, World
+
+SECRET = "hf_0123456789abcdef0123456789abcdef01"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def old(world: World) -> dict[str, Container]:
+    """The playbook's containers, by instance, which serve."""
+    started = world.playbook(HF_TOKEN=SECRET)
+    assert world.completes()
+    return started
+
+
+def adopted(world: World, *, yes: bool = True, named: dict[str, list[str]] | None = None) -> str:
+    deployment = load_deployment(world.path)
+    return world.asked(adopt.adopted(deployment, world.path, named or {}, yes=yes))
+
+
+def commands(old: dict[str, Container]) -> dict[str, object]:
+    """What runs in each container, how it was started."""
+    programs = {name: container.program for name, container in old.items()}
+    assert all(isinstance(program, Workbench) for program in programs.values())
+    return {
+        name: [
+            (p.title, set(p.block.split("\0")), p.directory, p.output, p.ports)
+            for p in program.processes
+        ]
+        for name, program in programs.items()
+        if isinstance(program, Workbench)
+    }
+
+
+def serves(world: World, old: dict[str, Container]) -> bool:
+    """Whether the playbook's service serves, and none of the deployment's own containers runs."""
+    return all(c.running for c in old.values()) and not world.running() and world.completes()
+
+
+def test_a_look_shows_what_runs_and_changes_nothing(
+    world: World, old: dict[str, Container]
+) -> None:
+    world.change(model={"max_len_decode": 8192})
+    before = world.state()
+    said = adopted(world, yes=False)
+    assert world.state() == before
+    assert "omni-infer-prefill_p1: prefill p1" in said
+    assert "devices  8-15" in said
+    assert "ports    5569, 9001, 20008" in said
+    (line,) = [line for line in said.splitlines() if "max-model-len" in line]
+    assert line.strip() == "differs  max-model-len 61244 → 8192"
+    assert "nginx: its environment can't be read any more" in said
+    assert SECRET not in said
+    assert len(old) == 5
+
+
+def test_the_first_deployment_takes_over_and_keeps_what_it_replaces(
+    world: World, old: dict[str, Container]
+) -> None:
+    foreign = world.stranger("a", "somebody-else")
+    before = commands(old)
+    adopted(world)
+    assert commands(old) == before
+    assert serves(world, old)
+    disk = world.machines["a"].disk
+    secret = [path for path, content in disk.files("/") if SECRET.encode() in (content or b"")]
+    names = [f"omni-infer-prefill_{name}.json" for name in ("p0", "p1")]
+    assert secret == [f"{ROOT}/adopted/{name}" for name in names]
+    assert {disk.entries[path].mode for path in secret} == {0o600}
+    assert disk.entries[f"{ROOT}/adopted"].mode == 0o700
+    deployment = load_deployment(world.path)
+    assert status(world).splitlines()[0].startswith("qwq-3p1d: serving")
+    assert "0 (adopted)" in status(world)
+    taken = world.run(deploy)
+    assert taken.completed, taken.error
+    assert "down for" in taken.message
+    assert world.serving()
+    assert {c.status for c in old.values()} == {"exited"}
+    assert foreign.running
+    assert SECRET not in world.machines["a"].disk.read(f"{ROOT}/record.json")
+    listed = show.release_table(world.asked(hosts.past(deployment)))
+    assert [line.split("  ")[0] for line in listed.splitlines()[1:]] == [
+        world.serving(),
+        "0 (adopted)",
+    ]
+    assert world.run(prune).completed
+    assert "nothing to do, nothing changed" in world.run(deploy).message
+    assert {c.id for c in old.values()} <= everything(world)
+    gone = world.run(prune, adopted=True)
+    assert gone.completed, gone.error
+    assert not {c.id for c in old.values()} & everything(world)
+    assert foreign.running
+    assert not disk.get(f"{ROOT}/adopted")
+    assert world.record().adopted is None
+    world.assert_coherent()
+
+
+def status(world: World) -> str:
+    async def tell() -> str:
+        async with open_session(load_deployment(world.path)) as session:
+            return showing.text(await showing.tell(session, None))
+
+    return world.asked(tell())
+
+
+def everything(world: World) -> set[str]:
+    return {id for machine in world.machines.values() for id in machine.containers}
+
+
+def test_a_first_deployment_that_fails_brings_the_old_service_back_as_it_was(
+    world: World, old: dict[str, Container]
+) -> None:
+    adopted(world)
+    before = commands(old)
+    failed = world.run(deploy, image=world.push("20250723_1", {"d0": Faults(garbage=True)}))
+    assert isinstance(failed.error, RolledBack)
+    assert "The service is back on generation 0 (adopted), down for" in str(failed.error)
+    assert serves(world, old)
+    after = commands(old)
+    del before["c0"], after["c0"]  # what nginx was given can't be read
+    assert after == before
+    assert world.record().closed is None
+    assert not world.record().serving
+    assert world.events[-1]["payload"]["serving"] == "0 (adopted)"
+    # And again, with a good one; and back by hand.
+    assert world.run(deploy).completed
+    first = world.serving()
+    back = world.run(rollback, generation="0")
+    assert back.completed, back.error
+    assert serves(world, old)
+    assert world.run(deploy).completed
+    assert world.serving() == first
+
+
+def test_what_a_killed_run_leaves_is_put_right_by_recovery(
+    world: World, old: dict[str, Container]
+) -> None:
+    adopted(world)
+    kills = [m.number for m in world.twin().run(deploy).moments if m.what.startswith("start ")]
+    assert world.run(deploy, kill_at=kills[len(kills) // 2]).killed
+    assert not world.completes()
+    recovered = world.run(recover)
+    assert recovered.completed, recovered.error
+    twice = world.run(recover)
+    assert "nothing changed" in twice.message
+    assert serves(world, old)
+
+
+def test_a_service_that_does_not_come_back_leaves_what_serves(
+    world: World, old: dict[str, Container]
+) -> None:
+    adopted(world)
+    assert world.run(deploy).completed
+    serving = world.serving()
+    del world.machines["b"].containers[old["d0"].id]
+    failed = world.run(rollback)
+    assert f"The service is back on generation {serving}" in str(failed.error)
+    assert world.assert_coherent() == serving
+
+
+def test_ports_of_others_are_refused_with_the_way_to_take_them_over(
+    world: World, old: dict[str, Container]
+) -> None:
+    refused = str(world.run(deploy).error)
+    assert "omni-infer-prefill_p0" in refused
+    assert "this one replaces: `pd-deploy adopt FILE` takes it over" in refused
+    assert serves(world, old)
+
+
+def test_containers_of_ours_and_parts_of_a_service_are_refused(
+    world: World, old: dict[str, Container]
+) -> None:
+    old["p0"].config["Labels"] = {DEPLOYMENT_LABEL: "another"}
+    with pytest.raises(NotOurs, match="omni-infer-prefill_p0 is of deployment another"):
+        adopted(world)
+    old["p0"].config["Labels"] = {}
+    world.machines["b"].end(old["d0"], 137)
+    with pytest.raises(InvalidInput, match="container of the playbook's with a decode in it"):
+        adopted(world)
+    assert world.record().adopted is None
+
+
+def test_a_container_under_another_name_is_told_by_its_ports(
+    world: World, old: dict[str, Container]
+) -> None:
+    old["d0"].name = "qwq_decode"
+    assert "omni-infer-decode_d0: does not run" in adopted(world, yes=False)
+    adopted(world, named={"b": ["qwq_decode"]})
+    service = world.record().adopted
+    assert service
+    assert {c.instance: c.name for c in service.containers}["d0"] == "qwq_decode"
+    with pytest.raises(InvalidInput, match="found none: a=nobody"):
+        adopted(world, named={"a": ["nobody"]})
+
+
+def test_what_a_process_does_not_have_it_does_not_inherit() -> None:
+    """A command in a container is given the container's own environment."""
+    process = exec_processes.Process(
+        pid=7, parent=1, argv=("python", "x y"), environment={"A": "secret"}, directory="/",
+        program="/usr/bin/python", output="/log (deleted)", errors="pipe:[3]",
+    )  # fmt: skip
+    command = exec_processes.start_command(process, ["A", "B"])
+    assert command[4:] == ["/log (deleted)", "/dev/null", "env", "--unset=B", "python", "x y"]
+    assert "secret" not in str(command)
+    assert "secret" not in repr(process)
+    assert len(exec_processes.inexact(process)) == 2
+
+
+def process(pid: int, parent: int, *argv: str, output: str = "/log") -> exec_processes.Process:
+    return exec_processes.Process(
+        pid=pid, parent=parent, argv=argv, environment={}, directory="/", program=argv[0],
+        output=output, errors=output,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("main", "starts"),
+    [
+        (("bash",), [7, 9, 12, 13]),
+        (("/sbin/docker-init", "--", "/bin/bash"), [7, 9, 12, 13]),
+        (("sleep", "infinity"), [7, 9, 12, 13]),
+        (("bash", "/start_server.sh"), [9, 12, 13]),
+    ],
+    ids=str,
+)
+def test_what_is_started_again(main: tuple[str, ...], starts: list[int]) -> None:
+    """Not children, not those that a main process starts, not what somebody sits in front of; but
+    what he has left behind, and what prints to the container's own terminal."""
+    processes = [
+        process(1, 0, *main, output="/dev/pts/0"),
+        process(7, 1, "python", "start_api_servers.py"),
+        process(8, 7, "vllm", "serve"),
+        process(9, 0, "nginx"),
+        process(10, 0, "bash", output="/dev/pts/1"),
+        process(11, 10, "top", output="/dev/pts/1"),
+        process(12, 10, "python", "server.py"),
+        process(13, 0, "python", "log.py", output="/dev/pts/0"),
+        process(14, 1, "bash", output="/dev/pts/0"),
+    ]
+    assert [p.pid for p in exec_processes.roots(processes)] == starts
