@@ -48,8 +48,8 @@ def asking(deployments: Iterable[Deployment]) -> Iterator[None]:
 
 
 def plan(deployment: Deployment, image: str | None) -> tuple[Plan, str]:
-    """Make the plan that a deployment would carry out now, and tell what its image is; change
-    nothing on the hosts."""
+    """Make the plan that a deployment would carry out now, and tell what its image is and what is
+    different; change nothing on the hosts."""
 
     from pd_deploy.flows import survey
 
@@ -57,7 +57,8 @@ def plan(deployment: Deployment, image: str | None) -> tuple[Plan, str]:
         async with connected(deployment) as reached:
             reached.require_all()
             rollout = await survey.plan(reached.session, image, "a look")
-            return rollout.with_actions(STAGES), rollout.said_by_image
+            said = filter(None, (rollout.said_by_image, rollout.said_of_changes))
+            return rollout.with_actions(STAGES), "\n".join(said)
 
     with asking([deployment]):
         return asyncio.run(survey_hosts())

@@ -61,6 +61,8 @@ def announce(rollout: Rollout) -> None:
         ", ".join(f"{name} ({host.address})" for name, host in plan.hosts.items()),
         serving or "none",
     )
+    if said := rollout.said_of_changes:
+        get_run_logger().info("%s", said)
 
 
 def warn_of_newer_tags(rollout: Rollout) -> None:
@@ -335,6 +337,7 @@ def _report(
         *([f"{said[0].upper()}{said[1:]}.", ""] if (said := rollout.said_by_image) else []),
         f"By {this_run()}.",
         "",
+        *_changes([failed, rollout] if failed else [rollout]),
     ]
     if rollout.attempt.downtime.since:
         lines += [f"The service was {rollout.attempt.downtime}.", ""]
@@ -357,6 +360,12 @@ def _report(
         ]
     lines += benchmark.as_markdown(rollout.history.record.figures)
     return "\n".join([*lines, *timeline.tables(steps)])
+
+
+def _changes(rollouts: Iterable[Rollout]) -> list[str]:
+    """Say of generations what each has changed against the one before it."""
+    said = [(one.release.generation, one.said_of_changes) for one in rollouts]
+    return [line for name, text in said if text for line in (f"Generation {name} {text}.", "")]
 
 
 def _table(reports: Iterable[Report]) -> list[str]:

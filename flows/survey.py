@@ -5,7 +5,7 @@ yet is brought to a host and asked what it is.
 """
 
 from pd_deploy.flows.fan_out import fan_out
-from pd_deploy.steps import identifying, own_code, surveying
+from pd_deploy.steps import comparing, identifying, own_code, surveying
 from pd_deploy.steps.rollout import HostState, Rollout
 from pd_deploy.steps.session import LockedSession, Session
 from pd_deploy.tasks import (
@@ -52,7 +52,8 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
     ]
     addresses = await fan_out(session.barrier, reading)
     planning = make_plan.after(latest, *addresses)
-    return await planning(session, states, addresses, resolved, run, record, source)
+    planned = await planning(session, states, addresses, resolved, run, record, source)
+    return await comparing.with_changes(planned)
 
 
 async def restore(session: Session, generation: str) -> Rollout:

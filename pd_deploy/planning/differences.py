@@ -45,7 +45,7 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         path = f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _flat(value, f"{path}.")
-        elif value is not None:
+        elif value not in (None, []):  # an empty list says as little as none
             yield path, json.dumps(value, ensure_ascii=False)
 
 

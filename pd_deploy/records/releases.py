@@ -73,6 +73,8 @@ class Release(_Frozen):
         instances: where each instance and the proxy is; older versions wrote none.
         contract: of its image, by which it was rendered; older versions wrote none.
         code: digests of the source trees that its containers mount.
+        against: the generation that served when it was made; older versions wrote none.
+        changes: what it changes against that one: its image, and keys of the file by name.
         logs: where its log files are on them.
         created: when it was first attempted, by the controller's clock.
         started_by: the run that made it, and who or what started that.
@@ -89,6 +91,8 @@ class Release(_Frozen):
     instances: dict[str, Place] = {}
     contract: str = ""
     code: tuple[str, ...] = ()
+    against: str = ""
+    changes: tuple[str, ...] = ()
     logs: str
     created: datetime
     started_by: str
@@ -97,6 +101,11 @@ class Release(_Frozen):
     def digest(self) -> str:
         """`sha256:…` of its image."""
         return digest_of(self.pinned_image)
+
+    @property
+    def changed(self) -> str:
+        """What it changes against the generation before, in a line."""
+        return ", ".join(self.changes)
 
     def log_root(self, deployment: str) -> str:
         """Return the directory with the logs of all deployments, as the file said then.
@@ -568,6 +577,7 @@ def _row(
         "image": release.chosen_image,
         "digest": release.digest[:19],
         "contract": release.contract,
+        "changed": release.changed,
         "started by": release.started_by,
         "result": result,
         "ended": f"{outcome.when:%Y-%m-%d %H:%M:%S}" if outcome else "",

@@ -163,6 +163,13 @@ class Rollout:
         return f"contract {contract}; no run has asked the image yet what it is"
 
     @property
+    def said_of_changes(self) -> str:
+        """What its generation changes against the one before, in a line; empty if that is not
+        known, or there was none."""
+        against = self.release.against
+        return f"changed against {against}: {self.release.changed}" if against else ""
+
+    @property
     def is_last_resort(self) -> bool:
         """Whether there is nothing else to go back to: the service is down, and this is the
         generation that is to serve."""

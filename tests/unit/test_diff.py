@@ -1,16 +1,21 @@
 """What `pd-deploy diff` tells: the file against what serves."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pd_deploy.cli import diff
+from pd_deploy.cli import diff, hosts
 from pd_deploy.cli.diff import Diff
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import HostUnreachable
+from pd_deploy.flows import survey
 from pd_deploy.flows.deploy import deploy
+from pd_deploy.records.releases import Release
+from pd_deploy.steps import comparing
+from pd_deploy.steps.rollout import Rollout
 from tests.memory.world import REPOSITORY, ROOT, World
 
 
@@ -60,6 +65,32 @@ def test_keys_and_the_instances_that_they_change_are_named(
     assert "a: stop omni-infer-proxy" in text
     # The name of each generation is in every path: that is no difference.
     assert not re.search(r"^  [-+].*\d+-[0-9a-f]{8}", text, re.MULTILINE)
+
+
+def test_a_plan_and_the_generation_made_of_it_name_what_changes(world: World) -> None:
+    before = world.serving()
+    world.change(settings={"decode": {"environment": {"EXAMPLE": "1"}}}, gates={"ready": 33})
+
+    async def planned() -> Rollout:
+        async with hosts.connected(load_deployment(world.path)) as reached:
+            return await survey.plan(reached.session, None, "a look")
+
+    said = f"changed against {before}: gates.ready, settings.decode.environment.EXAMPLE"
+    assert world.asked(planned()).said_of_changes == said
+    assert world.run(deploy).completed
+    assert world.asked(planned()).said_of_changes == said
+
+
+def test_what_changes_is_named_in_a_bounded_line() -> None:
+    release = Release(
+        generation="1-0123abcd", servers="1-0123abcd", servers_fingerprint="0123abcd",
+        chosen_image="r/i:1", pinned_image="r/i@sha256:1", file_image="r/i:1", hosts={},
+        logs="/logs/x/1-0123abcd", created=datetime.now(UTC), started_by="",
+    )  # fmt: skip
+    again = release.model_copy(update={"pinned_image": "r/i@sha256:2", "code": ("sha256:3",)})
+    assert comparing.named(release, again, []) == ("image i:1, pushed again", "code")
+    assert comparing.named(release, release, ["image"]) == (comparing.OTHERWISE,)
+    assert comparing.named(release, release, list("abcdefghijklmnop"))[-1] == "and 4 more keys"
 
 
 def test_another_image_of_the_file_is_named_as_it_stands_there(world: World) -> None:

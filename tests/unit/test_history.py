@@ -56,6 +56,7 @@ def test_failures_and_ways_back_are_listed_each_once(world: World) -> None:
     assert [a.by.rpartition(": ")[2] for a in attempts(world)[:2]] == ["too slow", "more KV cache"]
     made = releases.table(world.asked(hosts.past(load_deployment(world.path))).history)
     assert made[0]["started by"].endswith(": more KV cache")
+    assert made[0]["changed"] == "image daily_omniinfer:20250722_26 → daily_omniinfer:20250724_1"
     assert [result for result, _ in results(world)] == ["good", "good", "failed", "failed", "good"]
     assert "smoke test" in attempts(world)[2].reason
 

@@ -292,6 +292,7 @@ class TestTable:
             "image": "omni:1",
             "digest": "sha256:000000000000",
             "contract": "",
+            "changed": "",
             "started by": "a run",
             "result": "failed",
             "ended": "2026-01-01 12:05:00",

@@ -283,7 +283,10 @@ class TestTheEnd:
         assert "serving" not in shown["qwq-3p1d-report"]
 
     def assert_both_ways_are_told(self, report: str) -> None:
-        """The steps of the attempt, and those of the way back, each in its phase."""
+        """What was tried, and the steps of the attempt and of the way back, each in its phase."""
+        assert re.search(
+            r"Generation 4-\w+ changed against 3-\w+: image \S+ → \S+23_1, keep\.\n", report
+        )
         _, *phases = report.split("\n### ")
         titles = [re.sub(", .*", "", phase.partition("\n")[0]) for phase in phases]
         assert titles == ["Look", "Prepare", "Cut-over", "Serve", "Way back"]
