@@ -12,7 +12,6 @@ from pd_deploy.steps import (
     own_code,
     preflight,
     promotion,
-    readiness,
     surveying,
     tidy,
     waiting_room,
@@ -58,7 +57,7 @@ check_plan = step("check plan")(full_preflight.check_plan)
 clean_up = step("clean up {instance}", grace=TO_ITS_END)(composed.clean_up)
 until_free = step("free {name}")(preflight.until_free)
 start_server = step("start server {instance}")(containers.start_server)
-until_ready = step("ready {instance}")(readiness.until_ready)
+until_ready = step("ready {instance}")(composed.until_ready)
 smoke_test = step("smoke test")(smoke.smoke_test)
 benchmark = step("benchmark")(composed.benchmark)
 open_proxy = step("open proxy {instance}")(composed.open_proxy)

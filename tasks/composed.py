@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from prefect.logging import get_run_logger
 
 from pd_deploy.hosts.container_values import PullProgress
-from pd_deploy.steps import containers, identifying, locking, own_code
+from pd_deploy.steps import containers, identifying, locking, own_code, readiness
 from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Gate, Report
 from pd_deploy.steps.rollout import HostState, Rollout
@@ -57,6 +57,11 @@ async def benchmark(rollout: Rollout) -> Report:
     finally:
         for remark in rollout.attempt.unjudged:
             get_run_logger().warning("benchmark: %s", remark)
+
+
+async def until_ready(rollout: Rollout, instance: str) -> Report:
+    """Wait until an instance is ready; log how far it says it is."""
+    return await readiness.until_ready(rollout, instance, get_run_logger().info)
 
 
 async def open_proxy(rollout: Rollout, instance: str) -> Report:

@@ -1,6 +1,7 @@
 """Changing what runs: stop, launch, start. Each looks first and does nothing where all is right."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
@@ -31,6 +32,7 @@ from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.stopping import stop, told_of
 from pd_deploy.steps.waiting_room_program import HEADER
 
+PROGRESS_LINES = 5  # among which its last one is, also where a progress bar ends in empty ones
 LOG_LINES = 20  # of a server that ended, in the error: enough for a traceback's end
 ABORT_TIMEOUT_S = 10  # between SIGINT and SIGKILL: what never served has no requests to finish
 CONNECT_S = 5.0  # to a port on the host's own network
@@ -309,6 +311,23 @@ async def last_lines(rollout: Rollout, instance: str) -> str:
     for path, text in tails.result().items():
         lines += [f"  {path}:", *(f"  | {line}" for line in text.splitlines())]
     return "\n".join(lines)
+
+
+async def last_line(rollout: Rollout, instance: str) -> str:
+    """Read the last line that an instance has written since its last start: to its log file, or
+    where it has none, to its output."""
+    host, state = rollout.session.host_of(instance), await require(rollout, instance)
+    directory = rollout.plan.instance(instance).log_directory
+    tails = await host.facts.tail([directory], lines=PROGRESS_LINES)
+    if line := end_of("\n".join(tails.values())):
+        return line
+    return end_of(await host.docker.logs(state.id, tail=PROGRESS_LINES, since=state.started_at))
+
+
+def end_of(text: str) -> str:
+    """Return the last line that is not empty; one that a progress bar wrote anew counts as one."""
+    lines = (line.strip() for line in re.split(r"[\r\n]", text))
+    return next(filter(None, reversed(list(lines))), "")
 
 
 async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | HostError | None:

@@ -4,12 +4,15 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
+from pd_deploy.steps.containers import end_of
+from pd_deploy.tasks import composed
 from tests.memory.machine import Faults, Machine
 from tests.memory.world import NAME, ROOT, World
 from tests.samples import sampled
@@ -211,8 +214,14 @@ def test_a_scheduled_run_waits_for_another_one_when_one_by_hand_gives_up(
     assert by_schedule or "is working on qwq-3p1d" in str(second.error)
 
 
-def test_servers_that_are_late_together_are_all_named(world: World) -> None:
-    """Their time counts from the same moment, so no one of them is the first."""
+def test_servers_that_are_late_together_are_all_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their time counts from the same moment, so no one of them is the first. Meanwhile the run's
+    log has each one's last line, and not at each look."""
+    told: list[str] = []
+    logger = SimpleNamespace(info=lambda *line: told.append(line[0]))
+    monkeypatch.setattr(composed, "get_run_logger", lambda: logger)
     world.run(deploy)
     late = {instance: Faults(hangs=True) for instance in ("p0", "p1", "p2", "d0")}
     error = world.run(deploy, image=world.push("20250724_1", late)).error
@@ -220,3 +229,19 @@ def test_servers_that_are_late_together_are_all_named(world: World) -> None:
     said = re.search(r"new generation 2-\w+ failed at (.*) because host ", str(error))
     assert said
     assert ", ".join(sorted(said[1].split(", "))) == steps
+    progress = [line for line in told if line.startswith("not ready after ")]
+    assert len(progress) == len(late)
+    assert all(re.match(r"not ready after 1\d s: pd-deploy: starting ", line) for line in progress)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\nb\n\n", "b"),
+        ("a\n\rshards:  25% Completed | 1/4\n\rshards:  50% Completed | 2/4\n\r", "50%"),
+        ("", ""),
+    ],
+)
+def test_the_last_line_is_the_one_that_people_would_see(text: str, line: str) -> None:
+    assert line in end_of(text)
+    assert len(end_of(text).splitlines()) <= 1

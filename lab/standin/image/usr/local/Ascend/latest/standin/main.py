@@ -18,6 +18,8 @@ from standin.metrics import Metrics
 from standin.prefill import PrefillSide
 from standin.rules import RULES, Refusal
 
+SHARDS = 4  # of the model; as many times a load says how far it is
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the server; exit code 2 for a wrong command line, 1 for a refusal."""
@@ -141,7 +143,12 @@ def _announce(arguments: argparse.Namespace, env: Environment, instance: Instanc
 
 def _load(seconds: float) -> None:
     _log("Starting to load model")
-    time.sleep(seconds)
+    for shard in range(SHARDS + 1):
+        # As vLLM has tqdm write it: a line each, after a carriage return.
+        print(f"\rLoading safetensors checkpoint shards: {100 * shard / SHARDS:3.0f}% Completed | "
+              f"{shard}/{SHARDS} [00:00<00:00,  1.00it/s]", file=sys.stderr, flush=True)
+        if shard < SHARDS:
+            time.sleep(seconds / SHARDS)
     _log(f"Model loading took {seconds:.2f} seconds")
 
 
