@@ -409,6 +409,36 @@ def preflight(
 
 
 @app.command()
+def capture(
+    file: File,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[HOST...]", help="Hosts; by default, all.")
+    ] = None,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Write the files there.")] = Path(),
+    public_addresses: Annotated[
+        bool, typer.Option("--public-addresses", help="Leave public addresses as they are.")
+    ] = False,
+) -> None:
+    """Write what the hosts' tools print to capture-HOST.json, to show it to somebody or to test.
+
+    npu-smi, hccn_tool, docker info, ip, sysctl and others. Serial numbers, hardware addresses,
+    names of hosts, secrets and public addresses are taken out; look through it all the same.
+
+    Example: pd-deploy capture qwq-3p1d.yaml a --to captures
+    """
+    from pd_deploy.cli.check import load
+
+    deployment = load(file)
+    from pd_deploy.cli import capture as capturing
+
+    written, away = capturing.run(deployment, names or (), to, keep_addresses=public_addresses)
+    for path in written:
+        typer.echo(f"wrote {path}")
+    _tell_away(away)
+    raise typer.Exit(FAILED if away else 0)
+
+
+@app.command()
 def deploy(
     file: File,
     image: Image = None,

@@ -76,6 +76,13 @@ def parse(batch: Batch, devices: Sequence[int], *, full: bool) -> DeviceReport:
     )
 
 
+def further(devices: Sequence[int]) -> Lane:
+    """List commands that tell more of devices, for a capture."""
+    boards = [["npu-smi", "info", "-t", "board", "-i", str(npu)] for npu in range(8)]
+    items = [query(device, item) for device in devices for item in ("lldp", "netdetect")]
+    return [["npu-smi", "-v"], [*INFO, "-l"], [*INFO, "-m"], *boards, *items]
+
+
 def ping_lanes(pings: Sequence[Ping]) -> list[Lane]:
     """List the commands of pings, those of a device one after the other."""
     of_device = itertools.groupby(sorted(pings, key=lambda p: p.device), lambda p: p.device)

@@ -94,6 +94,9 @@ class DeviceTools(Protocol):
     def parse(self, batch: Batch, devices: Sequence[int], *, full: bool) -> DeviceReport:
         """Parse what these printed."""
 
+    def further(self, devices: Sequence[int]) -> Lane:
+        """List commands that tell more of devices, for a capture."""
+
     def ping_lanes(self, pings: Sequence[Ping]) -> list[Lane]:
         """List the commands of pings, those of a device one after the other."""
 

@@ -14,6 +14,9 @@ import httpx
 import pytest
 
 from pd_deploy import errors
+from pd_deploy.engines import ascend
+from pd_deploy.engines.device_report import Ping
+from pd_deploy.hosts import batch, machine, reach
 from pd_deploy.hosts.container_values import (
     PullProgress,
     RegistryLogin,
@@ -943,3 +946,62 @@ def connections(box: LabHost) -> int:
 
 def running(box: LabHost, command: str) -> bool:
     return box.run(["pgrep", "-fx", command], check=False).returncode == 0
+
+
+class TestChecks:
+    """What preflight asks of hosts, on real ones: their tools are the stand-in's."""
+
+    async def test_what_a_host_says_of_itself_is_read(self, host: Host, box: LabHost) -> None:
+        model, devices = "/data/models/QwQ-32B", range(16)
+        of_all, of_each = ascend.lanes(devices, full=True)
+        pings = [Ping(d, f"192.168.{box.address.rpartition('.')[2]}.100", "b") for d in devices]
+        lanes = [[*e, *p] for e, p in zip(of_each, ascend.ping_lanes(pings), strict=True)]
+        first = [*machine.COMMANDS, *machine.model_commands(model), machine.parts_command(model)]
+        command = batch.command([*first, *of_all], lanes)
+        printed = batch.parse((await host.run(command, check=False)).stdout)
+        assert {name for name, said in printed.items() if said.exit_status} <= {
+            " ".join(machine.GOVERNOR)
+        }
+        said = machine.parse(printed, box.address)
+        assert said.unread == ()
+        assert said.memory
+        assert said.mtu == 1500
+        files = machine.parse_model(printed, model)
+        assert files.unread == ()
+        assert files.digests.keys() == files.sizes.keys() >= {"config.json"}
+        report = ascend.parse(printed, devices, full=True)
+        assert report.unread == ()
+        assert report.driver == report.installed_driver == "24.1.rc3.5"
+        assert report.firmware == "7.5.0.5.220"
+        assert {(d.health, d.link, d.tls) for d in report.devices.values()} == {("OK", "UP", "0")}
+        assert all(d.address == d.stored_address for d in report.devices.values())
+        assert ascend.lost(printed, pings) == []
+
+    async def test_ports_are_tried_both_ways_and_nothing_is_left(
+        self, lab: Lab, connect: Callable[..., Host], login: Login
+    ) -> None:
+        """Also where one way is closed: b drops what it would answer a."""
+        a, b = (lab.hosts[name].address for name in "ab")
+        hosts = [connect(login, a), connect(login, b)]
+        commands = [
+            reach.command(a, {7301: 1}, [(b, 7302)], window=2),
+            reach.command(b, {7302: 1}, [(a, 7301)], window=2),
+        ]
+
+        async def tried() -> list[reach.Calls]:
+            work = (h.output(c) for h, c in zip(hosts, commands, strict=True))
+            return [reach.parse(output) for output in await asyncio.gather(*work)]
+
+        assert [call.results for call in await tried()] == [{f"{b}:7302": ""}, {f"{a}:7301": ""}]
+        assert [call.listened for call in await tried()] == [{7301}, {7302}]
+        closed = ["ip", "route", "add", "blackhole", f"{a}/32"]
+        lab.hosts["b"].run(closed)
+        try:
+            to_b, to_a = (call.results for call in await tried())
+        finally:
+            lab.hosts["b"].run([*closed[:2], "del", *closed[3:]])
+        assert to_b == {f"{b}:7302": "ETIMEDOUT"}
+        assert to_a[f"{a}:7301"] not in ("", "ECONNREFUSED")
+        for name in "ab":
+            sockets = lab.hosts[name].run(["ss", "-Htan", "sport = :7301 or sport = :7302"])
+            assert sockets.stdout == ""

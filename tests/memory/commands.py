@@ -26,6 +26,7 @@ from tests.memory.programs import Proxy
 DEVICES = 16
 LINK = 0o120777
 INTERFACE = "enp23s0f3"
+NOT_INSTALLED = ("lscpu", "docker", "sysctl")
 Answer = Callable[[Machine, Sequence[str], str], str | CommandResult]
 
 
@@ -328,6 +329,8 @@ def _batch(machine: Machine, arguments: Sequence[str], _: str) -> str:
     for line in (line for lane in lanes for line in lane.splitlines()):
         if line in machine.captured:
             done = CommandResult(0, machine.captured[line], "")
+        elif shlex.split(line)[0] in NOT_INSTALLED:
+            done = CommandResult(127, "", "sh: not found\n")
         else:
             argv = shlex.split(line)
             done = _one(Asked(_recognised(argv), argv), machine, b"")
@@ -349,6 +352,8 @@ def _hccn(machine: Machine, arguments: Sequence[str], _: str) -> str:
         "ip": f"ipaddr:192.168.{octet}\nnetmask:255.255.0.0\n",
         "gateway": f"default gateway:192.168.0.1, Iface:eth{device}\n",
         "vnic": f"vnic link status: UP\nvnic ipaddr: 172.31.{octet}\n",
+        "lldp": f"\tIfname: 400GE1/1/{device}\n",
+        "netdetect": "netdetect address: 192.168.0.1\n",
         "tls": f"dev_id:{device}, tls switch[0](0:disable, 1:enable), tls preconfigured[1]\n",
     }[item]
 
@@ -546,6 +551,7 @@ TABLE = (
     Command("port range", ("sh", "-c", facts.EPHEMERAL), lambda *_: "32768\t60999\n\n"),
     Command("connections", tuple(facts.CONNECTIONS), _connections),
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),
+    Command("npu-smi -v", ("npu-smi", "-v"), lambda m, *_: f"npu-smi version: {m.driver}\n"),
     _script("links", facts.LINKS, _links),
     _script("device health", npu_smi.HEALTH, _health, "npu-smi"),
     _script("batch", batch.BATCH, _batch),
@@ -555,6 +561,10 @@ TABLE = (
     Command("shared memory", tuple(machines.SHARED_MEMORY), _shared_memory),
     Command("model files", ("find", "-L"), _model_files),
     Command("sha256sum", ("sha256sum",), _digest),
+    Command("name", ("uname", "-n"), lambda machine, *_: f"{machine.name}\n"),
+    Command("uname", ("uname", "-srmo"), lambda *_: "Linux 5.10.0 aarch64 GNU/Linux\n"),
+    Command("routes", ("ip", "-4", "route"), lambda *_: "default via 10.0.0.254\n"),
+    Command("links", ("ip", "-s", "link"), lambda *_: "1: lo: <LOOPBACK,UP> mtu 65536\n"),
     Command("uname", ("uname", "-m"), lambda *_: "aarch64\n"),
     Command("find", ("find",), _find),
     Command("true", ("true",), lambda *_: ""),
