@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from pd_deploy.config.models import Deployment
-from pd_deploy.errors import LeaseLost, PdDeployError
+from pd_deploy.errors import PdDeployError
 from pd_deploy.hosts.container_values import ContainerSpec, ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
@@ -72,9 +72,7 @@ async def prepare(rollout: Rollout, instance: str) -> Report:
     try:
         async with asyncio.timeout(READY_S):
             changed, detail = await _prepare(rollout, instance)
-    except LeaseLost:
-        raise
-    except (PdDeployError, TimeoutError) as fault:
+    except Exception as fault:
         changed, detail = False, f"requests will not be held: {_why(fault)}"
         log.warning("host %s: %s", rollout.session.host(where).where, detail)
     return Report("prepare waiting room", instance, where, changed, detail)
@@ -156,7 +154,7 @@ def _in_vain(rollout: Rollout, instance: str) -> str:
     if not proxy.entry.hold:
         return "`proxy.hold` is 0"
     closing = {
-        (host, int(state.labels[generations.PORTS].partition(",")[0]))
+        (host, int(state.labels.get(generations.PORTS, "0").partition(",")[0]))
         for host, state in rollout.stopping
         if state.labels[generations.ROLE] == "proxy"
     }
@@ -247,13 +245,12 @@ async def _end_all(session: LockedSession, host: Host) -> None:
 
 @asynccontextmanager
 async def _harmless() -> AsyncIterator[None]:
-    """Do something with a room that no run waits long for, or fails by."""
+    """Do something with a room that no run waits long for, or fails by. What else is wrong, such as
+    a lease that was lost, the run's own steps find."""
     try:
         async with asyncio.timeout(CALL_S):
             yield
-    except LeaseLost:
-        raise
-    except (PdDeployError, TimeoutError, ValueError, TypeError) as fault:
+    except Exception as fault:
         log.warning("requests may be refused instead of held: %s", _why(fault))
 
 
