@@ -17,10 +17,11 @@ from pd_deploy.tasks import composed
 from tests.memory.calls import Moment
 from tests.memory.machine import Build, Container, Faults
 from tests.memory.programs import Proxy, WaitingRoom
-from tests.memory.world import NAME, PROXY_PORT, World
+from tests.memory.world import CHANGES, NAME, PROXY_PORT, World
 from tests.unit import example
 
 HELD = "held 3 requests for up to 2.5 s, told 1 request to try again (503)"
+GATES = CHANGES["gates"]
 FAULTS = {"d0": Faults(garbage=True)}
 
 
@@ -39,7 +40,7 @@ class Watch:
     def __init__(self, world: World) -> None:
         self.world = world
         self.answers: list[str] = []
-        self.rooms: set[str] = set()
+        self.rooms: dict[str, Container] = {}
 
     def __call__(self, _: Moment) -> None:
         machine = self.world.machines["a"]
@@ -47,7 +48,7 @@ class Watch:
         answer = {Proxy: "proxy", WaitingRoom: "room"}.get(type(program), "nobody")
         if answer not in self.answers[-1:]:
             self.answers.append(answer)
-        self.rooms |= {room.id for room in self.world.waiting_rooms()}
+        self.rooms |= {room.id: room for room in self.world.waiting_rooms()}
 
 
 def in_use(world: World) -> Container | None:
@@ -63,9 +64,21 @@ def test_somebody_has_the_port_through_the_whole_run(world: World, faults: Any) 
     assert watch.answers == ["proxy", "room", "proxy"]
     assert HELD in (outcome.message or str(outcome.error))
     assert outcome.completed is not faults
-    assert len(watch.rooms) == 1
+    (room,) = watch.rooms.values()
+    assert_is_no_part_of_a_generation(room)
     assert world.waiting_rooms() == []
     world.assert_coherent()
+
+
+def assert_is_no_part_of_a_generation(room: Container) -> None:
+    """It claims no port and no device, and nothing of the host but its network."""
+    options = json.loads(room.config["Cmd"][-1])
+    assert options.pop("lasts") > 2 * GATES["ready"], "as long as models load, and load again"
+    assert options == {"port": PROXY_PORT, "proxy": "10.0.0.1", "hold": 50, "shares_port": True}
+    config = room.config["HostConfig"]
+    assert config["NetworkMode"] == "host"
+    assert not any(config.get(key) for key in ("Privileged", "Devices", "Mounts", "Binds"))
+    assert room.labels == {"pd-deploy.deployment": NAME, "pd-deploy.role": "waiting-room"}
 
 
 def test_a_generation_from_before_the_key_comes_back_with_its_room(world: World) -> None:
@@ -82,7 +95,7 @@ def test_a_generation_from_before_the_key_comes_back_with_its_room(world: World)
     assert HELD in outcome.message
 
 
-@pytest.mark.parametrize("when", ["idle", "in use", "nothing else serves", "leaving"])
+@pytest.mark.parametrize("when", ["in use", "nothing else serves"])
 def test_the_next_run_finds_what_a_dead_one_has_left(world: World, when: str) -> None:
     """It takes it over where the proxy has to start again, so those who wait have their answers;
     otherwise the room goes out of the proxy's way."""
@@ -93,10 +106,8 @@ def test_the_next_run_finds_what_a_dead_one_has_left(world: World, when: str) ->
             return False
         proxy_runs = any(isinstance(one.program, Proxy) for one in world.running().values())
         return {
-            "idle": not program.signals,
             "in use": bool(program.serving()),
             "nothing else serves": bool(program.serving()) and not proxy_runs,
-            "leaving": "SIGUSR2" in program.signals,
         }[when]
 
     killed = world.run(deploy, image=world.push("20250725_1"), watch=dies_once(world, is_left))
@@ -106,7 +117,7 @@ def test_the_next_run_finds_what_a_dead_one_has_left(world: World, when: str) ->
     watch = Watch(world)
     again = world.run(recover, watch=watch)
     assert again.completed, again.error
-    assert watch.rooms <= {left.id}
+    assert watch.rooms.keys() <= {left.id}
     assert watch.answers[-1] == "proxy"
     assert "nobody" not in watch.answers
     assert world.waiting_rooms() == []
@@ -127,7 +138,7 @@ def dies_once(world: World, is_left: Callable[[Container], bool]) -> Callable[[M
     return watch
 
 
-@pytest.mark.parametrize("fault", ["no Python", "ends at once", "ends while it holds", "deaf"])
+@pytest.mark.parametrize("fault", ["no Python", "ends", "deaf"])
 def test_a_room_that_fails_fails_nothing(world: World, fault: str) -> None:
     """Connections are refused then, as without one."""
     image = world.push("20250725_1")
@@ -139,7 +150,7 @@ def test_a_room_that_fails_fails_nothing(world: World, fault: str) -> None:
         for room in world.waiting_rooms():
             if not isinstance(room.program, WaitingRoom):
                 continue
-            if fault == "ends at once" or (fault == "ends while it holds" and in_use(world)):
+            if fault == "ends" and in_use(world):
                 world.machines["a"].end(room, 137)
             elif fault == "deaf":
                 room.program.signals = [s for s in room.program.signals if s != "SIGUSR2"]
@@ -150,44 +161,23 @@ def test_a_room_that_fails_fails_nothing(world: World, fault: str) -> None:
     assert world.waiting_rooms() == []
 
 
-def test_nothing_is_held_where_nothing_can_come(world: World) -> None:
-    """When the proxy moves, and when nothing serves in the end."""
+def test_nothing_is_held_for_a_place_that_the_proxy_leaves(world: World) -> None:
     world.change(proxy={"c0": {"port": PROXY_PORT + 1}})
     watch = Watch(world)
     assert world.run(deploy, watch=watch).completed
     assert watch.answers == ["proxy", "nobody"]
-    assert watch.rooms == set()
-    world.change(proxy={"c0": {"port": PROXY_PORT}})
-    assert world.run(deploy).completed
+    assert watch.rooms == {}
+
+
+def test_nothing_is_held_when_nothing_serves_in_the_end(world: World) -> None:
     world.cluster.faults["p2"] = Faults(dies=1)
     watch = Watch(world)
     outcome = world.run(deploy, image=world.push("20250725_1"), watch=watch)
     assert "Nothing serves" in str(outcome.error)
+    assert watch.answers == ["proxy", "room", "nobody"]
     assert in_use(world) is None
     assert world.run(teardown, name=NAME).completed
     assert world.waiting_rooms() == []
-
-
-def test_what_a_room_is_made_of(world: World) -> None:
-    """Its own label only: it is in no generation, and claims no port and no device."""
-    made = list[Container]()
-
-    def watch(_: Moment) -> None:
-        made.extend(world.waiting_rooms())
-
-    assert world.run(deploy, image=world.push("20250725_1"), watch=watch).completed
-    config = made[0].config
-    options = json.loads(config["Cmd"][-1])
-    assert options.pop("lasts") > 2 * load_deployment(world.path).gates.ready
-    assert options == {"port": PROXY_PORT, "proxy": "10.0.0.1", "hold": 50, "shares_port": True}
-    assert config["HostConfig"]["NetworkMode"] == "host"
-    assert not config["HostConfig"].get("Privileged")
-    assert not config["HostConfig"].get("Devices")
-    assert not config["HostConfig"].get("Mounts")
-    assert config["Labels"] == {
-        "pd-deploy.deployment": "qwq-3p1d",
-        "pd-deploy.role": "waiting-room",
-    }
 
 
 @pytest.mark.parametrize(

@@ -96,31 +96,6 @@ async def test_requests_are_held_and_reach_the_new_proxy_which_then_has_the_port
     assert counts["longest"] > 0
 
 
-async def test_who_waits_too_long_is_told_to_come_back() -> None:
-    """In the form of OpenAI's API."""
-    async with open_room(hold=0.1) as made, asking() as client:
-        answer = await client.post(f"{made.url}/v1/completions", json={})
-        made.tell("SIGTERM")
-        counts = await made.counts()
-    assert answer.status_code == 503
-    assert int(answer.headers["retry-after"]) > 0
-    error = answer.json()["error"]
-    assert {"message", "type", "param", "code"} == error.keys()
-    assert error["type"] == "server_error"
-    assert (counts["held"], counts["refused"]) == (1, 1)
-
-
-async def test_health_is_told_at_once() -> None:
-    """And counts as no request that was refused."""
-    async with open_room() as made, asking() as client:
-        for path in ("/health", "/omni_proxy/health", "/readiness", "/metrics?x=1"):
-            assert (await client.get(made.url + path)).status_code == 503
-        head = await client.head(f"{made.url}/health")
-        assert (head.status_code, head.content) == (503, b"")
-        made.tell("SIGTERM")
-        assert (await made.counts())["refused"] == 0
-
-
 TOO_MUCH = [
     (f"POST / HTTP/1.1\r\nContent-Length: {program.MOST_BYTES + 1}\r\n\r\n", 503),
     ("POST / HTTP/1.1\r\nContent-Length: many\r\n\r\n", 400),
@@ -131,55 +106,52 @@ TOO_MUCH = [
 ]
 
 
-async def test_what_is_too_much_to_hold_or_no_request_is_refused() -> None:
-    async with open_room() as made:
-        for head, status in TOO_MUCH:
-            answer = await raw(made.port, head.encode())
-            assert answer.startswith(b"HTTP/1.1 %d " % status), head[:80]
-            assert b"retry-after" in answer.lower() or status != 503
+async def test_who_can_not_be_held_or_not_for_longer_is_told() -> None:
+    """In the form of OpenAI's API; who asks for health, too, but counts as no request."""
+    async with open_room(hold=0.1) as made, asking() as client:
+        for path in ("/health", "/omni_proxy/health", "/readiness", "/metrics?x=1"):
+            assert (await client.get(made.url + path)).status_code == 503
+        head = await client.head(f"{made.url}/health")
+        assert (head.status_code, head.content) == (503, b"")
+        for request, status in TOO_MUCH:
+            told = await raw(made.port, request.encode())
+            assert told.startswith(b"HTTP/1.1 %d " % status), request[:80]
+            assert b"retry-after" in told.lower() or status != 503
+        answer = await client.post(f"{made.url}/v1/completions", json={})
+        made.tell("SIGTERM")
+        counts = await made.counts()
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+    error = answer.json()["error"]
+    assert {"message", "type", "param", "code"} == error.keys()
+    assert error["type"] == "server_error"
+    assert (counts["held"], counts["refused"]) == (1, 3)
 
 
-async def test_of_requests_that_come_together_the_first_is_answered() -> None:
-    """A client sends the others again, as it must where a connection is closed."""
+async def test_what_connections_may_do_besides_waiting_for_an_answer() -> None:
+    """Who goes away is not asked for. Of requests that come together the first is answered: the
+    others are sent again, as always when a connection is closed. Who has not asked yet, may."""
     request = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
     proxy = Proxy()
     async with open_room() as made:
-        asked = asyncio.ensure_future(raw(made.port, request * 2))
+        _, leaving = await asyncio.open_connection(HERE, made.port)
+        leaving.write(request)
         await begun(made, 1)
-        async with proxy.listening(made.port):
-            made.tell("SIGUSR2")
-            assert (await asked).count(b"200 OK") == 1
-    assert len(proxy.heads) == 1
-
-
-async def test_who_goes_away_is_not_asked_for() -> None:
-    proxy = Proxy()
-    async with open_room() as made:
-        _, writer = await asyncio.open_connection(HERE, made.port)
-        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
-        await begun(made, 1)
-        writer.close()
+        leaving.close()
         await begun(made, 0)
+        several = asyncio.ensure_future(raw(made.port, request * 2))
+        reader, idle = await asyncio.open_connection(HERE, made.port)
+        await begun(made, 1)
         async with proxy.listening(made.port):
             made.tell("SIGUSR2")
             counts = await made.counts()
-            await made.ended()
-    assert (counts["held"], counts["left"]) == (1, 1)
-    assert proxy.heads == []
-
-
-async def test_connections_without_a_request_yet_are_served_after_the_change() -> None:
-    proxy = Proxy()
-    async with open_room() as made:
-        reader, writer = await asyncio.open_connection(HERE, made.port)
-        await begun(made, 0)
-        async with proxy.listening(made.port):
-            made.tell("SIGUSR2")
-            await made.counts()
-            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            idle.write(request)
             assert b"200 OK" in await asyncio.wait_for(reader.read(), PATIENCE_S)
+            idle.close()
+            assert (await several).count(b"200 OK") == 1
             assert await made.ended() == 0
-            writer.close()
+    assert (counts["held"], counts["left"]) == (2, 1)
+    assert len(proxy.heads) == 2
 
 
 async def test_a_proxy_that_shares_its_port_gives_new_clients_to_the_room_at_once() -> None:
