@@ -170,6 +170,7 @@ async def test_a_waiting_room_leaves_its_port_to_the_router_and_takes_it_from_on
                 await begun(after, 0)
 
 
+OF_A_LOAD = {"ignore_eos": True, "stream_options": {"include_usage": True}}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -181,13 +182,15 @@ def test_prefill_makes_a_token_and_decode_gets_what_it_answered(
     prefill, decode = backends
     for path, request in (
         ("completions", {"prompt": "1, 2, 3,", "max_tokens": 12, "min_tokens": 4}),
-        ("completions", {"prompt": [1, 2, 3], "max_tokens": 12, "cache_salt": "x"}),
+        ("completions", {"prompt": [1, 2, 3], "max_tokens": 12, "cache_salt": "x", **OF_A_LOAD}),
         ("chat/completions", CHAT | {"max_tokens": 12}),
         ("chat/completions", CHAT | {"max_completion_tokens": 12}),
     ):
         prefill.bodies.clear()
         decode.bodies.clear()
         sent = {"model": "qwen", "stream": stream, **request}
+        if not stream:
+            sent.pop("stream_options", None)
         answer = httpx.post(f"{router}/v1/{path}", json=sent, timeout=60)
         assert answer.status_code == 200, answer.text
         assert "the answer" in answer.text
@@ -199,8 +202,10 @@ def test_prefill_makes_a_token_and_decode_gets_what_it_answered(
         assert first.get("max_completion_tokens", 1) == 1
         assert first.get("min_tokens", 0) <= 1
         assert not first.get("stream")
+        assert not first.get("stream_options"), "engines refuse it without a stream"
         assert second["kv_transfer_params"] == HANDED_OVER
-        limits = ("max_tokens", "max_completion_tokens", "min_tokens", "stream", "cache_salt")
+        limits = ("max_tokens", "max_completion_tokens", "min_tokens", "stream", "cache_salt",
+                  *OF_A_LOAD)  # fmt: skip
         assert {k: second[k] for k in limits if k in sent} == {
             k: sent[k] for k in limits if k in sent
         }

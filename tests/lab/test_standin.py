@@ -200,6 +200,7 @@ def test_chat_streams_usage_when_asked(running: StandinSet) -> None:
         ({"max_tokens": 70000}, 400, "maximum context length is 61244"),
         ({"prompt": ""}, 400, "prompt is empty"),
         ({"n": 2}, 400, "one choice"),
+        ({"stream_options": {"include_usage": True}}, 400, "only be defined when `stream=True`"),
     ],
 )
 def test_bad_requests_are_rejected(

@@ -297,6 +297,8 @@ def test_a_slower_build_is_rolled_back_and_its_image_to_blame_where_only_that_is
     history, result = world.asked(bench.measured(load_deployment(world.path), save=True))
     assert result.figures.load.requests == 20
     assert "now, saved" in bench.text(history, result, world.path, save=True)
+    document = json.loads(bench.as_document(result))
+    assert (document["tpot"], document["worse"], document["passed"]) == (0.5, [], True)
     said = str(world.run(deploy, image=world.push("20250724_1", SLOW)).error)
     assert "failed at `benchmark` because" in said
     assert f"TPOT is 900 ms instead of 500 ms with generation {first} (at most 600 ms" in said

@@ -48,6 +48,8 @@ def to_request(body: dict[str, Any], chat: bool, request_id: str, max_model_len:
     Raises:
         BadRequest: a missing or malformed field, or more tokens than max_model_len.
     """
+    if body.get("stream_options") and not body.get("stream"):
+        raise BadRequest("Stream options can only be defined when `stream=True`.")
     if body.get("n", 1) != 1:
         raise BadRequest("the stand-in generates one choice only (n=1)")
     prompt_ids = tokenize(_chat_text(body)) if chat else _prompt_ids(body.get("prompt"))
