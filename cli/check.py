@@ -60,7 +60,7 @@ def describe(deployment: Deployment) -> str:
 
 def _own_code(deployment: Deployment) -> list[str]:
     own = deployment.own_code
-    return [f"code {own.source}: {reading.read(own.source).detail}"] if own else []
+    return [f"code {own.source}: {reading.read(own.source, own.patches).detail}"] if own else []
 
 
 def _unusual(deployment: Deployment) -> list[str]:

@@ -82,6 +82,7 @@ _NPU_CONNECTORS_OF_ROLES = f"""\
 _PLUGIN_OF_V0 = f"{_SOURCES}/omni/__init__.py"
 # What an editable installation leaves: where Python looks for the package.
 _EDITABLE_OF_V0 = f"{_PACKAGES}/__editable__.omni_infer.pth"
+_PROJECT_OF_V0 = f"{_SOURCES}/setup.py"
 _SOURCES_OF_NPU = f"{_SOURCES}/components/omni-npu/src"
 _PROXY = "later/omni_proxy.sh"
 _MODULES = {"usr/local/nginx/modules/ngx_http_omni_proxy_module.so": "of the stand-in: unread\n"}
@@ -105,6 +106,7 @@ CONTRACTS = {
         written={
             _CONNECTORS_OF_V0: _v0_connectors(("AscendHcclConnectorV1",)),
             _PLUGIN_OF_V0: _plugin("omni", "omni.accelerators.pd", "register", "0.3.0"),
+            _PROJECT_OF_V0: 'from setuptools import setup\n\nsetup(name="omni_infer")\n',
             _EDITABLE_OF_V0: f"/{_SOURCES}\n",
         },
     ),
@@ -146,6 +148,7 @@ CONTRACTS = {
             _BUILT_NGINX,
             _EDITABLE_OF_V0,
             _PLUGIN_OF_V0,
+            _PROJECT_OF_V0,
             f"{_SOURCES}/omni/accelerators/pd",
         ),
     ),
@@ -162,12 +165,19 @@ CONTRACTS = {
         written={
             **_MODULES,
             f"{_PACKAGES}/__editable__.omni_npu.pth": f"/{_SOURCES_OF_NPU}\n",
+            f"{_SOURCES}/components/omni-npu/pyproject.toml": '[project]\nname = "omni-npu"\n',
             f"{_SOURCES_OF_NPU}/omni_npu/__init__.py": _plugin(
                 "omni_npu", "omni_npu.connector.register", "register_connectors", "1.2.1.post1"
             ),
             f"{_SOURCES_OF_NPU}/omni_npu/connector/register.py": _NPU_CONNECTORS_OF_ROLES,
         },
-        removed=(_BUILT_NGINX, _EDITABLE_OF_V0, f"{_SOURCES}/omni", f"{_SOURCES}/tools/scripts"),
+        removed=(
+            _BUILT_NGINX,
+            _EDITABLE_OF_V0,
+            _PROJECT_OF_V0,
+            f"{_SOURCES}/omni",
+            f"{_SOURCES}/tools/scripts",
+        ),
     ),
 }
 OLDEST = "v0-early"  # that of the stand-in's own tree

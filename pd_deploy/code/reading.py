@@ -10,9 +10,10 @@ import os
 import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pd_deploy.code import tree
@@ -93,15 +94,48 @@ def stamp(source: str) -> object:
     return _commit(top), stamps
 
 
-def read(source: str) -> Source:
+def read(source: str, patches: Mapping[str, Sequence[str]] = MappingProxyType({})) -> Source:
     """Read a source tree.
 
+    Args:
+        patches: directory in the tree → patches, also in the tree, that are applied there, in their
+            order, to a copy.
+
     Raises:
-        InvalidInput: there is none, or it has files that can't be deployed; names all of them.
+        InvalidInput: there is none, it has files that can't be deployed, of which all are named, or
+            a patch can't be applied.
     """
     url, commit = split_code_source(source)
-    if commit:
-        return _cloned(url, commit)
+    found = _cloned(url, commit) if commit else _of_directory(source)
+    return _patched(found, patches) if patches else found
+
+
+def _patched(source: Source, patches: Mapping[str, Sequence[str]]) -> Source:
+    keep = tempfile.TemporaryDirectory(prefix="pd-deploy-code-")
+    top = Path(keep.name).resolve()
+    for entry in source.tree.entries:
+        place = top / entry.path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if entry.kind == "link":
+            place.symlink_to(entry.target)
+        else:
+            place.write_bytes(source.content(entry))
+            place.chmod(0o755 if entry.kind == "program" else 0o644)
+    alone = {"GIT_CEILING_DIRECTORIES": str(top.parent)}
+    for directory, names in patches.items():
+        where = top / directory
+        for name in names:
+            applied = ("apply", "--whitespace=nowarn", str(top / name))
+            done = _run(where, applied, alone) if where.is_dir() else None
+            if done is None or done.returncode != 0:
+                said = os.fsdecode(done.stderr).strip() if done else "no such directory"
+                message = f"expected that {name} applies in {directory}, found: {said[-300:]}"
+                raise InvalidInput([Problem("code.patches", message)])
+    made, _ = _entries(top, _walked(top))
+    return replace(source, directory=top, tree=made, keep=keep)
+
+
+def _of_directory(source: str) -> Source:
     top = _existing(source)
     listed, ignored = _listed(top)
     made, left_out = _entries(top, listed)

@@ -583,12 +583,21 @@ class Supports(Model):
     server_offset: Literal["servers", "devices"] | None = None
 
 
+PathInTree = Annotated[
+    str, like(r"(?!/)(?!.*(^|/)\.\.(/|$))[^\x00-\x1f]+", "a path in the tree, without '..'")
+]
+
+
 class OwnCode(Model):
     """Source code that replaces the image's. `source` is a directory where pd-deploy runs, or
     `URL@COMMIT` of a git repository. `path` is where the containers have it, and `package` what is
-    imported from there to prove it; the engine knows both, unless its images differ."""
+    imported from there to prove it; the engine knows both, unless its images differ. It is mounted
+    there, or with `install: pip` copied and installed in each container. `patches` are applied to a
+    copy: directory in the tree → patches, also in the tree, in their order."""
 
     source: Annotated[Text, BeforeValidator(parse_code_source)]
+    install: Literal["mount", "pip"] = "mount"
+    patches: dict[PathInTree, tuple[PathInTree, ...]] = {}
     path: AbsolutePath | None = None
     package: (
         Annotated[str, like(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "the name of a Python package")]

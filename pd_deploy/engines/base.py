@@ -152,11 +152,19 @@ class CodePlace:
         path: the directory of the tree.
         package: what the servers import from there.
         of_proxy: what of the tree only the proxy uses; None where it uses none of it at all.
+        install: commands of a shell that install it in a server's container; where there are some,
+            each container has a copy of its own.
     """
 
     path: str
     package: str
     of_proxy: tuple[str, ...] | None
+    install: tuple[str, ...] = ()
+
+    @property
+    def mounted_at(self) -> str:
+        """Where a container sees the tree itself."""
+        return "/pd-deploy/code" if self.install else self.path
 
 
 @dataclass(frozen=True)

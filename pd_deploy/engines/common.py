@@ -1,5 +1,6 @@
 """What the engines have in common: mounts, and pieces of start scripts. Pure."""
 
+import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -22,7 +23,8 @@ one_step_on() {
 
 
 # As the start scripts do it: ~/.bashrc says which Python that is.
-_PYTHON = 'source ~/.bashrc >/dev/null 2>&1; exec "$(command -v python || command -v python3)" "$@"'
+_BASHRC = "source ~/.bashrc >/dev/null 2>&1\n"
+_PYTHON = 'exec "$(command -v python || command -v python3)" "$@"'
 NOT_READ = "TREE"
 """What stands for a tree's digest where the tree was not read, as in a plan without hosts."""
 
@@ -66,12 +68,25 @@ def code_mounts(service: Service, name: str, place: CodePlace) -> list[Mount]:
         digest: str | None = tree.servers if tree else NOT_READ
     else:
         digest = tree.proxy if tree else (None if place.of_proxy is None else NOT_READ)
-    return [mount(service.layout.code(digest), place.path, read_only=True)] if digest else []
+    return [mount(service.layout.code(digest), place.mounted_at, read_only=True)] if digest else []
 
 
-def in_python(source: str, *arguments: str) -> list[str]:
-    """Return the command that runs a program's source in the Python of an image."""
-    return ["bash", "-c", _PYTHON, "bash", "-c", source, *arguments]
+def code_setup(place: CodePlace, *, installs: bool) -> str:
+    """Write the lines that give a container its own copy of the source tree, in place of the
+    image's, and install it there; none where the tree is mounted in that place."""
+    if not place.install:
+        return ""
+    path, parent = shlex.quote(place.path), shlex.quote(posixpath.dirname(place.path))
+    copy = f"mkdir -p {parent} && rm -rf {path} && cp -a {place.mounted_at} {path}"
+    commands = (copy, *(place.install if installs else ()))
+    failed = '{ echo "pd-deploy: the source code could not be installed"; exit 1; }'
+    return "".join(f"{command} || {failed}\n" for command in commands)
+
+
+def in_python(source: str, *arguments: str, setup: str = "") -> list[str]:
+    """Return the command that runs a program's source in the Python of an image, after the lines of
+    `setup`."""
+    return ["bash", "-c", f"{_BASHRC}{setup}{_PYTHON}", "bash", "-c", source, *arguments]
 
 
 def flags(arguments: Mapping[str, Scalar]) -> list[str]:

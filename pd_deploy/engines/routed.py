@@ -31,8 +31,9 @@ OPENED = f"{OPEN} to clients"
 OPEN_SIGNAL = "SIGUSR1"
 DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
 UNUSED_KEYS: tuple[str, ...] = (
-    "compat", "contract", "decode_engine_id", "http_proxy", "kv_connector_extra_config",
-    "kv_parallel_size", "ports.ray", "proxy.*.core_num", "proxy.*.decode_lb_sdk",
+    "code.install", "compat", "contract", "decode_engine_id", "http_proxy",
+    "kv_connector_extra_config", "kv_parallel_size", "ports.ray", "proxy.*.core_num",
+    "proxy.*.decode_lb_sdk",
     "proxy.*.log_level", "proxy.*.nginx_sha256", "proxy.*.nginx_tarball", "proxy.*.pass_through",
     "proxy.*.prefill_lb_sdk", "proxy.*.prefix_aware", "proxy.*.program", "proxy.*.start_core_index",
     "supports.server_offset", "supports.tensor_parallel",

@@ -17,7 +17,7 @@ from pd_deploy.code.reading import Source
 from pd_deploy.code.tree import Entry, Tree
 from pd_deploy.config.models import CodeTree
 from pd_deploy.engines.base import CodePlace, Layout
-from pd_deploy.engines.common import in_python
+from pd_deploy.engines.common import code_setup, in_python
 from pd_deploy.errors import CodeRefused, CommandFailed, NoSuchGeneration
 from pd_deploy.hosts.container_values import PullProgress
 from pd_deploy.hosts.files import disk_error
@@ -58,7 +58,7 @@ async def read(session: Session) -> Source:
     """
     own = session.deployment.own_code
     assert own is not None
-    return await in_thread(partial(reading.read, own.source), "read source code")
+    return await in_thread(partial(reading.read, own.source, own.patches), "read source code")
 
 
 def with_tree(session: Session, source: Source) -> Session:
@@ -177,8 +177,9 @@ async def _verify(rollout: Rollout, name: str) -> str:
     place = session.engine.code_place(session.deployment)
     by_role = rollout.code_on(name)
     expected = {role: posixpath.basename(mount.source) for role, mount in by_role.items()}
-    paths = {role: PROXY_TREE if role == "proxy" else place.path for role in by_role}
+    paths = {role: PROXY_TREE if role == "proxy" else place.mounted_at for role in by_role}
     package = place.package if "servers" in by_role else ""
+    setup = code_setup(place, installs=True) if package else ""
     question = json.dumps({"trees": paths, "path": place.path, "package": package})
     output = ""
     try:
@@ -186,7 +187,7 @@ async def _verify(rollout: Rollout, name: str) -> str:
             session,
             host,
             rollout.plan.pinned_image,
-            in_python(_SOURCE, question),
+            in_python(_SOURCE, question, setup=setup),
             ANSWER_S,
             name=throwaway.name_of(session),
             mounts=[

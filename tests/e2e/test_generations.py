@@ -309,12 +309,14 @@ class TestRollback:
         """Any kept one; one that is not kept is refused with those that are. Each generation runs
         the source code that it was deployed with, which is the user's own."""
         tree = own_code(service.path.parent / "omniinfer")
-        service.change(code={"source": "omniinfer"}, allow=["code-commit"])
+        # Installed in each container; after that, mounted.
+        service.change(code={"source": "omniinfer", "install": "pip"}, allow=["code-commit"])
         state = await run(deploy, service)
         assert state.is_completed(), state.message
         first = service.record()["serving"]
         assert revisions(service) == {"mine"}
         (tree / "omni/__init__.py").write_text(PLUGIN.replace("mine", "changed"))
+        service.change(code={"source": "omniinfer"})
         await deploy(service.file)
         assert revisions(service) == {"changed"}
         state = await run(rollback, service, generation="9-00000000")

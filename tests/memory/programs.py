@@ -184,7 +184,8 @@ class Probe(_Process):
         }
         if package := asked["package"]:
             answer |= {"package": f"{asked['path']}/{package}/__init__.py"}
-            initial = self.machine.disk.read(f"{sources[asked['path']]}/{package}/__init__.py")
+            source = sources[asked["trees"]["servers"]]
+            initial = self.machine.disk.read(f"{source}/{package}/__init__.py")
             is_broken = initial.startswith("raise")
             answer |= {"fault": "ValueError" if is_broken else "", "missing": ""}
         return in_container.MARK + json.dumps(answer)

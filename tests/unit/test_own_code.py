@@ -16,12 +16,14 @@ from pd_deploy.code import in_container, reading, tree
 from pd_deploy.code.reading import Source
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import CodeTree
+from pd_deploy.config.rule_names import RULES
 from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import InvalidInput
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.planning import placement, rules
 from tests.memory import answers
+from tests.memory.calls import Moment
 from tests.memory.world import ROOT, Outcome, World
 from tests.unit import example
 
@@ -143,6 +145,69 @@ class TestReading:
             read(tmp_path / name)
 
 
+class TestPatches:
+    PATCH = "--- a/engine.py\n+++ b/engine.py\n@@ -0,0 +1 @@\n+patched = 1\n"
+
+    def test_they_are_applied_to_a_copy_in_their_order(self, plain: Path) -> None:
+        second = "--- a/engine.py\n+++ b/engine.py\n@@ -1 +1 @@\n-patched = 1\n+patched = 2\n"
+        write(plain, {"patches/1.patch": self.PATCH, "patches/2.patch": second})
+        (plain / "tools/run.sh").chmod(0o755)
+        patches = {"omni": ("patches/1.patch", "patches/2.patch")}
+        found = reading.read(str(plain), patches)
+        (entry,) = [e for e in found.tree.entries if e.path == "omni/engine.py"]
+        assert found.content(entry) == b"patched = 2\n"
+        assert (plain / "omni/engine.py").read_text() == ""
+        others = {e for e in found.tree.entries if e != entry}
+        assert others < set(read(plain).tree.entries)
+        with pytest.raises(InvalidInput, match=r"2\.patch applies in omni, found: .*patch"):
+            reading.read(str(plain), {"omni": ("patches/2.patch",)})
+
+    def test_a_patch_that_is_not_there_is_named(self, plain: Path) -> None:
+        with pytest.raises(InvalidInput, match=r"expected that x\.patch applies in none, found"):
+            reading.read(str(plain), {"none": ("x.patch",)})
+
+
+@pytest.mark.parametrize(
+    ("contract", "lines"),
+    [
+        ("v0-early", ['pip install --no-deps --no-build-isolation -e "$tree" ||']),
+        (
+            "roles",
+            [
+                "pip uninstall -y omni-npu ||",
+                "TORCH_DEVICE_BACKEND_AUTOLOAD=0 pip install --no-deps --no-build-isolation "
+                '--force-reinstall -e "$tree/components/omni-npu" ||',
+            ],
+        ),
+    ],
+)
+def test_code_is_installed_as_images_of_each_age_want_it(contract: str, lines: list[str]) -> None:
+    image = "omni:mine"
+    of = {"contract": contract, "image": image, "code": {"source": "/x", "install": "pip"}}
+    of |= {"proxy": {"c0": {"prefill_lb_sdk": None, "decode_lb_sdk": None}}}
+    of |= {"prefill": {"p1": {"environment": {"VLLM_LLMDATADIST_BASE_PORT": 15600}}}}
+    plan = example.plan({**of, "allow": list(RULES)})
+    copy = "mkdir -p /workspace && rm -rf /workspace/omniinfer && cp -a /pd-deploy/code"
+    for name in ("p0", "d0", "c0"):
+        script = plan.instance(name).start_script.content
+        assert copy in script
+        assert all((line in script) == (name != "c0") for line in lines)
+        (mount,) = [
+            m for m in plan.instance(name).container.mounts if m.target == "/pd-deploy/code"
+        ]
+        assert mount.read_only
+
+
+def test_vllms_router_sees_no_code_and_its_servers_do() -> None:
+    file = example.ROOT / "deployments/vllm-gpu-3p1d.yaml"
+    plan = example.plan_of(file, {"code": {"source": "/x", "path": "/opt/vllm"}})
+    for name, expected in (("p0", True), ("d0", True), ("c0", False)):
+        targets = [m.target for m in plan.instance(name).container.mounts]
+        assert ("/opt/vllm" in targets) is expected
+    with pytest.raises(InvalidInput, match=r"code\.path: is missing.*\(rule code-path\)"):
+        example.plan_of(file, {"code": {"source": "/x"}})
+
+
 def unpack(source: Source, directory: Path) -> None:
     """What a host does."""
     everything = tree.lacking([source.tree], ())
@@ -262,7 +327,7 @@ class TestOnHosts:
     def test_a_changed_tree_is_another_generation_and_a_rollback_brings_the_old_one_back(
         self, world: World, plain: Path
     ) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         first = world.serving()
         assert seen(world, "d0", "omni/__init__.py") == "version = 1\n"
         again = world.run(deploy)
@@ -282,7 +347,7 @@ class TestOnHosts:
     def test_a_change_of_the_proxys_sources_restarts_the_proxy_alone(
         self, world: World, plain: Path
     ) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         before, script = world.runs(), "omni/accelerators/sched/global_proxy/global_proxy.sh"
         write(plain, {script: "#!/bin/bash\n# changed\n"})
         assert world.run(deploy).completed
@@ -319,7 +384,7 @@ class TestOnHosts:
     def test_code_that_cannot_be_imported_is_refused_before_anything_stops(
         self, world: World, plain: Path
     ) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         before = world.runs()
         write(plain, {"omni/__init__.py": "raise ValueError"})
         refused = str(world.run(deploy).error)
@@ -333,7 +398,7 @@ class TestOnHosts:
     def test_what_somebody_removed_or_damaged_on_a_host_is_sent_again(
         self, world: World, plain: Path
     ) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         disk, before = world.machines["a"].disk, world.runs()
         for digest in trees(world):
             disk.remove(f"{ROOT}/.code/{digest}")
@@ -346,7 +411,7 @@ class TestOnHosts:
         assert disk.entries[damaged].content != b"damaged"
 
     def test_a_rollback_without_its_tree_says_so(self, world: World, plain: Path) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         write(plain, {"omni/__init__.py": "version = 2\n"})
         before = trees(world, "b")
         assert world.run(deploy).completed
@@ -356,6 +421,38 @@ class TestOnHosts:
         error = str(world.run(rollback).error)
         assert "expected the source tree of generation 1-" in error
         assert world.runs() == serving
+
+    def test_a_run_that_is_killed_while_it_brings_code_is_put_right(
+        self, world: World, plain: Path
+    ) -> None:
+        world.deploy()
+        write(plain, {"omni/__init__.py": "version = 2\n"})
+        moments = list[Moment]()
+        assert world.twin().run(deploy, watch=moments.append).completed
+        of_code = [m for m in moments if m.what in ("receive", "lay out") and m.host == "a"]
+        assert len(of_code) == 6  # before and after one batch and two trees
+        for moment in of_code[1::3]:  # after the batch, and while the second tree is laid out
+            twin = world.twin()
+            assert twin.run(deploy, kill_at=moment.number).killed
+            twin.pass_by(5)
+            outcome = twin.run(deploy)
+            assert outcome.completed, f"{moment}: {outcome.error}"
+            assert seen(twin, "p0", "omni/__init__.py") == "version = 2\n"
+            twin.assert_coherent()
+
+    def test_a_full_disk_is_told_as_one(self, world: World, plain: Path) -> None:
+        world.deploy()
+        write(plain, {"omni/large.py": "#" * 5000})
+        before, disk = world.runs(), world.machines["b"].disk
+
+        def fill(moment: Moment) -> None:
+            if moment.what == "receive" and not moment.after:
+                disk.fill("/")
+
+        error = str(world.run(deploy, watch=fill).error)
+        assert "host b (10.0.0.2): can't write /var/lib/pd-deploy/qwq-3p1d/.code" in error
+        assert "its disk is full" in error
+        assert world.runs() == before
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,19 @@ _OMNI_PROXY = "omni/accelerators/sched/omni_proxy"
 _SUBMODULE = "components/omni-proxy/omni_proxy"  # the same proxy, since it has sources of its own
 
 
+# As upstream's playbooks do it, without fetching anything; vLLM only where it is in the tree.
+_PIP = "pip install --no-deps --no-build-isolation"
+_INSTALL = (
+    '[ ! -e "$tree/infer_engines/vllm/setup.py" ] || SETUPTOOLS_SCM_PRETEND_VERSION=0.9.0 '
+    f'VLLM_TARGET_DEVICE=empty {_PIP} -e "$tree/infer_engines/vllm"',
+    f'{_PIP} -e "$tree"',
+)
+_INSTALL_NPU = (
+    "pip uninstall -y omni-npu",
+    f'TORCH_DEVICE_BACKEND_AUTOLOAD=0 {_PIP} --force-reinstall -e "$tree/components/omni-npu"',
+)
+
+
 @dataclass(frozen=True)
 class Contract:
     """What an image of one age expects of its deployer. Directories are below the source tree.
@@ -33,6 +46,7 @@ class Contract:
         scripts: where the launcher is, and the script of global_proxy.
         proxies: program → directories where its script may be; the first program is the default.
         package: what servers import of omni-infer.
+        install: commands that install a source tree, whose place is `$tree`.
         connector: what moves KV.
         has_ranktables: whether the engine reads them, and all link to all while loading: in an
             order, and with one decode pod.
@@ -59,6 +73,7 @@ class Contract:
     scripts: str = _SCRIPTS
     proxies: Mapping[ProxyProgram, tuple[str, ...]] = field(default_factory=dict)
     package: str = "omni"
+    install: tuple[str, ...] = _INSTALL
     connector: str = "AscendHcclConnectorV1"
     has_ranktables: bool = True
     kv_parallel_size: Literal["prefill-pods-plus-one", "decode-tensor-parallel"] = (
@@ -93,6 +108,7 @@ _V1 = Contract(
     "v1",
     proxies={"omni": (_SUBMODULE, _OMNI_PROXY), "global": (_SCRIPTS,)},
     package="omni_npu",
+    install=_INSTALL_NPU,
     connector="LLMDataDistConnector",
     has_ranktables=False,
     engine_id="text",  # vLLM 0.12 checks types, and wants text

@@ -116,13 +116,8 @@ def further_ports(
 
 
 def code_place(deployment: Deployment) -> CodePlace:
-    """Lay a tree over the image's own, from which images import what is theirs of the engine."""
-    own = deployment.own_code
-    return CodePlace(
-        path=(own and own.path) or environments.TREE,
-        package=(own and own.package) or contract_of(deployment).package,
-        of_proxy=proxy.SOURCES,
-    )
+    """Put a tree in the place of the image's own."""
+    return environments.code_place(deployment)
 
 
 def read_addresses_command(deployment: Deployment, devices: Sequence[int]) -> list[str]:

@@ -1,19 +1,31 @@
 """Environment variables of containers and servers of omni-infer. Pure."""
 
 import posixpath
+import shlex
 from typing import Literal
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Instance
-from pd_deploy.engines.base import Service
+from pd_deploy.engines.base import CodePlace, Service
 from pd_deploy.engines.common import text
 from pd_deploy.engines.omniinfer import ranktable
-from pd_deploy.engines.omniinfer.contracts import Contract, contract_of
+from pd_deploy.engines.omniinfer.contracts import CONTRACTS, Contract, contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
 
 TREE = "/workspace/omniinfer"
 """The source tree in images."""
+_SCRIPTS = {contract.scripts for contract in CONTRACTS.values()}
+SOURCES_OF_MODULES = "omni/accelerators/sched/global_proxy"
+"""What global_proxy's nginx is built of; its build script is here too."""
+SOURCES_OF_PROXY = tuple(
+    sorted(
+        {p for contract in CONTRACTS.values() for ps in contract.proxies.values() for p in ps}
+        - _SCRIPTS
+        | {SOURCES_OF_MODULES, *(f"{scripts}/global_proxy.sh" for scripts in _SCRIPTS)}
+    )
+)
+"""What of a source tree only the proxy uses, in images of any age."""
 HASH_SEED = "123"
 """`PYTHONHASHSEED` where prefill, decode and proxy have to hash alike: upstream's value."""
 _RAY: dict[str, Scalar] = {
@@ -29,6 +41,15 @@ def code(deployment: Deployment) -> str:
         return deployment.code
     own = deployment.own_code
     return posixpath.dirname((own and own.path) or TREE)
+
+
+def code_place(deployment: Deployment) -> CodePlace:
+    """Say where the user's own source code is put."""
+    own, contract = deployment.own_code, contract_of(deployment)
+    path = (own and own.path) or TREE
+    installs = own is not None and own.install == "pip"
+    commands = (f"tree={shlex.quote(path)}", *contract.install) if installs else ()
+    return CodePlace(path, (own and own.package) or contract.package, SOURCES_OF_PROXY, commands)
 
 
 def is_prefix_aware(deployment: Deployment) -> bool:

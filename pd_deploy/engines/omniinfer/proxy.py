@@ -7,10 +7,16 @@ from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Pod, Topology
 from pd_deploy.engines.base import PROVING_ADDRESS, MetricsPage, Service
-from pd_deploy.engines.common import ONE_STEP_ON, exports, flags, text, title
-from pd_deploy.engines.omniinfer.contracts import CONTRACTS, contract_of
+from pd_deploy.engines.common import ONE_STEP_ON, code_setup, exports, flags, text, title
+from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
-from pd_deploy.engines.omniinfer.environment import HASH_SEED, code, is_prefix_aware
+from pd_deploy.engines.omniinfer.environment import (
+    HASH_SEED,
+    SOURCES_OF_MODULES,
+    code,
+    code_place,
+    is_prefix_aware,
+)
 
 PREPARED = "pd-deploy: proxy prepared"
 OPEN = "pd-deploy: proxy open"
@@ -177,6 +183,7 @@ def _global_script(service: Service) -> str:
 {title(service, service.topology.proxy.name)}
 {exports(environment(service))}
 trap 'exit 0' INT TERM
+{code_setup(code_place(service.deployment), installs=False)}\
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
 if ! command -v nginx >/dev/null; then
     echo "pd-deploy: the image has no nginx; building {_NGINX}"
@@ -224,6 +231,7 @@ def _omni_script(service: Service) -> str:
 {title(service, proxy.name)}
 {exports(environment(service))}
 trap 'exit 0' INT TERM
+{code_setup(code_place(service.deployment), installs=False)}\
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
 command -v nginx >/dev/null || {{ echo "pd-deploy: the image has no nginx"; exit 1; }}
 for directory in {" ".join(_directories(service))}; do
@@ -278,17 +286,6 @@ while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
 # omni_proxy relays /proxy/ADDRESS:PORT/… to that address for anybody. What stands here, beside
 # `listen`, is decided before any location is looked for.
 _CLOSED = " if ($uri ~* ^/proxy/) { return 403; }"
-# Its build script is here too.
-SOURCES_OF_MODULES = "omni/accelerators/sched/global_proxy"
-_SCRIPTS = {contract.scripts for contract in CONTRACTS.values()}
-SOURCES = tuple(
-    sorted(
-        {p for contract in CONTRACTS.values() for ps in contract.proxies.values() for p in ps}
-        - _SCRIPTS
-        | {SOURCES_OF_MODULES, *(f"{scripts}/global_proxy.sh" for scripts in _SCRIPTS)}
-    )
-)
-"""What of a source tree only the proxy uses, in images of any age."""
 # Build scripts differ in the version that they take unless they are told one.
 BUILD_NGINX = f"""\
     export NGINX_VERSION={_NGINX.removeprefix("nginx-")}
