@@ -158,11 +158,12 @@ def _commit(top: Path) -> str:
 
 def _listed(top: Path) -> tuple[list[str], list[str]]:
     """List a directory's files, and what git ignores of it."""
-    inside = _git(top, "rev-parse", "--is-inside-work-tree", check=False).strip() == "true"
-    if not inside:
+    # Git itself may refuse to read a tree, such as another user's; that is no tree without git.
+    if not any((above / ".git").exists() for above in (top, *top.parents)):
         return _walked(top), []
+    _git(top, "rev-parse", "--show-toplevel")
     options = ("ls-files", "-z", "--exclude-standard", "--others")
-    found = _names(_git(top, *options, "--cached", "--deduplicate"))
+    found = _names(_git(top, *options, "--cached"))
     ignored = _names(_git(top, *options, "--ignored", "--directory"))
     ignored = [path for path in ignored if tree.why_left_out(path.rstrip("/")) != "made"]
     listed: list[str] = []
@@ -240,7 +241,7 @@ def _entries(top: Path, listed: Sequence[str]) -> tuple[Tree, list[str]]:
             hint="what no engine needs can be left out by .gitignore, or moved out of the tree",
         )
     if not entries:
-        raise _invalid(f"expected source code in {top}, found no file")
+        raise _invalid(f"expected source code in {top}, found no file that git does not ignore")
     left_out.pop("made", None)
     return Tree(tuple(entries)), [f"{tree.shown(p)} ({why})" for why, p in left_out.items()]
 
@@ -301,7 +302,7 @@ def _git(
     if check and done.returncode != 0:
         said = os.fsdecode(done.stderr).strip().splitlines()
         command = next(word for word in arguments if not word.startswith("-"))
-        raise _invalid(f"`git {command}` failed: {said[-1] if said else 'no message'}")
+        raise _invalid(f"`git {command}` failed: {said[0] if said else 'no message'}")
     return os.fsdecode(done.stdout)
 
 

@@ -28,6 +28,7 @@ from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import LockedSession, Session
 
+TOLD_BYTES = 1 << 20  # less comes at once
 SEND_S = 600.0  # for a batch, over a slow line
 ANSWER_S = 300.0  # to read a tree of some GB on a busy disk, and to import a large package
 _SOURCE = resources.files("pd_deploy.code").joinpath("in_container.py").read_text()
@@ -143,7 +144,7 @@ async def _send(
         archive = await in_thread(partial(_packed, source, batch), "pack source code")
         await _run(session, host, [RECEIVE, "sh", root], archive)
         done += sum(entry.size for entry in batch)
-        if on_progress:
+        if on_progress and total >= TOLD_BYTES:
             on_progress(PullProgress(0, 0, done, total))
     for each in trees:
         await _run(session, host, [LAY_OUT, "sh", root, each.digest], each.archive())

@@ -132,11 +132,21 @@ class TestReading:
 
     def test_what_is_no_file_is_left_out_with_a_word(self, plain: Path) -> None:
         os.mkfifo(plain / "pipe")
-        write(plain, {"omni/__pycache__/x.pyc": "", ".git/config": "", "sub/.git": "gitdir: x"})
+        write(plain, {"omni/__pycache__/x.pyc": "", "sub/.git/config": "", "x/.git": "gitdir: y"})
         found = read(plain)
         assert paths(found) == FILES.keys()
         assert "pipe (neither a file nor a link)" in found.detail
         assert ".git" not in found.detail
+
+    def test_a_tree_that_git_refuses_to_read_is_not_read_without_it(
+        self, plain: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (plain / ".git").mkdir()
+        with pytest.raises(InvalidInput, match="`git rev-parse` failed: fatal: not a git repo"):
+            read(plain)
+        monkeypatch.setenv("PATH", "/nonexistent")
+        with pytest.raises(InvalidInput, match="`git rev-parse` failed: git is not installed"):
+            read(plain)
 
     @pytest.mark.parametrize("name", ["none", "file"])
     def test_no_directory_is_a_clear_error(self, tmp_path: Path, name: str) -> None:
