@@ -57,7 +57,7 @@ class Source:
         size = sum(entry.size for entry in self.tree.entries)
         of = f" of commit {self.commit[:12]}" if self.commit else ""
         left_out = f"; left out: {'; '.join(self.left_out)}" if self.left_out else ""
-        files = f"{len(self.tree.entries)} files{of}, {size / (1 << 20):.1f} MiB"
+        files = f"{len(self.tree.entries)} files{of}, {tree.size_shown(size)}"
         return f"{files}, digest {self.tree.digest[:12]}{left_out}"
 
     def content(self, entry: Entry) -> bytes:

@@ -156,6 +156,11 @@ def leads_out(path: str, target: str) -> bool:
     return target.startswith("/") or end == ".." or end.startswith("../")
 
 
+def size_shown(size: int) -> str:
+    """Write a size in bytes for a message."""
+    return f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size / (1 << 10):.1f} KiB"
+
+
 def shown(paths: Sequence[str], most: int = 5) -> str:
     """Write paths for a message, on one line; names may hold anything."""
     listed = [path if path.isprintable() else repr(path) for path in sorted(paths)[:most]]

@@ -148,7 +148,7 @@ async def _send(
             on_progress(PullProgress(0, 0, done, total))
     for each in trees:
         await _run(session, host, [LAY_OUT, "sh", root, each.digest], each.archive())
-    return f"sent {len(lacking)} of {len(wanted)} files, {total / (1 << 20):.1f} MiB"
+    return f"sent {len(lacking)} of {len(wanted)} files, {tree.size_shown(total)}"
 
 
 def _packed(source: Source, batch: Iterable[Entry]) -> bytes:
