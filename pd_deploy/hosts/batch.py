@@ -17,11 +17,13 @@ LIMIT_S = 20
 """How long a lane may take; a device that hangs keeps its tool waiting for ever."""
 
 # One lane: each command, what it prints, and how it ends.
-RUN = r"""printf '%s\n' "$1" | while IFS= read -r command; do
+RUN = r"""while IFS= read -r command; do
   printf '\036%s\n' "$command"
   eval "$command" </dev/null 2>&1
   printf '\n\036=%s\n' "$?"
-done"""
+done <<END
+$1
+END"""
 # $1 is the limit, $2 what runs a lane, $3 the first lane. The others run beside it and print little
 # enough to be written at once, so that nothing comes in between: a pipe takes 4096 bytes.
 BATCH = r"""limit=$1; run=$2; first=$3; shift 3
