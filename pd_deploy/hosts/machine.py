@@ -123,16 +123,18 @@ def _files(directory: str) -> list[str]:
 def parse_model(batch: Batch, directory: str) -> ModelFiles:
     """Parse what `model_commands` printed."""
     listing, hashing = model_commands(directory)
+    printed = of(batch, listing)
     sizes: dict[str, int] = {}
     unread = []
-    for line in of(batch, listing).text.splitlines():
+    for line in printed.text.splitlines():
         size, _, path = line.partition(" ")
         if size.isdecimal() and path:
             sizes[path] = int(size)
         elif line:
             unread.append(line)
-    if not sizes:
-        unread = [not_read(listing, of(batch, listing))]
+    if not sizes or printed.exit_status is None:
+        # Half a list would differ from that of every other host.
+        return ModelFiles(unread=(not_read(listing, printed),))
     return ModelFiles(sizes, parse_digests(of(batch, hashing).text, directory), tuple(unread[:3]))
 
 

@@ -1,5 +1,6 @@
 """What is wrong with hosts, by what they say: each fault is one problem, with what to do."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -138,6 +139,7 @@ def test_a_fault_of_a_host_is_one_flaw(
         with_machine(memory=None, available=None, mtu=None),
         lambda host: replace(host, clock=(0.0, 40.0)),  # it was slow to answer
         lambda host: replace(host, model=None),  # only the proxy runs there
+        lambda host: replace(host, model=ModelFiles(FILES.sizes, {})),  # too slow to read them
     ],
 )
 def test_what_is_no_fault(fault: Fault) -> None:
@@ -239,6 +241,19 @@ def test_what_a_machine_prints_is_read() -> None:
         ("ondemand", "cppc_cpufreq"),
     )  # fmt: skip
     assert len(machine.parse({}, "10.0.0.1").unread) == 4
+
+
+def test_half_a_list_of_the_models_files_is_none() -> None:
+    """It would differ from those of all other hosts."""
+    listing, hashing = (shlex.join(argv) for argv in machine.model_commands("/m"))
+    hashed = Printed(f"{'0' * 64}  /m/config.json\n")
+    whole = {listing: Printed("2 config.json\nfind: x: denied\n", 1), hashing: hashed}
+    assert machine.parse_model(whole, "/m") == ModelFiles(
+        {"config.json": 2}, {"config.json": "0" * 64}, ("find: x: denied",)
+    )
+    cut = machine.parse_model({listing: Printed("2 config.json\n", None)}, "/m")
+    assert cut.sizes == {}
+    assert len(cut.unread) == 1
 
 
 def test_only_checks_of_errors_can_be_allowed() -> None:
