@@ -240,6 +240,13 @@ async def load(hosts: Mapping[str, Host], root: str, generation: str) -> Saved:
 
 
 def _parse(model: type[T], text: str, path: str, host: Host) -> T:
+    if not text:
+        raise FactsError(
+            f"expected {path} as pd-deploy wrote it, found that it is empty, or that this SSH user "
+            "can't read it",
+            host=host.where,
+            hint="log in as the user by whom the service was deployed (`ssh.user`)",
+        )
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

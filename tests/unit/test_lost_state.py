@@ -1,17 +1,20 @@
 """On hosts in memory: the hosts have lost what was deployed, and a service runs."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pd_deploy.cli import show
 from pd_deploy.cli.hosts import Past
-from pd_deploy.errors import NothingServes, Unrecorded
+from pd_deploy.errors import FactsError, NothingServes, Unrecorded
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.records.releases import History, Record, merge
 from pd_deploy.records.status import Status, Verdict
+from pd_deploy.steps import host_records
 from tests.memory.calls import Moment
 from tests.memory.world import ROOT, World
 
@@ -23,6 +26,14 @@ def world(tmp_path: Path) -> World:
     world.deploy()
     assert world.run(deploy, image=world.push("20250725_1")).completed
     return world
+
+
+def test_files_of_another_user_are_told_as_such() -> None:
+    """What may not be read comes as empty; the records are written whole."""
+    host: Any = SimpleNamespace(where="a (10.0.0.1)")
+    for name in ("record.json", "1-0123abcd/release.json"):
+        with pytest.raises(FactsError, match=rf"{name} .* this SSH user can't read it .*ssh\.user"):
+            host_records.parse(f"{name}\0\0", host, ROOT)
 
 
 def lose(world: World) -> None:
