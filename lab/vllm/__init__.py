@@ -41,8 +41,20 @@ def prepare(say: Say) -> None:
     install_missing_packages(say, {PYTHON.name: "python3.11"})
     with cache.locked("vllm"):
         _once(ENGINE, (_HERE / "engine.lock", Path(__file__)), _install_engine, say)
-        _once(ROUTER, (_HERE / "router.lock",), _install_router, say)
+        _install_routers(say)
         _once(MODEL, (_HERE / "tiny_model.py",), _make_model, say)
+
+
+def prepare_routers(say: Say) -> None:
+    """Install vllm-router and SGLang's router unless they are there; see `prepare`."""
+    require_root()
+    install_missing_packages(say, {PYTHON.name: "python3.11"})
+    with cache.locked("vllm"):
+        _install_routers(say)
+
+
+def _install_routers(say: Say) -> None:
+    _once(ROUTER, (_HERE / "router.lock",), _install_router, say)
 
 
 def purge() -> bool:
@@ -77,7 +89,7 @@ def _install_engine(say: Say) -> None:
 
 
 def _install_router(say: Say) -> None:
-    say("installing vllm-router")
+    say("installing vllm-router and SGLang's router")
     _make_environment(ROUTER)
     _pip(ROUTER, "--no-deps", "--require-hashes", "-r", str(_HERE / "router.lock"))
 

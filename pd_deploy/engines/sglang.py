@@ -93,7 +93,8 @@ _ROUTER_TUNING: dict[str, Scalar] = {
     "health-failure-threshold": 2,
     "health-success-threshold": 1,
 }
-_DP_ATTENTION = "enable-dp-attention"
+# Attention's data parallelism, as images have taken it at first, and as those of 2026 do.
+_DP_ATTENTION = ("enable-dp-attention", "attn-dp-size", "attention-data-parallel-size")
 _SAME_ON_BOTH_SIDES = ("page-size", "kv-cache-dtype")
 _WORDS = re.compile(r"[\w.,:/+-]+( [\w.,:/+-]+)+")
 
@@ -294,19 +295,24 @@ def _sizes(pod: Pod) -> Iterator[Finding]:
     arguments = routed.dashed(pod.master.settings.arguments)
     stages = _number(arguments.get("pp-size", arguments.get("pipeline-parallel-size", 1)))
     copies, rest = divmod(pod.device_count, pod.tensor_parallel * stages)
-    whole = len(pod.members) > 1 or bool(arguments.get(_DP_ATTENTION)) or stages > 1
+    whole = len(pod.members) > 1 or _has_dp_attention(pod) or stages > 1
     if rest or (whole and copies != 1):
         wanted = "exactly" if whole else "a divisor of"
         sizes = f"{pod.tensor_parallel}" + (f" x {stages} stages" if stages > 1 else "")
         message = f"expected {wanted} its devices ({pod.device_count}), found {sizes}"
         yield "tensor-parallel", Problem(f"{pod.key}.tensor_parallel", message)
     given = {"dp-size", "data-parallel-size", "dp"} & arguments.keys()
-    if given and not arguments.get(_DP_ATTENTION):
+    if given and not arguments.get(_DP_ATTENTION[0]):
         message = (
-            f"expected no such key without {_DP_ATTENTION}: how many copies of the model there are "
-            "follows from `tensor_parallel` and the devices"
+            f"expected no such key without {_DP_ATTENTION[0]}: how many copies of the model there "
+            "are follows from `tensor_parallel` and the devices"
         )
         yield "derived-arguments", Problem(f"{pod.key}.arguments.{min(given)}", message)
+
+
+def _has_dp_attention(pod: Pod) -> bool:
+    arguments = routed.dashed(pod.master.settings.arguments)
+    return any(arguments.get(name) for name in _DP_ATTENTION)
 
 
 def _layouts(topology: Topology) -> Iterator[Finding]:
@@ -378,8 +384,7 @@ def _copies(pod: Pod) -> list[str]:
 def _nodes(instance: Instance, pod: Pod) -> list[str]:
     """Have the processes of a pod meet at its master. On one host they meet by themselves, unless
     attention is data parallel: then two pods of a host would take the same ports."""
-    has_dp_attention = routed.dashed(pod.master.settings.arguments).get(_DP_ATTENTION)
-    if not (instance.spans_hosts or has_dp_attention):
+    if not (instance.spans_hosts or _has_dp_attention(pod)):
         return []
     return [
         "--dist-init-addr", f"{instance.master_address}:{pod.master.zmq_port + _DIST}",

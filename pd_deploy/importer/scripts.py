@@ -185,7 +185,13 @@ def reader_of(
             launcher.read(words, program, server, place, report)
             return True
         if program in launcher.OTHER_ENGINES:
-            report.add("problem", place, program, "expected vLLM; pd-deploy has no engine for this")
+            report.add(
+                "problem",
+                place,
+                program,
+                "expected vLLM; the importer reads no commands "
+                "of SGLang: docs/sglang.md shows how to write its deployment file",
+            )
             return True
         return False
 

@@ -48,6 +48,7 @@ class Backend:
 
     answer: dict[str, Any]
     address: str = ""
+    is_healthy: bool = True
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -55,7 +56,7 @@ class Backend:
 def serving(backend: Backend) -> Iterator[Backend]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.reply(b"{}", "application/json")
+            self.reply(b"{}", "application/json", 200 if backend.is_healthy else 503)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -66,8 +67,8 @@ def serving(backend: Backend) -> Iterator[Backend]:
             else:
                 self.reply(document.encode(), "application/json")
 
-        def reply(self, content: bytes, kind: str) -> None:
-            self.send_response(200)
+        def reply(self, content: bytes, kind: str, status: int = 200) -> None:
+            self.send_response(status)
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(content)))
             self.end_headers()
@@ -94,7 +95,7 @@ def completion(text: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    vllm.prepare(print)
+    vllm.prepare_routers(print)
     return vllm.ROUTER / "bin/vllm-router"
 
 

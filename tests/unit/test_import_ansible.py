@@ -265,7 +265,7 @@ def test_what_a_rule_demands_otherwise_is_changed_and_said(
     ("find", "replace", "says"),
     [
         ("AscendHcclConnectorV1", "LMCacheConnectorV1", "kv_connector LMCacheConnectorV1"),
-        ("pd_run.sh", "start_api_servers_sgl.py", "pd-deploy has no engine for this"),
+        ("pd_run.sh", "start_api_servers_sgl.py", "the importer reads no commands of SGLang"),
         ("registry.example.com/omni/omniinfer:release_v0.6.0", "REPOSITORY:TAG", "--set IMAGE"),
         ("/data/models/m", "/path/to/model", "--set MODEL_PATH"),
         ("10.2.0.1", "decode.example.com", "expected an IPv4 address"),

@@ -15,7 +15,6 @@ from tests.unit.test_vllm import broken, plan, runs, value
 
 GPU = example.ROOT / "deployments/sglang-gpu-2p1d.yaml"
 ASCEND = example.ROOT / "deployments/sglang-ascend-2p1d.yaml"
-DP_ATTENTION = {"enable-dp-attention": True, "dp-size": 4}
 
 
 def test_a_prefill_says_where_its_peers_meet_and_a_decode_does_not() -> None:
@@ -107,14 +106,19 @@ def test_ascends_store_is_at_the_first_prefill_for_all() -> None:
     assert made.instance("p1").container.devices[-1] == "/dev/davinci15"
 
 
-def test_attentions_data_parallelism_takes_ports_that_no_other_pod_has() -> None:
+@pytest.mark.parametrize(
+    "attention", [{"enable-dp-attention": True, "dp-size": 4}, {"attn_dp_size": 4}]
+)
+def test_attentions_data_parallelism_takes_ports_that_no_other_pod_has(
+    attention: dict[str, Any],
+) -> None:
     """By itself it would take seven from its API port + 233 on, and the next pod's the same."""
-    made = plan(GPU, {"settings": {"prefill": {"arguments": DP_ATTENTION}}})
+    made = plan(GPU, {"settings": {"prefill": {"arguments": attention}}})
     for name, port in (("p0", 9000), ("p1", 9016)):
         argv = runs(made, name)[0]
         assert value(argv, "--dist-init-addr") == f"10.0.5.1:{port}"
         assert {port + i for i in range(7)} <= made.instance(name).ports
-        assert value(argv, "--dp-size") == "4"
+        assert [value(argv, word) for word in argv if word.endswith("dp-size")] == ["4"]
 
 
 def test_fewer_devices_per_copy_make_several_copies() -> None:
