@@ -11,6 +11,8 @@ TEMPLATES = Path(__file__).parent / "scaffold"
 # How to prepare a lab for an example, and where the lab keeps its keys.
 _LAB_PREPARED = {
     "omniinfer": "Start the lab, two simulated hosts on this machine, as root: `pd-deploy lab up`.",
+    "sglang": "Start the lab, two simulated hosts on this machine, and put SGLang's stand-in and "
+    "router there, as root: `pd-deploy lab up`, then `pd-deploy lab sglang`.",
     "vllm": "Start the lab, two simulated hosts on this machine, and install vLLM for it, as root: "
     "`pd-deploy lab up`, then `pd-deploy lab vllm`.",
 }

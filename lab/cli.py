@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pd_deploy.lab import cache, contracts
+from pd_deploy.lab import sglang as sglangs
 from pd_deploy.lab import vllm as engine
 from pd_deploy.lab.box import INSIDE_ENVIRONMENT
 from pd_deploy.lab.errors import LabError
@@ -62,6 +63,18 @@ def vllm(name: Name = DEFAULT_NAME) -> None:
         packages = engine.IMAGE_PACKAGES
         image = lab.push_packages(engine.IMAGE, engine.IMAGE_TAG, packages, say=_say)
     _say(f"vLLM is ready in {engine.HOME}")
+    _say(f"  image   {image}")
+
+
+@app.command()
+def sglang(name: Name = DEFAULT_NAME) -> None:
+    """Prepare a running lab for SGLang: its stand-in, and its own router.
+
+    The first time, this installs the router beside vLLM's (about 100 MB).
+    """
+    with _plain_errors():
+        image = sglangs.push(Lab.load(name), _say)
+    _say("SGLang's stand-in is ready")
     _say(f"  image   {image}")
 
 

@@ -192,12 +192,18 @@ class Lab(BaseModel):
         return self.push_variant(tag, contracts.build(contract, tag, faults or {}))
 
     def push_packages(
-        self, repository: str, tag: str, packages: Sequence[str], say: Say = lambda _: None
+        self,
+        repository: str,
+        tag: str,
+        packages: Sequence[str],
+        *,
+        tree: bytes | None = None,
+        say: Say = lambda _: None,
     ) -> str:
-        """Push an image of nothing but Debian packages; return its full name."""
+        """Push an image of Debian packages, and of a tar of files; return its full name."""
         base = cache.prepare_base(packages, say)
         target = images.Repository(self.registry, repository)
-        images.push_image(target, tag, base.layer, base.blob, images.tar_files({}))
+        images.push_image(target, tag, base.layer, base.blob, tree or images.tar_files({}))
         return f"{self.registry}/{repository}:{tag}"
 
     def healthy(self) -> bool:

@@ -1,5 +1,6 @@
 """The engine sglang: what containers, servers and the router are given on GPUs and NPUs."""
 
+import importlib.util
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from pd_deploy.config.load import load_deployment
 from pd_deploy.engines import sglang
 from pd_deploy.engines.base import PROVING_ADDRESS
+from pd_deploy.lab import sglang as lab
 from pd_deploy.planning import placement
 from pd_deploy.steps.verify import metrics
 from tests.unit import example
@@ -82,7 +84,7 @@ def test_a_pod_over_two_hosts_is_one_engine_that_meets_at_its_master() -> None:
     assert value(other, "--port") == "10614"
     assert made.instance("d0-1").ports == {10614}
     assert [word for word in runs(made, "c0")[0] if word.startswith("http://10.0.6.4")] == []
-    at = argv.index("--cuda-graph-bs")
+    at = argv.index("--cuda-graph-bs-decode")
     assert argv[at + 1 : at + 9] == ["12", "14", "16", "18", "20", "22", "24", "26"]
 
 
@@ -119,6 +121,23 @@ def test_attentions_data_parallelism_takes_ports_that_no_other_pod_has(
         assert value(argv, "--dist-init-addr") == f"10.0.5.1:{port}"
         assert {port + i for i in range(7)} <= made.instance(name).ports
         assert [value(argv, word) for word in argv if word.endswith("dp-size")] == ["4"]
+
+
+def test_a_server_of_the_latest_version_takes_every_option_of_the_examples() -> None:
+    """By the table of the stand-in, which was made from the real parser."""
+    spec = importlib.util.spec_from_file_location("options", lab.STANDIN / "sglang/options.py")
+    assert spec
+    assert spec.loader
+    options = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(options)
+    parser = options.parser()
+    for file in (GPU, ASCEND, example.ROOT / "deployments/lab-sglang-2p1d.yaml"):
+        made = plan(file)
+        for name in (name for host in made.hosts.values() for name in host.instances):
+            if name != "c0":
+                parser.parse_args(runs(made, name)[0][3:])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model-path", "/x", "--disaggregation-decode-tp", "8"])
 
 
 def test_fewer_devices_per_copy_make_several_copies() -> None:

@@ -1,0 +1,29 @@
+"""SGLang for the lab: a strict stand-in for its server, and its own router.
+
+The stand-in takes the options that the real parser takes, by a table made from it, and hands KV
+over as SGLang does: bootstrap server, rooms, what both sides must have alike. It needs no device
+and no package beyond Python's own. The router is in vLLM's directory, see `pd_deploy.lab.vllm`.
+"""
+
+from pathlib import Path
+
+from pd_deploy.lab import Lab, images, vllm
+
+IMAGE, IMAGE_TAG = "sglang", "v0.5.23"
+STANDIN = Path(__file__).with_name("standin")
+_PACKAGES = "usr/local/lib/python3.11/dist-packages"
+
+
+def push(lab: Lab, say: vllm.Say = lambda _: None) -> str:
+    """Install the routers unless they are there, and push the stand-in; return its name.
+
+    It lies over the packages of vLLM's image, which a lab may have made already.
+    """
+    vllm.prepare_routers(say)
+    files = {
+        f"{_PACKAGES}/{path.relative_to(STANDIN)}": path.read_bytes()
+        for path in sorted(STANDIN.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    tree = images.tar_files(files)
+    return lab.push_packages(IMAGE, IMAGE_TAG, vllm.IMAGE_PACKAGES, tree=tree, say=say)
