@@ -83,7 +83,13 @@ async def _carried(session: Session, address: str, given: Benchmark) -> Measured
     fields = session.engine.cache_busting_fields(str(uuid.uuid4()))
     async with session.host(proxy.host).http(address, proxy.port) as client:
         return await generator.carried(
-            client, url, session.deployment, Load.of(given), fields, limit=given.seconds
+            client,
+            url,
+            session.deployment,
+            Load.of(given),
+            fields,
+            limit=given.seconds,
+            token_ids=session.engine.TAKES_TOKEN_IDS,
         )
 
 

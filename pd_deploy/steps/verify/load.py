@@ -52,6 +52,7 @@ async def carried(
     fields: Mapping[str, Any],
     *,
     limit: float,
+    token_ids: bool = True,
 ) -> Measured:
     """Send a load to a service; return how it carried it.
 
@@ -62,11 +63,13 @@ async def carried(
         url: where completions are.
         fields: what keeps requests from being answered from a cache.
         limit: seconds after which what is under way is given up, and nothing more is sent.
+        token_ids: whether prompts may be token ids.
     """
     measured, sending = Measured(), iter(range(load.requests))
 
     def body() -> dict[str, Any]:
-        return {**requests.of_load(deployment, load, str(uuid.uuid4())), **fields}
+        seed = str(uuid.uuid4())
+        return {**requests.of_load(deployment, load, seed, token_ids=token_ids), **fields}
 
     async def warm_up() -> None:
         await _timed(client, url, {**body(), "max_tokens": WARM_UP_TOKENS}, _Stream())

@@ -18,6 +18,8 @@ COMPARED = ("The capital of France is", "Once upon a time, there was")
 _LOWEST_ID, _IDS = 100, 128
 """Token ids that every vocabulary has, and that are special tokens in none of today's models."""
 
+_WORDS = ("the", "of", "and", "to", "in", "is", "it", "on", "as", "at", "by", "we", "or", "an")
+
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
@@ -74,7 +76,9 @@ def of_check(deployment: Deployment, check: SmokeCheck, longest: int, seed: str)
     )
 
 
-def of_load(deployment: Deployment, load: Load, seed: str) -> dict[str, Any]:
+def of_load(
+    deployment: Deployment, load: Load, seed: str, *, token_ids: bool = True
+) -> dict[str, Any]:
     """Build the body of one request of a load.
 
     Its prompt is of token ids, which make it as long as it has to be without the model's tokenizer,
@@ -82,10 +86,12 @@ def of_load(deployment: Deployment, load: Load, seed: str) -> dict[str, Any]:
 
     Args:
         seed: makes the prompt another one each time, so that no cache has it.
+        token_ids: whether the proxy takes them; else the prompt is of words that are a token each.
     """
+    ids = _ids(load.input_length, seed)
     return {
         "model": deployment.model.served_name,
-        "prompt": _ids(load.input_length, seed),
+        "prompt": ids if token_ids else " ".join(_WORDS[i % len(_WORDS)] for i in ids),
         "max_tokens": load.output_length,
         "temperature": 0,
         "ignore_eos": True,

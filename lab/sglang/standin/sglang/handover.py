@@ -136,6 +136,21 @@ class Receiver:
     def __init__(self, args: object) -> None:
         self.layout = layout(args)
         self.prefills: dict[str, dict] = {}
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        """Forget a prefill whose bootstrap server misses two heartbeats."""
+        missed: dict[str, int] = {}
+        while True:
+            time.sleep(float(os.environ.get("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "5")))
+            for address in list(self.prefills):
+                try:
+                    urllib.request.urlopen(f"http://{address}/health", timeout=2).read()
+                    missed[address] = 0
+                except OSError:
+                    missed[address] = missed.get(address, 0) + 1
+                if missed[address] >= 2:
+                    self.prefills.pop(address, None)
 
     def info_of(self, address: str) -> dict:
         """Ask a prefill's bootstrap server once where its ranks are."""
