@@ -2,7 +2,7 @@
 
 The stand-in takes the options that the real parser takes, by a table made from it, and hands KV
 over as SGLang does: bootstrap server, rooms, what both sides must have alike. It needs no device
-and no package beyond Python's own. The router is in vLLM's directory, see `pd_deploy.lab.vllm`.
+and no package beyond Python's own. The router is in vLLM's directory, which hosts see.
 """
 
 from pathlib import Path
@@ -11,15 +11,22 @@ from pd_deploy.lab import Lab, images, vllm
 
 IMAGE, IMAGE_TAG = "sglang", "v0.5.23"
 STANDIN = Path(__file__).with_name("standin")
+ROUTER = vllm.HOME / "sglang-router"
 _PACKAGES = "usr/local/lib/python3.11/dist-packages"
 
 
+def prepare_router(say: vllm.Say) -> None:
+    """Install the router unless it is there."""
+    lock = Path(__file__).with_name("router.lock")
+    vllm.prepare_program(ROUTER, lock, "SGLang's router", say)
+
+
 def push(lab: Lab, say: vllm.Say = lambda _: None) -> str:
-    """Install the routers unless they are there, and push the stand-in; return its name.
+    """Install the router unless it is there, and push the stand-in; return its name.
 
     It lies over the packages of vLLM's image, which a lab may have made already.
     """
-    vllm.prepare_routers(say)
+    prepare_router(say)
     files = {
         f"{_PACKAGES}/{path.relative_to(STANDIN)}": path.read_bytes()
         for path in sorted(STANDIN.rglob("*"))

@@ -41,20 +41,26 @@ def prepare(say: Say) -> None:
     install_missing_packages(say, {PYTHON.name: "python3.11"})
     with cache.locked("vllm"):
         _once(ENGINE, (_HERE / "engine.lock", Path(__file__)), _install_engine, say)
-        _install_routers(say)
+        _once(ROUTER, (_HERE / "router.lock",), _install_router, say)
         _once(MODEL, (_HERE / "tiny_model.py",), _make_model, say)
 
 
-def prepare_routers(say: Say) -> None:
-    """Install vllm-router and SGLang's router unless they are there; see `prepare`."""
+def prepare_program(directory: Path, lock: Path, name: str, say: Say) -> None:
+    """Install a lock file's packages in a directory of their own unless they are there.
+
+    Raises:
+        LabError: not root, or a step failed; the message has its output.
+    """
     require_root()
     install_missing_packages(say, {PYTHON.name: "python3.11"})
+
+    def install(say: Say) -> None:
+        say(f"installing {name}")
+        _make_environment(directory)
+        _pip(directory, "--no-deps", "--require-hashes", "-r", str(lock))
+
     with cache.locked("vllm"):
-        _install_routers(say)
-
-
-def _install_routers(say: Say) -> None:
-    _once(ROUTER, (_HERE / "router.lock",), _install_router, say)
+        _once(directory, (lock,), install, say)
 
 
 def purge() -> bool:
@@ -89,7 +95,7 @@ def _install_engine(say: Say) -> None:
 
 
 def _install_router(say: Say) -> None:
-    say("installing vllm-router and SGLang's router")
+    say("installing vllm-router")
     _make_environment(ROUTER)
     _pip(ROUTER, "--no-deps", "--require-hashes", "-r", str(_HERE / "router.lock"))
 

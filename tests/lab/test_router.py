@@ -95,7 +95,7 @@ def completion(text: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    vllm.prepare_routers(print)
+    vllm.prepare(print)
     return vllm.ROUTER / "bin/vllm-router"
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from pd_deploy.engines.base import Counter
-from pd_deploy.lab import vllm
+from pd_deploy.lab import sglang
 from pd_deploy.lab.system import wait_until
 from pd_deploy.steps.verify import metrics
 from tests.lab.registries import free_port
@@ -38,7 +38,7 @@ def backends() -> Iterator[tuple[Backend, Backend, Backend]]:
 def test_the_router_knows_all_servers_late_and_has_each_pair_meet_in_a_room(
     backends: tuple[Backend, Backend, Backend],
 ) -> None:
-    vllm.prepare_routers(print)
+    sglang.prepare_router(print)
     spec = example.plan_of(FILE).instance("c0")
     addresses = {
         f"http://10.0.5.{address}": backend.address
@@ -48,7 +48,7 @@ def test_the_router_knows_all_servers_late_and_has_each_pair_meet_in_a_room(
     port, metrics_port = free_port(), free_port()
     for option, value in (("--port", port), ("--prometheus-port", metrics_port)):
         argv[argv.index(option) + 1] = str(value)
-    argv[0] = str(vllm.ROUTER / "bin/python")
+    argv[0] = str(sglang.ROUTER / "bin/python")
     known = re.search(r"grep -qE '(.*)' <&3", spec.start_script.content)
     assert known
     asked = subprocess.run([*argv, "--help"], capture_output=True, check=False)
