@@ -44,7 +44,7 @@ class Scenario:
     moments: list[Moment]
     way_on: int
 
-    def run(self, way: str, moment: Moment) -> tuple[World, Outcome]:
+    def run(self, way: str, moment: Moment, **more: Any) -> tuple[World, Outcome]:
         """A run that ends so at this moment, on hosts of its own."""
         faults = {"connection lost": ConnectionDropped("lost"), "refused": HostError("refused")}
         hows = {"cancelled": "cancel_at", "everything cancelled": "cancel_all_at",
@@ -56,7 +56,7 @@ class Scenario:
 
         twin = self.world.twin()
         at = {hows[way]: moment.number} if way in hows else {}
-        return twin, twin.run(self.flow, watch=watch, **at, **self.parameters)
+        return twin, twin.run(self.flow, watch=watch, **at, **more, **self.parameters)
 
 
 def scenario(what: str) -> Scenario:
@@ -143,9 +143,16 @@ def test_a_cancelled_run_says_what_became_of_the_service(
 ) -> None:
     ours = [m for m in upgrade.moments if "probe" not in m.what]
     moments = [m for m in ours if m.what.split(" ")[0] == call]
-    _, outcome = upgrade.run("cancelled", moments[number])
+    reports = []
+
+    async def publish(*, key: str, **artifact: Any) -> None:
+        reports.append(artifact.get("markdown", ""))
+
+    _, outcome = upgrade.run("cancelled", moments[number], artifacts=publish)
     assert outcome.cancelled
     assert told in outcome.message
+    said = {"create": "**Interrupted: ", "start": "**Rolled back:**"}.get(call, "")
+    assert said in "".join(reports)
 
 
 def test_a_second_cancellation_ends_the_way_back_at_once_and_says_what_to_run(
