@@ -12,6 +12,7 @@ import httpx
 RETRIES = 2
 TIMEOUT_S = 60.0
 PAUSE_S = 0.02
+REFUSED = 0
 BODY = {"model": "qwen", "max_tokens": 5, "prompt": "a story"}
 
 
@@ -34,6 +35,9 @@ class PatientClients:
     """Clients that ask all the time: over one connection, over new ones, and for streams.
 
     A further one looks at /health; it has no patience.
+
+    Attributes:
+        health: the statuses that it has seen, `REFUSED` among them if it could not connect.
     """
 
     def __init__(self, url: str) -> None:
@@ -99,9 +103,15 @@ class PatientClients:
 
     def _stream(self, client: httpx.Client) -> None:
         """Read a stream; one that is cut is lost, because a client has shown its beginning."""
-        with client.stream("POST", self._url, json={**BODY, "stream": True}) as answer:
-            answer.raise_for_status()
-            lines = [line for line in answer.iter_lines() if line]
+        lines = list[str]()
+        try:
+            with client.stream("POST", self._url, json={**BODY, "stream": True}) as answer:
+                answer.raise_for_status()
+                lines += (line for line in answer.iter_lines() if line)
+        except httpx.TransportError as error:
+            if lines:
+                raise ValueError(f"a stream that is cut after {lines}") from error
+            raise
         if lines[-1:] != ["data: [DONE]"]:
             raise ValueError(f"a stream that ends with {lines[-1:]}")
         json.loads(lines[0].removeprefix("data: "))
@@ -110,8 +120,10 @@ class PatientClients:
         while not self._over.wait(PAUSE_S):
             try:
                 self.health.add(httpx.get(url, trust_env=False, timeout=2).status_code)
-            except httpx.HTTPError:
-                self.health.add(0)
+            except httpx.ConnectError:
+                self.health.add(REFUSED)
+            except httpx.TransportError:
+                pass  # a busy machine
 
 
 def _client() -> httpx.Client:
