@@ -17,7 +17,7 @@ from pd_deploy.flows.teardown import teardown
 from tests.memory.calls import Moment
 from tests.memory.commands import lease_lines
 from tests.memory.machine import Faults
-from tests.memory.world import ROOT, World
+from tests.memory.world import NAME, ROOT, World
 from tests.samples import sampled
 
 STATE = "/var/lib/pd-deploy"
@@ -176,7 +176,7 @@ class TestFull:
 
     def test_teardown_removes_all(self, upgraded: World) -> None:
         fill(upgraded)
-        assert upgraded.run(teardown).completed
+        assert upgraded.run(teardown, name=NAME).completed
         assert not upgraded.containers()
         assert not upgraded.machines["a"].disk.get(ROOT)
 
@@ -316,6 +316,7 @@ def test_a_run_looks_at_its_lease_before_each_change(upgraded: World, flow: Any)
             changes[moment.host] += 1
             assert looks[moment.host] >= changes[moment.host], f"{moment} ({rest})"
 
-    parameters = {"image": upgraded.push("20250724_1")} if flow is deploy else {}
+    image = upgraded.push("20250724_1")
+    parameters = {deploy: {"image": image}, teardown: {"name": NAME}}.get(flow, {})
     assert upgraded.run(flow, watch=watch, **parameters).completed
     assert sum(changes.values()) > 3
