@@ -205,7 +205,7 @@ class Rollout:
         """Whether clients can go on to connect while it restarts servers: the proxy stays."""
         proxy = self.plan.instance(self.session.topology.proxy.name).container.name
         runs = {s.name for states in self.containers.values() for s in states if s.running}
-        return proxy in runs - self._names_stopping
+        return proxy in runs - self._names_stopping and not self.surveyed_history.record.closed
 
     @cached_property
     def leaving(self) -> list[tuple[str, AdoptedContainer]]:

@@ -59,8 +59,10 @@ class Held:
 
 
 def is_wanted(rollout: Rollout) -> bool:
-    """Tell whether requests are to be held, or are already, by what another run has left."""
-    return rollout.session.topology.proxy.entry.hold > 0 or rollout.has_waiting_room
+    """Tell whether requests are to be held, or are already, by what another run has left: not
+    where the proxy stays, and has its port."""
+    holds = rollout.session.topology.proxy.entry.hold > 0 and not rollout.stays_open
+    return holds or rollout.has_waiting_room
 
 
 async def prepare(rollout: Rollout, instance: str) -> Report:

@@ -403,6 +403,22 @@ class TestRules:
             service(contract, changes)
 
     @pytest.mark.parametrize(
+        ("contract", "program", "again"),
+        [
+            ("v0-early", "global", {"p0", "p1", "p2", "d0", "c0"}),
+            ("v0", "omni", {"p0", "p1", "p2", "d0", "c0"}),
+            ("v1", "omni", {"p1"}),
+            ("v1", "global", {"p1", "c0"}),
+            ("roles", "omni", {"p1"}),
+        ],
+    )
+    def test_what_starts_again_with_a_server_follows_from_when_links_are_made(
+        self, contract: str, program: str, again: set[str]
+    ) -> None:
+        made = service(contract, {"proxy": {"c0": {"program": program}}})
+        assert omniinfer.restarts_with(made.deployment, made.topology, "p1") == again
+
+    @pytest.mark.parametrize(
         ("contract", "program", "works"),
         [
             ("v0-early", "global", True), ("v0-early", "omni", False),

@@ -24,6 +24,7 @@ from pd_deploy.flows.recover import recover
 from pd_deploy.records import mending
 from pd_deploy.records.mending import Decision
 from pd_deploy.records.releases import Hold, Mending
+from pd_deploy.steps import waiting_room
 from tests.memory import answers
 from tests.memory import world as memory
 from tests.memory.calls import Moment
@@ -45,6 +46,7 @@ def world(tmp_path: Path) -> World:
 @pytest.fixture(scope="module")
 def deployed_on_demand(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("on-demand"))
+    world.change(proxy={"c0": {"hold": 30}})
     world.deploy()
     image = world.push(ON_DEMAND, answer=answers.of("roles"))
     assert world.run(deploy, image=image).completed
@@ -140,7 +142,13 @@ def test_a_server_that_links_on_demand_starts_alone_while_the_others_serve(
 ) -> None:
     world = on_demand
     world.pass_by(3600)
-    before, served = world.runs(), list[bool]()
+    before, served, rooms = world.runs(), list[bool](), list[str]()
+
+    async def prepare(_: object, instance: str) -> tuple[bool, str]:
+        rooms.append(instance)  # it would take the open port
+        return False, ""
+
+    monkeypatch.setattr(waiting_room, "_prepare", prepare)
     if damage == "ended":
         kill(world, "p1")
     else:
@@ -153,6 +161,7 @@ def test_a_server_that_links_on_demand_starts_alone_while_the_others_serve(
     outcome = world.run(health, watch=watch)
     assert outcome.word == "Mended", outcome
     assert "down for" not in outcome.message
+    assert not rooms
     assert served
     assert all(served)
     world.assert_coherent()

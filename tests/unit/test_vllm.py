@@ -69,6 +69,9 @@ class TestAll:
         of = load_deployment(file)
         placed = placement.build(of)
         assert {vllm.starts_after(of, placed, name) for name in placed.names} == {()}
+        for pod in placed.pods:
+            members = {member.name for member in pod.members}
+            assert all(vllm.restarts_with(of, placed, name) == members for name in members)
 
     def test_planning_offline_needs_no_device_address(self, tmp_path: Path) -> None:
         facts = tmp_path / "facts.json"
