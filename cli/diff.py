@@ -58,7 +58,8 @@ async def compared(deployment: Deployment) -> Diff:
         hosts = rollout.with_actions(STAGES).hosts.items()
         changes = [f"{name}: {a.verb} {a.subject}" for name, host in hosts for a in host.actions]
         if serving is None:
-            return Diff(planned.deployment, planned.generation, "", changes=changes)
+            serves = rollout.history.record.serving_name or ""
+            return Diff(planned.deployment, planned.generation, serves, changes=changes)
         before, plan, why = await _before(rollout, serving, deployment)
         return Diff(
             planned.deployment,

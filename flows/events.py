@@ -8,7 +8,7 @@ from prefect.logging import get_run_logger
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import headline
-from pd_deploy.records.adopted import SHOWN
+from pd_deploy.records import adopted
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.checking import Checked
 
@@ -53,8 +53,8 @@ def rolled_back(failed: Rollout, back: Rollout, reason: str) -> None:
 
 def back_on_adopted(failed: Rollout, reason: str) -> None:
     """Tell that a generation failed, and that the service which it was to replace serves again."""
-    message = f"{reason}; the service is back on {SHOWN}, {failed.attempt.downtime}"
-    emit(ROLLED_BACK, failed.session.deployment, message, **_facts(failed), serving=SHOWN)
+    message = f"{reason}; the service is back on {adopted.SHOWN}, {failed.attempt.downtime}"
+    emit(ROLLED_BACK, failed.session.deployment, message, **_facts(failed), serving=adopted.SHOWN)
 
 
 def quarantined(failed: Rollout, error: BaseException) -> None:

@@ -507,10 +507,11 @@ def table(
     """
     releases = sorted(history.releases.values(), key=_age, reverse=True)
     rows = [_row(history, release, running, is_whole) for release in releases]
-    return [*rows, *_adopted_row(history.record, is_whole)]
+    empty = dict.fromkeys(rows[0], "") if rows else {}
+    return [*rows, *({**empty, **row} for row in _adopted_rows(history.record, is_whole))]
 
 
-def _adopted_row(record: Record, is_whole: bool) -> list[Mapping[str, str]]:
+def _adopted_rows(record: Record, is_whole: bool) -> list[Mapping[str, str]]:
     service = record.adopted
     if service is None:
         return []

@@ -6,6 +6,7 @@ is left out: its server, states and logs. Time is virtual, so waits and retries 
 
 import asyncio
 import copy
+import inspect
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -466,6 +467,8 @@ async def _flow_run(flow: Any, *, due: datetime | None = None, **parameters: Any
         auto_scheduled=due is not None,
         expected_start_time=due,
     )
+    if "name" in inspect.signature(flow.fn).parameters:
+        parameters.setdefault("name", NAME)  # a teardown asks whether this one is meant
     context = FlowRunContext.model_construct(flow=flow, flow_run=flow_run, parameters=parameters)
     with context:
         return await flow.fn(**parameters)
