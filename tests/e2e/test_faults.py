@@ -129,8 +129,11 @@ async def test_absent_image_leaves_the_old_service_alone(service: Service) -> No
     assert service.states() == before
 
 
-async def test_taken_port_and_missing_paths_are_named_together(service: Service) -> None:
-    """All faults of a host at once, with who holds the port; nothing was created."""
+async def test_taken_port_and_missing_paths_are_named_together(
+    service: Service, prefect: Callable[..., str]
+) -> None:
+    """All faults of a host at once, with who holds the port; nothing was created. A preflight tells
+    them as well, and what else is wrong."""
     service.change(model={"path": "/data/models/absent"})
     script = "import socket, time; s = socket.create_server(('', 9001)); time.sleep(600)"
     holder = service.lab.hosts["a"].popen(["python3", "-c", script])
@@ -138,9 +141,16 @@ async def test_taken_port_and_missing_paths_are_named_together(service: Service)
         ports = ["ss", "-Hltn"]
         until(lambda: ":9001" in service.lab.hosts["a"].run(ports).stdout)
         state = await run(service)
+        tls = ["sh", "-c", "echo tls_enable_3=1 >>/etc/hccn.conf"]
+        service.lab.hosts["b"].run(tls)
+        table = prefect("pd-deploy", "preflight", service.file, status=1)
     finally:
         holder.kill()
         holder.wait()
+        service.lab.hosts["b"].run(["sed", "-i", "/^tls_enable_3=1$/d", "/etc/hccn.conf"])
+    checks = {tuple(line.split()[:3]) for line in table.splitlines()}
+    assert {("error", "device-tls", "b"), ("error", "host", "a"), ("error", "host", "b")} <= checks
+    assert "port 9001" in table
     message = str(state.message)
     assert "port 9001" in message
     assert "python3" in message
