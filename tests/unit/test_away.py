@@ -32,7 +32,9 @@ def world(tmp_path: Path) -> World:
 def way_back(world: World, image: str) -> list[Moment]:
     """The calls that a run makes once the new generation has failed, until the old one opens."""
     moments = world.twin().run(deploy, image=image).moments
-    read = next(m for m in moments if m.what == f"read {ROOT}/{world.serving()}/plan.json")
+    proof = next(m for m in moments if "POST" in m.what)
+    plan = f"read {ROOT}/{world.serving()}/plan.json"
+    read = next(m for m in moments[proof.number :] if m.what == plan)
     begin = [m for m in moments[: read.number] if "POST" in m.what][-1]
     end = [m for m in moments if m.what.startswith("kill ")][-1]
     return list(moments[begin.number : end.number])
