@@ -9,7 +9,6 @@ import hashlib
 import os
 import stat
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from pd_deploy.code import tree
 from pd_deploy.code.tree import Entry, Tree
 from pd_deploy.config.fields import split_code_source
 from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.hosts.scratch import Scratch
 
 KEY = "code.source"
 CACHE = Path("~/.cache/pd-deploy/code").expanduser()
@@ -111,8 +111,8 @@ def read(source: str, patches: Mapping[str, Sequence[str]] = MappingProxyType({}
 
 
 def _patched(source: Source, patches: Mapping[str, Sequence[str]]) -> Source:
-    keep = tempfile.TemporaryDirectory(prefix="pd-deploy-code-")
-    top = Path(keep.name).resolve()
+    keep = Scratch()
+    top = keep.path
     for entry in source.tree.entries:
         place = top / entry.path
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -273,8 +273,8 @@ def _cloned(url: str, commit: str) -> Source:
             _git(cache, "fetch", "--quiet", "--tags", "--", url, "+refs/heads/*:refs/heads/*")
         if _git(cache, "cat-file", "-t", commit, check=False).strip() != "commit":
             raise _invalid(f"expected the commit {commit} in {url}, found none")
-    keep = tempfile.TemporaryDirectory(prefix="pd-deploy-code-")
-    made = Path(keep.name).resolve()
+    keep = Scratch()
+    made = keep.path
     index = {"GIT_INDEX_FILE": f"{made}/.git-index"}
     work = (f"--git-dir={cache}", f"--work-tree={made}")
     _git(made, *work, "read-tree", commit, environment=index)

@@ -2,16 +2,14 @@
 
 import asyncio
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from typing import Protocol
 
 import asyncssh
 
 from pd_deploy.errors import PdDeployError
+from pd_deploy.hosts.scratch import Scratch
 
 CHUNK = 65536  # bytes; more than an SSH packet carries
 
@@ -58,7 +56,7 @@ class Tunnel:
     def __init__(self, open_stream: OpenStream) -> None:
         self._open_stream = open_stream
         self._server: asyncio.Server | None = None
-        self._directory: Path | None = None
+        self._scratch: Scratch | None = None
         self._joined: set[asyncio.Task[None]] = set()
         self.fault: PdDeployError | None = None
         """What kept the last connection from its far end, or cut it off; None if that closed it."""
@@ -70,9 +68,9 @@ class Tunnel:
 
     async def start(self) -> str:
         """Listen; return the socket's path."""
-        # mkdtemp makes it 0700: the socket gives root on the host to whoever can connect.
-        self._directory = Path(tempfile.mkdtemp(prefix="pd-"))
-        path = self._directory / "engine.sock"
+        # Nobody else may enter: the socket gives root on the host to whoever can connect.
+        self._scratch = Scratch()
+        path = self._scratch.path / "engine.sock"
         self._server = await asyncio.start_unix_server(self._accept, path)
         return str(path)
 
@@ -82,8 +80,8 @@ class Tunnel:
             self._server.close()
         for task in self._joined:
             task.cancel()
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self._scratch:
+            self._scratch.close()
         await asyncio.gather(*self._joined, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
