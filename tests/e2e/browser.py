@@ -16,6 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 from pd_deploy.lab import system
 
 PROGRAM = "chromium-headless-shell"
+CLICKS = 3
 SWITCH = """(() => {
   const shown = [...document.querySelectorAll('[role=switch]')].filter(one => one.offsetParent);
   if (!shown.length) return null;
@@ -39,17 +40,25 @@ class Page:
     def turn(self, *, on: bool) -> None:
         """Click the page's first switch, once it is there, and wait until it shows the change."""
         self._until_switch(on=not on)
-        place = self._switch()
-        for event in ("mousePressed", "mouseReleased"):
-            where = {"x": place["x"], "y": place["y"], "button": "left", "clickCount": 1}
-            self._call("Input.dispatchMouseEvent", type=event, **where)
-        self._until_switch(on=on)
+        for _ in range(CLICKS):  # a page that is still being laid out moves it away from a click
+            place = self._switch()
+            for event in ("mousePressed", "mouseReleased"):
+                where = {"x": place["x"], "y": place["y"], "button": "left", "clickCount": 1}
+                self._call("Input.dispatchMouseEvent", type=event, **where)
+            if self._shows(on=on, within=20):
+                return
+        raise AssertionError(f"expected a switch that is {on=} after {CLICKS} clicks")
 
     def _until_switch(self, *, on: bool) -> None:
-        deadline = time.monotonic() + 60
+        assert self._shows(on=on, within=60), f"expected a switch that is {on=}"
+
+    def _shows(self, *, on: bool, within: float) -> bool:
+        deadline = time.monotonic() + within
         while (self._switch() or {}).get("on") is not on:
-            assert time.monotonic() < deadline, f"expected a switch that is {on=}"
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.1)
+        return True
 
     def _switch(self) -> Any:
         answer = self._call("Runtime.evaluate", expression=SWITCH, returnByValue=True)

@@ -396,7 +396,7 @@ class TestPruning:
         a.run(["docker", "create", "--name", "foreign", image, "true"])
         a.run(["mkdir", "-p", "/var/lib/pd-deploy/other", "/data/log_path/other"])
         try:
-            state = await run(teardown, service)
+            state = await run(teardown, service, name="qwq-3p1d")
             assert state.is_completed(), state.message
             names = a.run(["docker", "ps", "-a", "--format", "{{.Names}}"]).stdout.split()
             assert names == ["foreign"]

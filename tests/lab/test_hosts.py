@@ -723,8 +723,8 @@ class TestDocker:
 
     async def test_clients_of_a_port_are_counted(self, host: Host) -> None:
         await host.run(["true"])
-        assert await host.facts.connections(22) >= 1
-        assert await host.facts.connections(9) == 0
+        assert await host.facts.connections(22)
+        assert await host.facts.connections(9) == []
 
     async def test_pull_gives_the_registrys_digest(self, host: Host, lab: Lab) -> None:
         seen: list[PullProgress] = []
