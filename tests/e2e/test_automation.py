@@ -8,6 +8,8 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -16,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
 
 from bench.lab_service import INSTANCES
 from demo.services import DEPLOY_LAB
@@ -24,6 +27,8 @@ from tests.e2e.conftest import BIN, ROOT, Service, local_server_of, long, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 NAME = "lab-qwq-3p1d"
+HEALTH = f"pd-health/{NAME}-health"
+EVERY = timedelta(seconds=15)  # a check's process is started up to 10 s ahead
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ async def automated(service: Service, worker: None) -> AsyncIterator[Service]:
     """The service as the deployments of demo/prefect.yaml know it; it takes long to load."""
     before = {}
     async with get_client() as client:
-        for deployment in (f"pd-deploy/{NAME}", f"pd-recover/{NAME}-recover"):
+        for deployment in (f"pd-deploy/{NAME}", f"pd-recover/{NAME}-recover", HEALTH):
             found = await client.read_deployment_by_name(deployment)
             before[found.id] = found.parameters
             await client.update_deployment(found.id, _update(service.file))
@@ -62,6 +67,8 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
     assert recovered.state.is_completed(), recovered.state.message
     assert {epoch(automated, name) for name in INSTANCES} == {"1"}
     assert automated.completes()
+    if way == "killed":
+        await a_rebooted_host_serves_again(automated)
     if way == "cancelled":
         async with get_client() as client:
             cancelled = (await client.read_flow_run(run)).state
@@ -72,6 +79,34 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
         outcomes = automated.record()["outcomes"].items()
         ends = {name.partition("-")[0]: outcome["result"] for name, outcome in outcomes}
         assert ends == {"1": "good", "2": "interrupted"}
+
+
+async def a_rebooted_host_serves_again(service: Service) -> None:
+    """By the schedule of health, once that is turned on; told once, and mended as one set."""
+    before = {name: state for name, (_, state) in service.states().items()}
+    async with get_client() as client:
+        health = await client.read_deployment_by_name(HEALTH)
+        (schedule,) = health.schedules
+        assert not schedule.active
+        every = IntervalSchedule(interval=EVERY, anchor_date=datetime(2026, 1, 1, tzinfo=UTC))
+        host = service.lab.hosts["b"]
+        host.power_off()
+        host.power_on()
+        turned = partial(client.update_deployment_schedule, health.id, schedule.id)
+        try:
+            await turned(active=True, schedule=every)
+            mended = await ended("pd-health", set(), "Mended")
+        finally:
+            await turned(active=False, schedule=schedule.schedule)
+    assert mended.expected_start_time
+    assert mended.start_time
+    late = mended.start_time - mended.expected_start_time
+    print(f"the check began {late.total_seconds():.1f} s after its time; {mended.total_run_time}")
+    assert "d0 on b" in str(mended.state and mended.state.message)
+    assert service.completes()
+    after = {name: state for name, (_, state) in service.states().items()}
+    assert not [name for name in INSTANCES if before[name] == after[name]]
+    assert len(service.record()["mending"]["attempts"]) == 1
 
 
 async def cancel_a_queued_run(
@@ -215,11 +250,13 @@ async def runs_of(flow: str) -> list[FlowRun]:
         return await client.read_flow_runs(flow_filter=chosen)
 
 
-async def ended(flow: str, earlier: set[UUID]) -> FlowRun:
-    """The run of a flow that there was not before, once it has ended."""
+async def ended(flow: str, earlier: set[UUID], name: str | None = None) -> FlowRun:
+    """The run of a flow that there was not before, once it has ended, in a state of that name if
+    one is given."""
     for _ in range(240):
         for run in await runs_of(flow):
-            if run.id not in earlier and run.state and run.state.is_final():
+            over = run.id not in earlier and run.state and run.state.is_final()
+            if over and run.state and name in (None, run.state.name):
                 return run
         await asyncio.sleep(0.5)
     raise AssertionError(f"no further run of {flow} has ended")
