@@ -155,7 +155,7 @@ def test_an_upgrade_that_is_killed_at_any_moment_is_put_right_by_recovery(world:
     image = world.push("20250725_1")
     moments = world.new_states(deploy, image=image)
     assert len(moments) > 50
-    for moment in sampled(moments, 3):
+    for moment in sampled(moments, 5):
         twin = world.twin()
         assert twin.run(deploy, image=image, kill_at=moment.number).killed
         twin.pass_by(5)

@@ -283,7 +283,7 @@ class TestQuarantine:
             path = what.partition("/")[2] if verb in ("GET", "POST") else ""
             hanging.setdefault((verb, path, one.after), one)
         assert len(hanging) > 20
-        for moment in sampled(list(hanging.values()), 3):
+        for moment in sampled(list(hanging.values()), 4):
             twin = world.twin()
             twin.run(deploy, image=image(world), hang_at=moment.number)
             assert not twin.record().quarantine, moment
