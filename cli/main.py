@@ -811,7 +811,9 @@ def execute(
     deployment = load(file)
     from pd_deploy.cli import execute as executing
 
-    raise typer.Exit(executing.run(deployment, instance, command))
+    # The `--` before a command stays there when it follows other arguments.
+    argv = command[1:] if command[:1] == ["--"] else command
+    raise typer.Exit(executing.run(deployment, instance, argv))
 
 
 @app.command()

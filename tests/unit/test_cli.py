@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from pd_deploy.cli import hosts, shell
+from pd_deploy.cli import execute, hosts, shell
 from pd_deploy.cli import main as cli
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
@@ -471,3 +472,22 @@ def test_a_shell_completes_commands(shell: str) -> None:
     )
     assert "releases" in done.stdout
     assert "rollback" not in done.stdout
+
+
+@pytest.mark.parametrize("before", [["--"], []], ids=["as documented", "without --"])
+def test_exec_runs_what_follows_the_instance(
+    monkeypatch: pytest.MonkeyPatch, before: list[str]
+) -> None:
+    """Options in it are the command's own."""
+    ran: list[object] = []
+
+    def run(_: object, instance: str, argv: list[str]) -> int:
+        ran.append((instance, argv))
+        return 3
+
+    monkeypatch.setattr(execute, "run", run)
+    done = CliRunner().invoke(
+        cli.app, ["exec", str(example.FILE), "p1", *before, "ls", "--help", "--", "x"]
+    )
+    assert done.exit_code == 3
+    assert ran == [("p1", ["ls", "--help", "--", "x"])]
