@@ -11,7 +11,7 @@ from bench.client import Client
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
-from tests.e2e.conftest import Service, until
+from tests.e2e.conftest import Service, long, until
 from tests.playbook import NAMES, Playbook
 
 SECRET = "hf_0123456789abcdef0123456789abcdef01"
@@ -28,12 +28,13 @@ def playbook(service: Service, prefect: Callable[..., str]) -> Iterator[Playbook
     playbook = Playbook(service.lab, plan, service.lab.image)
     try:
         playbook.start(HF_TOKEN=SECRET)
-        until(service.completes)
+        until(service.completes, 120)
         yield playbook
     finally:
         playbook.clean()
 
 
+@long
 async def test_a_first_deployment_that_fails_gives_the_service_back_to_the_playbooks_containers(
     service: Service, playbook: Playbook, prefect: Callable[..., str]
 ) -> None:
