@@ -165,7 +165,7 @@ class World:
         flow: Any,
         *,
         watch: Callable[[Moment], None] | None = None,
-        kill_at: int = 0,
+        kill_at: int | Callable[[Moment], bool] = 0,
         cancel_at: int = 0,
         cancel_again_at: int = 0,
         cancel_all_at: int = 0,
@@ -178,7 +178,8 @@ class World:
 
         Args:
             watch: told of each moment; what it raises, the call there raises.
-            kill_at: number of the moment at which its process is killed.
+            kill_at: number of the moment at which its process is killed, or what tells it where
+                numbers differ from run to run, as they do while a thread works.
             cancel_at, cancel_again_at: at which it is cancelled.
             cancel_all_at: at which everything on its event loop is cancelled.
             hang_at: at which a call is not answered, until it is given up.
@@ -478,12 +479,13 @@ async def _carried_out(
     run: Any,
     calls: Calls,
     watch: Callable[[Moment], None],
-    kill_at: int,
+    kill_at: int | Callable[[Moment], bool],
     cancel_at: tuple[int, ...],
     cancel_all_at: int,
 ) -> Outcome:
     harness = asyncio.current_task()
     work = asyncio.ensure_future(run)
+    kills = kill_at if callable(kill_at) else lambda moment: moment.number == kill_at
     killed = asyncio.get_running_loop().create_future()
 
     def passes(moment: Moment) -> None:
@@ -493,7 +495,7 @@ async def _carried_out(
         if moment.number == cancel_all_at:
             for task in asyncio.all_tasks() - {harness}:
                 task.cancel()
-        if moment.number == kill_at:
+        if kills(moment) and not calls.dead:
             calls.dead = True
             killed.set_result(None)
 

@@ -437,16 +437,21 @@ class TestOnHosts:
     ) -> None:
         world.deploy()
         write(plain, {"omni/__init__.py": "version = 2\n"})
-        moments = list[Moment]()
-        assert world.twin().run(deploy, watch=moments.append).completed
-        of_code = [m for m in moments if m.what in ("receive", "lay out") and m.host == "a"]
-        assert len(of_code) == 6  # before and after one batch and two trees
-        for moment in of_code[1::3]:  # after the batch, and while the second tree is laid out
-            twin = world.twin()
-            assert twin.run(deploy, kill_at=moment.number).killed
+        for number in (2, 5):  # after the batch, and while the second tree is laid out
+            twin, of_code = world.twin(), list[Moment]()
+
+            def kills(
+                moment: Moment, of_code: list[Moment] = of_code, number: int = number
+            ) -> bool:
+                if moment.what in ("receive", "lay out") and moment.host == "a":
+                    of_code.append(moment)
+                return len(of_code) == number
+
+            assert twin.run(deploy, kill_at=kills).killed
+            assert [m.what for m in of_code] == ["receive", "receive", *["lay out"] * 3][:number]
             twin.pass_by(5)
             outcome = twin.run(deploy)
-            assert outcome.completed, f"{moment}: {outcome.error}"
+            assert outcome.completed, f"{of_code}: {outcome.error}"
             assert seen(twin, "p0", "omni/__init__.py") == "version = 2\n"
             twin.assert_coherent()
 
