@@ -13,7 +13,7 @@ from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.run import Run
 from pd_deploy.records.adopted import SHOWN, AdoptedContainer, AdoptedService
-from pd_deploy.steps import adopting, timeline, waiting_room
+from pd_deploy.steps import adopting, copies, timeline, waiting_room
 from pd_deploy.steps.attempt import Downtime
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
@@ -76,7 +76,7 @@ async def take_back(
         ) from error
     failed.attempt.downtime.end()
     try:
-        failed.attempt.record = await adopting.note(
+        failed.attempt.record = await copies.change_record(
             session, lambda record: record.returned(datetime.now(UTC), str(run))
         )
     except PdDeployError as fault:
@@ -99,7 +99,7 @@ async def return_to(session: LockedSession, service: AdoptedService, run: Run) -
     """
     stopped, downtime = "", Downtime()
     if not await adopting.is_whole(session, service):
-        record = await adopting.note(session, lambda r: r.closing(datetime.now(UTC)))
+        record = await copies.change_record(session, lambda r: r.closing(datetime.now(UTC)))
         downtime = Downtime(record.closed)
         proxy_host = session.topology.proxy.host
         others = [name for name in session.hosts if name != proxy_host]
@@ -110,7 +110,7 @@ async def return_to(session: LockedSession, service: AdoptedService, run: Run) -
         session.hosts, session.deployment.gates.away, partial(serve_again, session, service)
     )
     downtime.end()
-    await adopting.note(session, lambda r: r.returned(datetime.now(UTC), str(run)))
+    await copies.change_record(session, lambda r: r.returned(datetime.now(UTC), str(run)))
     said = [f"Generation {SHOWN}: {proof.detail}", stopped]
     said += [str(downtime)] if downtime.since else ["nothing changed"]
     return Completed(message="; ".join(filter(None, said)))

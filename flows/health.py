@@ -19,7 +19,7 @@ from pd_deploy.flows.survey import restore
 from pd_deploy.records import mending
 from pd_deploy.records.mending import Decision
 from pd_deploy.records.releases import Record
-from pd_deploy.steps import copies, host_records, promotion
+from pd_deploy.steps import copies, promotion
 from pd_deploy.steps.session import LockedSession, Session
 from pd_deploy.steps.verify import checking
 from pd_deploy.steps.verify.checking import Checked
@@ -149,10 +149,10 @@ async def _mended(unlocked: Session, checked: Checked, run: Run) -> State[None]:
 async def _note_failure(session: LockedSession, checked: Checked, began: datetime) -> None:
     """Record that an attempt failed, and give up if it was the last one."""
     try:
-        record = await _write(session, lambda record: record.not_mended(began, now()))
+        record = await copies.change_record(session, lambda record: record.not_mended(began, now()))
         decision = mending.decide(record.mending, session.deployment.health, now())
         if decision.gives_up:
-            await _write(session, lambda record: record.gave_up(now()))
+            await copies.change_record(session, lambda record: record.gave_up(now()))
             events.gave_up(session.deployment, checked, decision.why)
     except PdDeployError as fault:
         get_run_logger().warning("that it failed could not be recorded: %s", fault)
@@ -165,16 +165,7 @@ async def _note(session: Session, run: Run, change: Callable[[Record], Record]) 
         LeaseHeld, OnHold: it is not ours to change.
     """
     async with locked(session, str(run)) as with_lease:
-        await _write(with_lease, change)
-
-
-async def _write(session: LockedSession, change: Callable[[Record], Record]) -> Record:
-    """Change the record as it is now; return the new one."""
-    before = host_records.merged((await copies.read(session)).values()).record
-    record = change(before)
-    if record is not before:
-        await copies.write_record(session, copies.hosts_in_order(session), record)
-    return record
+        await copies.change_record(with_lease, change)
 
 
 def _ended(checked: Checked, why: str) -> State[None]:

@@ -12,7 +12,7 @@ from pd_deploy.flows.session import locked_session
 from pd_deploy.flows.survey import survey_hosts
 from pd_deploy.records.adopted import SHOWN
 from pd_deploy.records.releases import History
-from pd_deploy.steps import adopting, surveying
+from pd_deploy.steps import copies, surveying
 from pd_deploy.steps.session import LockedSession
 from pd_deploy.tasks import prune as prune_host
 from pd_deploy.tasks import prune_adopted
@@ -59,5 +59,5 @@ async def _prune_adopted(session: LockedSession, history: History) -> State[None
         )
     steps = [prune_adopted(session, service, name) for name in session.hosts]
     reports = await fan_out(session.barrier, steps)
-    await adopting.note(session, lambda record: record.adopting(None))
+    await copies.change_record(session, lambda record: record.adopting(None))
     return Completed(message="; ".join(f"{report.host}: {report.detail}" for report in reports))

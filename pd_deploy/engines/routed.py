@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Instance, Pod, Topology
-from pd_deploy.engines.base import PROVING_ADDRESS, CodePlace, Finding, HostFacts, Service
+from pd_deploy.engines.base import (
+    PROVING_ADDRESS,
+    CodePlace,
+    Finding,
+    HostFacts,
+    MetricsPage,
+    Service,
+)
 from pd_deploy.engines.common import (
     ONE_STEP_ON,
     code_mounts,
@@ -20,6 +27,7 @@ from pd_deploy.engines.common import (
     text,
     title,
 )
+from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec, DeviceRequest
 
@@ -251,3 +259,31 @@ def _ratio(prefill: Pod, decode: Pod) -> Iterator[Finding]:
             f"({decode.tensor_parallel}), found {prefill.tensor_parallel}"
         )
         yield "tensor-parallel-ratio", Problem(f"{prefill.key}.tensor_parallel", message)
+
+
+def probe_command() -> list[str]:
+    """Return no command: images are not asked."""
+    return []
+
+
+def parse_probe(_: str) -> ImageFacts:
+    """Return no facts: images are not asked."""
+    return ImageFacts()
+
+
+def for_image(deployment: Deployment, _: ImageFacts) -> Deployment:
+    """Return the deployment as it is: nothing depends on the image."""
+    return deployment
+
+
+def image_findings(_deployment: Deployment, _: ImageFacts | None) -> Iterator[Finding]:
+    """Yield nothing: no rule depends on the image."""
+    yield from ()
+
+
+def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
+    """Return the router's page, if the file opens it."""
+    options, proxy = deployment.router, topology.proxy
+    if options is None or not options.router_metrics_open:
+        return None
+    return MetricsPage(f"{proxy.address}:{options.router_metrics_port}")

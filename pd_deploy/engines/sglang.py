@@ -24,12 +24,10 @@ from pd_deploy.engines.base import (
     Counters,
     Finding,
     Member,
-    MetricsPage,
     Service,
 )
 from pd_deploy.engines.common import flags, instance_of, longest_sequence, text
 from pd_deploy.engines.device_report import DeviceTools
-from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
 
@@ -54,6 +52,11 @@ device_users_command = routed.device_users_command
 device_users = routed.device_users
 device_health_command = routed.device_health_command
 faulty_devices = routed.faulty_devices
+probe_command = routed.probe_command
+parse_probe = routed.parse_probe
+for_image = routed.for_image
+image_findings = routed.image_findings
+proxy_metrics = routed.proxy_metrics
 # A decode takes no prompt without a room, so it computes none itself: all that it has served came
 # from a prefill. What was moved for that is counted where it was sent, in MiB.
 COUNTERS = Counters(
@@ -124,26 +127,6 @@ _PLATFORMS = {
 }
 
 
-def probe_command() -> list[str]:
-    """Return no command: images are not asked."""
-    return []
-
-
-def parse_probe(_: str) -> ImageFacts:
-    """Return no facts: images are not asked."""
-    return ImageFacts()
-
-
-def for_image(deployment: Deployment, _: ImageFacts) -> Deployment:
-    """Return the deployment as it is: nothing depends on the image."""
-    return deployment
-
-
-def image_findings(_deployment: Deployment, _: ImageFacts | None) -> Iterator[Finding]:
-    """Yield nothing: no rule depends on the image."""
-    yield from ()
-
-
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     """Demand whole copies of the model, a transfer backend of the device, and KV that fits."""
     options = deployment.sglang
@@ -168,14 +151,6 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
 def code_place(deployment: Deployment) -> CodePlace:
     """Return the file's place; see `routed.code_place`."""
     return routed.code_place(deployment, "sglang")
-
-
-def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
-    """Return the router's page, if the file opens it."""
-    options, proxy = deployment.sglang, topology.proxy
-    if options is None or not options.router_metrics_open:
-        return None
-    return MetricsPage(f"{proxy.address}:{options.router_metrics_port}")
 
 
 def tensor_parallel(role: Literal["prefill", "decode"], devices: Sequence[int]) -> int:

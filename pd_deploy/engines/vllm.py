@@ -21,12 +21,10 @@ from pd_deploy.engines.base import (
     Counters,
     Finding,
     Member,
-    MetricsPage,
     Service,
 )
 from pd_deploy.engines.common import flags, instance_of, longest_sequence, text
 from pd_deploy.engines.device_report import DeviceTools
-from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
 
@@ -54,6 +52,11 @@ device_users_command = routed.device_users_command
 device_users = routed.device_users
 device_health_command = routed.device_health_command
 faulty_devices = routed.faulty_devices
+probe_command = routed.probe_command
+parse_probe = routed.parse_probe
+for_image = routed.for_image
+image_findings = routed.image_findings
+proxy_metrics = routed.proxy_metrics
 COUNTERS = Counters(
     served=Counter("vllm:request_success_total"),
     kv_tokens=Counter("vllm:prompt_tokens_by_source_total", (("source", "external_kv_transfer"),)),
@@ -109,26 +112,6 @@ _PLATFORMS = {
 }
 
 
-def probe_command() -> list[str]:
-    """Return no command: vLLM's arguments are the same in all images."""
-    return []
-
-
-def parse_probe(_: str) -> ImageFacts:
-    """Return no facts: images are not asked."""
-    return ImageFacts()
-
-
-def for_image(deployment: Deployment, _: ImageFacts) -> Deployment:
-    """Return the deployment as it is: nothing depends on the image."""
-    return deployment
-
-
-def image_findings(_deployment: Deployment, _: ImageFacts | None) -> Iterator[Finding]:
-    """Yield nothing: no rule depends on the image."""
-    yield from ()
-
-
 def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     """Demand whole copies of the model per host, and sizes of which the larger is a multiple."""
     if deployment.vllm is None:
@@ -145,14 +128,6 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
     yield from routed.ratio(topology)
     for pod in topology.pods:
         yield from _recomputing(pod)
-
-
-def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
-    """Return the router's page, if the file opens it."""
-    options, proxy = deployment.vllm, topology.proxy
-    if options is None or not options.router_metrics_open:
-        return None
-    return MetricsPage(f"{proxy.address}:{options.router_metrics_port}")
 
 
 def code_place(deployment: Deployment) -> CodePlace:

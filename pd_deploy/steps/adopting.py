@@ -6,7 +6,7 @@ what is in them is touched by commands that run there.
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -34,7 +34,6 @@ from pd_deploy.hosts.files import File
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import adopted
 from pd_deploy.records.adopted import AdoptedContainer, AdoptedService
-from pd_deploy.records.releases import Record
 from pd_deploy.steps import copies, host_records
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession, Session, host_accesses
@@ -502,12 +501,3 @@ async def remove(session: LockedSession, service: AdoptedService, name: str) -> 
     removed = ", ".join(c.name for c in here)
     detail = f"removed {removed}" if removed else "nothing to remove"
     return Report("prune adopted", name, name, bool(here), detail)
-
-
-async def note(session: LockedSession, change: Callable[[Record], Record]) -> Record:
-    """Change the record on all hosts; return what it is now."""
-    before = host_records.merged((await copies.read(session)).values()).record
-    record = change(before)
-    if record is not before:
-        await copies.write_record(session, copies.hosts_in_order(session), record)
-    return record

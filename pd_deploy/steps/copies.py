@@ -3,7 +3,7 @@ generations back. A copy that is lost or late is written again by the next run o
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 from pd_deploy.errors import LeaseLost, OnHold, PdDeployError
@@ -33,6 +33,15 @@ async def write_record(
         *(_put_record(session, host, record) for host in others), return_exceptions=True
     )
     return _faults(others, outcomes)
+
+
+async def change_record(session: LockedSession, change: Callable[[Record], Record]) -> Record:
+    """Change the record as the hosts have it now, on all of them; return the new one."""
+    before = host_records.merged((await read(session)).values()).record
+    record = change(before)
+    if record is not before:
+        await write_record(session, hosts_in_order(session), record)
+    return record
 
 
 def hosts_in_order(session: LockedSession, besides: Collection[str] = ()) -> list[Host]:
