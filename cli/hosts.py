@@ -13,7 +13,6 @@ from pd_deploy.errors import HostUnreachable, PdDeployError
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState, ListedContainer
 from pd_deploy.hosts.host import Host, Hosts
-from pd_deploy.planning.plans import STAGES, Plan
 from pd_deploy.records import generations
 from pd_deploy.records.releases import History, HostAccess
 from pd_deploy.records.status import Status
@@ -45,23 +44,6 @@ def asking(deployments: Iterable[Deployment]) -> Iterator[None]:
 
         with reached():
             raise
-
-
-def plan(deployment: Deployment, image: str | None) -> tuple[Plan, str]:
-    """Make the plan that a deployment would carry out now, and tell what its image is and what is
-    different; change nothing on the hosts."""
-
-    from pd_deploy.flows import survey
-
-    async def survey_hosts() -> tuple[Plan, str]:
-        async with connected(deployment) as reached:
-            reached.require_all()
-            rollout = await survey.plan(reached.session, image, "a look")
-            said = filter(None, (rollout.said_by_image, rollout.said_of_changes))
-            return rollout.with_actions(STAGES), "\n".join(said)
-
-    with asking([deployment]):
-        return asyncio.run(survey_hosts())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pd_deploy.cli import credentials, fleet, lock, server
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.errors import InvalidInput, PdDeployError
 
-FAILED, INVALID, DRIFT, INTERRUPTED = 1, 2, 5, 130
+FAILED, INVALID, DRIFT, INCOMPLETE, INTERRUPTED = 1, 2, 5, 7, 130
 
 # For the server that is started when none is configured. It may need longer than Prefect's 20 s on
 # a busy machine, and sends no telemetry. What the user has set takes precedence.
@@ -340,12 +340,17 @@ def plan(
     Changes nothing. Prints what would be stopped, written, created and started; with --full, also
     container settings, commands, environment, and every file with its path and content.
 
+    If hosts don't answer, shows what it would do on the others, and the exit code is 7.
+
     Example: pd-deploy plan qwq-3p1d.yaml --format json
     """
-    from pd_deploy.cli.plan import text_of
+    from pd_deploy.cli.plan import written
 
-    text = text_of(file, image, format=format.value, full=full, host=host, facts=facts)
-    typer.echo(text, nl=False)
+    made = written(file, image, format=format.value, full=full, host=host, facts=facts)
+    typer.echo(made.text, nl=False)
+    for line in made.away:
+        typer.echo(f"pd-deploy: {line}", err=True)
+    raise typer.Exit(0 if made.complete else INCOMPLETE)
 
 
 @app.command()
@@ -353,7 +358,8 @@ def diff(file: File) -> None:
     """Compare the file with what serves.
 
     Changes nothing. Prints the keys of the file that differ, what of each instance would be
-    different, and what a run would do. Exit codes: 0 what serves is as the file says, 5 it is not.
+    different, and what a run would do. Exit codes: 0 what serves is as the file says, 5 it is not,
+    7 a host did not answer, and only the others were compared.
 
     Example: pd-deploy diff qwq-3p1d.yaml
     """
@@ -364,6 +370,8 @@ def diff(file: File) -> None:
 
     difference = comparing.of(deployment)
     typer.echo(comparing.text(difference))
+    if difference.away:
+        raise typer.Exit(INCOMPLETE)
     raise typer.Exit(DRIFT if difference.is_drift else 0)
 
 

@@ -1,5 +1,6 @@
 """Planning a deployment, and writing the plan in one of its formats."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from pd_deploy.cli import facts_file, shell, show
@@ -12,7 +13,22 @@ from pd_deploy.planning.plans import Plan
 from pd_deploy.registry.tags import NEWEST
 
 
-def text_of(
+@dataclass(frozen=True)
+class Written:
+    """A plan in one of its formats.
+
+    Attributes:
+        text: what goes to standard output.
+        away: what to tell beside it of hosts that don't answer.
+        complete: whether all hosts answered.
+    """
+
+    text: str
+    away: tuple[str, ...] = ()
+    complete: bool = True
+
+
+def written(
     file: Path,
     image: str | None,
     *,
@@ -20,35 +36,65 @@ def text_of(
     full: bool,
     host: str | None,
     facts: Path | None,
-) -> str:
+) -> Written:
     """Write the plan of a file in one of the formats; with `facts`, ask no host for it.
 
     Args:
         full: with the format `text`, write all that is made as well.
+
+    Raises:
+        HostUnreachable: no host answers, or too few for a format that programs read.
     """
     deployment = load(file, image)
     if host is not None and host not in deployment.hosts:
         message = f"expected one of the file's hosts ({', '.join(deployment.hosts)}), found {host}"
         raise InvalidInput([Problem("--host", message)])
-    if facts and image == NEWEST:
-        message = "expected an image by name with --facts, as no registry is asked; found newest"
-        raise InvalidInput([Problem("--image", message)])
-    made, said = (
-        (facts_file.make_plan(deployment, facts), "")
-        if facts
-        else _plan_on_hosts(
-            load_deployment(file), image if image in (None, NEWEST) else deployment.image
-        )
-    )
-    if format == "shell":
-        placed = placement.build(deployment)
-        names = [host] if host else list(deployment.hosts)
-        return "\n".join(shell.script(deployment, placed, made, name) for name in names)
+    if facts:
+        if image == NEWEST:
+            message = (
+                "expected an image by name with --facts, as no registry is asked; found newest"
+            )
+            raise InvalidInput([Problem("--image", message)])
+        made = facts_file.make_plan(deployment, facts)
+        if format == "text":
+            return Written(_text(file, show.plan(made, full=full), full=full))
+        return Written(_for_programs(deployment, made, format, host))
+    return _on_hosts(file, deployment, image, format=format, full=full, host=host)
+
+
+def _on_hosts(
+    file: Path,
+    deployment: Deployment,
+    image: str | None,
+    *,
+    format: str,
+    full: bool,
+    host: str | None,
+) -> Written:
+    from pd_deploy.cli import planned
+
+    requested = image if image in (None, NEWEST) else deployment.image
+    look = planned.of(load_deployment(file), requested)
+    complete = not look.away
+    if format == "text":
+        shown = planned.text(deployment.name, look, full=full)
+        return Written(_text(file, shown, full=full), complete=complete)
+    # Scripts are for all hosts at the same time, and of what hosts say now.
+    made = look.require_plan(of_all=format == "shell")
+    away = () if complete else (look.reservation, *look.rows)
+    return Written(_for_programs(deployment, made, format, host), away, complete)
+
+
+def _for_programs(deployment: Deployment, made: Plan, format: str, host: str | None) -> str:
     if format == "json":
         return f"{made.model_dump_json(indent=2)}\n"
-    if full:
-        return f"{show.plan(made, said)}\n"
-    return f"{show.short_plan(made, said)}\n\n{_next(file)}\n"
+    placed = placement.build(deployment)
+    names = [host] if host else list(made.hosts)
+    return "\n".join(shell.script(deployment, placed, made, name) for name in names)
+
+
+def _text(file: Path, shown: str, *, full: bool) -> str:
+    return f"{shown}\n" if full else f"{shown}\n\n{_next(file)}\n"
 
 
 def _next(file: Path) -> str:
@@ -56,9 +102,3 @@ def _next(file: Path) -> str:
         f"`pd-deploy plan {file} --full` prints containers, commands and files, "
         f"`pd-deploy diff {file}` what differs from what serves. Next: pd-deploy deploy {file}"
     )
-
-
-def _plan_on_hosts(deployment: Deployment, image: str | None) -> tuple[Plan, str]:
-    from pd_deploy.cli import hosts
-
-    return hosts.plan(deployment, image)

@@ -58,25 +58,15 @@ def attempts_document(past: Past) -> str:
     return json.dumps([attempt.model_dump(mode="json") for attempt in attempts], indent=2)
 
 
-def short_plan(made: Plan, said: str = "") -> str:
-    """Print what a plan would change on each host, and what its image is."""
-    lines = _heading(made, said)
-    for name, host in made.hosts.items():
-        lines += ["", f"== host {name} ({host.address})", *_actions(host)]
-    return "\n".join(lines)
-
-
-def plan(made: Plan, said: str = "") -> str:
-    """Print what a plan's image is, then the plan, host by host."""
-    lines = _heading(made, said)
-    for name, host in made.hosts.items():
-        lines += ["", f"== host {name} ({host.address})", *_host(host)]
-    return "\n".join(lines)
-
-
-def _heading(made: Plan, said: str) -> list[str]:
+def plan(made: Plan, said: str = "", *, full: bool = True) -> str:
+    """Print what a plan's image is, then what it would do on each host; with `full`, all that it
+    makes, too."""
     lines = [f"{made.deployment}: generation {made.generation}", f"image {made.pinned_image}"]
-    return [*lines, said] if said else lines
+    lines += [said] if said else []
+    for name, host in made.hosts.items():
+        of_host = _host(host) if full else _actions(host)
+        lines += ["", f"== host {name} ({host.address})", *of_host]
+    return "\n".join(lines)
 
 
 def _actions(host: HostPlan) -> list[str]:

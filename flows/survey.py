@@ -4,6 +4,9 @@ yet is brought to a host and asked what it is.
 `deploy` uses it in a flow run, `pd-deploy plan` without one.
 """
 
+from collections.abc import Mapping
+
+from pd_deploy.engines.base import HostFacts
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.steps import comparing, identifying, own_code, surveying
 from pd_deploy.steps.rollout import HostState, Rollout
@@ -34,7 +37,24 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
         run: the run, and who or what started it.
         patience: seconds to wait for a registry that is out of order.
     """
-    states, source = await survey_hosts(session), None
+    return await plan_of(session, await survey_hosts(session), image, run, patience=patience)
+
+
+async def plan_of(
+    session: Session,
+    states: list[HostState],
+    image: str | None,
+    run: str,
+    *,
+    patience: float = 0,
+    facts_of_absent: Mapping[str, HostFacts] | None = None,
+) -> Rollout:
+    """Make a plan of what hosts have said; see `plan`.
+
+    Args:
+        facts_of_absent: what is assumed of the deployment's other hosts, for a look only.
+    """
+    source = None
     if session.deployment.own_code:
         source = await read_code.after(*states)(session)
         session = own_code.with_tree(session, source)
@@ -52,7 +72,9 @@ async def plan(session: Session, image: str | None, run: str, patience: float = 
     ]
     addresses = await fan_out(session.barrier, reading)
     planning = make_plan.after(latest, *addresses)
-    planned = await planning(session, states, addresses, resolved, run, record, source)
+    planned = await planning(
+        session, states, addresses, resolved, run, record, source, facts_of_absent
+    )
     return await comparing.with_changes(planned)
 
 

@@ -22,6 +22,7 @@
      │   ├─ NameTaken                 another container has the name
      │   ├─ ContainerMissing          the container does not exist (any more)
      │   ├─ FactsError                what a host says about itself can't be read or can't be right
+     │   │   └─ FactsUnknown              it is needed, and the host was not asked
      │   ├─ DockerRefused             the Docker engine rejects a request for another reason
      │   ├─ DockerRestarted           Docker or its host started again, which ended its containers
      │   ├─ InUse                     devices or ports are in use by somebody else
@@ -238,6 +239,10 @@ class ContainerMissing(HostError):
 
 class FactsError(HostError):
     """What a host says about itself can't be read or can't be right."""
+
+
+class FactsUnknown(FactsError):
+    """What a host says about itself is needed for a plan, and the host does not answer."""
 
 
 class DockerRefused(HostError):

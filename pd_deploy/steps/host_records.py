@@ -19,6 +19,7 @@ from pydantic import (
 
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.problems import problems_of
+from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import (
     DiskFull,
     FactsError,
@@ -73,12 +74,17 @@ class HostRecords:
 
 
 class Saved(BaseModel):
-    """All that brings a generation back: what the file said then, and the plan made of it."""
+    """All that brings a generation back: what the file said then, and the plan made of it.
+
+    Attributes:
+        facts: what the hosts said then, by name; empty if an older version has saved it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     deployment: Deployment
     plan: Plan
+    facts: dict[str, HostFacts] = {}
 
     @cached_property
     def content(self) -> bytes:

@@ -72,7 +72,7 @@ def with_tree(session: Session, source: Source) -> Session:
         proxy=of_proxy.digest if of_proxy else None,
         commit=source.commit,
     )
-    return session.for_deployment(deployment.model_copy(update={"code_tree": code_tree}))
+    return session.with_deployment(deployment.model_copy(update={"code_tree": code_tree}))
 
 
 def _trees(source: Source, place: CodePlace) -> tuple[Tree, Tree | None]:

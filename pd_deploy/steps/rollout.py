@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pd_deploy.code.reading import Source
-from pd_deploy.engines.base import Layout
+from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.engines.image_facts import brief
 from pd_deploy.errors import OutOfOrder
 from pd_deploy.hosts.container_values import ContainerState, ListedContainer, Mount
@@ -83,6 +83,7 @@ class Rollout:
         source: the user's own source tree; None where there is none, or an older generation comes
             back, whose tree is on the hosts.
         failed: instances, or the proxy, whose containers run and have to start again.
+        facts: what the plan was made of, by host; empty if an older version has saved it.
     """
 
     session: Session
@@ -95,6 +96,7 @@ class Rollout:
     newer_tags: tuple[str, ...] = ()
     source: Source | None = None
     failed: frozenset[str] = frozenset()
+    facts: dict[str, HostFacts] = field(default_factory=dict)
 
     @property
     def locked(self) -> LockedSession:
@@ -179,7 +181,7 @@ class Rollout:
     @cached_property
     def saved(self) -> Saved:
         """What brings the generation back."""
-        return Saved(deployment=self.session.deployment, plan=self.plan)
+        return Saved(deployment=self.session.deployment, plan=self.plan, facts=self.facts)
 
     @property
     def containers(self) -> dict[str, tuple[ContainerState, ...]]:

@@ -56,6 +56,18 @@ class Session:
         """Hosts that the deployment no longer has, by name."""
         return [name for name in self.hosts if name not in self.deployment.hosts]
 
+    @property
+    def present(self) -> list[str]:
+        """The deployment's hosts that the session has, by name: all, but for a look at those that
+        answer."""
+        return [name for name in self.deployment.hosts if name in self.hosts]
+
+    @property
+    def registry_host(self) -> Host:
+        """The host through which registries are asked: the proxy's, if it is present."""
+        proxy = self.topology.proxy.host
+        return self.hosts[proxy if proxy in self.hosts else self.present[0]]
+
     def host(self, name: str) -> Host:
         """Return a host by its name in the file."""
         return self.hosts[name]
@@ -81,6 +93,10 @@ class Session:
         for host in by_address.values():
             named[host.name if host.name not in named else host.where] = host
         return self._like(deployment, Hosts.of(named))
+
+    def with_deployment(self, deployment: Deployment) -> Self:
+        """Take another state of the deployment, on the same hosts under the same names."""
+        return self._like(deployment, self.hosts)
 
     def with_hosts(self, hosts: Hosts) -> Self:
         """Take the same deployment on these hosts alone."""

@@ -20,6 +20,7 @@ from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.engines.image_facts import FactsOfImage
 from pd_deploy.errors import (
     FactsError,
+    FactsUnknown,
     HostError,
     ImageNotFound,
     PdDeployError,
@@ -231,7 +232,7 @@ async def search_tags(session: Session, history: History) -> Search:
     Raises:
         ImageNotFound, RegistryDenied, RegistryUnavailable, RegistryMisconfigured.
     """
-    policy, via = tags.policy_of(session.deployment), session.host(session.topology.proxy.host)
+    policy, via = tags.policy_of(session.deployment), session.registry_host
     login = session.registry_login
     async with AsyncExitStack() as stack:
         registries = [
@@ -249,6 +250,7 @@ def planned(
     by: str,
     record: Record | None = None,
     source: Source | None = None,
+    facts_of_absent: Mapping[str, HostFacts] | None = None,
 ) -> Rollout:
     """Plan the rollout of the deployment file with an image.
 
@@ -256,24 +258,26 @@ def planned(
         by: the run, and who or what started it.
         record: the deployment's, where it was changed since the survey.
         source: the user's own source tree, if the file has one.
+        facts_of_absent: what is assumed of hosts that were not surveyed, for a look only.
 
     Raises:
         FactsError: devices share an address, or hosts announce another than the file's.
+        FactsUnknown: too little is known of hosts that were not surveyed.
         InvalidInput: the file breaks a rule with this image.
     """
     file_image, history = session.deployment.image, history_of(states)
     history = replace(history, record=record or history.record)
     facts = history.record.facts_of(releases.digest_of(image.pinned_image))
     deployment = fitted(session, image, facts)
-    session = session.for_deployment(deployment)
+    session = session.with_deployment(deployment)
     by_host = {state.host: state for state in states}
     addresses_of = {entry.host: entry.of_device for entry in addresses}
-    host_facts = {
-        name: HostFacts(
-            by_host[name].interface, addresses_of.get(name, {}), by_host[name].route_address
-        )
-        for name in deployment.hosts
-    }
+    known = {
+        name: HostFacts(state.interface, addresses_of.get(name, {}), state.route_address)
+        for name, state in by_host.items()
+    } | dict(facts_of_absent or {})
+    _require_facts(session, known)
+    host_facts = {name: known[name] for name in deployment.hosts}
     session.engine.check_facts(deployment, host_facts)
     rendered = plans.make(
         deployment,
@@ -310,7 +314,30 @@ def planned(
         Attempt.begin(history.record),
         image.choice.newer_tags,
         source,
+        facts=host_facts,
     )
+
+
+def _require_facts(session: Session, known: Mapping[str, HostFacts]) -> None:
+    """Refuse to plan without what hosts say that were not surveyed.
+
+    Raises:
+        FactsUnknown: all such hosts.
+    """
+    unknown = [
+        name
+        for name in session.deployment.hosts
+        if name not in known
+        or (
+            _reads_addresses(session, name)
+            and not known[name].device_addresses.keys() >= set(_devices(session, name))
+        )
+    ]
+    if unknown:
+        raise FactsUnknown(
+            f"no plan without host {', '.join(unknown)}: its network interface and the addresses "
+            "of its devices are part of the plan, and nothing that serves was deployed with them"
+        )
 
 
 def _trees(session: Session, plan: plans.Plan) -> tuple[str, ...]:
@@ -334,7 +361,7 @@ def for_image(session: Session, image: ResolvedImage, record: Record) -> Session
         UnknownImage, InvalidInput: as in `fitted`.
     """
     facts = record.facts_of(releases.digest_of(image.pinned_image))
-    return session.for_deployment(fitted(session, image, facts))
+    return session.with_deployment(fitted(session, image, facts))
 
 
 def fitted(session: Session, image: ResolvedImage, facts: FactsOfImage) -> Deployment:
@@ -397,6 +424,7 @@ def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rol
         history.releases[saved.plan.generation],
         "as it was saved",
         Attempt.begin(history.record, _lost_since(saved, history, states)),
+        facts=saved.facts,
     )
 
 
@@ -452,7 +480,7 @@ async def states(session: Session, of_generations: Collection[str] | None = None
 
 def with_addresses(session: Session) -> list[str]:
     """List the hosts whose devices have network addresses that the engine needs to know."""
-    return [name for name in session.deployment.hosts if _reads_addresses(session, name)]
+    return [name for name in session.present if _reads_addresses(session, name)]
 
 
 async def device_addresses(session: Session, name: str) -> Addresses:
@@ -517,7 +545,7 @@ async def _when_in_order(ask: Callable[[], Awaitable[T]], patience: float) -> T:
 
 async def _digest_of(session: Session, choice: Choice, reference: str) -> str:
     """Return a tag's digest in the registry; if that can't be reached, say how to go on without."""
-    host = session.host(session.topology.proxy.host)
+    host = session.registry_host
     try:
         return await host.docker.resolve(reference, session.registry_login)
     except RegistryUnavailable as error:
@@ -529,17 +557,14 @@ async def _digest_of(session: Session, choice: Choice, reference: str) -> str:
 
 
 async def _all_have(session: Session, image: str) -> bool:
-    names = session.deployment.hosts
-    return all(await together(session.host(name).docker.image(image) for name in names))
+    return all(await together(session.host(n).docker.image(image) for n in session.present))
 
 
 async def _present_everywhere(session: Session, reference: str) -> str:
-    images = await together(
-        session.host(name).docker.image(reference) for name in session.deployment.hosts
-    )
+    images = await together(session.host(name).docker.image(reference) for name in session.present)
     ids = {
         name: image.id if image else None
-        for name, image in zip(session.deployment.hosts, images, strict=True)
+        for name, image in zip(session.present, images, strict=True)
     }
     if len(set(ids.values())) == 1 and (only := next(iter(ids.values()))):
         return only

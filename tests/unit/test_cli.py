@@ -5,12 +5,13 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from pd_deploy.cli import execute, hosts, shell
+from pd_deploy.cli import execute, planned, shell
 from pd_deploy.cli import main as cli
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
@@ -209,11 +210,14 @@ def test_a_plan_of_the_newest_image_is_what_the_registry_says(
 ) -> None:
     asked = []
 
-    def plan(service: Deployment, image: str | None) -> tuple[Plan, str]:
+    def of(service: Deployment, image: str | None) -> SimpleNamespace:
         asked.append((service.image, image))
-        return example.plan(), "contract v0; the image has it"
+        plan, said = example.plan(), "contract v0; the image has it"
+        return SimpleNamespace(
+            plan=plan, said=said, away={}, rows=[], require_plan=lambda *, of_all: plan
+        )
 
-    monkeypatch.setattr(hosts, "plan", plan)
+    monkeypatch.setattr(planned, "of", of)
     done = call("plan", example.FILE, "--image", "newest", "--format", format)
     assert (done.code, done.err) == (0, "")
     assert example.IMAGE in done.out
