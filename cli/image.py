@@ -60,7 +60,7 @@ async def asked(deployment: Deployment, image: str | None, on: str | None) -> Sh
             choice = await surveying.choose(session, states, NEWEST)
         resolved = await surveying.resolve_image(session, choice)
         facts = dict(reached.history.record.facts_of(digest_of(resolved.pinned_image)))
-        asking = identifying.unasked(session, states, resolved)
+        asking = identifying.unasked(session, states, resolved, again=True)
         answers = await together(_answer(session, state, resolved) for state in asking)
         facts |= {s.architecture: said for s, said in zip(asking, answers, strict=True)}
         return _judged(session, resolved, facts)

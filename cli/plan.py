@@ -1,5 +1,7 @@
 """Planning a deployment, and writing the plan in one of its formats."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import Plan
 from pd_deploy.registry.tags import NEWEST
+
+NOT_ASKED: Mapping[str, object] = {"contract": None, "image_facts": {}}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def written(
         made = facts_file.make_plan(deployment, facts)
         if format == "text":
             return Written(_text(file, show.plan(made, full=full), full=full))
-        return Written(_for_programs(deployment, made, format, host))
+        return Written(_for_programs(deployment, made, format, host, NOT_ASKED))
     return _on_hosts(file, deployment, image, format=format, full=full, host=host)
 
 
@@ -82,12 +86,19 @@ def _on_hosts(
     # Scripts are for all hosts at the same time, and of what hosts say now.
     made = look.require_plan(of_all=format == "shell")
     away = () if complete else (look.reservation, *look.rows)
-    return Written(_for_programs(deployment, made, format, host), away, complete)
+    written = _for_programs(deployment, made, format, host, look.known_of_image)
+    return Written(written, away, complete)
 
 
-def _for_programs(deployment: Deployment, made: Plan, format: str, host: str | None) -> str:
+def _for_programs(
+    deployment: Deployment,
+    made: Plan,
+    format: str,
+    host: str | None,
+    known_of_image: Mapping[str, object],
+) -> str:
     if format == "json":
-        return f"{made.model_dump_json(indent=2)}\n"
+        return f"{json.dumps({**made.model_dump(mode='json'), **known_of_image}, indent=2)}\n"
     placed = placement.build(deployment)
     names = [host] if host else list(made.hosts)
     return "\n".join(shell.script(deployment, placed, made, name) for name in names)

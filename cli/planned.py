@@ -60,6 +60,17 @@ class Planned:
         return "\n".join(filter(None, told))
 
     @property
+    def known_of_image(self) -> dict[str, object]:
+        """What is known of the image, for programs: by which contract it is deployed, and what it
+        says of itself, by architecture, as far as a run has asked it."""
+        if self.rollout is None:
+            return {}
+        release = self.rollout.release
+        said = self.history.record.facts_of(release.digest).items()
+        facts = {architecture: of.model_dump(mode="json") for architecture, of in said}
+        return {"contract": release.contract or None, "image_facts": facts}
+
+    @property
     def reservation(self) -> str:
         """What is not known, or only assumed, because hosts don't answer; empty if all do."""
         if self.unplanned or not self.away:

@@ -25,6 +25,7 @@ class ImageFacts(BaseModel):
         kv_parallel_size: what its sources take the number of that name for.
         nginx: its version; `nginx_modules` are those compiled in or lying beside it.
         commit: of its sources.
+        silence: what came in place of an answer; then all else is empty, and says nothing.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +41,7 @@ class ImageFacts(BaseModel):
     nginx: str = ""
     nginx_modules: tuple[str, ...] = ()
     commit: str = ""
+    silence: str = ""
 
 
 FactsOfImage = Mapping[str, ImageFacts]

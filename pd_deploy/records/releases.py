@@ -310,13 +310,21 @@ class Record(_Frozen):
 
     def facts_of(self, digest: str) -> FactsOfImage:
         """Return what an image says of itself, as far as it was asked all that is asked now."""
+        answers = self._answers_of(digest).items()
+        return {name: facts for name, facts in answers if not facts.silence}
+
+    def silent_on(self, digest: str) -> frozenset[str]:
+        """List the architectures for which an image was asked what it is, and did not say."""
+        return frozenset(n for n, facts in self._answers_of(digest).items() if facts.silence)
+
+    def _answers_of(self, digest: str) -> FactsOfImage:
         answers = self.images.get(digest, {}).items()
         return {name: facts for name, facts in answers if facts.questions == QUESTIONS}
 
     def asked(self, digest: str, facts: FactsOfImage) -> "Record":
         """Add what an image says of itself; of too many, forget the one that was asked first."""
         others = {key: known for key, known in self.images.items() if key != digest}
-        images = [*others.items(), (digest, {**self.facts_of(digest), **facts})]
+        images = [*others.items(), (digest, {**self._answers_of(digest), **facts})]
         return self._changed(images=dict(images[-IMAGES:]))
 
     def measured(self, figures: Figures | None) -> "Record":

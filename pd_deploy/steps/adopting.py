@@ -252,7 +252,7 @@ async def adopt(session: LockedSession, seen: Sequence[Seen], by: str) -> Adopte
     Raises:
         OutOfOrder: a generation of the deployment serves.
     """
-    record = host_records.merged((await copies.read(session)).values()).record
+    record = await copies.read_record(session)
     if record.serving:
         raise OutOfOrder(
             f"expected that nothing of {session.deployment.name} serves yet, found generation "

@@ -37,11 +37,16 @@ async def write_record(
 
 async def change_record(session: LockedSession, change: Callable[[Record], Record]) -> Record:
     """Change the record as the hosts have it now, on all of them; return the new one."""
-    before = host_records.merged((await read(session)).values()).record
+    before = await read_record(session)
     record = change(before)
     if record is not before:
         await write_record(session, hosts_in_order(session), record)
     return record
+
+
+async def read_record(session: LockedSession) -> Record:
+    """Read the record as the hosts have it now: of their copies the newest one."""
+    return host_records.merged((await read(session)).values()).record
 
 
 def hosts_in_order(session: LockedSession, besides: Collection[str] = ()) -> list[Host]:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pd_deploy.engines.image_facts import FactsOfImage, ImageFacts, brief
+from pd_deploy.engines.image_facts import QUESTIONS, FactsOfImage, ImageFacts, brief
 from pd_deploy.errors import PdDeployError, TransientError, UnknownImage
 from pd_deploy.hosts.concurrent import task_group
 from pd_deploy.hosts.host import Host
@@ -40,14 +40,24 @@ class Identified:
     detail: str
 
 
-def unasked(session: Session, states: Iterable[HostState], image: ResolvedImage) -> list[HostState]:
+def unasked(
+    session: Session, states: Iterable[HostState], image: ResolvedImage, *, again: bool = False
+) -> list[HostState]:
     """List the hosts on which the image has to be asked what it is: for each architecture for which
-    that is not known the first one in the file."""
+    that is not known the first one in the file.
+
+    Where the file says what it is, an image that did not say it is not asked again.
+
+    Args:
+        again: ask such an image all the same.
+    """
     if not session.engine.probe_command():
         return []
     states = list(states)
-    record = surveying.history_of(states).record
-    known = record.facts_of(digest_of(image.pinned_image))
+    record, digest = surveying.history_of(states).record, digest_of(image.pinned_image)
+    known = {*record.facts_of(digest)}
+    if session.deployment.contract != "by-image" and not again:
+        known |= record.silent_on(digest)
     by_name = {state.host: state for state in states}
     firsts: dict[str, HostState] = {}
     for state in (by_name[name] for name in session.deployment.hosts if name in by_name):
@@ -83,9 +93,10 @@ async def identify(
                 if state not in asking:
                     group.create_task(bring(session, state, image, brought))
         answers = [task.result() for task in tasks]
-        facts = {s.architecture: said for s, said in zip(asking, answers, strict=True) if said}
-        record = await _keep(session, states, image, facts)
-        surveying.fitted(session, image, record.facts_of(digest_of(image.pinned_image)))
+        asked = {s.architecture: said for s, said in zip(asking, answers, strict=True)}
+        record = await _keep(session, states, image, asked)
+        facts = record.facts_of(digest_of(image.pinned_image))
+        surveying.fitted(session, image, facts)
     except (PdDeployError, asyncio.CancelledError) as error:
         if not isinstance(error, TransientError):
             await _remove(session, brought, image)
@@ -132,9 +143,13 @@ async def _of_host(
     image: ResolvedImage,
     brought: list[Host],
     on_progress: OnProgress | None,
-) -> ImageFacts | None:
-    """Bring the image to a host and ask it; None where it does not say what it is, and the file
-    says it instead."""
+) -> ImageFacts:
+    """Bring the image to a host and ask it; where it does not say what it is, the file may say it
+    instead.
+
+    Raises:
+        UnknownImage: neither does.
+    """
     host = session.host(state.host)
     await bring(session, state, image, brought, on_progress)
     name = throwaway.name_of(session)
@@ -144,7 +159,7 @@ async def _of_host(
         if session.deployment.contract == "by-image":
             raise
         log.warning("%s; it goes by the file's `contract`", error.headline)
-        return None
+        return ImageFacts(questions=QUESTIONS, silence=error.headline)
 
 
 async def bring(

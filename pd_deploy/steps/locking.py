@@ -6,7 +6,7 @@ from pd_deploy.errors import NoSuchGeneration, TransientError
 from pd_deploy.hosts.lease import Lease, Owner, this_process
 from pd_deploy.records.benchmark import Figures
 from pd_deploy.records.releases import Hold
-from pd_deploy.steps import copies, host_records
+from pd_deploy.steps import copies
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession, Session
 
@@ -49,7 +49,7 @@ async def set_hold(
         NoSuchGeneration: nothing was ever deployed.
     """
     await _take(session, waiting)
-    record = host_records.merged((await copies.read(session)).values()).record
+    record = await copies.read_record(session)
     if not record.sequence:
         raise NoSuchGeneration(
             f"expected a record of what was deployed below {session.root}, found none on any host",
@@ -70,9 +70,8 @@ async def save_figures(
         LeaseHeld: a run works on the deployment.
     """
     await _take(session, waiting)
-    record = host_records.merged((await copies.read(session)).values()).record
-    kept = record.measured(figures.model_copy(update={"passed": True}))
-    await copies.write_record(session, copies.hosts_in_order(session), kept)
+    passed = figures.model_copy(update={"passed": True})
+    await copies.change_record(session, lambda record: record.measured(passed))
 
 
 async def _take(session: LockedSession, waiting: Callable[[str], None]) -> None:

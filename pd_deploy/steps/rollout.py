@@ -162,6 +162,8 @@ class Rollout:
         if facts:
             said = "; ".join(dict.fromkeys(map(brief, facts.values())))
             return f"contract {contract}; the image has {said}"
+        if self.history.record.silent_on(self.release.digest):
+            return f"contract {contract}, as the file says; the image did not say what it is"
         return f"contract {contract}; no run has asked the image yet what it is"
 
     @property

@@ -214,7 +214,12 @@ def test_a_plan_of_the_newest_image_is_what_the_registry_says(
         asked.append((service.image, image))
         plan, said = example.plan(), "contract v0; the image has it"
         return SimpleNamespace(
-            plan=plan, said=said, away={}, rows=[], require_plan=lambda *, of_all: plan
+            plan=plan,
+            said=said,
+            away={},
+            rows=[],
+            known_of_image={"contract": "v0"},
+            require_plan=lambda *, of_all: plan,
         )
 
     monkeypatch.setattr(planned, "of", of)
@@ -273,6 +278,7 @@ class TestPlanOffline:
         assert (done.code, done.err) == (0, "")
         found, made = Plan.model_validate_json(done.out), example.plan()
         assert (found.generation, found.pinned_image) == (made.generation, example.IMAGE)
+        assert json.loads(done.out)["image_facts"] == {}
         for name, host in made.hosts.items():
             assert found.hosts[name].model_copy(update={"actions": []}) == host
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pd_deploy.cli import hosts
 from pd_deploy.cli import image as asking
+from pd_deploy.cli import planned as planning
 from pd_deploy.config.load import load_deployment
 from pd_deploy.engines.omniinfer.in_image import MARK
-from pd_deploy.flows import survey
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.steps.identifying import ANSWER_S
-from pd_deploy.steps.rollout import Rollout
 from tests.memory import answers
 from tests.memory.calls import Moment
 from tests.memory.world import ROOT, Outcome, World
@@ -173,6 +171,18 @@ def test_no_answer_is_one_clear_error_and_the_file_can_answer_instead(
     serving.assert_coherent()
 
 
+def test_a_silent_image_is_not_asked_again_as_long_as_the_file_answers(serving: World) -> None:
+    image = serving.push("20250725_1", answer="bash: python: not found")
+    serving.change(contract="v0-early")
+    first = serving.run(deploy, image=image)
+    assert first.completed, first.error
+    assert asked(first) == ["a"]
+    assert asked(serving.run(deploy, image=image)) == []
+    assert "the image did not say what it is" in planned(serving, image).said
+    serving.change(contract="by-image")
+    assert asked(serving.run(deploy, image=image)) == ["a"]
+
+
 def test_hosts_without_room_are_not_filled_by_the_question(serving: World) -> None:
     image = serving.push("20250725_1")
     serving.change(disk={"image": "900000g"})
@@ -254,16 +264,19 @@ def test_plan_report_and_releases_say_what_the_image_is(serving: World) -> None:
         pages.append(str(given.get("markdown", given.get("table"))))
 
     image = serving.push("20250725_1", answer=answers.of("v0"))
-    unasked = serving.asked(plan(serving, image)).said_by_image
-    assert unasked == "contract by-image; no run has asked the image yet what it is"
+    unasked = planned(serving, image)
+    assert "contract by-image; no run has asked the image yet what it is" in unasked.said
+    assert unasked.known_of_image == {"contract": "by-image", "image_facts": {}}
     assert serving.run(deploy, image=image, artifacts=artifact).completed
-    said = serving.asked(plan(serving, image)).said_by_image
+    said = planned(serving, image).said.splitlines()[0]
     assert said.startswith("contract v0; the image has scripts in /workspace/omniinfer/tools/")
+    known = planned(serving, image).known_of_image
+    assert known["contract"] == "v0"
+    assert "'connectors': ['AscendHcclConnectorV1']" in str(known["image_facts"])
     assert any(said[1:] in page for page in pages), "the report"
     assert any("'contract': 'v0'," in page for page in pages), "the table of releases"
 
 
-async def plan(world: World, image: str) -> Rollout:
+def planned(world: World, image: str) -> planning.Planned:
     """What `pd-deploy plan` makes."""
-    async with hosts.connected(load_deployment(world.path)) as reached:
-        return await survey.plan(reached.session, image, "a look")
+    return world.asked(planning.look(load_deployment(world.path), image))
