@@ -12,7 +12,8 @@ from pd_deploy.cli.exit_codes import FAILED
 from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Benchmark, Deployment
-from pd_deploy.errors import NothingServes
+from pd_deploy.errors import NothingServes, OutOfOrder
+from pd_deploy.records.adopted import SHOWN
 from pd_deploy.records.benchmark import Figures, shown
 from pd_deploy.records.releases import History
 from pd_deploy.steps import locking
@@ -37,11 +38,18 @@ async def measured(deployment: Deployment, *, save: bool) -> tuple[History, Benc
 
     Raises:
         NothingServes: clients can't connect.
+        OutOfOrder: an adopted service serves.
         LeaseHeld: they are to be saved while a run works on the deployment.
     """
     given = deployment.gates.benchmark or Benchmark()
     by = f"{getpass.getuser()} on {socket.gethostname()}"
     async with connected(deployment) as reached:
+        if reached.history.record.adopted_serving:
+            raise OutOfOrder(
+                f"expected a generation of {deployment.name} to measure, found that generation "
+                f"{SHOWN} serves",
+                hint="`pd-deploy deploy FILE` brings one up",
+            )
         if not reached.history.record.serving or reached.history.record.closed:
             raise NothingServes(
                 f"expected {deployment.name} to serve, found that it does not",

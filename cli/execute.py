@@ -4,9 +4,11 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
-from pd_deploy.cli.hosts import asking, connected
+from pd_deploy.cli.hosts import Reached, asking, connected
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import ContainerMissing
+from pd_deploy.hosts.container_values import Owner
+from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.steps import logs
 
@@ -23,7 +25,8 @@ async def executed(
     argv: Sequence[str],
     write: Callable[[bytes, bytes], object],
 ) -> int:
-    """Run a command in an instance's running container; return its exit code.
+    """Run a command in an instance's running container, or an adopted one that still serves in its
+    place; return its exit code.
 
     Raises:
         InvalidInput: there is no such instance.
@@ -31,13 +34,9 @@ async def executed(
     """
     async with connected(deployment) as reached:
         logs.require_instances(reached.session, [instance])
-        label = {generations.DEPLOYMENT: deployment.name, generations.INSTANCE: instance}
-        for host in reached.session.hosts.values():
-            for state in await host.docker.containers(label):
-                if state.running:
-                    return await host.docker.execute(
-                        state.id, argv, write, deployment=deployment.name
-                    )
+        if running := await _running(reached, instance):
+            host, container, owner = running
+            return await host.docker.execute(container, argv, write, deployment=owner)
         if reached.away:
             reached.require_all()
         raise ContainerMissing(
@@ -45,6 +44,23 @@ async def executed(
             instance=instance,
             hint="`pd-deploy status FILE` shows what runs",
         )
+
+
+async def _running(reached: Reached, instance: str) -> tuple[Host, str, Owner] | None:
+    """Find an instance's container that runs, and whose it is: the deployment's, or that of the
+    adopted service which serves."""
+    name, hosts = reached.session.deployment.name, reached.session.hosts.values()
+    label = {generations.DEPLOYMENT: name, generations.INSTANCE: instance}
+    for host in hosts:
+        for state in await host.docker.containers(label):
+            if state.running:
+                return host, state.id, name
+    service = reached.history.record.adopted_serving
+    of_instance = [c for c in service.containers if c.instance == instance] if service else []
+    for host, one in ((h, c) for c in of_instance for h in hosts if h.address == c.host):
+        if any(state.running for state in await host.docker.states([one.id])):
+            return host, one.id, one.handle
+    return None
 
 
 def _print(out: bytes, err: bytes) -> None:

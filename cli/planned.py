@@ -15,6 +15,7 @@ from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Hosts
 from pd_deploy.planning.plans import STAGES, HostPlan, Plan
 from pd_deploy.records import generations
+from pd_deploy.records.adopted import UNCOMPARED
 from pd_deploy.records.releases import History, Record
 from pd_deploy.steps import host_records, surveying
 from pd_deploy.steps.host_records import HostRecords, Saved
@@ -180,7 +181,7 @@ async def _surveyed(reached: Reached) -> tuple[list[HostState], Reached]:
 async def _saved(session: Session, history: History) -> tuple[Saved | None, str]:
     """Read what serves, as it was saved; None and why, if that can't be done."""
     if history.serving is None:
-        return None, ""
+        return None, UNCOMPARED if history.record.adopted_serving else ""
     try:
         return await host_records.load(session.hosts, session.root, history.serving.generation), ""
     except NoSuchGeneration as error:

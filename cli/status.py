@@ -95,7 +95,7 @@ def as_document(told: Told) -> str:
         "state": look.status.state,
         "remark": look.status.remark,
         "generation": look.status.generation,
-        "image": release and release.chosen_image,
+        "image": look.status.image or None,
         "digest": release and release.digest,
         "contract": release and release.contract,
         "started_by": release and release.started_by,

@@ -17,6 +17,7 @@ from pd_deploy.flows.run import Run, this_run
 from pd_deploy.flows.session import locked
 from pd_deploy.flows.survey import restore
 from pd_deploy.records import mending
+from pd_deploy.records.adopted import SHOWN
 from pd_deploy.records.mending import Decision
 from pd_deploy.records.releases import Record
 from pd_deploy.steps import copies, promotion
@@ -78,7 +79,8 @@ async def _well(session: Session, checked: Checked, run: Run) -> State[None]:
 async def _in_the_way(checked: Checked) -> str:
     """Tell of trouble, once; say why it is not health's to mend, empty if it is."""
     look = checked.look
-    if look.release is None and not checked.away:
+    is_adopted = bool(look.history.record.adopted_serving)
+    if look.release is None and not is_adopted and not checked.away:
         return "nothing was ever promoted"
     if checked.working:
         return f"{checked.working}; nothing was touched"
@@ -86,6 +88,8 @@ async def _in_the_way(checked: Checked) -> str:
         events.degraded(look.session.deployment, checked)
     if checked.away:
         return f"nothing is restarted before {', '.join(checked.away)} is back"
+    if is_adopted:
+        return f"health restarts nothing of generation {SHOWN}: `pd-deploy recover FILE` does"
     if look.others:
         return (
             f"{', '.join(look.others)} of another generation runs, so this is left to "

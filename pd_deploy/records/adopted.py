@@ -4,7 +4,7 @@ The record has which containers they are. What was started in them is beside it,
 own on the host that it came from, because environments hold secrets.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +14,7 @@ from pd_deploy.hosts.container_values import Adopted
 GENERATION = "0"
 SHOWN = "0 (adopted)"
 DIRECTORY = "adopted"
+UNCOMPARED = "pd-deploy has not started what serves; `pd-deploy adopt FILE` compares it"
 
 
 class _Frozen(BaseModel):
@@ -25,6 +26,7 @@ class AdoptedContainer(_Frozen):
 
     Attributes:
         instance: what it is in the deployment file.
+        pod: the one that it is part of there; empty for a proxy, and where an older version wrote.
         host: the address of its host.
         image: as it was given to `docker run`.
         ports: those that its processes listened on, but for those that the kernel had chosen.
@@ -33,6 +35,7 @@ class AdoptedContainer(_Frozen):
 
     instance: str
     role: str
+    pod: str = ""
     host: str
     name: str
     id: str
@@ -94,9 +97,3 @@ class AdoptedService(_Frozen):
     def ids(self) -> frozenset[str]:
         """Ids of all of its containers."""
         return frozenset(c.id for c in self.containers)
-
-
-def troubles(service: AdoptedService, running: Iterable[AdoptedContainer]) -> list[str]:
-    """Name its containers that do not run."""
-    alive = {c.id for c in running}
-    return [f"{c.name} on {c.host} does not run" for c in service.containers if c.id not in alive]

@@ -10,7 +10,6 @@ from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
-from pd_deploy.records import adopted
 from pd_deploy.records.adopted import SHOWN, AdoptedService
 from pd_deploy.records.generations import GENERATION, INSTANCE, ROLE, RUNNING, latest
 from pd_deploy.records.releases import History, Place, Release
@@ -127,7 +126,7 @@ def status(
     release, record = history.serving, history.record
     troubles = [f"no answer from {why}" for why in away.values()]
     if service := record.adopted_serving:
-        return _of_adopted(deployment, service, history, containers, away)
+        return _of_adopted(deployment, service, history, containers, away, unhealthy)
     if release is None:
         running = sorted(c.name for host in ours.values() for c in host if c.status in RUNNING)
         if running:
@@ -160,20 +159,30 @@ def _of_adopted(
     history: History,
     containers: Mapping[str, Sequence[AnyContainer]],
     away: Mapping[str, str],
+    unhealthy: Mapping[str, str] | None,
 ) -> Status:
-    """Say whether the adopted service serves, as far as its containers tell."""
-    alive = {a: {c.id for c in listed if c.status in RUNNING} for a, listed in containers.items()}
-    running = service.running(alive)
+    """Say whether the adopted service serves. Shells keep its containers alive: as long as its
+    servers were not asked, that tells little."""
     parts = [
-        Member(c.name, c.role, c.instance, c.host, "" if c in running else "does not run")
+        Member(
+            c.name,
+            c.role,
+            c.pod or c.instance,
+            c.host,
+            _unasked(c.host, containers, away)
+            or _ended([one for one in containers[c.host] if one.id == c.id])
+            or (unhealthy or {}).get(c.instance, ""),
+        )
         for c in service.containers
     ]
     troubles = [f"no answer from {why}" for why in away.values()]
-    troubles += adopted.troubles(service, running)
+    troubles += [
+        f"{p.name} on {p.host}: {p.trouble}" for p in parts if p.trouble and p.host not in away
+    ]
     closed = history.record.closed
     if closed:
         troubles.append(f"closed to clients since {closed:%Y-%m-%d %H:%M:%S}")
-    said = "of an adopted service only the containers were looked at"
+    said = "" if unhealthy is not None else "its servers were not asked, only Docker"
     return Status(
         deployment,
         SHOWN,

@@ -54,11 +54,12 @@ class Seen:
     Attributes:
         host: its host's name in the file.
         digest: of its image, as the host knows it; empty if it never saw a registry.
-        role: empty for a container that can't be told.
+        role, pod: empty for a container that can't be told; a proxy is part of no pod.
     """
 
     instance: str
     role: str
+    pod: str
     host: str
     address: str
     state: ContainerState
@@ -81,6 +82,7 @@ class Seen:
         return AdoptedContainer(
             instance=self.instance,
             role=self.role,
+            pod=self.pod,
             host=self.address,
             name=self.state.name,
             id=self.state.id,
@@ -175,11 +177,12 @@ async def _seen(session: Session, name: str, instance: str, state: ContainerStat
     instance = instance or _by_port(session.topology, name, exec_processes.listened(processes))
     place = session.topology.instance(instance)
     role = place.role if place else "proxy" if instance else ""
+    pod = place.pod if place else ""
     digest = image.digest or "" if image else ""
     if image and not digest:
         reference = await host.docker.image(state.image)
         digest = (reference.digest or "") if reference and reference.id == image.id else ""
-    return Seen(instance, role, name, host.address, state, tuple(processes), digest)
+    return Seen(instance, role, pod, name, host.address, state, tuple(processes), digest)
 
 
 def _by_port(topology: Topology, host: str, ports: Iterable[int]) -> str:

@@ -19,6 +19,8 @@ from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
+from pd_deploy.records.adopted import GENERATION as ADOPTED
+from pd_deploy.records.adopted import SHOWN
 from pd_deploy.records.releases import History
 from pd_deploy.steps.session import Session
 
@@ -31,11 +33,17 @@ def chosen(history: History, generation: str | None) -> str:
     """Choose the generation whose logs to collect: the youngest, unless one is named.
 
     Raises:
-        NoSuchGeneration: nothing of it is on the hosts.
+        NoSuchGeneration: nothing of it is on the hosts, or it was adopted.
     """
     name = generation or str(generations.latest(history.generations) or "")
     if name in history.generations:
         return name
+    if name == ADOPTED or (not name and history.record.adopted_serving):
+        raise NoSuchGeneration(
+            f"expected a generation that pd-deploy has started, found generation {SHOWN}",
+            hint="its logs are where the playbook has put them: `pd-deploy exec FILE INSTANCE -- "
+            "sh -c 'ls -R $LOG_PATH'` lists them",
+        )
     raise NoSuchGeneration(
         f"expected {f'the generation {name}' if name else 'a generation'} on the hosts, "
         f"found {', '.join(sorted(history.generations)) or 'none'}",

@@ -69,6 +69,10 @@ class Workbench(_Process):
     def serving(self) -> set[tuple[str, int]]:
         return self.bound()
 
+    def end_all(self) -> None:
+        """End what runs in it; its shell stays."""
+        self._keep([p for p in self.processes if p.pid == exec_processes.MAIN])
+
     @property
     def launchers(self) -> list[Executed]:
         """The launchers that run in it."""

@@ -1,23 +1,29 @@
 """Taking over a service that the playbook has started, and bringing it back."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pd_deploy.blocks.opening import open_session
-from pd_deploy.cli import adopt, hosts, show
+from pd_deploy.cli import adopt, bench, diff, execute, hosts, logs, planned, show
 from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
-from pd_deploy.errors import InvalidInput, NotOurs, RolledBack
+from pd_deploy.errors import InvalidInput, NoSuchGeneration, NotOurs, OutOfOrder, RolledBack
 from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.health import health
 from pd_deploy.flows.prune import prune
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
+from pd_deploy.flows.teardown import teardown
 from pd_deploy.hosts import exec_processes
 from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
+from pd_deploy.records.status import Verdict
+from pd_deploy.steps.verify.looking import HEALTHY
 from tests.memory.machine import Container, Faults
 from tests.memory.playbook import Workbench
-from tests.memory.world import ROOT, World
+from tests.memory.world import FIRST, ROOT, World
 
 SECRET = "hf_0123456789abcdef0123456789abcdef01"
 
@@ -117,12 +123,134 @@ def test_the_first_deployment_takes_over_and_keeps_what_it_replaces(
     world.assert_coherent()
 
 
-def status(world: World) -> str:
-    async def tell() -> str:
+def told(world: World) -> showing.Told:
+    async def tell() -> showing.Told:
         async with open_session(load_deployment(world.path)) as session:
-            return showing.text(await showing.tell(session, None))
+            return await showing.tell(session, None)
 
     return world.asked(tell())
+
+
+def status(world: World) -> str:
+    return showing.text(told(world))
+
+
+def end(container: Container) -> None:
+    """Ends what runs in a container of the playbook's, as when its server dies: the shell stays."""
+    assert isinstance(container.program, Workbench)
+    container.program.end_all()
+
+
+def test_status_looks_into_an_adopted_service(world: World, old: dict[str, Container]) -> None:
+    adopted(world)
+    look = told(world).look
+    assert {(i.name, i.role, i.host) for i in look.instances} >= {
+        ("p1", "prefill", "a"), ("d0", "decode", "b"), ("c0", "proxy", "a"),
+    }  # fmt: skip
+    assert len(look.instances) == len(old)
+    assert {(i.container, i.health, bool(i.since)) for i in look.instances} == {
+        ("running", HEALTHY, True)
+    }
+    assert status(world).splitlines()[0] == "qwq-3p1d: serving"
+    document = json.loads(showing.as_document(told(world)))
+    assert (document["generation"], document["image"]) == ("0 (adopted)", FIRST)
+
+
+@pytest.mark.parametrize(
+    ("damage", "verdict", "found"),
+    [
+        (
+            lambda _, old: end(old["p1"]),
+            Verdict.DEGRADED,
+            "prefill_p1 on 10.0.0.1: does not answer",
+        ),
+        (lambda _, old: end(old["d0"]), Verdict.DOWN, "decode_d0 on 10.0.0.2: does not answer"),
+        (lambda _, old: end(old["c0"]), Verdict.DOWN, "proxy_c0 on 10.0.0.1: does not answer"),
+        (
+            lambda world, old: world.machines["a"].end(old["p1"], 137),
+            Verdict.DEGRADED,
+            "prefill_p1 on 10.0.0.1: exited",
+        ),
+        (
+            lambda world, old: world.machines["b"].containers.pop(old["p2"].id),
+            Verdict.DEGRADED,
+            "prefill_p2 on 10.0.0.2: gone",
+        ),
+        (lambda world, _: world.machines["b"].unplug(), Verdict.DOWN, "no answer from host b"),
+    ],
+    ids=["a prefill died", "decode died", "the proxy died", "ended", "removed", "host away"],
+)
+def test_status_tells_by_its_exit_code_how_an_adopted_service_serves(
+    world: World,
+    old: dict[str, Container],
+    damage: Callable[[World, dict[str, Container]], None],
+    verdict: Verdict,
+    found: str,
+) -> None:
+    adopted(world)
+    damage(world, old)
+    look = told(world).look
+    assert look.status.verdict == verdict
+    assert found in look.status.state
+    assert "does not run" not in look.status.state
+
+
+def test_the_commands_know_an_adopted_service(
+    world: World, old: dict[str, Container], tmp_path: Path
+) -> None:
+    adopted(world)
+    deployment, before = load_deployment(world.path), world.state()
+    printed: list[bytes] = []
+    command = ["sh", "-c", exec_processes.READ]
+    ran = execute.executed(deployment, "p1", command, lambda out, _: printed.append(out))
+    assert world.asked(ran) == 0
+    assert b"listener" in b"".join(printed)
+    for generation in (None, "0"):
+        with pytest.raises(
+            NoSuchGeneration, match=r"found generation 0 \(adopted\) → its logs are"
+        ):
+            world.asked(logs._collect(deployment, generation, tmp_path / "logs"))
+    look = world.asked(planned.look(deployment, None))
+    compared = diff.compared(deployment, look)
+    assert compared.is_drift
+    said = diff.text(compared)
+    assert "qwq-3p1d: 0 (adopted) serves, the file makes 1-" in said
+    assert "`pd-deploy adopt FILE` compares it" in said
+    assert "b: stop omni-infer-decode_d0" in said
+    assert "would stop omni-infer-decode_d0" in planned.text(deployment.name, look)
+    with pytest.raises(OutOfOrder, match="generation 0"):
+        world.asked(bench.measured(deployment, save=False))
+    assert world.state() == before
+
+
+def test_health_checks_an_adopted_service_and_restarts_nothing(
+    world: World, old: dict[str, Container]
+) -> None:
+    adopted(world)
+    before = world.state()
+    well = world.run(health)
+    assert "Generation 0 (adopted) serves: 5 instances are healthy, and a compl" in well.message
+    end(old["p1"])
+    ill = world.run(health)
+    assert ill.word == "Degraded"
+    assert "health restarts nothing of generation 0 (adopted): `pd-deploy recover" in ill.message
+    assert [event["event"] for event in world.events] == ["pd-deploy.service.degraded"]
+    assert world.state() == before
+    assert world.run(recover).completed
+    assert serves(world, old)
+    assert world.run(health).word == "Completed"
+
+
+def test_teardown_leaves_an_adopted_service_as_it_is(
+    world: World, old: dict[str, Container]
+) -> None:
+    adopted(world)
+    before = commands(old)
+    torn = world.run(teardown, name="qwq-3p1d")
+    assert torn.completed, torn.error
+    assert commands(old) == before
+    assert serves(world, old)
+    assert not world.machines["a"].disk.get(ROOT)
 
 
 def everything(world: World) -> set[str]:

@@ -15,11 +15,13 @@ from datetime import datetime, timedelta
 import httpx
 
 from pd_deploy.errors import PdDeployError
+from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
 from pd_deploy.records.status import SERVES, Verdict
+from pd_deploy.steps import adopting
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
-from pd_deploy.steps.verify import looking, requests
+from pd_deploy.steps.verify import adopted, looking, requests
 from pd_deploy.steps.verify.answers import NoAnswer, ask
 from pd_deploy.steps.verify.looking import HEALTHY, Cause, InstanceLook, Look
 
@@ -91,13 +93,13 @@ async def check(session: Session, now: datetime) -> Checked:
         looks.append(await looking.look(session, as_deployed=True))
     last = looks[-1]
     checked = Checked(last, failed(looks, now), told=trouble(last))
-    if last.release is None or last.status.verdict != Verdict.SERVING:
+    if last.status.verdict != Verdict.SERVING:
         return checked
-    found, is_sure, seconds = await _completion(last.session)
+    found, is_sure, seconds = await _completion(last)
     if not found:
         return Checked(last, checked.failed, checked.told, seconds)
-    proxy = last.session.topology.proxy
-    told = f"a completion through http://{proxy.address}:{proxy.port} failed: {found}"
+    _, address, port = _entrance(last)
+    told = f"a completion through http://{address}:{port} failed: {found}"
     lost = {i.name: i.run for i in last.instances} if is_sure else {}
     return Checked(last, lost, "; ".join(filter(None, (checked.told, told))), by_completion=is_sure)
 
@@ -114,13 +116,16 @@ def trouble(look: Look) -> str:
 
 
 def failed(looks: Sequence[Look], now: datetime) -> dict[str, str]:
-    """List what has surely failed, with the run of its container. Pure.
+    """List what has surely failed, with the run of its container; of an adopted service nothing,
+    as it is not restarted. Pure.
 
     What has ended or is gone, and the proxy where a run has left it closed; and what runs, but
     refused or answered with an error at each look, unless it may still be loading: then nobody
     listens at its port yet.
     """
     last = looks[-1]
+    if last.release is None:
+        return {}
     serves = {i.name for i in last.instances if i.health == HEALTHY}
     lost = {last.session.topology.proxy.name: ""} if last.history.record.closed else {}
     lost |= {i.name: "" for i in last.instances if _has_ended(i)}
@@ -178,7 +183,7 @@ def _may_load(instance: InstanceLook, look: Look, serves: set[str], now: datetim
 def _is_in_doubt(looks: Sequence[Look]) -> bool:
     """Tell whether to look again: something does not answer, and nothing has surely failed."""
     last = looks[-1]
-    if last.release is None or _working(last):
+    if not last.status.generation or _working(last):
         return False
     if any(host.away for host in last.hosts):
         return len(looks) < LOOKS_FOR_HOSTS
@@ -188,18 +193,33 @@ def _is_in_doubt(looks: Sequence[Look]) -> bool:
     return (unread or any(i.cause for i in last.instances)) and len(looks) < LOOKS
 
 
-async def _completion(session: Session) -> tuple[str, bool, float]:
+def _entrance(look: Look) -> tuple[Host, str, int]:
+    """Where clients ask: host, address and port."""
+    session, service = look.session, look.history.record.adopted_serving
+    if service:
+        host = adopting.host_of(session, service.proxies[0])
+        return host, host.address, service.port
+    proxy = session.topology.proxy
+    return session.host(proxy.host), proxy.address, proxy.port
+
+
+async def _completion(look: Look) -> tuple[str, bool, float]:
     """Ask for a completion where clients ask, again if it fails.
 
     Returns:
         What came in its place, empty if it came; whether that is sure to be a fault of the service;
         and how long the answer took, in s.
     """
-    deployment, proxy = session.deployment, session.topology.proxy
-    url, body = requests.completion(deployment, proxy)
+    session, service = look.session, look.history.record.adopted_serving
+    url, body = (
+        adopted.completion(session, service)
+        if service
+        else requests.completion(session.deployment, session.topology.proxy)
+    )
     body |= {"max_tokens": TOKENS, **session.engine.cache_busting_fields(str(uuid.uuid4()))}
     found, is_sure = "", True
-    async with session.host(proxy.host).http(proxy.address, proxy.port) as client:
+    host, address, port = _entrance(look)
+    async with host.http(address, port) as client:
         for turn in range(LOOKS):
             if turn:
                 await asyncio.sleep(PAUSE_S)

@@ -21,6 +21,7 @@ from pd_deploy.hosts.lease import Holding
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import releases
 from pd_deploy.records import status as statuses
+from pd_deploy.records.adopted import UNCOMPARED, AdoptedContainer, AdoptedService
 from pd_deploy.records.generations import GENERATION, RUNNING
 from pd_deploy.records.releases import History, Release
 from pd_deploy.records.status import Status
@@ -111,9 +112,6 @@ class Look:
     drift_unknown: str = ""
 
 
-_UNCOMPARED = "pd-deploy has not started what serves; `pd-deploy adopt FILE` compares it"
-
-
 @dataclass(frozen=True)
 class _HostAnswer:
     """What a host said."""
@@ -139,7 +137,10 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
     drift, drift_unknown = _drift(session, here, away)
     if history.serving and (drift or as_deployed):
         session = await _as_deployed(session, here, history.serving)
-    instances = await _instances(session, here, history.serving)
+    service = history.record.adopted_serving
+    instances = await (
+        _adopted(session, here, service) if service else _instances(session, here, history.serving)
+    )
     status = statuses.status(
         session.deployment.name,
         history,
@@ -221,7 +222,7 @@ def _drift(
     states = [answer.state for answer in here.values()]
     history = surveying.history_of(states)
     if history.serving is None:
-        return None, _UNCOMPARED if history.record.adopted_serving else "nothing serves"
+        return None, UNCOMPARED if history.record.adopted_serving else "nothing serves"
     choice = releases.choose(session.deployment.image, None, history.serving)
     if choice.digest != history.serving.digest:
         return f"the file has another image, {choice.chosen_image}", ""
@@ -285,20 +286,72 @@ async def _instance(
     entry = InstanceLook(name, role, topology.host_of(name), devices)
     if state is None:
         return replace(entry, container=absent)
-    entry = replace(
+    entry, host = _of_container(entry, state), session.host_of(name)
+    if not state.running:
+        return entry
+    if member is None:
+        health, cause = await _proxy_health(host, topology.proxy.address, topology.proxy.port)
+        return replace(entry, health=health, cause=cause)
+    return await _of_servers(session, entry, host, member.address, member.api_ports)
+
+
+async def _adopted(
+    session: Session, here: Mapping[str, _HostAnswer], service: AdoptedService
+) -> list[InstanceLook]:
+    """Look at all of an adopted service. A shell keeps each container alive, so what is asked is
+    what listened in it when it was adopted."""
+    by_address = {answer.host.address: answer for answer in here.values()}
+    names = {session.host(name).address: name for name in session.deployment.hosts}
+    return await together(
+        _adopted_instance(
+            session, service, one, names.get(one.host, one.host), by_address.get(one.host)
+        )
+        for one in service.containers
+    )
+
+
+async def _adopted_instance(
+    session: Session,
+    service: AdoptedService,
+    one: AdoptedContainer,
+    host_name: str,
+    answer: _HostAnswer | None,
+) -> InstanceLook:
+    entry = InstanceLook(one.instance, one.role, host_name)
+    if answer is None:
+        return entry
+    host = answer.host
+    states = await _or_error(host.docker.states([one.id]))
+    if isinstance(states, PdDeployError):
+        return replace(entry, health=f"{NOT_KNOWN}: {states.message}", cause="late")
+    entry = _of_container(entry, states[0]) if states else replace(entry, container=statuses.GONE)
+    if entry.container not in RUNNING:
+        return entry
+    if one.role == "proxy":
+        health, cause = await _proxy_health(host, host.address, service.port)
+        return replace(entry, health=health, cause=cause)
+    if one.api_ports or not one.ports or answer.state.listening.intersection(one.ports):
+        return await _of_servers(session, entry, host, host.address, one.api_ports)
+    silent = f"nobody listens on {', '.join(map(str, one.ports))}"
+    return replace(entry, health=silent, cause="refused")
+
+
+def _of_container(entry: InstanceLook, state: ContainerState) -> InstanceLook:
+    """Add what Docker says of an instance's container."""
+    return replace(
         entry,
         container=state.status,
         since=state.started_at if state.running else state.finished_at,
         was_restarted=state.running and state.finished_at is not None,
         run=run_of(state),
     )
-    if not state.running:
-        return entry
-    host = session.host_of(name)
-    if member is None:
-        health, cause = await _proxy_health(host, topology.proxy.address, topology.proxy.port)
-        return replace(entry, health=health, cause=cause)
-    asked = await together(_server(host, member.address, port) for port in member.api_ports)
+
+
+async def _of_servers(
+    session: Session, entry: InstanceLook, host: Host, address: str, ports: Iterable[int]
+) -> InstanceLook:
+    """Add what an instance's API servers say."""
+    asked = await together(_server(host, address, port) for port in ports)
     counters, pages = session.engine.COUNTERS, [page for *_, page in asked if page is not None]
     unwell = [(health, cause) for health, cause, _ in asked if cause]
     causes: list[Cause] = [cause for _, cause in unwell]
@@ -307,7 +360,7 @@ async def _instance(
         health="; ".join(dict.fromkeys(h for h, _ in unwell)) or (HEALTHY if asked else ""),
         cause=next((cause for cause in causes if cause != "late"), next(iter(causes), "")),
         requests=metrics.total(pages, counters.served),
-        kv_tokens=metrics.total(pages, counters.kv_tokens) if role == "decode" else None,
+        kv_tokens=metrics.total(pages, counters.kv_tokens) if entry.role == "decode" else None,
     )
 
 
