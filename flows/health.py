@@ -52,9 +52,10 @@ async def health(file: str, again: bool = False) -> State[None]:
         checked = await checking.check(session, now())
         if checked.told:
             get_run_logger().warning("%s", checked.told)
+        await _count_silent(session, checked, run)
         if not checked.told:
             state = await _well(session, checked, run)
-        elif why := await _in_the_way(checked):
+        elif why := await _in_the_way(session, checked):
             state = _ended(checked, why)
         else:
             state = await _mended_if_allowed(session, checked, run, again=again)
@@ -76,7 +77,19 @@ async def _well(session: Session, checked: Checked, run: Run) -> State[None]:
     )
 
 
-async def _in_the_way(checked: Checked) -> str:
+async def _count_silent(session: Session, checked: Checked, run: Run) -> None:
+    """Record what gave no answer, for the next check to count; nothing while somebody works."""
+    record = checked.look.history.record
+    is_known = not (checked.working or checked.away)
+    if not checked.told or not is_known or record.heard(checked.silent) is record:
+        return
+    try:
+        await _note(session, run, lambda record: record.heard(checked.silent))
+    except PdDeployError as error:
+        get_run_logger().warning("that it gave no answer could not be recorded: %s", error)
+
+
+async def _in_the_way(session: Session, checked: Checked) -> str:
     """Tell of trouble, once; say why it is not health's to mend, empty if it is."""
     look = checked.look
     is_adopted = bool(look.history.record.adopted_serving)
@@ -95,7 +108,13 @@ async def _in_the_way(checked: Checked) -> str:
             f"{', '.join(look.others)} of another generation runs, so this is left to "
             "`pd-deploy recover FILE` or `deploy`"
         )
-    return "" if checked.failed else "nothing is restarted for that"
+    return "" if checked.failed else _too_little(session, checked)
+
+
+def _too_little(session: Session, checked: Checked) -> str:
+    """Say that nothing is restarted for what was found, and what may come to be."""
+    told = mending.told_of_silence(checked.silent, session.deployment.health)
+    return "; ".join(filter(None, ("nothing is restarted for that", told)))
 
 
 async def _mended_if_allowed(

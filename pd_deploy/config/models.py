@@ -464,11 +464,14 @@ class Gates(Model):
 class Health(Model):
     """How often `pd-health` may restart what has failed: at most `attempts` times in `within`
     seconds, `pause` seconds after the first time and three times as long after each further one.
-    With 0 attempts it only tells."""
+    With 0 attempts it only tells. A server that runs, with its port open, and gives no answer at
+    `hung_after` checks in a row counts as failed; 0: never."""
 
     attempts: Annotated[int, Field(ge=0, le=50, strict=True)] = 4
     within: Seconds = 3600
     pause: Seconds = 60
+    # Each check asks three times, for 3 s each: what is only busy answers once in 15 times.
+    hung_after: Annotated[int, Field(ge=0, le=1000, strict=True)] = 5
 
 
 class Disk(Model):

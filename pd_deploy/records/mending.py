@@ -1,10 +1,11 @@
 """When health restarts what has failed, and when it lets it be. Pure."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pd_deploy.config.models import Health
-from pd_deploy.records.releases import Mending
+from pd_deploy.records.releases import Mending, Silence
 
 FACTOR = 3
 """How many times longer each pause is than the one before."""
@@ -48,6 +49,42 @@ def lately(mending: Mending | None, options: Health, now: datetime) -> list[date
     return [when for when in attempts if now - when < timedelta(seconds=options.within)]
 
 
+def silences(
+    before: Mending | None, runs: Mapping[str, str], options: Health, now: datetime
+) -> dict[str, Silence]:
+    """Count at how many checks in a row instances gave no answer.
+
+    Args:
+        runs: which run of its container gives none at this check, by instance.
+    """
+    known = before.silent if before else {}
+    counted = {}
+    for name, run in runs.items():
+        last = known.get(name)
+        goes_on = last and last.run == run and now - last.last < timedelta(seconds=options.within)
+        checks = last.checks + 1 if last and goes_on else 1
+        counted[name] = Silence(run=run, checks=checks, last=now)
+    return counted
+
+
+def hung(silent: Mapping[str, Silence], options: Health) -> dict[str, str]:
+    """List what has given no answer for too long, with the run of its container."""
+    after = options.hung_after
+    return {name: s.run for name, s in silent.items() if after and s.checks >= after}
+
+
+def told_of_silence(silent: Mapping[str, Silence], options: Health) -> str:
+    """Say for people what gives no answer, and when it is restarted for that; empty if nothing."""
+    times = [
+        f"{name} gave no answer at {s.checks} check{'s in a row' if s.checks > 1 else ''}"
+        for name, s in silent.items()
+    ]
+    if not times:
+        return ""
+    then = f"restarted at {options.hung_after}" if options.hung_after else "never restarted for it"
+    return f"{', '.join(times)} ({then})"
+
+
 def told(mending: Mending | None, options: Health, now: datetime) -> str:
     """Say for people what health holds back; empty if nothing."""
     if mending is None:
@@ -56,7 +93,7 @@ def told(mending: Mending | None, options: Health, now: datetime) -> str:
         return _gave_up(mending)
     recent = lately(mending, options, now)
     if not recent or mending.failed is None:
-        return ""
+        return told_of_silence(mending.silent, options)
     due = _due(mending, recent, options)
     assert due
     return (

@@ -169,6 +169,20 @@ class Hold(_Frozen):
         return f"{self.by}, since {self.when:%Y-%m-%d %H:%M:%S}: {self.reason}"
 
 
+class Silence(_Frozen):
+    """A server, or the proxy, that runs and gives no answer, although its port is open.
+
+    Attributes:
+        run: which run of its container.
+        checks: at how many checks in a row.
+        last: when the last of them was.
+    """
+
+    run: str
+    checks: int
+    last: datetime
+
+
 class Mending(_Frozen):
     """What health has tried to keep the serving generation up.
 
@@ -176,11 +190,13 @@ class Mending(_Frozen):
         attempts: when each began, the latest last.
         failed: when the last one failed; None if it did not.
         gave_up: since when it tries no more; None while it would.
+        silent: by instance, what gave no answer at the last check.
     """
 
     attempts: tuple[datetime, ...] = ()
     failed: datetime | None = None
     gave_up: datetime | None = None
+    silent: dict[str, Silence] = {}
 
 
 class Record(_Frozen):
@@ -362,11 +378,19 @@ class Record(_Frozen):
         before = self.mending or Mending()
         return self._changed(mending=before.model_copy(update={"gave_up": when}))
 
+    def heard(self, silent: Mapping[str, Silence]) -> "Record":
+        """Note what gave no answer at a check."""
+        before = self.mending or Mending()
+        if before.silent == silent:
+            return self
+        return self._changed(mending=before.model_copy(update={"silent": dict(silent)}))
+
     def well(self) -> "Record":
         """Note that all is well again, so that health will try again; its attempts still count."""
-        if self.mending is None or not (self.mending.failed or self.mending.gave_up):
+        before = self.mending
+        if before is None or not (before.failed or before.gave_up or before.silent):
             return self
-        return self._changed(mending=Mending(attempts=self.mending.attempts))
+        return self._changed(mending=Mending(attempts=before.attempts))
 
     def rested(self) -> "Record":
         """Let health begin anew: somebody has seen to the service."""

@@ -23,7 +23,7 @@ from pd_deploy.flows.health import health
 from pd_deploy.flows.recover import recover
 from pd_deploy.records import mending
 from pd_deploy.records.mending import Decision
-from pd_deploy.records.releases import Hold, Mending
+from pd_deploy.records.releases import Hold, Mending, Silence
 from pd_deploy.steps import waiting_room
 from tests.memory import answers
 from tests.memory import world as memory
@@ -168,11 +168,17 @@ def test_a_server_that_links_on_demand_starts_alone_while_the_others_serve(
     assert {n for n, run in world.runs().items() if before[n] != run} == {"p1"}
 
 
-def sick(monkeypatch: pytest.MonkeyPatch, how: str, run: str, path: str = "/health") -> None:
+def sick(
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    run: str,
+    path: str = "/health",
+    kind: type[Server | Proxy] = Server,
+) -> None:
     """Has a server that runs answer otherwise, or late, or not at all, until it is restarted."""
-    answer, serving = Server.answer, Server.serving
+    answer, serving = kind.answer, Server.serving
 
-    def answering(server: Server, asked: str, body: dict[str, Any]) -> httpx.Response:
+    def answering(server: Any, asked: str, body: dict[str, Any]) -> httpx.Response:
         if server.container.run_id == run and asked.startswith(path):
             if how == "late":
                 raise httpx.ReadTimeout("")
@@ -185,17 +191,87 @@ def sick(monkeypatch: pytest.MonkeyPatch, how: str, run: str, path: str = "/heal
     if how == "refused":
         monkeypatch.setattr(Server, "serving", listening)
     else:
-        monkeypatch.setattr(Server, "answer", answering)
+        monkeypatch.setattr(kind, "answer", answering)
 
 
 def test_a_server_that_answers_late_is_told_and_left_alone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may have much to do."""
+    """It may have much to do, as it shows by an answer now and then."""
+    world.change(health={"hung_after": 2})
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as for_now:
+            sick(for_now, "late", world.running()["p1"].run_id)
+            outcome = untouched(world)
+        assert outcome.word == "Degraded"
+        assert outcome.message.endswith(
+            "nothing is restarted for that; p1 gave no answer at 1 check (restarted at 2)"
+        )
+        assert "p1 gave no answer at 1 check" in status(world)
+        assert untouched(world).word == "Completed"
+        assert "gave no answer" not in status(world)
+    assert told(world) == [events.DEGRADED] * 2
+    world.change(health={"hung_after": 0})
     sick(monkeypatch, "late", world.running()["p1"].run_id)
-    assert untouched(world).word == "Degraded"
-    assert untouched(world).message.endswith("nothing is restarted for that")
+    assert checked(world, 3) == ["Degraded"] * 3
+    assert world.run(health).message.endswith("(never restarted for it)")
+
+
+@pytest.mark.parametrize(
+    ("hung", "restarted"),
+    [("p1", {"p0", "p1", "p2", "d0", "c0"}), ("c0", {"c0"})],
+    ids=["one set", "proxy"],
+)
+def test_what_hangs_for_many_checks_is_restarted_by_the_rules_of_what_failed(
+    world: World, monkeypatch: pytest.MonkeyPatch, hung: str, restarted: set[str]
+) -> None:
+    world.change(health={"hung_after": 2, "attempts": 1})
+    before = world.runs()
+    kind = Proxy if hung == "c0" else Server
+    sick(monkeypatch, "late", world.running()[hung].run_id, kind=kind)
+    assert untouched(world).word in ("Degraded", "Down")
+    outcome = world.run(health)
+    assert outcome.word == "Mended", outcome
+    assert f"{hung} on a (10.0.0.1): does not answer" in outcome.message
+    world.assert_coherent()
+    assert {name for name, run in world.runs().items() if run != before[name]} == restarted
     assert told(world) == [events.DEGRADED]
+    assert world.run(health).word == "Completed"
+    assert "silent" not in world.record().model_dump_json(exclude_defaults=True)
+    sick(monkeypatch, "late", world.running()[hung].run_id, kind=kind)
+    assert "nothing more is tried" in checked_last(world, 2).message
+    assert told(world) == [events.DEGRADED, events.GAVE_UP]
+
+
+def checked_last(world: World, times: int) -> Outcome:
+    """The last of so many checks that change nothing."""
+    return [untouched(world) for _ in range(times)][-1]
+
+
+def test_a_server_that_may_still_load_is_not_counted_as_hanging(
+    on_demand: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine may open its port before its model is loaded."""
+    world = on_demand
+    world.change(health={"hung_after": 1})
+    before = world.runs()
+    sick(monkeypatch, "late", world.running()["p1"].run_id)
+    assert untouched(world).message.endswith("nothing is restarted for that")
+    world.pass_by(30)  # more than gates.ready
+    assert world.run(health).word == "Mended"
+    assert {name for name, run in world.runs().items() if run != before[name]} == {"p1"}
+
+
+@pytest.mark.parametrize(
+    ("minutes", "run", "checks"),
+    [(1, "r", 4), (59, "r", 4), (61, "r", 1), (1, "another", 1)],
+)
+def test_checks_count_in_a_row_and_for_the_same_run(minutes: float, run: str, checks: int) -> None:
+    before = Mending(silent={"p0": Silence(run="r", checks=3, last=ago(minutes)[0])})
+    counted = mending.silences(before, {"p0": run}, Health(), NOW)
+    assert {name: s.checks for name, s in counted.items()} == {"p0": checks}
+    assert mending.hung(counted, Health(hung_after=4)) == ({"p0": "r"} if checks == 4 else {})
+    assert mending.silences(before, {}, Health(), NOW) == {}
 
 
 def test_one_look_at_which_a_server_does_not_answer_says_nothing(

@@ -2,13 +2,14 @@
 
 A container that has ended is sure at once. A server that runs and does not answer is asked again,
 because one that is busy answers late: what is late, or out of reach, is told, and never counts as
+failed. One whose port is open and that gives no answer at many checks in a row hangs, and has
 failed. Changes nothing.
 """
 
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -16,7 +17,8 @@ import httpx
 
 from pd_deploy.errors import PdDeployError
 from pd_deploy.hosts.host import Host
-from pd_deploy.records import generations
+from pd_deploy.records import generations, mending
+from pd_deploy.records.releases import Silence
 from pd_deploy.records.status import SERVES, Verdict
 from pd_deploy.steps import adopting
 from pd_deploy.steps.rollout import Rollout
@@ -49,6 +51,7 @@ class Checked:
         told: all that is not as it should be, in a line; empty if all is well.
         answered: how long the completion through the proxy took, in s; None if there was none.
         by_completion: whether only a completion shows that something has failed.
+        silent: what runs and gives no answer, by instance, and at how many checks.
     """
 
     look: Look
@@ -56,6 +59,7 @@ class Checked:
     told: str = ""
     answered: float | None = None
     by_completion: bool = False
+    silent: Mapping[str, Silence] = field(default_factory=dict)
 
     @property
     def away(self) -> list[str]:
@@ -92,7 +96,10 @@ async def check(session: Session, now: datetime) -> Checked:
         await asyncio.sleep(PAUSE_S)
         looks.append(await looking.look(session, as_deployed=True))
     last = looks[-1]
-    checked = Checked(last, failed(looks, now), told=trouble(last))
+    options, before = session.deployment.health, last.history.record.mending
+    counted = mending.silences(before, silent(looks, now), options, now)
+    lost = failed(looks, now) | mending.hung(counted, options)
+    checked = Checked(last, lost, told=trouble(last), silent=counted)
     if last.status.verdict != Verdict.SERVING:
         return checked
     found, is_sure, seconds = await _completion(last)
@@ -131,9 +138,31 @@ def failed(looks: Sequence[Look], now: datetime) -> dict[str, str]:
     lost |= {i.name: "" for i in last.instances if _has_ended(i)}
     for instance in last.instances if len(looks) >= LOOKS else ():
         is_loading = instance.cause == "refused" and _may_load(instance, last, serves, now)
-        if all(_fails(instance, look) for look in looks) and not is_loading:
+        if all(_was(instance, look, "refused", "status") for look in looks) and not is_loading:
             lost[instance.name] = instance.run
     return lost
+
+
+def silent(looks: Sequence[Look], now: datetime) -> dict[str, str]:
+    """List what runs, with its port open, and gave no answer at any look, unless it may still be
+    loading; with the run of its container. Pure.
+
+    The proxy may only wait for a server: it counts if no server does. Of an adopted service nothing
+    is counted, as nothing of it is restarted.
+    """
+    last = looks[-1]
+    if last.release is None:
+        return {}
+    serves = {i.name for i in last.instances if i.health == HEALTHY}
+    runs = {
+        i.name: i.run
+        for i in last.instances
+        if len(looks) >= LOOKS
+        and all(_was(i, look, "silent") for look in looks)
+        and not _may_load(i, last, serves, now)
+    }
+    proxy = last.session.topology.proxy.name
+    return runs if runs.keys() == {proxy} else {n: run for n, run in runs.items() if n != proxy}
 
 
 def to_restart(rollout: Rollout, checked: Checked, tried: bool) -> frozenset[str]:
@@ -162,10 +191,9 @@ def _has_ended(instance: InstanceLook) -> bool:
     return instance.container not in ("", *generations.RUNNING)
 
 
-def _fails(instance: InstanceLook, look: Look) -> bool:
-    """Tell whether a look found the same run of an instance failing, and not merely late."""
-    sure: tuple[Cause, ...] = ("refused", "status")
-    return any(i.run == instance.run and i.cause in sure for i in look.instances)
+def _was(instance: InstanceLook, look: Look, *causes: Cause) -> bool:
+    """Tell whether a look found the same run of an instance failing by one of these causes."""
+    return any(i.run == instance.run and i.cause in causes for i in look.instances)
 
 
 def _may_load(instance: InstanceLook, look: Look, serves: set[str], now: datetime) -> bool:

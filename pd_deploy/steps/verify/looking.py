@@ -5,7 +5,7 @@ Per host: two sessions, one for what a survey reads and one for lease and device
 its Docker engine; per server: its health and its counters. All hosts are asked at the same time.
 """
 
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar
@@ -35,9 +35,12 @@ T = TypeVar("T")
 
 ANSWER_TIMEOUT_S = 3.0
 HEALTHY = "healthy"
-Cause = Literal["", "late", "refused", "status"]
-"""Why a port's answer is not as it should be: none in time, or the way there was lost; nobody
-listens, or hangs up; another status than 200. Empty if it is as it should be."""
+Cause = Literal["", "late", "silent", "refused", "status"]
+"""Why a port's answer is not as it should be: the way there was lost, or took too long; the port is
+open, and nothing came in time; nobody listens, or hangs up; another status than 200. Empty if it is
+as it should be."""
+_WORST: tuple[Cause, ...] = ("refused", "status", "silent", "late", "")
+"""Of several ports of an instance the first of these counts."""
 NOT_KNOWN = "not known"
 SHOWN = 3
 
@@ -266,9 +269,19 @@ async def _instances(
                 running = [c for c in containers if c.status in RUNNING]
                 states[name] = (running or containers)[0]
     return await together(
-        _instance(session, name, states.get(name), _absent(session, name, here, serving))
+        _instance(
+            session,
+            name,
+            states.get(name),
+            _absent(session, name, here, serving),
+            _listening(here.get(session.topology.host_of(name))),
+        )
         for name in session.topology.names
     )
+
+
+def _listening(answer: _HostAnswer | None) -> Collection[int]:
+    return answer.state.listening if answer else ()
 
 
 def _absent(
@@ -279,7 +292,11 @@ def _absent(
 
 
 async def _instance(
-    session: Session, name: str, state: ContainerState | None, absent: str
+    session: Session,
+    name: str,
+    state: ContainerState | None,
+    absent: str,
+    listening: Collection[int],
 ) -> InstanceLook:
     topology, member = session.topology, session.topology.instance(name)
     role, devices = (member.role, member.devices) if member else ("proxy", ())
@@ -290,9 +307,10 @@ async def _instance(
     if not state.running:
         return entry
     if member is None:
-        health, cause = await _proxy_health(host, topology.proxy.address, topology.proxy.port)
+        proxy = topology.proxy
+        health, cause = await _proxy_health(host, proxy.address, proxy.port, listening)
         return replace(entry, health=health, cause=cause)
-    return await _of_servers(session, entry, host, member.address, member.api_ports)
+    return await _of_servers(session, entry, host, member.address, member.api_ports, listening)
 
 
 async def _adopted(
@@ -320,7 +338,7 @@ async def _adopted_instance(
     entry = InstanceLook(one.instance, one.role, host_name)
     if answer is None:
         return entry
-    host = answer.host
+    host, listening = answer.host, answer.state.listening
     states = await _or_error(host.docker.states([one.id]))
     if isinstance(states, PdDeployError):
         return replace(entry, health=f"{NOT_KNOWN}: {states.message}", cause="late")
@@ -328,10 +346,10 @@ async def _adopted_instance(
     if entry.container not in RUNNING:
         return entry
     if one.role == "proxy":
-        health, cause = await _proxy_health(host, host.address, service.port)
+        health, cause = await _proxy_health(host, host.address, service.port, listening)
         return replace(entry, health=health, cause=cause)
-    if one.api_ports or not one.ports or answer.state.listening.intersection(one.ports):
-        return await _of_servers(session, entry, host, host.address, one.api_ports)
+    if one.api_ports or not one.ports or listening.intersection(one.ports):
+        return await _of_servers(session, entry, host, host.address, one.api_ports, listening)
     silent = f"nobody listens on {', '.join(map(str, one.ports))}"
     return replace(entry, health=silent, cause="refused")
 
@@ -348,17 +366,26 @@ def _of_container(entry: InstanceLook, state: ContainerState) -> InstanceLook:
 
 
 async def _of_servers(
-    session: Session, entry: InstanceLook, host: Host, address: str, ports: Iterable[int]
+    session: Session,
+    entry: InstanceLook,
+    host: Host,
+    address: str,
+    ports: Iterable[int],
+    listening: Collection[int],
 ) -> InstanceLook:
-    """Add what an instance's API servers say."""
-    asked = await together(_server(host, address, port) for port in ports)
+    """Add what an instance's API servers say.
+
+    Args:
+        listening: the ports on which somebody listens there.
+    """
+    asked = await together(_server(host, address, port, listening) for port in ports)
     counters, pages = session.engine.COUNTERS, [page for *_, page in asked if page is not None]
     unwell = [(health, cause) for health, cause, _ in asked if cause]
-    causes: list[Cause] = [cause for _, cause in unwell]
+    causes: list[Cause] = [cause for _, cause in unwell] or [""]
     return replace(
         entry,
         health="; ".join(dict.fromkeys(h for h, _ in unwell)) or (HEALTHY if asked else ""),
-        cause=next((cause for cause in causes if cause != "late"), next(iter(causes), "")),
+        cause=min(causes, key=_WORST.index),
         requests=metrics.total(pages, counters.served),
         kv_tokens=metrics.total(pages, counters.kv_tokens) if entry.role == "decode" else None,
     )
@@ -369,7 +396,9 @@ def run_of(state: ContainerState) -> str:
     return f"{state.id} {state.started_at}"
 
 
-async def _server(host: Host, address: str, port: int) -> tuple[str, Cause, metrics.Samples | None]:
+async def _server(
+    host: Host, address: str, port: int, listening: Collection[int]
+) -> tuple[str, Cause, metrics.Samples | None]:
     """Ask an API server for its health and its counters."""
     url = f"http://{address}:{port}"
     try:
@@ -380,21 +409,31 @@ async def _server(host: Host, address: str, port: int) -> tuple[str, Cause, metr
             page = await client.get(f"{url}/metrics", timeout=ANSWER_TIMEOUT_S)
             return HEALTHY, "", metrics.parse(page.text) if page.is_success else None
     except (httpx.HTTPError, PdDeployError) as error:
-        return *no_answer(error), None
+        return *_no_answer(error, is_open=port in listening), None
 
 
-async def _proxy_health(host: Host, address: str, port: int) -> tuple[str, Cause]:
+async def _proxy_health(
+    host: Host, address: str, port: int, listening: Collection[int]
+) -> tuple[str, Cause]:
     """Ask the proxy for anything: what its /health says of servers, they are asked themselves."""
     try:
         async with host.http(address, port) as client:
             await client.get(f"http://{address}:{port}/health", timeout=ANSWER_TIMEOUT_S)
             return HEALTHY, ""
     except (httpx.HTTPError, PdDeployError) as error:
-        return no_answer(error)
+        return _no_answer(error, is_open=port in listening)
 
 
-def no_answer(error: Exception) -> tuple[str, Cause]:
-    """Say what came in place of an answer, and of which kind that is."""
+def _no_answer(error: Exception, *, is_open: bool) -> tuple[str, Cause]:
+    """Say what came in place of an answer, and of which kind that is.
+
+    Args:
+        is_open: whether somebody listens at the port. Who hangs for long has connections that wait
+            to be accepted, until no more are made.
+    """
     found = error.message if isinstance(error, PdDeployError) else str(error)
+    told = f"does not answer ({found or type(error).__name__})"
+    if isinstance(error, httpx.TimeoutException) and is_open:
+        return f"{told}, although its port is open", "silent"
     is_late = isinstance(error, PdDeployError | httpx.TimeoutException)
-    return f"does not answer ({found or type(error).__name__})", "late" if is_late else "refused"
+    return told, "late" if is_late else "refused"
