@@ -25,7 +25,7 @@ from pd_deploy.registry.tags import NEWEST
     persist_result=False,
     on_crashed=[unknown.tell],
 )
-@interruptible(left="nothing on the hosts was changed")
+@interruptible(left="nothing that serves was touched")
 async def deploy(
     file: str,
     image: str | None = None,

@@ -10,6 +10,7 @@ from pd_deploy.config.fields import archive_of, shown
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.flows.run import page
 
 DIRECTORIES = "PD_DEPLOY_DIRECTORIES"
 """Set for a worker: further directories of deployment files, with `:` between them."""
@@ -26,6 +27,13 @@ def load(file: str, *, image: str | None = None) -> Deployment:
     Raises:
         InvalidInput: the file is elsewhere, whether it exists or not, or has problems.
     """
+    deployment = _load(file, image)
+    if of_run := page.get(None):
+        of_run.deployment = deployment.name
+    return deployment
+
+
+def _load(file: str, image: str | None) -> Deployment:
     context = FlowRunContext.get()
     flow_run = context.flow_run if context else None
     if flow_run is None or flow_run.deployment_id is None:

@@ -76,7 +76,7 @@ class Roll:
 
 
 @flow(name="pd-fleet", persist_result=False)
-@interruptible(left="no service was touched", first=STOPS)
+@interruptible(left="no service was touched", first=STOPS, reports=False)
 async def fleet(
     waves: list[list[str]],
     at_once: int = 4,

@@ -32,7 +32,7 @@ from pd_deploy.steps.verify.checking import Checked
     persist_result=False,
     on_crashed=[unknown.tell],
 )
-@interruptible(left="what it stopped stays stopped; the next check goes on")
+@interruptible(left="what it stopped stays stopped; the next check goes on", reports=False)
 async def health(file: str, again: bool = False) -> State[None]:
     """Check that a service serves, and restart what has failed.
 

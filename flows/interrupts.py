@@ -5,6 +5,7 @@ That nobody reads its output any more, as its worker has died, is no request.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import signal
@@ -13,17 +14,18 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec
 
-from prefect import State
+from prefect import State, runtime
 from prefect.logging import get_run_logger
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.states import Cancelled
 
 from pd_deploy.errors import PdDeployError
-from pd_deploy.flows import outcomes
-from pd_deploy.flows.run import remedy
+from pd_deploy.flows import outcomes, publish
+from pd_deploy.flows.run import Page, page, remedy
 from pd_deploy.steps.rollout import Rollout
 
 P = ParamSpec("P")
@@ -53,26 +55,34 @@ ending: ContextVar[Ending] = ContextVar("ending")
 """Of the run in this context, where somebody wants to know."""
 
 
-def interruptible(left: str, first: str = GOES_BACK) -> Callable[[Runbook[P]], Runbook[P]]:
+def interruptible(
+    left: str, first: str = GOES_BACK, *, reports: bool = True
+) -> Callable[[Runbook[P]], Runbook[P]]:
     """Have a flow's function end by itself when it is asked to end, as Cancelled, and under a name
-    that tells what became of the service when it fails.
+    that tells what became of the service when it fails; and with a report, however it ends.
 
     Args:
-        left: what became of the hosts when it was cancelled in a part that undoes nothing.
+        left: what became of the hosts when it ended in a part that undoes nothing.
         first: what the first request does; `{remedy}` is the command that repairs the rest.
+        reports: whether it has a report.
     """
 
     def decorate(runbook: Runbook[P]) -> Runbook[P]:
         @functools.wraps(runbook)
         async def run(*args: P.args, **kwargs: P.kwargs) -> State[None]:
             end = ending.get(Ending())
+            page.set(Page(Path(runtime.flow_run.parameters.get("file", "")).stem))
             outlive_reader()
             with _signals_cancel_this_task(end.signals, first):
                 try:
                     end.state = await runbook(*args, **kwargs)
                 except asyncio.CancelledError:
                     end.state = Cancelled(message=f"Interrupted; {left}")
-                except PdDeployError as error:
+                except Exception as error:
+                    if reports:
+                        await _report(error, left)
+                    if not isinstance(error, PdDeployError):
+                        raise
                     if outcomes.name_of(error) == outcomes.FAILED:
                         raise
                     if not error.logged:
@@ -80,11 +90,21 @@ def interruptible(left: str, first: str = GOES_BACK) -> Callable[[Runbook[P]], R
                     end.state = outcomes.failed(error)
                 finally:
                     _uncancel()
+                if reports:
+                    await _report(end.state, left)
                 return end.state
 
         return run
 
     return decorate
+
+
+async def _report(end: State[None] | Exception, left: str) -> None:
+    """Publish a report of a run that has none; a further request to end ends that, too."""
+    _uncancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await publish.otherwise(end, left)
+    _uncancel()
 
 
 def outlive_reader() -> None:

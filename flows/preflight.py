@@ -9,6 +9,7 @@ from pd_deploy.blocks.opening import open_session
 from pd_deploy.errors import HostError, PdDeployError, SeveralFaults, faults_of
 from pd_deploy.flows import deployment_file, publish, survey, unknown
 from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
 from pd_deploy.planning import flaws
 from pd_deploy.planning.flaws import Flaw
@@ -23,6 +24,7 @@ from pd_deploy.tasks import check_plan, compare_all, inspect_host, ping_devices,
     persist_result=False,
     on_crashed=[unknown.tell],
 )
+@interruptible(left="a preflight changes nothing", first="this preflight ends; it changes nothing")
 async def preflight(file: str, image: str | None = None, full_hashes: bool = False) -> State[None]:
     """Check the hosts of a service in full: tools, devices, networks, ports, model, image.
 

@@ -15,8 +15,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed
 
 from pd_deploy.config.models import Deployment
+from pd_deploy.errors import InvalidInput
 from pd_deploy.flows import events
-from pd_deploy.flows.run import Run, remedy, this_run
+from pd_deploy.flows.run import Run, page, remedy, this_run
 from pd_deploy.planning import actions
 from pd_deploy.planning.flaws import Flaw
 from pd_deploy.planning.plans import STAGES
@@ -260,6 +261,45 @@ def checked(found: Sequence[Flaw], hosts: int) -> State[None]:
     return Completed(message=f"{warnings} on {hosts} hosts")
 
 
+async def otherwise(end: State[None] | Exception, left: str) -> None:
+    """Publish the report of a run that has none: it failed before it had a plan, had nothing to do,
+    or was asked to end at once.
+
+    Args:
+        end: its last state, or what it raises.
+        left: what became of the hosts, if it did not begin to bring a generation up or back.
+    """
+    of_run = page.get()
+    if of_run.published:
+        return
+    if isinstance(end, Exception):
+        headline, text = "Failed", str(end) or type(end).__name__
+    else:
+        headline, text = end.name or "", end.message or ""
+    if of_run.acts:
+        left = f"see `pd-deploy status {_file()}`; {remedy()} repairs what is left"
+    is_well = not isinstance(end, Exception) and end.is_completed()
+    told = [f"On the hosts: {left}.", "", _next(end), ""] if not is_well else []
+    lines = [f"# {of_run.deployment}", "", f"**{headline}:**", "", "```", text, "```", "", *told]
+    key = re.sub("[^a-z0-9]+", "-", of_run.deployment.lower()).strip("-")
+    report = acreate_markdown_artifact(
+        key=f"{key or 'run'}-report",
+        markdown="\n".join([*lines, f"By {this_run()}."]),
+        description=f"Last run of {_file()}",
+    )
+    await if_the_server_takes_it(report)
+
+
+def _next(end: State[None] | Exception) -> str:
+    file = _file()
+    if isinstance(end, InvalidInput):
+        return f"Next: correct that (`pd-deploy check {file}` needs no host), and start it again."
+    return (
+        f"Next: `pd-deploy status {file}` shows what serves, `pd-deploy plan {file}` which hosts "
+        "answer and what a run would do. Start it again once the cause is mended."
+    )
+
+
 async def removed(deployment: str, reports: Sequence[Report]) -> State[None]:
     """Publish that nothing of a deployment is left, in place of what said that it serves."""
     details = "; ".join(f"{report.host}: {report.detail}" for report in reports)
@@ -311,6 +351,8 @@ async def if_the_server_takes_it(*artifacts: Coroutine[Any, Any, object]) -> Non
     They decide nothing: what a run did to its hosts is so, whether its server hears of it or not,
     and meanwhile others wait for the hosts' leases.
     """
+    if of_run := page.get(None):
+        of_run.published = True
     try:
         async with asyncio.timeout(PATIENCE_S):
             for fault in await asyncio.gather(*artifacts, return_exceptions=True):

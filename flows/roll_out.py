@@ -15,7 +15,7 @@ from pd_deploy.flows.adopted import take_back
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
-from pd_deploy.flows.run import Run
+from pd_deploy.flows.run import Run, page
 from pd_deploy.flows.stages import prove_and_open, run_stages
 from pd_deploy.flows.survey import restore
 from pd_deploy.planning.plans import STAGES, Stage
@@ -50,6 +50,8 @@ async def roll_out(
         PdDeployError: it failed before anything that served was stopped.
     """
     line, completion = Line(rollout.session.barrier, rollout), None
+    if of_run := page.get(None):
+        of_run.acts = True
     rollout.attempt.connects = {name: host.connects for name, host in rollout.session.hosts.items()}
     try:
         if rollout.changes or set(stages) != set(STAGES):

@@ -28,7 +28,7 @@ from pd_deploy.tasks import stop_adopted
     persist_result=False,
     on_crashed=[unknown.tell],
 )
-@interruptible(left="nothing on the hosts was changed")
+@interruptible(left="nothing that serves was touched")
 async def rollback(
     file: str, generation: str | None = None, message: str | None = None
 ) -> State[None]:

@@ -3,6 +3,7 @@
 import getpass
 import os
 import socket
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -35,6 +36,25 @@ class Run:
         where = f" ({self.url})" if self.url else ""
         why = f": {self.message}" if self.message else ""
         return f"run {self.name!r}{where} by {self.started_by}{why}"
+
+
+@dataclass
+class Page:
+    """What the page of a run in the UI has so far.
+
+    Attributes:
+        deployment: the name that keys of artifacts begin with; the file's, until it is read.
+        published: whether an artifact was published.
+        acts: whether the run has begun to bring a generation up or back.
+    """
+
+    deployment: str
+    published: bool = False
+    acts: bool = False
+
+
+page: ContextVar[Page] = ContextVar("page")
+"""That of the run in this context."""
 
 
 def this_run() -> Run:

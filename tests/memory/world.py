@@ -86,6 +86,26 @@ class Outcome:
         return self.error is None and not self.killed and not self.cancelled
 
 
+class Reports:
+    """The reports that a run has published."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.keys: list[str] = []
+
+    async def publish(self, *, key: str, **artifact: Any) -> None:
+        """Take an artifact in place of a server."""
+        if "markdown" in artifact:
+            self.texts.append(artifact["markdown"])
+            self.keys.append(key)
+
+    @property
+    def only(self) -> str:
+        """The one that it should have."""
+        (text,) = self.texts
+        return text
+
+
 _deployed: dict[str, Cluster] = {}
 """What a first run of `deploy` leaves, by the text of the deployment file."""
 

@@ -23,7 +23,7 @@ from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults
-from tests.memory.world import INSTANCES, ROOT, Outcome, World
+from tests.memory.world import INSTANCES, ROOT, Outcome, Reports, World
 from tests.samples import sampled
 
 EVERY = 83
@@ -132,7 +132,7 @@ def upgrade() -> Scenario:
 @pytest.mark.parametrize(
     ("call", "number", "told"),
     [
-        ("records", 0, "Interrupted; nothing on the hosts was changed"),
+        ("records", 0, "Interrupted; nothing that serves was touched"),
         ("create", 0, "Interrupted; the service was not touched"),
         ("start", 2, "was stopped, as the run was interrupted\nThe service is back on generation"),
         ("list", -1, "was brought up; old ones may be left, which the next run removes"),
@@ -143,16 +143,12 @@ def test_a_cancelled_run_says_what_became_of_the_service(
 ) -> None:
     ours = [m for m in upgrade.moments if "probe" not in m.what]
     moments = [m for m in ours if m.what.split(" ")[0] == call]
-    reports = []
-
-    async def publish(*, key: str, **artifact: Any) -> None:
-        reports.append(artifact.get("markdown", ""))
-
-    _, outcome = upgrade.run("cancelled", moments[number], artifacts=publish)
+    reports = Reports()
+    _, outcome = upgrade.run("cancelled", moments[number], artifacts=reports.publish)
     assert outcome.cancelled
     assert told in outcome.message
-    said = {"create": "**Interrupted: ", "start": "**Rolled back:**"}.get(call, "")
-    assert said in "".join(reports)
+    said = {"create": "**Interrupted: ", "start": "**Rolled back:**"}.get(call, "**Cancelled:**")
+    assert said in reports.only
 
 
 def test_a_second_cancellation_ends_the_way_back_at_once_and_says_what_to_run(
@@ -163,10 +159,16 @@ def test_a_second_cancellation_ends_the_way_back_at_once_and_says_what_to_run(
     last = next(m for m in back.moments[::-1] if m.what.startswith("start "))
     assert last.number > first.number
     twin = upgrade.world.twin()
+    reports = Reports()
     outcome = twin.run(
-        deploy, cancel_at=first.number, cancel_again_at=last.number, **upgrade.parameters
+        deploy,
+        cancel_at=first.number,
+        cancel_again_at=last.number,
+        artifacts=reports.publish,
+        **upgrade.parameters,
     )
     assert outcome.cancelled
+    assert f"`pd-deploy recover {twin.path}` repairs what is left" in reports.only
     assert "Interrupted again, so ended at once" in outcome.message
     assert f"`pd-deploy recover {twin.path}` makes 1-" in outcome.message
     assert free(twin)
@@ -182,7 +184,7 @@ def test_a_signal_cancels_the_task_of_the_run_and_no_other(
     monkeypatch.setattr(interrupts, "remedy", lambda: "it")
     end, before = Ending(), signal.getsignal(number)
 
-    @interruptible(left="nothing was done")
+    @interruptible(left="nothing was done", reports=False)
     async def runbook() -> State[None]:
         assert signal.getsignal(number) is not before
         os.kill(os.getpid(), number)

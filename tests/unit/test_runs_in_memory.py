@@ -12,6 +12,7 @@ from pd_deploy.cli import tags
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import LeaseHeld, NoSuchGeneration, NotOurs
 from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.preflight import preflight
 from pd_deploy.flows.prune import prune
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
@@ -20,7 +21,7 @@ from pd_deploy.planning.plans import STAGES
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults
 from tests.memory.programs import Proxy
-from tests.memory.world import FIRST, NAME, REPOSITORY, ROOT, World
+from tests.memory.world import FIRST, NAME, REPOSITORY, ROOT, Reports, World
 
 
 @pytest.fixture
@@ -433,3 +434,66 @@ def test_a_server_that_died_is_brought_back_with_its_generation(
     outcome = world.run(deploy)
     assert outcome.completed, outcome.error
     assert world.assert_coherent() == serving
+
+
+class TestReports:
+    """However a run ends, it has one report."""
+
+    @pytest.mark.parametrize(
+        ("flow", "parameters", "says"),
+        [
+            (deploy, {"image": f"{REPOSITORY}:20990101_1"}, ["**Failed:**", "20990101_1"]),
+            (deploy, {"image": "newest"}, ["**Completed:**\n", "Already on"]),
+            (deploy, {"stages": []}, ["**Failed:**", "found an empty list"]),
+            (deploy, {"image": "newest", "due": datetime(1970, 1, 1, tzinfo=UTC)}, ["skipped"]),
+            (rollback, {"generation": "9-01234567"}, ["**Failed:**", "9-01234567"]),
+            (
+                teardown,
+                {"name": "another"},
+                ["**Failed:**", "the name of the deployment to remove"],
+            ),
+            (prune, {"adopted": True}, ["**Failed:**", "expected an adopted service"]),
+            (recover, {}, ["**Generation 1-"]),
+            (preflight, {"image": "a bad name"}, ["**Failed:**", "a preflight changes nothing"]),
+        ],
+        ids=lambda value: getattr(value, "name", None),
+    )
+    def test_a_run_without_a_plan_has_one(
+        self, world: World, flow: Any, parameters: dict[str, Any], says: list[str]
+    ) -> None:
+        world.deploy()
+        before, reports = world.state(), Reports()
+        outcome = world.run(flow, artifacts=reports.publish, **parameters)
+        assert reports.keys == [f"{NAME}-report"], outcome
+        assert [text for text in says if text not in reports.only] == []
+        if outcome.error:
+            assert str(outcome.error) in reports.only
+            assert "\nOn the hosts: " in reports.only
+            assert "\nNext: " in reports.only
+        assert world.state() == before
+
+    def test_a_host_that_does_not_answer_is_its_cause(self, world: World) -> None:
+        world.deploy()
+        world.machines["b"].unplug()
+        reports = Reports()
+        assert world.run(deploy, artifacts=reports.publish).error
+        assert "host b (10.0.0.2): no SSH" in reports.only
+        assert "On the hosts: nothing that serves was touched." in reports.only
+        assert "`pd-deploy plan " in reports.only
+
+    @pytest.mark.parametrize("text", ["a: b: c", "name: X\nnonsense: 1\n"])
+    def test_a_bad_file_has_one_under_its_own_name(self, world: World, text: str) -> None:
+        world.path = world.path.rename(world.path.with_name("Another_file.yaml"))
+        world.path.write_text(text)
+        reports = Reports()
+        assert world.run(deploy, artifacts=reports.publish).error
+        assert reports.keys == ["another-file-report"]
+        assert "`pd-deploy check " in reports.only
+
+    def test_a_fault_of_ours_has_one_too(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pd_deploy.flows.deploy.locked_session", lambda *_, **__: 1 / 0)
+        reports = Reports()
+        assert isinstance(world.run(deploy, artifacts=reports.publish).error, ZeroDivisionError)
+        assert "**Failed:**\n\n```\ndivision by zero\n```" in reports.only
