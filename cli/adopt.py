@@ -117,9 +117,9 @@ def _facts(session: Session, seen: Seen) -> Iterator[str]:
         devices = running.devices_of(seen.processes)
         if devices is not None and sorted(devices) != sorted(place.devices):
             yield f"differs  devices {ranges(devices)} → {ranges(place.devices)}"
-    elif ports and session.topology.proxy.port not in ports:
+    elif ports and (port := session.topology.proxy(seen.instance).port) not in ports:
         listed = ", ".join(map(str, ports))
-        yield f"differs  port {listed} → {session.topology.proxy.port}"
+        yield f"differs  port {listed} → {port}"
 
 
 def _differences(compared: dict[str, list[Difference] | None], seen: Seen) -> Iterator[str]:

@@ -55,7 +55,8 @@ async def measured(deployment: Deployment, *, save: bool) -> tuple[History, Benc
                 f"expected {deployment.name} to serve, found that it does not",
                 hint="`pd-deploy status FILE` says why",
             )
-        if save or reached.session.topology.proxy.host not in reached.session.hosts:
+        asked = {proxy.host for proxy in reached.session.topology.proxies}
+        if save or not asked.issubset(reached.session.hosts):
             reached.require_all()
         result = await benchmark.measure(reached.session, reached.history, given, by)
         if save:

@@ -41,8 +41,7 @@ def describe(deployment: Deployment) -> str:
         )
         for i in placed.instances
     ]
-    proxy = placed.proxy
-    rows += [(proxy.name, "proxy", proxy.host, f"{proxy.address}:{proxy.port}", "", "", "")]
+    rows += [(p.name, "proxy", p.host, p.server, "", "", "") for p in placed.proxies]
     return "\n".join(
         [
             f"{deployment.name}: {len(placed.prefill)} prefill + {len(placed.decode)} decode, "

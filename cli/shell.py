@@ -6,7 +6,7 @@ import shlex
 from pd_deploy import engines
 from pd_deploy.config.fields import archive_of
 from pd_deploy.config.models import DOCKER_SOCKET, Deployment
-from pd_deploy.config.topology import Topology
+from pd_deploy.config.topology import Proxy, Topology
 from pd_deploy.hosts import docker_create
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
 from pd_deploy.steps.verify import requests
@@ -18,7 +18,7 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
     """Write the script that does on a host, as root, what a run does there.
 
     All hosts' scripts have to run at the same time: servers wait for each other while they load,
-    and the script on the proxy's host opens the port when all are ready.
+    and the script on a proxy's host opens its port when all are ready.
     """
     planned = made.hosts[host]
     lines = [
@@ -36,8 +36,8 @@ def script(deployment: Deployment, placed: Topology, made: Plan, host: str) -> s
     for instance in planned.instances.values():
         lines += ["", _wrapped(docker_create.command(instance.container))]
     lines += ["", shlex.join(["docker", "start", *_names(planned)])]
-    if host == placed.proxy.host:
-        lines += ["", *_open(deployment, placed, made)]
+    for proxy in placed.proxies_on(host):
+        lines += ["", *_open(deployment, placed, made, proxy)]
     return "\n".join(lines) + "\n"
 
 
@@ -77,11 +77,11 @@ def _wrapped(argv: list[str]) -> str:
     )
 
 
-def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
+def _open(deployment: Deployment, placed: Topology, made: Plan, proxy: Proxy) -> list[str]:
     servers = " ".join(server for pod in placed.pods for server in pod.servers)
-    proxy = made.instance(placed.proxy.name).container.name
+    container = made.instance(proxy.name).container.name
     signal = engines.get(deployment.engine).OPEN_SIGNAL
-    url, body = requests.completion(deployment, placed.proxy)
+    url, body = requests.completion(deployment, proxy)
     header = "content-type: application/json"
     # nginx needs some seconds to reopen its port.
     ask = ["curl", "-fsS", "--retry", "20", "--retry-delay", "1", "--retry-all-errors", "-H"]
@@ -91,7 +91,7 @@ def _open(deployment: Deployment, placed: Topology, made: Plan) -> list[str]:
         '  until curl -fsS -o /dev/null "http://$server/health" 2>/dev/null; do sleep 1; done',
         "done",
         "# first to the smoke test alone, then to clients",
-        shlex.join(["docker", "kill", "--signal", signal, proxy]),
-        shlex.join(["docker", "kill", "--signal", signal, proxy]),
+        shlex.join(["docker", "kill", "--signal", signal, container]),
+        shlex.join(["docker", "kill", "--signal", signal, container]),
         shlex.join([*ask, header, "-d", json.dumps(body), url]),
     ]

@@ -31,7 +31,7 @@ async def serve_again(session: LockedSession, service: AdoptedService) -> Report
     """Bring the adopted service back, and prove it; do nothing but that where all of it runs.
 
     Its containers are started, and in them what was started there, with its arguments, environment
-    and directory: decode, prefill, and when all of them answer, the proxy.
+    and directory: decode, prefill, and when all of them answer, the proxies.
     """
     session = session.for_deployment(session.deployment)  # waits of what failed are none of its
     if not await adopting.is_whole(session, service):
@@ -59,7 +59,7 @@ async def take_back(
     still failed."""
     session = failed.locked
     session.timeline.enter(timeline.WAY_BACK)
-    await waiting_room.dismiss(failed)  # the old proxy needs its port
+    await waiting_room.dismiss(failed)  # the old proxies need their ports
     reason = f"new generation {failed.plan.generation} {why}"
     get_run_logger().error("%s; going back to generation %s", reason, SHOWN)
     try:
@@ -101,10 +101,9 @@ async def return_to(session: LockedSession, service: AdoptedService, run: Run) -
     if not await adopting.is_whole(session, service):
         record = await copies.change_record(session, lambda r: r.closing(datetime.now(UTC)))
         downtime = Downtime(record.closed)
-        proxy_host = session.topology.proxy.host
-        others = [name for name in session.hosts if name != proxy_host]
-        reports = [await stop(session, proxy_host)]
-        reports += await fan_out(session.barrier, [stop(session, name) for name in others])
+        reports = []
+        for hosts in session.proxies_first:
+            reports += await fan_out(session.barrier, [stop(session, name) for name in hosts])
         stopped = ", ".join(report.detail for report in reports if report.changed)
     proof = await with_all_hosts(
         session.hosts, session.deployment.gates.away, partial(serve_again, session, service)

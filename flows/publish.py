@@ -147,8 +147,8 @@ async def success(
     message = f"Generation {rollout.plan.generation}: {outcome}"
     if rollout.attempt.downtime.since and completion:
         message += f", {rollout.attempt.downtime}"
-    if rollout.attempt.held:
-        message += f"; {rollout.attempt.held}"
+    if held := rollout.attempt.said_of_held:
+        message += f"; {held}"
     if cut := stopping.told_of(rollout.attempt.cut, rollout.locked):
         message += f"; {cut}"
     if rollout.attempt.figures:
@@ -435,18 +435,18 @@ def _instances(rollout: Rollout) -> list[dict[str, str]]:
         }
         for i in topology.instances
     ]
-    proxy = topology.proxy
-    return [
-        *rows,
+    rows += [
         {
             "instance": proxy.name,
             "role": "proxy",
             "host": proxy.host,
-            "address": f"{proxy.address}:{proxy.port}",
+            "address": proxy.server,
             "devices": "",
             "container": rollout.plan.instance(proxy.name).container.name,
-        },
+        }
+        for proxy in topology.proxies
     ]
+    return rows
 
 
 def _file() -> str:

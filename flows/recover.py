@@ -115,9 +115,9 @@ async def stop_all(session: LockedSession, states: Iterable[HostState]) -> State
         NothingServes: clients could reach it.
     """
     get_run_logger().info("no generation was ever promoted; stopping what runs")
-    proxy = session.topology.proxy
+    ports = {proxy.port for proxy in session.topology.proxies}
     was_open = any(
-        proxy.port in state.listening
+        ports & state.listening
         and any(
             c.labels.get(generations.ROLE) == "proxy" and c.status in generations.RUNNING
             for c in state.containers

@@ -210,7 +210,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
         get_run_logger().error("not recorded that %s serves: %s", generation, fault)
     await tidy_up(line, back)
     cut = stopping.told_of(failed.attempt.cut + back.attempt.cut, failed.locked)
-    cut = "; ".join(filter(None, (back.attempt.held, cut)))
+    cut = "; ".join(filter(None, (back.attempt.said_of_held, cut)))
     raised = RolledBack(
         f"{reason}\nThe service is back on generation {generation}, {back.attempt.downtime}{image}"
         f"{cut and f'; {cut}'}"

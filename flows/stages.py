@@ -60,13 +60,15 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
         await promotion.note_hosts(rollout)
     await line.branches(create(line.branch(), rollout, host, stages) for host in hosts)
     await line.joined("prepare: containers and files made")
-    proxy, steps = rollout.session.topology.proxy.name, []
-    if "launch" in stages and "proxy" in stages and rollout.may_prepare_early():
-        steps.append(prepare_proxy.after(*line.ends)(rollout, proxy))
+    proxies, steps = rollout.session.topology.proxies, []
+    if "launch" in stages and "proxy" in stages:
+        early = [proxy.name for proxy in proxies if rollout.may_prepare_early(proxy.name)]
+        steps += [prepare_proxy.after(*line.ends)(rollout, name) for name in early]
     if set(stages) != set(STAGES):
         await waiting_room.dismiss(rollout)
-    elif waiting_room.is_wanted(rollout):
-        steps.append(prepare_waiting_room.after(*line.ends)(rollout, proxy))
+    else:
+        held = [proxy.name for proxy in proxies if waiting_room.is_wanted(rollout, proxy)]
+        steps += [prepare_waiting_room.after(*line.ends)(rollout, name) for name in held]
     await line.together(steps)
 
 
@@ -84,7 +86,7 @@ async def create(line: Line, rollout: Rollout, host: str, stages: list[Stage]) -
 
 
 async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
-    """Cut over: stop what must no longer run, the proxy first, then the servers."""
+    """Cut over: stop what must no longer run, proxies first, then the servers."""
     rollout.session.timeline.enter(timeline.CUT_OVER)
     if "cleanup" in stages:
         proxies, servers = rollout.to_clean_up()
@@ -160,13 +162,13 @@ async def prove_and_open(line: Line, rollout: Rollout) -> Completion:
     if is_due(rollout):
         await line.together([benchmark.after(completion)(rollout)])
         passed = line.ends
-    proxy = rollout.session.topology.proxy.name
-    await line.together([open_proxy.after(*passed)(rollout, proxy)])
+    proxies = rollout.session.topology.proxy_names
+    await line.together(open_proxy.after(*passed)(rollout, name) for name in proxies)
     return completion
 
 
 async def prepare(line: Line, rollout: Rollout) -> Line:
-    """Prepare the proxy; keep its port closed."""
-    proxy = rollout.session.topology.proxy.name
-    await line.together([prepare_proxy.after(*line.ends)(rollout, proxy)])
+    """Prepare the proxies; keep their ports closed."""
+    proxies = rollout.session.topology.proxy_names
+    await line.together(prepare_proxy.after(*line.ends)(rollout, name) for name in proxies)
     return line

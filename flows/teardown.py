@@ -39,10 +39,10 @@ async def teardown(file: str, name: str) -> State[None]:
         raise InvalidInput([Problem("name", expected)])
     async with locked_session(deployment, str(this_run())) as session:
         history = surveying.history_of(await survey_hosts(session))
-        proxy_first = sorted(session.hosts, key=lambda name: name != session.topology.proxy.host)
-        stopped = [await stop(session, name) for name in proxy_first[:1]]
+        proxies, others = session.proxies_first
+        stopped = await fan_out(session.barrier, [stop(session, name) for name in proxies])
         cleared = await fan_out(
-            session.barrier, [clear(session, name, history) for name in proxy_first]
+            session.barrier, [clear(session, name, history) for name in (*proxies, *others)]
         )
     if unwritten := targets.remove(deployment.name):
         get_run_logger().warning("%s", unwritten)

@@ -44,7 +44,7 @@ save = step("save {name}")(promotion.save)
 launch = step("launch {instance}")(containers.launch)
 write_ranktables = step("ranktable {name}")(containers.write_ranktables)
 prepare_proxy = step("prepare proxy {instance}")(containers.prepare_proxy)
-prepare_waiting_room = step("prepare waiting room")(waiting_room.prepare)
+prepare_waiting_room = step("prepare waiting room {instance}")(waiting_room.prepare)
 
 # Preflight alone
 inspect_host = step("inspect {name}")(full_preflight.inspect_host)

@@ -65,9 +65,9 @@ async def until_ready(rollout: Rollout, instance: str) -> Report:
 
 
 async def open_proxy(rollout: Rollout, instance: str) -> Report:
-    """Open the proxy's port to clients, and send a request as a client would."""
-    report = await containers.open_proxy(rollout)
-    await smoke.answers_clients(rollout)
+    """Open a proxy's port to clients, and send a request as a client would."""
+    report = await containers.open_proxy(rollout, instance)
+    await smoke.answers_clients(rollout, instance)
     return report
 
 

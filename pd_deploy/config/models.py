@@ -639,6 +639,31 @@ EngineId = Annotated[Literal["kv-rank"] | int, BeforeValidator(parse_engine_id)]
 Rule = Annotated[str, BeforeValidator(parse_rule)]
 
 
+ALIKE = ("hold", "drain", "program", "prefix_aware")
+"""Keys that all proxies of a service have the same values for: the servers are made for one kind of
+proxy, and a client may ask any."""
+
+
+def _alike(proxies: dict[str, ProxyEntry]) -> dict[str, ProxyEntry]:
+    """Demand that proxies differ in no key of `ALIKE`.
+
+    Raises:
+        ValueError: names each key with the values that were found.
+    """
+    differing = []
+    for key in ALIKE:
+        values = {name: getattr(entry, key) for name, entry in proxies.items()}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{shown(value)} for {name}" for name, value in values.items())
+            differing.append(f"`{key}`: {listed}")
+    if differing:
+        raise ValueError(
+            "expected the same values for all proxies, because a client may ask any of them; "
+            f"found {'; '.join(differing)}"
+        )
+    return proxies
+
+
 class Deployment(Model):
     """A whole service: the deployment file laid on its profile."""
 
@@ -659,7 +684,7 @@ class Deployment(Model):
     ]
     prefill: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
     decode: Annotated[dict[Name, InstanceEntry], Field(min_length=1)]
-    proxy: Annotated[dict[Name, ProxyEntry], Field(min_length=1, max_length=1)]
+    proxy: Annotated[dict[Name, ProxyEntry], Field(min_length=1), AfterValidator(_alike)]
     settings: dict[Literal["all", "prefill", "decode"], Settings] = {}
     code: Code = "image"
     http_proxy: Annotated[Word | None, without_login(r"^([^/]*://)?[^/]*@")] = None
@@ -729,10 +754,15 @@ class Deployment(Model):
         return self.code if isinstance(self.code, OwnCode) else None
 
     @property
+    def first_proxy(self) -> ProxyEntry:
+        """The first proxy's entry: it also tells what all proxies have alike (`ALIKE`)."""
+        return next(iter(self.proxy.values()))
+
+    @property
     def drain(self) -> int:
         """How long requests may take, in seconds, that are under way when the proxy stops."""
-        (proxy,) = self.proxy.values()
-        return self.container.stop_timeout if proxy.drain is None else proxy.drain
+        drain = self.first_proxy.drain
+        return self.container.stop_timeout if drain is None else drain
 
     @property
     def window(self) -> timedelta:

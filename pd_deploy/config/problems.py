@@ -34,7 +34,6 @@ _EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "too_short": "at least {min_length} entry",
-    "too_long": "at most {max_length} entry",
     "invalid_key": "a key that is text",
 }
 

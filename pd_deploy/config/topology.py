@@ -161,7 +161,7 @@ class Pod:
 
 @dataclass(frozen=True)
 class Proxy:
-    """The proxy that clients talk to."""
+    """A proxy that clients talk to."""
 
     name: str
     host: str
@@ -180,14 +180,19 @@ class Proxy:
         """The port that clients use."""
         return self.entry.port
 
+    @property
+    def server(self) -> str:
+        """`address:port` where clients ask."""
+        return f"{self.address}:{self.port}"
+
 
 @dataclass(frozen=True)
 class Topology:
-    """All pods in canonical order, and the proxy."""
+    """All pods in canonical order, and the proxies, of which each has all of them behind it."""
 
     prefill: tuple[Pod, ...]
     decode: tuple[Pod, ...]
-    proxy: Proxy
+    proxies: tuple[Proxy, ...]
 
     @property
     def pods(self) -> tuple[Pod, ...]:
@@ -201,8 +206,19 @@ class Topology:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all that runs: instances, then the proxy."""
-        return (*(i.name for i in self.instances), self.proxy.name)
+        """Names of all that runs: instances, then the proxies."""
+        return (*(i.name for i in self.instances), *self.proxy_names)
+
+    @cached_property
+    def proxy_names(self) -> tuple[str, ...]:
+        """Names of the proxies."""
+        return tuple(proxy.name for proxy in self.proxies)
+
+    @property
+    def home(self) -> str:
+        """The host whose record counts where others differ, and through which registries are asked:
+        the first proxy's."""
+        return self.proxies[0].host
 
     @cached_property
     def decode_names(self) -> tuple[str, ...]:
@@ -215,8 +231,16 @@ class Topology:
         return tuple(i.name for i in self.instances if i.uses_ray)
 
     def instance(self, name: str) -> Instance | None:
-        """Return an instance; None if it is the proxy."""
+        """Return an instance; None if it is a proxy."""
         return self._instances.get(name)
+
+    def proxy(self, name: str) -> Proxy:
+        """Return a proxy."""
+        return self._proxies[name]
+
+    def proxies_on(self, host: str) -> tuple[Proxy, ...]:
+        """List the proxies of one host."""
+        return tuple(proxy for proxy in self.proxies if proxy.host == host)
 
     def pod_of(self, name: str) -> Pod:
         """Return the pod that an instance belongs to."""
@@ -227,7 +251,7 @@ class Topology:
         return self._on_host.get(host, ())
 
     def host_of(self, name: str) -> str:
-        """Return the name of the host that an instance, or the proxy, runs on."""
+        """Return the name of the host that an instance, or a proxy, runs on."""
         return self._hosts[name]
 
     @cached_property
@@ -247,4 +271,9 @@ class Topology:
 
     @cached_property
     def _hosts(self) -> dict[str, str]:
-        return {i.name: i.host for i in self.instances} | {self.proxy.name: self.proxy.host}
+        proxies = {proxy.name: proxy.host for proxy in self.proxies}
+        return {i.name: i.host for i in self.instances} | proxies
+
+    @cached_property
+    def _proxies(self) -> dict[str, Proxy]:
+        return {proxy.name: proxy for proxy in self.proxies}

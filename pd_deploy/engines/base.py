@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 from pd_deploy.config.models import Deployment, Settings
-from pd_deploy.config.topology import Instance, Topology
+from pd_deploy.config.topology import Instance, Proxy, Topology
 from pd_deploy.engines.device_report import DeviceTools
 from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
@@ -220,12 +220,12 @@ class Engine(Protocol):
     TAKES_TOKEN_IDS: bool
     """Whether the proxy takes a prompt of token ids; servers do in any case."""
 
-    def proxy_metrics(self, deployment: Deployment, topology: Topology) -> MetricsPage | None:
-        """Say where the proxy shows metrics of its own; return None if nobody else can read them
+    def proxy_metrics(self, deployment: Deployment, proxy: Proxy) -> MetricsPage | None:
+        """Say where a proxy shows metrics of its own; return None if nobody else can read them
         there."""
 
-    def shares_port(self, deployment: Deployment) -> bool:
-        """Say whether the proxy listens at its port with SO_REUSEPORT, so that two can at once."""
+    def shares_port(self, proxy: Proxy) -> bool:
+        """Say whether a proxy listens at its port with SO_REUSEPORT, so that two can at once."""
 
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         """Yield the engine's own rules that a deployment breaks."""
@@ -324,7 +324,7 @@ class Engine(Protocol):
         """Return fields that keep a request from being answered from a prefix cache."""
 
     def container(self, service: Service, name: str) -> ContainerSpec:
-        """Specify the container of an instance or of the proxy, without pd-deploy's labels."""
+        """Specify the container of an instance or of a proxy, without pd-deploy's labels."""
 
     def start_script(self, service: Service, name: str) -> str:
         """Write the script that is the container's main process."""
@@ -342,7 +342,7 @@ class Engine(Protocol):
         self, deployment: Deployment, topology: Topology, name: str
     ) -> frozenset[str]:
         """List what has to start again together with an instance, itself included: what has linked
-        with it while loading, and a proxy that would not ask it again."""
+        with it while loading, and each proxy that would not ask it again."""
 
     def device_users_command(self) -> list[str]:
         """Return the command that prints who uses a host's devices; empty if none can."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
-from pd_deploy.config.topology import Instance, Pod, Topology
+from pd_deploy.config.topology import Instance, Pod, Proxy, Topology
 from pd_deploy.engines.base import (
     PROVING_ADDRESS,
     CodePlace,
@@ -62,7 +62,7 @@ def check_facts(deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
     """Check nothing: every server is told its host's address, and asks for no device's."""
 
 
-def shares_port(deployment: Deployment) -> bool:
+def shares_port(proxy: Proxy) -> bool:
     """Return False: the router takes its port alone."""
     return False
 
@@ -123,7 +123,7 @@ def code_findings(deployment: Deployment) -> Iterator[Finding]:
 
 
 def container(service: Service, name: str, *, has_device_files: bool) -> ContainerSpec:
-    """Specify the container of an instance or of the proxy; the server is its main process.
+    """Specify the container of an instance or of a proxy; the server is its main process.
 
     All GPUs of the host are visible in a server's container, so that servers on one host can move
     KV from device to device; which of them it uses says its environment.
@@ -160,9 +160,9 @@ def container(service: Service, name: str, *, has_device_files: bool) -> Contain
     )
 
 
-def proxy_environment(service: Service) -> dict[str, str]:
-    """Return the variables that the router's start script exports."""
-    in_file = service.topology.proxy.entry.environment
+def proxy_environment(proxy: Proxy) -> dict[str, str]:
+    """Return the variables that a router's start script exports."""
+    in_file = proxy.entry.environment
     return {"PYTHONUNBUFFERED": "1"} | {key: text(value) for key, value in in_file.items()}
 
 
@@ -189,7 +189,7 @@ exec {shlex.join(command)}
 
 
 def proxy_script(
-    service: Service, *, proving: Sequence[str], router: Sequence[str], answered: str
+    service: Service, proxy: Proxy, *, proving: Sequence[str], router: Sequence[str], answered: str
 ) -> str:
     """Write a script that checks that the router is there and takes its arguments, and waits to be
     opened to the smoke test alone, then to clients. It ends when the router does.
@@ -203,11 +203,10 @@ def proxy_script(
         answered: the lines of shell after which `$status` is 200 once it serves; its answer to
             /readiness is at descriptor 3.
     """
-    proxy = service.topology.proxy
     return f"""\
 #!/bin/bash
 {title(service, proxy.name)}
-{exports(proxy_environment(service))}
+{exports(proxy_environment(proxy))}
 trap 'exit 0' INT TERM
 proving=({shlex.join(proving)})
 router=({shlex.join(router)})
@@ -281,9 +280,9 @@ def image_findings(_deployment: Deployment, _: ImageFacts | None) -> Iterator[Fi
     yield from ()
 
 
-def proxy_metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
-    """Return the router's page, if the file opens it."""
-    options, proxy = deployment.router, topology.proxy
+def proxy_metrics(deployment: Deployment, proxy: Proxy) -> MetricsPage | None:
+    """Return a router's page, if the file opens it."""
+    options = deployment.router
     if options is None or not options.router_metrics_open:
         return None
     return MetricsPage(f"{proxy.address}:{options.router_metrics_port}")

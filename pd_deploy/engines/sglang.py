@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, Settings, SglangOptions
-from pd_deploy.config.topology import Instance, Pod, Topology
+from pd_deploy.config.topology import Instance, Pod, Proxy, Topology
 from pd_deploy.engines import ascend, routed
 from pd_deploy.engines.base import (
     PROVING_ADDRESS,
@@ -213,7 +213,7 @@ def cache_busting_fields(nonce: str) -> dict[str, Any]:
 
 
 def container(service: Service, name: str) -> ContainerSpec:
-    """Specify the container of an instance or of the proxy; see `routed.container`."""
+    """Specify the container of an instance or of a proxy; see `routed.container`."""
     return routed.container(service, name, has_device_files=_options(service).device == "npu")
 
 
@@ -221,8 +221,9 @@ def start_script(service: Service, name: str) -> str:
     """Write the script that is the container's main process."""
     instance, words = instance_of(service, name), command(service, name)
     if instance is None:
-        proving, answered = _router(service, PROVING_ADDRESS), _answered(service.topology)
-        return routed.proxy_script(service, proving=proving, router=words, answered=answered)
+        proxy, answered = service.topology.proxy(name), _answered(service.topology)
+        proving = _router(service, proxy, PROVING_ADDRESS)
+        return routed.proxy_script(service, proxy, proving=proving, router=words, answered=answered)
     return routed.server_script(service, instance, environment(service, name), words)
 
 
@@ -233,8 +234,9 @@ def device_tools(deployment: Deployment) -> DeviceTools | None:
 
 def command(service: Service, name: str) -> list[str]:
     """Write the command of an instance's server, or of the router."""
-    instance = instance_of(service, name)
-    return _serve(service, instance) if instance else _router(service)
+    if instance := instance_of(service, name):
+        return _serve(service, instance)
+    return _router(service, service.topology.proxy(name))
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
@@ -244,7 +246,7 @@ def environment(service: Service, name: str) -> dict[str, str]:
     """
     instance, options = instance_of(service, name), _options(service)
     if instance is None:
-        return routed.proxy_environment(service)
+        return routed.proxy_environment(service.topology.proxy(name))
     platform = _PLATFORMS[options.device]
     visible = {platform.visible: instance.device_list} if platform.visible else {}
     values: dict[str, Scalar] = {
@@ -376,10 +378,10 @@ def _in_words(arguments: Mapping[str, Scalar]) -> list[str]:
     return words
 
 
-def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
-    """Write the router's command. Round robin uses every prefill; its own default sends prompts
+def _router(service: Service, proxy: Proxy, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
+    """Write a router's command. Round robin uses every prefill; its own default sends prompts
     that begin alike to one."""
-    topology, proxy, options = service.topology, service.topology.proxy, _options(service)
+    topology, options = service.topology, _options(service)
     prefill = [
         word
         for pod in topology.prefill

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, Settings, VllmOptions
-from pd_deploy.config.topology import Instance, Pod, Topology
+from pd_deploy.config.topology import Instance, Pod, Proxy, Topology
 from pd_deploy.engines import ascend, common, routed
 from pd_deploy.engines.base import (
     PROVING_ADDRESS,
@@ -199,7 +199,7 @@ def cache_busting_fields(nonce: str) -> dict[str, Any]:
 
 
 def container(service: Service, name: str) -> ContainerSpec:
-    """Specify the container of an instance or of the proxy; see `routed.container`."""
+    """Specify the container of an instance or of a proxy; see `routed.container`."""
     return routed.container(service, name, has_device_files=_options(service).device == "npu")
 
 
@@ -208,8 +208,11 @@ def start_script(service: Service, name: str) -> str:
     instance = instance_of(service, name)
     words = command(service, name)
     if instance is None:
-        proving = _router(service, PROVING_ADDRESS)
-        return routed.proxy_script(service, proving=proving, router=words, answered=_ANSWERED)
+        proxy = service.topology.proxy(name)
+        proving = _router(service, proxy, PROVING_ADDRESS)
+        return routed.proxy_script(
+            service, proxy, proving=proving, router=words, answered=_ANSWERED
+        )
     return routed.server_script(service, instance, environment(service, name), words)
 
 
@@ -220,15 +223,16 @@ def device_tools(deployment: Deployment) -> DeviceTools | None:
 
 def command(service: Service, name: str) -> list[str]:
     """Write `vllm serve …` for an instance, or `vllm-router …`."""
-    instance = instance_of(service, name)
-    return _serve(service, instance) if instance else _router(service)
+    if instance := instance_of(service, name):
+        return _serve(service, instance)
+    return _router(service, service.topology.proxy(name))
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
     """Return the variables that the start script exports."""
     instance = instance_of(service, name)
     if instance is None:
-        return routed.proxy_environment(service)
+        return routed.proxy_environment(service.topology.proxy(name))
     platform = _PLATFORMS[_options(service).device]
     interface = service.facts[instance.host].interface
     values: dict[str, Scalar] = {
@@ -346,11 +350,11 @@ def _data_parallel(instance: Instance) -> list[str]:
     return words
 
 
-def _router(service: Service, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
-    """Write the router's command. Round robin uses every prefill; its own default may send all to
+def _router(service: Service, proxy: Proxy, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
+    """Write a router's command. Round robin uses every prefill; its own default may send all to
     one. A dead server is left out within 4 s; until then requests to it fail, because the router
     does not retry."""
-    topology, proxy, options = service.topology, service.topology.proxy, _options(service)
+    topology, options = service.topology, _options(service)
     backends = [
         word
         for role, pods in (("--prefill", topology.prefill), ("--decode", topology.decode))

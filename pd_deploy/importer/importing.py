@@ -103,10 +103,6 @@ def _read(root: Node, template: Path | None, source: Source, answers: Answers) -
 def _check(source: Source) -> None:
     """Report what a service needs and the files don't say, and what it can't have."""
     report = source.report
-    for first, *others in [source.proxies] if source.proxies else []:
-        for other in others:
-            note = f"pd-deploy runs one proxy for a service; {first.name} is taken"
-            report.add("not expressible", other.place, f"proxy {other.name}", note)
     for role in writing.ROLES:
         servers = source.of(role)
         for key in ("model_path", "served_name", "max_len"):

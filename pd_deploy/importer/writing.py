@@ -53,7 +53,7 @@ class Writer:
         self._hosts = _letters(
             dict.fromkeys(
                 [server.address for server in source.servers]
-                + [proxy.address for proxy in source.proxies[:1]]
+                + [proxy.address for proxy in source.proxies]
             )
         )
 
@@ -158,7 +158,7 @@ class Writer:
         document["hosts"] = {letter: self._host(address) for address, letter in self._hosts.items()}
         for role in ROLES:
             document[role] = {_pod(pod[0]): self._pod(pod, choice) for pod in source.pods(role)}
-        document["proxy"] = {proxy.name: self._proxy(proxy) for proxy in source.proxies[:1]}
+        document["proxy"] = {proxy.name: self._proxy(proxy) for proxy in source.proxies}
         levels = {
             level: _written(choice.levels[level])
             for level in ("all", *ROLES)

@@ -31,7 +31,6 @@ def build(deployment: Deployment, images: Iterable[ImageFacts] = ()) -> Topology
 def derive(deployment: Deployment) -> Topology:
     """Derive the topology of a deployment, whatever rules it breaks: a saved one has to come back
     even if a later version of pd-deploy has further rules."""
-    (proxy_name, proxy), *_ = deployment.proxy.items()
     prefill = tuple(
         _pod(deployment, "prefill", name, entry, rank)
         for rank, (name, entry) in enumerate(deployment.prefill.items())
@@ -40,10 +39,13 @@ def derive(deployment: Deployment) -> Topology:
         _pod(deployment, "decode", name, entry, rank)
         for rank, (name, entry) in enumerate(deployment.decode.items())
     )
-    address = deployment.hosts[proxy.host].address
     router = deployment.router
     metrics = router.router_metrics_port if router else None
-    return Topology(prefill, decode, Proxy(proxy_name, proxy.host, address, proxy, metrics))
+    proxies = tuple(
+        Proxy(name, entry.host, deployment.hosts[entry.host].address, entry, metrics)
+        for name, entry in deployment.proxy.items()
+    )
+    return Topology(prefill, decode, proxies)
 
 
 def _pod(

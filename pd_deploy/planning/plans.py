@@ -52,7 +52,7 @@ class Action(_Frozen):
 
 
 class InstancePlan(_Frozen):
-    """All of one instance, or of the proxy, on its host.
+    """All of one instance, or of a proxy, on its host.
 
     Attributes:
         directory: where its start script lies.
@@ -109,7 +109,7 @@ class HostPlan(_Frozen):
     Attributes:
         actions: the changes against what is there, if that is known.
         ranktables: None where the engine needs none.
-        instances: those on this host by name, the proxy last.
+        instances: those on this host by name, proxies last.
     """
 
     address: str
@@ -180,7 +180,7 @@ class Plan(_Frozen):
         return {name: plan.container.name for name, plan in instances}
 
     def instance(self, name: str) -> InstancePlan:
-        """Return the plan of an instance or of the proxy."""
+        """Return the plan of an instance or of a proxy."""
         return next(h.instances[name] for h in self.hosts.values() if name in h.instances)
 
 
@@ -212,7 +212,7 @@ def make(
     service = Service(deployment, topology, layout, facts, pinned_image)
     rendered = _render(engine, service, _ANY, _ANY)
     fingerprint = _fingerprint(rendered)
-    servers_fingerprint = _fingerprint(rendered, with_proxy=False)
+    servers_fingerprint = _fingerprint(_of_servers(rendered, topology), with_proxy=False)
     serving = history.serving
     generation = generations.desired(
         history.generations, fingerprint, serving.generation if serving else None
@@ -233,6 +233,21 @@ def _fingerprint(plan: Plan, *, with_proxy: bool = True) -> str:
         hosts={name: _flat(host, with_proxy) for name, host in plan.hosts.items()},
     )
     return generations.fingerprint(flat.model_dump_json(exclude=_LABELS))
+
+
+def _of_servers(plan: Plan, topology: Topology) -> Plan:
+    """Leave out hosts that have nothing but further proxies: servers run on when these come or go.
+
+    The first proxy's host stays in, as it always was: without it, servers that run would seem to be
+    others than planned.
+    """
+    further = set(topology.proxy_names[1:])
+    hosts = {
+        name: host
+        for name, host in plan.hosts.items()
+        if not host.instances or host.instances.keys() - further
+    }
+    return plan.model_copy(update={"hosts": hosts})
 
 
 def _flat(host: HostPlan, with_proxy: bool) -> FlatHost:
@@ -258,11 +273,10 @@ def _flat(host: HostPlan, with_proxy: bool) -> FlatHost:
 
 def _render(engine: Engine, service: Service, generation: Generation, servers: Generation) -> Plan:
     """Render a generation that runs the servers of a generation: its own or an older one."""
-    proxy = service.topology.proxy.name
     ranktables = _ranktables(engine, _laid_out(service, servers))
     instances: dict[str, dict[str, InstancePlan]] = {host: {} for host in service.deployment.hosts}
     for name in service.topology.names:
-        of = generation if name == proxy else servers
+        of = servers if service.topology.instance(name) else generation
         instances[service.topology.host_of(name)][name] = _instance(engine, service, of, name)
     return Plan(
         deployment=service.deployment.name,
@@ -318,7 +332,7 @@ def _container(
 ) -> ContainerSpec:
     topology = service.topology
     instance = topology.instance(name)
-    ports = list(instance.ports.values()) if instance else [*topology.proxy.ports.values()]
+    ports = list((instance or topology.proxy(name)).ports.values())
     labels = {
         generations.DEPLOYMENT: service.deployment.name,
         generations.GENERATION: str(generation),

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment
-from pd_deploy.config.topology import Pod, Topology
+from pd_deploy.config.topology import Pod, Proxy, Topology
 from pd_deploy.engines.base import Finding
 from pd_deploy.engines.image_facts import ImageFacts
 from pd_deploy.errors import Problem
@@ -99,16 +99,9 @@ def _shared_devices(topology: Topology) -> Iterator[Finding]:
 
 
 def _shared_ports(topology: Topology) -> Iterator[Finding]:
-    proxy = topology.proxy
     holder: dict[tuple[str, int], str] = {}
-    for purpose, port in proxy.ports.items():
-        shown = f"the {'' if purpose == 'service' else f'{purpose} '}port of proxy {proxy.name}"
-        if (proxy.host, port) in holder:
-            yield (
-                "ports-distinct",
-                Problem(proxy.name, f"expected {shown} not to be {port}, as is its own"),
-            )
-        holder[proxy.host, port] = shown
+    for proxy in topology.proxies:
+        yield from _shared_ports_of(proxy, holder)
     for instance in topology.instances:
         for purpose, port in instance.ports.items():
             endpoint = (instance.host, port)
@@ -119,6 +112,23 @@ def _shared_ports(topology: Topology) -> Iterator[Finding]:
                 message = f"its {purpose} port {port} on host {instance.host} is also"
                 yield "ports-distinct", Problem(instance.key, f"{message} {holder[endpoint]}")
             holder.setdefault(endpoint, f"the {purpose} port of {instance.name}")
+
+
+def _shared_ports_of(proxy: Proxy, holder: dict[tuple[str, int], str]) -> Iterator[Finding]:
+    """Find ports of a proxy that itself or one before it has on its host; enter its own."""
+    of_it = dict[tuple[str, int], str]()
+    for purpose, port in proxy.ports.items():
+        shown = f"the {'' if purpose == 'service' else f'{purpose} '}port of proxy {proxy.name}"
+        if (proxy.host, port) in of_it:
+            message = f"expected {shown} not to be {port}, as is its own"
+            yield "ports-distinct", Problem(f"proxy.{proxy.name}", message)
+        elif (proxy.host, port) in holder:
+            message = f"expected {shown} not to be {port}, which on host {proxy.host} is"
+            other = holder[proxy.host, port]
+            yield "ports-distinct", Problem(f"proxy.{proxy.name}", f"{message} {other}")
+        of_it[proxy.host, port] = shown
+    for endpoint, shown in of_it.items():
+        holder.setdefault(endpoint, shown)
 
 
 def _shared_paths(deployment: Deployment) -> Iterator[Finding]:
@@ -185,10 +195,11 @@ def _overrides(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
 
 
 def _overrides_of_proxy(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-    proxy, engine = topology.proxy, engines.get(deployment.engine)
-    key = f"proxy.{proxy.name}"
-    yield from _derived_environment(key, proxy.entry.environment, engine.DERIVED_PROXY_ENVIRONMENT)
-    yield from _derived_arguments(key, proxy.entry.arguments, engine.DERIVED_PROXY_ARGUMENTS)
+    engine = engines.get(deployment.engine)
+    for proxy in topology.proxies:
+        key, entry = f"proxy.{proxy.name}", proxy.entry
+        yield from _derived_environment(key, entry.environment, engine.DERIVED_PROXY_ENVIRONMENT)
+        yield from _derived_arguments(key, entry.arguments, engine.DERIVED_PROXY_ARGUMENTS)
 
 
 def _derived_environment(

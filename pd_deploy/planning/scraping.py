@@ -37,7 +37,7 @@ def _labels(deployment: Deployment, topology: Topology) -> Iterator[Mapping[str,
         for server in member.servers:
             names = {"role": member.role, "instance": member.name, "host": member.host}
             yield {**names, "server": server}
-    proxy = topology.proxy
-    if page := engines.get(deployment.engine).proxy_metrics(deployment, topology):
-        names = {"role": "proxy", "instance": proxy.name, "host": proxy.host}
-        yield {**names, "server": page.server, "__metrics_path__": page.path}
+    for proxy in topology.proxies:
+        if page := engines.get(deployment.engine).proxy_metrics(deployment, proxy):
+            names = {"role": "proxy", "instance": proxy.name, "host": proxy.host}
+            yield {**names, "server": page.server, "__metrics_path__": page.path}

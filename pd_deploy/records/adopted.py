@@ -58,7 +58,7 @@ class AdoptedService(_Frozen):
     """All of it.
 
     Attributes:
-        port: at which its proxy takes requests.
+        port: at which its first proxy takes requests, and all others that listen on it.
         model: what its servers call the model.
     """
 
@@ -78,6 +78,10 @@ class AdoptedService(_Frozen):
     def proxies(self) -> list[AdoptedContainer]:
         """Its proxies."""
         return [c for c in self.containers if c.role == "proxy"]
+
+    def port_of(self, proxy: AdoptedContainer) -> int:
+        """Return the port at which one of its proxies takes requests."""
+        return self.port if self.port in proxy.ports or not proxy.ports else proxy.ports[0]
 
     @property
     def servers(self) -> list[AdoptedContainer]:

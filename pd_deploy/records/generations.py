@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
-from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerState
+from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ContainerState, ListedContainer
 
 DEPLOYMENT = DEPLOYMENT_LABEL
 GENERATION = "pd-deploy.generation"
@@ -27,8 +28,13 @@ PROBE = "probe"
 WAITING_ROOM = "waiting-room"
 """Role of a container that holds requests while nothing serves; of no generation either."""
 
+PROXY = "pd-deploy.proxy"
+"""Label of a waiting room: the proxy whose requests it holds."""
+
 Containers = Mapping[str, Iterable[ContainerState]]
 """Host name → the deployment's containers on it."""
+
+C = TypeVar("C", ContainerState, ListedContainer)
 
 RUNNING = frozenset({"running", "restarting", "paused"})
 ENDED = frozenset({"exited", "dead"})
@@ -111,9 +117,18 @@ def to_stop(
     return [(host, state) for host, state in stopping if state.status in RUNNING]
 
 
+def waiting_rooms(containers: Iterable[C], proxy: str) -> list[C]:
+    """Choose the waiting rooms of a proxy; those that older versions have made name none."""
+    return [
+        c
+        for c in containers
+        if c.labels.get(ROLE) == WAITING_ROOM and c.labels.get(PROXY, proxy) == proxy
+    ]
+
+
 def lost_since(states: Iterable[ContainerState]) -> datetime | None:
-    """Tell since when the containers of a generation can't serve: since the proxy, or the last of
-    all prefills or of all decodes, ended. None while they can, or where none has ever run."""
+    """Tell since when the containers of a generation can't serve: since the last of all proxies, of
+    all prefills or of all decodes ended. None while they can, or where none has ever run."""
     by_role: dict[str, list[ContainerState]] = {}
     for state in states:
         by_role.setdefault(state.labels.get(ROLE, ""), []).append(state)

@@ -99,8 +99,8 @@ def implied(deployment: Deployment, topology: Topology) -> dict[str, dict[str, s
     implied: dict[str, dict[str, str]] = {host: {} for host in deployment.hosts}
     for i in topology.instances:
         implied[i.host][f"{getattr(names, i.role)}_{i.name}"] = i.name
-    proxy = topology.proxy
-    implied[proxy.host][f"{names.proxy}_{proxy.name}"] = proxy.name
+    for proxy in topology.proxies:
+        implied[proxy.host][f"{names.proxy}_{proxy.name}"] = proxy.name
     return implied
 
 
@@ -191,8 +191,8 @@ def _by_port(topology: Topology, host: str, ports: Iterable[int]) -> str:
     for i in topology.on_host(host):
         if listened & set(i.ports.values()):
             return i.name
-    proxy = topology.proxy
-    return proxy.name if proxy.host == host and proxy.port in listened else ""
+    proxies = topology.proxies_on(host)
+    return next((proxy.name for proxy in proxies if proxy.port in listened), "")
 
 
 async def _processes(host: Host, container: str, owner: Adopted) -> list[Process]:
@@ -230,19 +230,22 @@ def service_of(session: Session, seen: Sequence[Seen], by: str) -> AdoptedServic
         if not any(s.role == role and s.runs for s in seen)
     ]
     proxies = [s for s in seen if s.role == "proxy"]
-    ports = exec_processes.listened(p for s in proxies for p in s.processes)
-    if proxies and not ports:
-        problems.append(Problem("proxy", "expected it to listen on a port, found none"))
+    ports = [exec_processes.listened(s.processes) for s in proxies]
+    problems += [
+        Problem(f"proxy.{s.instance}", "expected it to listen on a port, found none")
+        for s, listened in zip(proxies, ports, strict=True)
+        if not listened
+    ]
     if problems:
         raise InvalidInput(problems)
-    wanted = session.topology.proxy.port
+    wanted = session.topology.proxy(proxies[0].instance).port
     processes = [p for s in seen for p in s.processes]
     model = exec_processes.flag(processes, "--served-model-name", "--model-path")
     return AdoptedService(
         when=datetime.now(UTC),
         by=by,
         containers=containers,
-        port=wanted if wanted in ports else ports[0],
+        port=wanted if wanted in ports[0] else ports[0][0],
         model=model or session.deployment.model.served_name,
     )
 
@@ -335,7 +338,7 @@ async def stop(session: LockedSession, container: AdoptedContainer) -> int:
 
 
 async def stop_all(session: LockedSession, service: AdoptedService) -> Report:
-    """Stop the adopted service, the proxy first."""
+    """Stop the adopted service, proxies first."""
     cut = 0
     for group in (service.proxies, service.servers):
         cut += sum(await together(stop(session, container) for container in group))
@@ -345,10 +348,10 @@ async def stop_all(session: LockedSession, service: AdoptedService) -> Report:
 
 async def is_whole(session: Session, service: AdoptedService) -> bool:
     """Tell whether all of the adopted service runs: containers, processes and ports."""
-    return all(await together(_runs(session, c, service.port) for c in service.containers))
+    return all(await together(_runs(session, c, service) for c in service.containers))
 
 
-async def _runs(session: Session, container: AdoptedContainer, port: int) -> bool:
+async def _runs(session: Session, container: AdoptedContainer, service: AdoptedService) -> bool:
     host = host_of(session, container)
     try:
         if not (await host.docker.inspect(container.id)).running:
@@ -357,7 +360,8 @@ async def _runs(session: Session, container: AdoptedContainer, port: int) -> boo
         return False
     if not _all_there(await _kept(session, container), await _processes_of(host, container)):
         return False
-    ports = [port] if container.role == "proxy" else container.api_ports
+    is_proxy = container.role == "proxy"
+    ports = (service.port_of(container),) if is_proxy else container.api_ports
     return all(await together(_answers(host, number) for number in ports))
 
 

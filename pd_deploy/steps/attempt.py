@@ -61,8 +61,8 @@ class Attempt:
         was_down: whether clients could not connect before this run stopped anything.
         stopped: whether this run has stopped anything that ran: from then on a failure is undone.
         cut: how many requests of clients were cut when their time was up.
-        waiting_room: id of the container that holds requests for this run; empty without one.
-        held: what became of these requests, in words; empty while there are none.
+        waiting_rooms: by proxy, the id of the container that holds requests for this run.
+        held: what became of these requests, in words, by proxy.
         connects: by host, how often its connection had been made when the attempt began.
         figures: what the benchmark found, if there was one; not recorded before the attempt ends.
         unjudged: what of them could not be judged, and why.
@@ -78,13 +78,18 @@ class Attempt:
     was_down: bool = False
     stopped: bool = False
     cut: int = 0
-    waiting_room: str = ""
-    held: str = ""
+    waiting_rooms: dict[str, str] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
     connects: dict[str, int] = field(default_factory=dict)
     figures: Figures | None = None
     unjudged: tuple[str, ...] = ()
     interrupted: bool = False
     is_mend: bool = False
+
+    @property
+    def said_of_held(self) -> str:
+        """What became of held requests, of each proxy that has held any; empty if none has."""
+        return "; ".join(told for _, told in sorted(self.held.items()) if told)
 
     @classmethod
     def begin(cls, record: Record, lost: datetime | None = None) -> "Attempt":

@@ -76,8 +76,7 @@ async def clean_up(
     Args:
         tell: told how many requests are under way while a proxy stops.
     """
-    if instance == rollout.session.topology.proxy.name:
-        await waiting_room.take_port(rollout)
+    await waiting_room.take_port(rollout, instance)
     stopping = [
         (host, state)
         for host, state in rollout.stopping
@@ -152,7 +151,7 @@ async def write_ranktables(rollout: Rollout, name: str) -> Report:
 
 
 async def prepare_proxy(rollout: Rollout, instance: str) -> Report:
-    """Start the proxy's container up to the point where it could open its port.
+    """Start a proxy's container up to the point where it could open its port.
 
     One that another run has left before that point, or just beyond, starts again: how far it is,
     only its log tells, and there only dates, which clocks that are set make wrong, tell of which
@@ -165,7 +164,7 @@ async def prepare_proxy(rollout: Rollout, instance: str) -> Report:
     session, where = rollout.session, rollout.session.topology.host_of(instance)
     state = await require(rollout, instance)
     if state.status in generations.RUNNING:
-        if state.id in rollout.attempt.log_ends or await _is_open(rollout):
+        if state.id in rollout.attempt.log_ends or await _is_open(rollout, instance):
             return Report("prepare proxy", instance, where, False, "runs")
         await stop(rollout.locked, session.host(where), state, ABORT_TIMEOUT_S)
     await _start(rollout, instance, state)
@@ -194,46 +193,45 @@ async def start_server(rollout: Rollout, instance: str) -> Report:
     return Report("start server", instance, where, True, f"started {state.name}")
 
 
-async def let_smoke_test_in(rollout: Rollout) -> str:
+async def let_smoke_test_in(rollout: Rollout, name: str) -> str:
     """Open a prepared proxy to the smoke test alone, unless it is open to clients already.
 
     Returns:
         The address where its port answers on its host.
     """
-    session, name = rollout.session, rollout.session.topology.proxy.name
+    session, proxy = rollout.session, rollout.session.topology.proxy(name)
     state = await require(rollout, name)
     runs = state.status in generations.RUNNING
-    if runs and await _clients_can_connect(rollout):
-        return session.topology.proxy.address
+    if runs and await _clients_can_connect(rollout, name):
+        return proxy.address
     # Not by its log: one that talks a lot has rotated it.
-    if not (runs and await _answers(rollout, PROVING_ADDRESS)):
+    if not (runs and await _answers(rollout, name, PROVING_ADDRESS)):
         await prepare_proxy(rollout, name)
         state = await require(rollout, name)
         await _log_says(
             rollout, name, state, session.engine.PREPARED, session.deployment.gates.prepare_proxy
         )
-        await _one_step_on(rollout, state)
+        await _one_step_on(rollout, name, state)
         await _log_says(rollout, name, state, session.engine.OPEN, session.deployment.gates.start)
         # Scripts that older versions of pd-deploy have saved open to clients at once.
-        if await _clients_can_connect(rollout):
-            return session.topology.proxy.address
+        if await _clients_can_connect(rollout, name):
+            return proxy.address
     return PROVING_ADDRESS
 
 
-async def open_proxy(rollout: Rollout) -> Report:
-    """Open the proxy's port to clients; call it once the smoke test has passed."""
-    session, name = rollout.session, rollout.session.topology.proxy.name
-    where, state = session.topology.proxy.host, await require(rollout, name)
-    port = session.topology.proxy.port
-    if await _clients_can_connect(rollout):
+async def open_proxy(rollout: Rollout, name: str) -> Report:
+    """Open a proxy's port to clients; call it once the smoke test has passed."""
+    session, proxy = rollout.session, rollout.session.topology.proxy(name)
+    where, port, state = proxy.host, proxy.port, await require(rollout, name)
+    if await _clients_can_connect(rollout, name):
         if not rollout.attempt.stopped:
             rollout.attempt.downtime.never()
         return Report("open proxy", name, where, False, f"port {port} is open")
-    await waiting_room.make_way(rollout)
-    await _one_step_on(rollout, state)
+    await waiting_room.make_way(rollout, name)
+    await _one_step_on(rollout, name, state)
     await _log_says(rollout, name, state, session.engine.OPENED, session.deployment.gates.start)
     rollout.attempt.downtime.end()
-    await waiting_room.see_off(rollout)
+    await waiting_room.see_off(rollout, name)
     return Report("open proxy", name, where, True, f"opened port {port}")
 
 
@@ -331,7 +329,7 @@ def end_of(text: str) -> str:
 
 
 async def any_dead(rollout: Rollout, *, within: float = 0) -> InstanceDied | HostError | None:
-    """Return the error for an instance, or the proxy, that has ended or does so in `within` s."""
+    """Return the error for an instance, or a proxy, that has ended or does so in `within` s."""
     names = rollout.session.topology.names
     states = await together(require(rollout, name) for name in names)
     ends = {
@@ -421,30 +419,30 @@ async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None
     await host.docker.start(state.id)
 
 
-async def _one_step_on(rollout: Rollout, state: ContainerState) -> None:
-    """Take the proxy from prepared to open to the smoke test, and from there to open to clients."""
-    session, host = rollout.locked, rollout.session.host_of(rollout.session.topology.proxy.name)
+async def _one_step_on(rollout: Rollout, proxy: str, state: ContainerState) -> None:
+    """Take a proxy from prepared to open to the smoke test, and from there to open to clients."""
+    session, host = rollout.locked, rollout.session.host_of(proxy)
     if state.id not in rollout.attempt.log_ends:
         rollout.attempt.log_ends[state.id] = await host.docker.log_end(state.id)
     await session.may_change(host)
     await host.docker.kill(state.id, session.engine.OPEN_SIGNAL, deployment=session.deployment.name)
 
 
-async def _is_open(rollout: Rollout) -> bool:
-    """Tell whether the proxy is open to the smoke test, or to clients."""
-    return await _clients_can_connect(rollout) or await _answers(rollout, PROVING_ADDRESS)
+async def _is_open(rollout: Rollout, name: str) -> bool:
+    """Tell whether a proxy is open to the smoke test, or to clients."""
+    by_clients = await _clients_can_connect(rollout, name)
+    return by_clients or await _answers(rollout, name, PROVING_ADDRESS)
 
 
-async def _clients_can_connect(rollout: Rollout) -> bool:
-    """Tell whether the proxy answers clients; its log may no longer go back to its start."""
-    return await _answers(rollout, rollout.session.topology.proxy.address)
+async def _clients_can_connect(rollout: Rollout, name: str) -> bool:
+    """Tell whether a proxy answers clients; its log may no longer go back to its start."""
+    return await _answers(rollout, name, rollout.session.topology.proxy(name).address)
 
 
-async def _answers(rollout: Rollout, address: str) -> bool:
-    """Tell whether the proxy answers at an address of its host. No answer from there is one only if
+async def _answers(rollout: Rollout, name: str, address: str) -> bool:
+    """Tell whether a proxy answers at an address of its host. No answer from there is one only if
     the host was reached all the time: who takes a lost connection for a closed port opens it."""
-    proxy = rollout.session.topology.proxy
-    host = rollout.session.host(proxy.host)
+    proxy, host = rollout.session.topology.proxy(name), rollout.session.host_of(name)
     while True:
         connects = host.connects
         async with host.http(address, proxy.port) as client:

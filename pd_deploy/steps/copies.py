@@ -50,12 +50,12 @@ async def read_record(session: LockedSession) -> Record:
 
 
 def hosts_in_order(session: LockedSession, besides: Collection[str] = ()) -> list[Host]:
-    """List the hosts that get the record, the proxy's first, which counts.
+    """List the hosts that get the record, its home first, which counts.
 
     Args:
         besides: addresses of hosts that get none.
     """
-    first = session.host(session.topology.proxy.host)
+    first = session.host(session.topology.home)
     others = [h for h in session.hosts.values() if h is not first and h.address not in besides]
     return [first, *others]
 

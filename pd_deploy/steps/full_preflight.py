@@ -120,10 +120,10 @@ async def _architecture(rollout: Rollout) -> list[Flaw]:
     if archive:
         known = frozenset({(await archives.read(archive)).architecture} - {""})
     elif session.deployment.pull == "never":
-        image = await session.host(session.topology.proxy.host).docker.image(pinned)
+        image = await session.host(session.topology.home).docker.image(pinned)
         known = frozenset({image.architecture} - {""}) if image else frozenset[str]()
     else:
-        docker = session.host(session.topology.proxy.host).docker
+        docker = session.host(session.topology.home).docker
         known = await docker.architectures(pinned, session.registry_login)
     return [
         Flaw(

@@ -68,7 +68,7 @@ async def try_ways(session: Session, ports: Mapping[str, Sequence[int]]) -> list
         ports: by host, those at which nothing listens now.
     """
     hosts = {name: session.host(name) for name in ports}
-    called = peers.neighbours(list(hosts), session.topology.proxy.host)
+    called = peers.neighbours(list(hosts), {p.host for p in session.topology.proxies})
     of_host = peers.calls(called, ports)
     calls = {n: [(hosts[other].address, port) for other, port in of_host[n]] for n in hosts}
     received: dict[str, dict[int, int]] = {name: {} for name in hosts}

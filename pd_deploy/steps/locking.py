@@ -96,6 +96,6 @@ def _claim(session: Session, owner: Owner, host: str) -> Owner:
     topology = session.topology
     instances = topology.on_host(host)
     ports = [port for i in instances for port in i.ports.values()]
-    ports += [*topology.proxy.ports.values()] if topology.proxy.host == host else []
+    ports += [port for proxy in topology.proxies_on(host) for port in proxy.ports.values()]
     devices = [device for i in instances for device in i.devices]
     return owner.model_copy(update={"ports": tuple(ports), "devices": tuple(devices)})

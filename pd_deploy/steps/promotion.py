@@ -78,7 +78,7 @@ async def promote(rollout: Rollout, by: str) -> Report:
     record = record.well() if rollout.attempt.is_mend else record.rested()
     record = record.measured(rollout.attempt.figures)
     uncopied = await write(rollout, record)
-    where = session.topology.proxy.host
+    where = session.topology.home
     changed = record is not before
     detail = "serves" if changed else "serves already"
     if uncopied:
@@ -184,7 +184,7 @@ def _step(error: BaseException) -> str:
 async def write(
     rollout: Rollout, record: Record, besides: Collection[str] = ()
 ) -> dict[str, PdDeployError]:
-    """Write the record if it has changed, on the proxy's host first.
+    """Write the record if it has changed, on its home first.
 
     Args:
         besides: addresses of hosts that get none.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pd_deploy.code.reading import Source
+from pd_deploy.config.topology import Proxy
 from pd_deploy.engines.base import HostFacts, Layout
 from pd_deploy.engines.image_facts import brief
 from pd_deploy.errors import OutOfOrder
@@ -82,7 +83,7 @@ class Rollout:
             take.
         source: the user's own source tree; None where there is none, or an older generation comes
             back, whose tree is on the hosts.
-        failed: instances, or the proxy, whose containers run and have to start again.
+        failed: instances, or proxies, whose containers run and have to start again.
         facts: what the plan was made of, by host; empty if an older version has saved it.
     """
 
@@ -120,7 +121,7 @@ class Rollout:
     def changes(self) -> bool:
         """Whether anything is to be done at all: a container does not run, a file is not as
         planned, a host lacks a directory or the generation's account of itself, or another run has
-        left a waiting room, which may be in the proxy's way."""
+        left a waiting room, which may be in a proxy's way."""
         planned = self.with_actions(plans.STAGES).hosts
         noted = (
             self.surveyed_history.record.on(self.release.hosts.values())
@@ -128,15 +129,14 @@ class Rollout:
         )
         return (
             not noted
-            or self.has_waiting_room
+            or any(map(self.has_waiting_room, self.session.topology.proxies))
             or any(host.actions for host in planned.values())
             or any(self._lacks(name) for name in planned)
         )
 
-    @property
-    def has_waiting_room(self) -> bool:
-        """Whether a run before this one has left a container that may hold requests."""
-        rooms = self.states[self.session.topology.proxy.host].waiting_rooms
+    def has_waiting_room(self, proxy: Proxy) -> bool:
+        """Tell whether a run before this one has left a container that may hold requests."""
+        rooms = generations.waiting_rooms(self.states[proxy.host].waiting_rooms, proxy.name)
         return any(room.status in generations.RUNNING for room in rooms)
 
     def _lacks(self, host: str) -> bool:
@@ -204,12 +204,20 @@ class Rollout:
         failed = {names[name] for name in self.failed}
         return generations.to_stop(self.plan.roles, self.containers, restarts_with, failed)
 
-    @cached_property
+    @property
     def stays_open(self) -> bool:
-        """Whether clients can go on to connect while it restarts servers: the proxy stays."""
-        proxy = self.plan.instance(self.session.topology.proxy.name).container.name
+        """Whether clients can go on to connect while it restarts the rest: a proxy stays."""
+        return bool(self.staying)
+
+    @cached_property
+    def staying(self) -> frozenset[str]:
+        """The proxies that are open to clients, and stay so."""
+        if self.surveyed_history.record.closed:
+            return frozenset()
         runs = {s.name for states in self.containers.values() for s in states if s.running}
-        return proxy in runs - self._names_stopping and not self.surveyed_history.record.closed
+        runs -= self._names_stopping
+        names = self.session.topology.proxy_names
+        return frozenset(n for n in names if self.plan.instance(n).container.name in runs)
 
     @cached_property
     def leaving(self) -> list[tuple[str, AdoptedContainer]]:
@@ -243,16 +251,15 @@ class Rollout:
         """Whether all of its containers run, and nothing else does."""
         return not (self.stopping or self.leaving) and not any(map(self.to_start, self.plan.hosts))
 
-    def may_prepare_early(self) -> bool:
-        """Whether the proxy can be prepared while the old one still serves."""
-        proxy = self.plan.instance(self.session.topology.proxy.name)
-        return proxy.container.name not in self._names_stopping
+    def may_prepare_early(self, proxy: str) -> bool:
+        """Whether a proxy can be prepared while the old one still serves."""
+        return self.plan.instance(proxy).container.name not in self._names_stopping
 
     def to_clean_up(self) -> tuple[list[str], list[str]]:
         """Proxies and servers, by instance name, that cleanup looks at: all that are in the file
         or on the hosts."""
         topology = self.session.topology
-        proxies = dict.fromkeys([topology.proxy.name])
+        proxies = dict.fromkeys(topology.proxy_names)
         servers = dict.fromkeys(i.name for i in topology.instances)
         for containers in self.containers.values():
             for state in containers:
@@ -277,8 +284,8 @@ class Rollout:
                 hint="run the stage `cleanup` first",
             )
         names = {state.labels[generations.INSTANCE] for _, state in self.stopping}
-        proxy = self.session.topology.proxy.name
-        return sorted(names & {proxy}), sorted(names - {proxy})
+        proxies = names.intersection(self.session.topology.proxy_names)
+        return sorted(proxies), sorted(names - proxies)
 
     def with_actions(self, stages: Sequence[str]) -> plans.Plan:
         """Add to the plan what the stages would change on each host."""

@@ -64,16 +64,22 @@ class Session:
 
     @property
     def registry_host(self) -> Host:
-        """The host through which registries are asked: the proxy's, if it is present."""
-        proxy = self.topology.proxy.host
-        return self.hosts[proxy if proxy in self.hosts else self.present[0]]
+        """The host through which registries are asked: the first proxy's, if it is present."""
+        home = self.topology.home
+        return self.hosts[home if home in self.hosts else self.present[0]]
+
+    @property
+    def proxies_first(self) -> tuple[list[str], list[str]]:
+        """Hosts with proxies, by name, and all others: in the order in which a service stops."""
+        proxies = list(dict.fromkeys(proxy.host for proxy in self.topology.proxies))
+        return proxies, [name for name in self.hosts if name not in proxies]
 
     def host(self, name: str) -> Host:
         """Return a host by its name in the file."""
         return self.hosts[name]
 
     def host_of(self, instance: str) -> Host:
-        """Return the host that an instance, or the proxy, runs on."""
+        """Return the host that an instance, or a proxy, runs on."""
         return self.hosts[self.topology.host_of(instance)]
 
     async def may_change(self, host: Host) -> None:

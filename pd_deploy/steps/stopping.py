@@ -59,8 +59,8 @@ def told_of(requests: int, session: LockedSession) -> str:
         return ""
     what = f"{requests} requests that were" if requests > 1 else "1 request that was"
     deployment = session.deployment
-    given = any(proxy.drain is not None for proxy in deployment.proxy.values())
-    key = "proxy.drain" if given else "container.stop_timeout"
+    given = deployment.first_proxy.drain
+    key = "proxy.drain" if given is not None else "container.stop_timeout"
     return f"cut {what} not answered within {deployment.drain} s ({key})"
 
 

@@ -202,7 +202,7 @@ async def choose(
     """Decide which image a run takes; see `releases.choose`.
 
     `newest` is looked up in the registry by the file's update policy, from here or, where the
-    registry can't be reached from here, through the proxy's host.
+    registry can't be reached from here, through the first proxy's host.
 
     Args:
         patience: seconds to wait for a registry that is out of order.
@@ -348,10 +348,9 @@ def _trees(session: Session, plan: plans.Plan) -> tuple[str, ...]:
 
 
 def _places(topology: Topology) -> dict[str, Place]:
-    """Say where each instance and the proxy is."""
+    """Say where each instance and each proxy is."""
     places = {i.name: Place(role=i.role, pod=i.pod, host=i.host) for i in topology.instances}
-    proxy = topology.proxy
-    return places | {proxy.name: Place(role="proxy", pod=proxy.name, host=proxy.host)}
+    return places | {p.name: Place(role="proxy", pod=p.name, host=p.host) for p in topology.proxies}
 
 
 def for_image(session: Session, image: ResolvedImage, record: Record) -> Session:
@@ -401,15 +400,15 @@ async def saved(session: Session, name: str) -> tuple[Session, Saved]:
 
 
 def _with_patience(deployment: Deployment, of: Deployment) -> Deployment:
-    """Give a deployment's proxy another one's `hold` and `drain`, by which nothing runs."""
-    (name, proxy), (other,) = *deployment.proxy.items(), of.proxy.values()
+    """Give a deployment's proxies another one's `hold` and `drain`, by which nothing runs."""
     # What is not given stays so, or the saved plan would be written anew.
     patience = {
         key: value
         for key in ("hold", "drain")
-        if (value := getattr(other, key)) != getattr(proxy, key)
+        if (value := getattr(of.first_proxy, key)) != getattr(deployment.first_proxy, key)
     }
-    return deployment.model_copy(update={"proxy": {name: proxy.model_copy(update=patience)}})
+    proxies = {name: p.model_copy(update=patience) for name, p in deployment.proxy.items()}
+    return deployment.model_copy(update={"proxy": proxies})
 
 
 def restored(session: Session, saved: Saved, states: Sequence[HostState]) -> Rollout:
@@ -509,8 +508,8 @@ def _reads_addresses(session: Session, name: str) -> bool:
 async def resolve_image(session: Session, choice: Choice, patience: float = 0) -> ResolvedImage:
     """Look up the digest behind a tag, so that every host runs the same bytes.
 
-    It is asked through the proxy's host, because the controller may not reach the registry. With
-    `pull: never` it is the id of the image that the hosts have, of an image in a file its id.
+    It is asked through the first proxy's host, because the controller may not reach the registry.
+    With `pull: never` it is the id of the image that the hosts have, of an image in a file its id.
 
     Args:
         patience: seconds to wait for a registry that is out of order.

@@ -1,8 +1,9 @@
 """The waiting room: a container that holds clients' requests while a run has nothing that serves.
 
 It is made while the old generation serves, takes the proxy's port when the old proxy lets go of it,
-and leaves it to the new proxy, to which it forwards what it has held. Nothing of it can fail a run:
-without it, connections are refused meanwhile, as without `proxy.hold`.
+and leaves it to the new proxy, to which it forwards what it has held. Each proxy has its own.
+Nothing of it can fail a run: without it, connections are refused meanwhile, as without
+`proxy.hold`.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from pd_deploy.config.models import Deployment
+from pd_deploy.config.topology import Proxy
 from pd_deploy.errors import PdDeployError
 from pd_deploy.hosts.container_values import ContainerSpec, ContainerState
 from pd_deploy.hosts.host import Host
@@ -58,15 +60,15 @@ class Held:
         return ", ".join(told)
 
 
-def is_wanted(rollout: Rollout) -> bool:
-    """Tell whether requests are to be held, or are already, by what another run has left: not
-    where the proxy stays, and has its port."""
-    holds = rollout.session.topology.proxy.entry.hold > 0 and not rollout.stays_open
-    return holds or rollout.has_waiting_room
+def is_wanted(rollout: Rollout, proxy: Proxy) -> bool:
+    """Tell whether a proxy's requests are to be held, or are already, by what another run has left:
+    not where it stays, and has its port."""
+    holds = proxy.entry.hold > 0 and proxy.name not in rollout.staying
+    return holds or rollout.has_waiting_room(proxy)
 
 
 async def prepare(rollout: Rollout, instance: str) -> Report:
-    """Make the proxy's waiting room ready, or take over the one that another run has left.
+    """Make a proxy's waiting room ready, or take over the one that another run has left.
 
     Where requests can't be held, the detail says why.
     """
@@ -80,41 +82,42 @@ async def prepare(rollout: Rollout, instance: str) -> Report:
     return Report("prepare waiting room", instance, where, changed, detail)
 
 
-async def take_port(rollout: Rollout) -> None:
-    """Have the room take the port as soon as the old proxy, which is about to be stopped, lets go
-    of it: at once where the proxy's program shares its port."""
-    if rollout.attempt.waiting_room:
+async def take_port(rollout: Rollout, proxy: str) -> None:
+    """Have a proxy's room take the port as soon as the old proxy, which is about to be stopped,
+    lets go of it: at once where the proxy's program shares its port."""
+    if proxy in rollout.attempt.waiting_rooms:
         async with _harmless():
-            await _signal(rollout, "SIGUSR1")
+            await _signal(rollout, proxy, "SIGUSR1")
 
 
-async def make_way(rollout: Rollout) -> None:
-    """Have the room leave the port to the new proxy, which is about to open: now, or once the two
-    share it."""
+async def make_way(rollout: Rollout, proxy: str) -> None:
+    """Have a proxy's room leave the port to the new proxy, which is about to open: now, or once the
+    two share it."""
     session = rollout.session
-    if rollout.attempt.waiting_room:
+    if proxy in rollout.attempt.waiting_rooms:
         async with _harmless():
-            await _signal(rollout, "SIGUSR2")
-        if not session.engine.shares_port(session.deployment):
+            await _signal(rollout, proxy, "SIGUSR2")
+        if not session.engine.shares_port(session.topology.proxy(proxy)):
             async with _harmless():
-                await _left(rollout)
+                await _left(rollout, proxy)
 
 
-async def see_off(rollout: Rollout) -> None:
-    """See that the room has left the port to the proxy, which is open; note what it has held."""
-    if rollout.attempt.waiting_room:
+async def see_off(rollout: Rollout, proxy: str) -> None:
+    """See that a proxy's room has left the port to it, as it is open; note what was held."""
+    if proxy in rollout.attempt.waiting_rooms:
         async with _harmless():
-            await _left(rollout)
+            await _left(rollout, proxy)
         async with _harmless():
-            await _note(rollout)
+            await _note(rollout, proxy)
 
 
 async def dismiss(rollout: Rollout) -> None:
     """End, after a failure, every room that holds requests for a proxy that does not come."""
     session = rollout.locked
-    if is_wanted(rollout):
-        async with _harmless():
-            await _end_all(session, session.host(session.topology.proxy.host))
+    for proxy in session.topology.proxies:
+        if is_wanted(rollout, proxy):
+            async with _harmless():
+                await _end_all(session, proxy)
 
 
 async def outdated(host: Host, containers: Iterable[ContainerState]) -> list[ContainerState]:
@@ -126,17 +129,17 @@ async def outdated(host: Host, containers: Iterable[ContainerState]) -> list[Con
 
 async def _prepare(rollout: Rollout, instance: str) -> tuple[bool, str]:
     session, host = rollout.locked, rollout.session.host_of(instance)
-    proxy = rollout.plan.instance(instance)
-    if proxy not in rollout.to_start(rollout.session.topology.proxy.host):
-        await _end_all(session, host)
+    proxy = session.topology.proxy(instance)
+    if rollout.plan.instance(instance) not in rollout.to_start(proxy.host):
+        await _end_all(session, proxy)
         return False, f"requests are not held: {instance} runs and stays"
-    for room in await _rooms(session, host):
+    for room in await _rooms(session, proxy):
         if room.status in generations.RUNNING and await _waits(host, room):
-            rollout.attempt.waiting_room = room.id
+            rollout.attempt.waiting_rooms[instance] = room.id
             return False, f"{room.name} holds requests already"
-    if reason := _in_vain(rollout, instance):
+    if reason := _in_vain(rollout, proxy):
         return False, f"requests are not held: {reason}"
-    spec = _spec(rollout)
+    spec = _spec(rollout, proxy)
     await session.may_change(host)
     room_id = await host.docker.create(spec)
     await session.may_change(host)
@@ -146,13 +149,12 @@ async def _prepare(rollout: Rollout, instance: str) -> tuple[bool, str]:
         raise PdDeployError(
             f"{spec.name} did not start: {lines.strip()[-500:] or 'it says nothing'}"
         )
-    rollout.attempt.waiting_room = room_id
+    rollout.attempt.waiting_rooms[instance] = room_id
     return True, f"started {spec.name}; its port is closed"
 
 
-def _in_vain(rollout: Rollout, instance: str) -> str:
-    """Say why there is nothing to hold requests for; "" if there is."""
-    proxy = rollout.session.topology.proxy
+def _in_vain(rollout: Rollout, proxy: Proxy) -> str:
+    """Say why there is nothing to hold a proxy's requests for; "" if there is."""
     if not proxy.entry.hold:
         return "`proxy.hold` is 0"
     closing = {
@@ -164,18 +166,18 @@ def _in_vain(rollout: Rollout, instance: str) -> str:
         return "no proxy of this deployment is stopped"
     if closing and (proxy.host, proxy.port) not in closing:
         was = ", ".join(f"{host}:{number}" for host, number in sorted(closing))
-        return f"{instance} moves from {was} to {proxy.host}:{proxy.port}"
+        return f"{proxy.name} moves from {was} to {proxy.host}:{proxy.port}"
     return ""
 
 
-def _spec(rollout: Rollout) -> ContainerSpec:
-    """Specify the room's container: it needs Python and the host's network."""
-    session, proxy = rollout.session, rollout.session.topology.proxy
+def _spec(rollout: Rollout, proxy: Proxy) -> ContainerSpec:
+    """Specify the container of a proxy's room: it needs Python and the host's network."""
+    session = rollout.session
     options = {
         "port": proxy.port,
         "proxy": proxy.address,
         "hold": proxy.entry.hold,
-        "shares_port": session.engine.shares_port(session.deployment),
+        "shares_port": session.engine.shares_port(proxy),
         "lasts": _longest_run(session.deployment),
     }
     deployment = session.deployment.name
@@ -190,6 +192,7 @@ def _spec(rollout: Rollout) -> ContainerSpec:
         labels={
             generations.DEPLOYMENT: deployment,
             generations.ROLE: generations.WAITING_ROOM,
+            generations.PROXY: proxy.name,
         },
     )
 
@@ -201,12 +204,13 @@ def _longest_run(deployment: Deployment) -> float:
     return gates.away + 2 * (2 * deployment.drain + sum(waits))
 
 
-async def _rooms(session: Session, host: Host) -> list[ContainerState]:
+async def _rooms(session: Session, proxy: Proxy) -> list[ContainerState]:
     label = {
         generations.DEPLOYMENT: session.deployment.name,
         generations.ROLE: generations.WAITING_ROOM,
     }
-    return await host.docker.containers(label)
+    containers = await session.host(proxy.host).docker.containers(label)
+    return generations.waiting_rooms(containers, proxy.name)
 
 
 async def _waits(host: Host, room: ContainerState) -> bool:
@@ -214,31 +218,34 @@ async def _waits(host: Host, room: ContainerState) -> bool:
     return CLOSED not in await host.docker.logs(room.id, "all")
 
 
-async def _signal(rollout: Rollout, name: str) -> None:
-    session, host = rollout.locked, rollout.session.host(rollout.session.topology.proxy.host)
-    room = rollout.attempt.waiting_room
+async def _signal(rollout: Rollout, proxy: str, name: str) -> None:
+    session, host = rollout.locked, rollout.session.host_of(proxy)
+    room = rollout.attempt.waiting_rooms[proxy]
     await session.may_change(host)
     await host.docker.kill(room, name, deployment=session.deployment.name)
 
 
-async def _left(rollout: Rollout) -> None:
-    """See that the room has left its port; one that does not is killed."""
-    room, proxy = rollout.attempt.waiting_room, rollout.session.topology.proxy
-    docker = rollout.session.host(proxy.host).docker
+async def _left(rollout: Rollout, proxy: str) -> None:
+    """See that a proxy's room has left its port; one that does not is killed."""
+    room, port = rollout.attempt.waiting_rooms[proxy], rollout.session.topology.proxy(proxy).port
+    docker = rollout.session.host_of(proxy).docker
     if await docker.wait_log(room, CLOSED, LEAVES_S) == "timeout":
-        log.warning("the waiting room did not leave port %s, so it is killed", proxy.port)
-        await _signal(rollout, "SIGKILL")
+        log.warning("the waiting room of %s did not leave port %s, so it is killed", proxy, port)
+        await _signal(rollout, proxy, "SIGKILL")
 
 
-async def _note(rollout: Rollout) -> None:
-    host = rollout.session.host(rollout.session.topology.proxy.host)
-    output = await host.docker.logs(rollout.attempt.waiting_room, "all")
+async def _note(rollout: Rollout, proxy: str) -> None:
+    host = rollout.session.host_of(proxy)
+    output = await host.docker.logs(rollout.attempt.waiting_rooms[proxy], "all")
     if line := output.partition(CLOSED)[2].partition("\n")[0]:
-        rollout.attempt.held = str(Held(**json.loads(line)))
+        told = str(Held(**json.loads(line)))
+        several = len(rollout.session.topology.proxies) > 1
+        rollout.attempt.held[proxy] = f"{proxy} {told}" if several and told else told
 
 
-async def _end_all(session: LockedSession, host: Host) -> None:
-    for room in await _rooms(session, host):
+async def _end_all(session: LockedSession, proxy: Proxy) -> None:
+    host = session.host(proxy.host)
+    for room in await _rooms(session, proxy):
         if room.status in generations.RUNNING and await _waits(host, room):
             await session.may_change(host)
             await host.docker.kill(room.id, "SIGTERM", deployment=session.deployment.name)

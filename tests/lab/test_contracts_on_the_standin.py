@@ -187,7 +187,7 @@ def proxy(running: Running) -> Iterator[Proxy]:
 
 def at(running: Running, address: str) -> Instance:
     """Something that asks the proxy at an address."""
-    port = running.service.topology.proxy.port
+    port = running.service.topology.proxies[0].port
     return replace(running.instances["p0"], host=address, api_port=port)
 
 

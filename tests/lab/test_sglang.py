@@ -133,10 +133,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 async def test_all_ways_of_kv_are_proven_directly_and_through_the_router() -> None:
     """Also that of a prefill over two hosts; a prompt of tokens goes round the router."""
     session: Any = Session({})
-    proxy = session.topology.proxy
+    proxy = session.topology.proxies[0]
     async with reached(session) as servers, session.host("a").http("", 0) as client:
         direct = await handed_over(session, servers)
-        entrance = Entrance(session, client, proxy.address, is_open=False)
+        entrance = Entrance(session, proxy, client, proxy.address, is_open=False)
         _, through = await entrance.handed_over(servers)
         remarks = await entrance.checked(servers)
     assert {(way.prefill, way.decode) for way in direct.ways} == {

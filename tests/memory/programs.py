@@ -412,7 +412,8 @@ class Proxy(_Process):
 
     def __init__(self, machine: Machine, container: Container) -> None:
         super().__init__(machine, container)
-        self.faults = container.image.build.faults.get("c0", Faults())
+        name = container.labels[generations.INSTANCE]
+        self.faults = container.image.build.faults.get(name, Faults())
         self.port = int(container.labels[generations.PORTS])
         self._prepared, self._signals, self._steps = False, 0, 0
         self.streams = list[float]()
@@ -463,6 +464,8 @@ class Proxy(_Process):
     def answer(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         if not path.startswith("/v1/"):
             return httpx.Response(200)
+        if self.faults.garbage:
+            return httpx.Response(200, text="garbage")
         made = self._ask(self.prefill, path, {**body, "max_tokens": 1, "stream": False})
         if made.status_code != 200:
             return made

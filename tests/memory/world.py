@@ -54,7 +54,9 @@ T = TypeVar("T")
 NAME = "qwq-3p1d"
 ROOT = f"/var/lib/pd-deploy/{NAME}"
 ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2"}
-INSTANCES = {"p0", "p1", "p2", "d0", "c0"}
+SERVERS = {"p0", "p1", "p2", "d0"}
+PROXIES = {"c0": "a"}
+INSTANCES = {*SERVERS, *PROXIES}
 REPOSITORY = "swr.cn-east-4.myhuaweicloud.com/omni-ci/daily_omniinfer"
 FIRST = f"{REPOSITORY}:20250722_26"
 PROXY_PORT = 7000
@@ -106,8 +108,8 @@ class Reports:
         return text
 
 
-_deployed: dict[str, Cluster] = {}
-"""What a first run of `deploy` leaves, by the text of the deployment file."""
+_deployed: dict[tuple[str, ...], Cluster] = {}
+"""What a first run of `deploy` leaves, by the text of the deployment file and the machines."""
 
 
 class World:
@@ -174,11 +176,11 @@ class World:
         for machine in self.cluster.machines.values():
             assert not machine.containers
             assert len(machine.disk.volumes) == 1
-        text = self.path.read_text()
-        if text not in _deployed:
+        key = self.path.read_text(), *self.cluster.machines
+        if key not in _deployed:
             assert self.run(deploy).completed
-            _deployed[text] = self.cluster
-        self.cluster = copy.deepcopy(_deployed[text])
+            _deployed[key] = self.cluster
+        self.cluster = copy.deepcopy(_deployed[key])
 
     def run(
         self,
@@ -435,9 +437,9 @@ class World:
             for m in self.cluster.machines.values()
         )
 
-    def completes(self) -> bool:
-        """Whether a client gets a completion at the public port."""
-        machine = self.machines["a"]
+    def completes(self, host: str = "a") -> bool:
+        """Whether a client gets a completion at a host's public port."""
+        machine = self.machines[host]
         proxy = self.cluster.listener(machine, machine.address, PROXY_PORT)
         if proxy is None:
             return False
@@ -445,12 +447,16 @@ class World:
         answer = proxy.answer("/v1/completions", body)
         return answer.status_code == 200 and answer.json()["choices"][0]["text"] == " 8, 10"
 
-    def assert_coherent(self) -> str:
+    def assert_coherent(self, proxies: Mapping[str, str] = PROXIES) -> str:
         """One whole generation serves, the record says so, and nothing is left that is not of a
-        kept one; its name."""
-        assert set(self.running()) == INSTANCES
+        kept one; its name.
+
+        Args:
+            proxies: those of the file, each with its host.
+        """
+        assert set(self.running()) == {*SERVERS, *proxies}
         serving = self.serving()
-        assert self.completes()
+        assert all(map(self.completes, proxies.values()))
         assert self.record().serving == serving
         assert self.record().closed is None
         assert self.record("b") == self.record()

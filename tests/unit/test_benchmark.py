@@ -224,7 +224,7 @@ async def load_on(answer: Answer, limit: float = 20, **changes: int) -> tuple[Me
     load = LOAD.model_copy(update=changes)
     async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as client:
         url = "http://127.77.0.1:7000/v1/completions"
-        measured = await carried(client, url, example.service(), load, {}, limit=limit)
+        measured = await carried([(client, url)], example.service(), load, {}, limit=limit)
     return measured, asked
 
 

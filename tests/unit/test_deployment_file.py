@@ -216,7 +216,15 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"proxy": {"c0": {"port": 80}}}, ["proxy.c0.port: expected at least 1024, found 80"]),
     ({"proxy": {"c0": {"port": "7000"}}}, ["proxy.c0.port: expected a whole number"]),
     ({"proxy": {"c0": None}}, ["proxy: expected at least 1 entry, found {}"]),
-    ({"proxy": {"c1": {"host": "a"}}}, ["proxy: expected at most 1 entry"]),
+    (
+        {"proxy": {"c1": {"host": "a"}}},
+        ["proxy.c1: expected the port of proxy c1 not to be 7000, which on host a is the port of"],
+    ),
+    (
+        {"proxy": {"c1": {"host": "b", "hold": 20}}},
+        ["proxy: expected the same values for all proxies, because"],
+    ),
+    ({"proxy": {"c1": {"host": "z"}}}, ["proxy.c1.host: expected one of the file's hosts"]),
     (
         {"proxy": {"c0": {"host": "z"}}},
         ["proxy.c0.host: expected one of the file's hosts (a, b), found z"],

@@ -284,7 +284,7 @@ def options(argv: list[str]) -> dict[str, Any]:
 def reproduced(service: Service, directory: Path) -> dict[str, Any]:
     """What pd-deploy makes of the same service, in the golden file's shape."""
     placed = service.topology
-    url, body = requests.completion(service.deployment, placed.proxy)
+    url, body = requests.completion(service.deployment, placed.proxies[0])
     return {
         "inventory": inventory(service),
         "derived_global": derived(service),
@@ -317,13 +317,13 @@ def inventory(service: Service) -> dict[str, Any]:
                 "global_port_base": ports.master,
                 "base_api_port": ports.api,
                 "base_zmq_port": ports.zmq,
-                "proxy_port": placed.proxy.port,
+                "proxy_port": placed.proxies[0].port,
                 "port_offset": {"P": 0, "D": ports.decode_offset},
             },
             "children": {
                 "P": {"hosts": prefill},
                 "D": {"hosts": {pod.name: shared[pod.name] for pod in placed.decode}},
-                "C": {"hosts": {"c0": {"ansible_host": placed.proxy.address, "node_rank": 0}}},
+                "C": {"hosts": {"c0": {"ansible_host": placed.proxies[0].address, "node_rank": 0}}},
             },
         }
     }
@@ -334,7 +334,7 @@ def derived(service: Service) -> dict[str, Any]:
     (decode,) = placed.decode
     environment = omniinfer.environment(service, "d0")
     transfer = omniinfer.kv_transfer_config(service, decode.master)
-    argv = options(omniinfer.command(service, placed.proxy.name))
+    argv = options(omniinfer.command(service, placed.proxies[0].name))
     launcher = options(omniinfer.command(service, "d0"))
     return {
         "PREFILL_API_SERVER_LIST": ",".join(s for pod in placed.prefill for s in pod.servers),
@@ -355,8 +355,8 @@ def derived(service: Service) -> dict[str, Any]:
 
 def per_instance(service: Service, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"container_name": container_name(service, name)}
-    if name == service.topology.proxy.name:
-        proxy = service.topology.proxy
+    if name == service.topology.proxies[0].name:
+        proxy = service.topology.proxies[0]
         return found | {"ansible_host": proxy.address, "node_port": proxy.port}
     environment = omniinfer.environment(service, name)
     pod = service.topology.pod_of(name)
@@ -475,7 +475,7 @@ def started(argv: list[str], environment: dict[str, str], directory: Path) -> di
 
 
 def proxy(service: Service, directory: Path) -> dict[str, Any]:
-    name = service.topology.proxy.name
+    name = service.topology.proxies[0].name
     argv, script = omniinfer.command(service, name), omniinfer.start_script(service, name)
     (directory / "usr/local/nginx/conf").mkdir(parents=True)
     subprocess.run(
@@ -486,7 +486,7 @@ def proxy(service: Service, directory: Path) -> dict[str, Any]:
     conf = (directory / "usr/local/nginx/conf/nginx.conf").read_text()
     (cores,) = [line.split()[1:] for line in conf.splitlines() if "worker_cpu_affinity" in line]
     return {
-        "host": service.topology.proxy.address,
+        "host": service.topology.proxies[0].address,
         "container": container_name(service, name),
         "argv": argv,
         "cwd": [line.split()[1] for line in script.splitlines() if line.startswith("cd ")][-1],

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from pd_deploy.config.load import load_deployment
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.teardown import teardown
+from pd_deploy.planning import placement
 from pd_deploy.tasks import composed
 from tests.memory.calls import Moment
 from tests.memory.machine import Build, Container, Faults
@@ -78,7 +80,11 @@ def assert_is_no_part_of_a_generation(room: Container) -> None:
     config = room.config["HostConfig"]
     assert config["NetworkMode"] == "host"
     assert not any(config.get(key) for key in ("Privileged", "Devices", "Mounts", "Binds"))
-    assert room.labels == {"pd-deploy.deployment": NAME, "pd-deploy.role": "waiting-room"}
+    assert room.labels == {
+        "pd-deploy.deployment": NAME,
+        "pd-deploy.role": "waiting-room",
+        "pd-deploy.proxy": "c0",
+    }
 
 
 def test_a_generation_from_before_the_key_comes_back_with_its_room(world: World) -> None:
@@ -192,10 +198,9 @@ def test_nothing_is_held_when_nothing_serves_in_the_end(world: World) -> None:
 def test_who_shares_the_port_is_known(file: str, arguments: dict[str, bool], shares: bool) -> None:
     """One that does not would fail at a port that is not free yet."""
     deployment = load_deployment(example.ROOT / f"deployments/{file}.yaml")
-    ((name, proxy),) = deployment.proxy.items()
-    changed = {name: proxy.model_copy(update={"arguments": arguments})}
-    deployment = deployment.model_copy(update={"proxy": changed})
-    assert engines.get(deployment.engine).shares_port(deployment) is shares
+    (proxy,) = placement.derive(deployment).proxies
+    proxy = replace(proxy, entry=proxy.entry.model_copy(update={"arguments": arguments}))
+    assert engines.get(deployment.engine).shares_port(proxy) is shares
 
 
 def test_how_many_requests_are_left_is_told_while_the_proxy_drains(

@@ -294,12 +294,25 @@ def test_groups_that_pd_deploy_does_not_run_are_named(tmp_path: Path) -> None:
     document = files.inventory(Shape(), etcd_port=6000)
     hosts = document["all"]["children"]
     hosts["E"] = {"hosts": {"e0": {"ansible_host": "10.3.0.1"}}}
-    hosts["C"]["hosts"]["c1"] = {"ansible_host": "10.2.0.1", "node_port": 7001}
     paths = files.write(tmp_path, inventory=document, playbook=files.playbook(Shape()))
     result = imported(*paths)
     lost = "\n".join(f"{e.what} {e.note}" for e in result.report.of("not expressible"))
     assert result.text is not None
-    assert all(name in lost for name in ("group E", "EPD", "proxy c1", "etcd_port"))
+    assert all(name in lost for name in ("group E", "EPD", "etcd_port"))
+
+
+def test_each_host_of_group_c_is_a_proxy(tmp_path: Path) -> None:
+    document = files.inventory(Shape())
+    proxies = document["all"]["children"]["C"]["hosts"]
+    proxies["c1"] = {"ansible_host": "10.3.0.1", "node_port": 7001}
+    paths = files.write(tmp_path, inventory=document, playbook=files.playbook(Shape()))
+    result = imported(*paths)
+    assert result.report.of("problem", "not expressible") == []
+    assert "c1.node_port 7001" in {entry.what for entry in result.report.of("taken")}
+    deployment = deployment_of(tmp_path, result)
+    first, second = placement.build(deployment).proxies
+    assert (second.name, second.server) == ("c1", "10.3.0.1:7001")
+    assert second.entry.model_copy(update={"host": first.host, "port": first.port}) == first.entry
 
 
 def test_an_inventory_of_ci_says_no_ranks(tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ class TestVariants:
         given = {"nginx_tarball": str(sources)} if of == "a host" else {}
         digest = hashlib.sha256(b"sources" if is_genuine else b"others").hexdigest()
         service = example.for_engine({"proxy": {"c0": {**given, "nginx_sha256": digest}}})
-        fetch = proxy.fetch_nginx(service)
+        fetch = proxy.fetch_nginx(service.topology.proxies[0])
         assert "http:" not in fetch
         url, copy = "https://nginx.org/download/nginx-1.24.0.tar.gz", shlex.quote(str(sources))
         curl = f'curl() {{ [ "$4" = {url} ] && cp {copy} "$3"; }}'

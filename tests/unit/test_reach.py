@@ -71,7 +71,7 @@ def test_few_hosts_call_each_other_and_many_a_bounded_number() -> None:
         called = peers.neighbours(host_names(count))
         assert all(len(others) == count - 1 for others in called.values())
     hosts = host_names(48)
-    called = peers.neighbours(hosts, centre=hosts[3])
+    called = peers.neighbours(hosts, {hosts[3]})
     assert set(called[hosts[3]]) == set(hosts) - {hosts[3]}
     assert {len(others) for name, others in called.items() if name != hosts[3]} <= {8, 9}
     for name, others in called.items():
@@ -82,7 +82,7 @@ def test_few_hosts_call_each_other_and_many_a_bounded_number() -> None:
 def test_ports_are_those_that_others_call() -> None:
     topology = example.place()
     ports = peers.ports(topology, "a")
-    assert topology.proxy.port in ports
+    assert topology.proxies[0].port in ports
     for instance in topology.on_host("a"):
         assert {instance.api_ports[0], instance.zmq_port} & set(ports)
     assert len(ports) <= peers.MOST_PORTS

@@ -34,7 +34,7 @@ def test_order_is_prefill_as_in_the_file_then_decode_then_proxy() -> None:
     assert [i.kv_rank for i in placed.instances] == [0, 1, 2, 3]
     assert [i.name for i in placed.on_host("a")] == ["p0", "p1"]
     assert [placed.host_of(name) for name in placed.names] == ["a", "a", "b", "b", "a"]
-    assert (placed.proxy.address, placed.proxy.port) == ("10.0.0.1", 7000)
+    assert (placed.proxies[0].address, placed.proxies[0].port) == ("10.0.0.1", 7000)
 
 
 def test_server_lists_are_the_documented_ones() -> None:

@@ -93,8 +93,8 @@ class Contract:
 
     def program(self, deployment: Deployment) -> ProxyProgram:
         """Return the program that a deployment's proxy runs: the file's, or the default here."""
-        (entry,) = deployment.proxy.values()
-        return next(iter(self.proxies)) if entry.program == "by-image" else entry.program
+        program = deployment.first_proxy.program
+        return next(iter(self.proxies)) if program == "by-image" else program
 
 
 _EARLY = Contract("v0-early", proxies={"global": (_SCRIPTS,)})

@@ -159,7 +159,7 @@ def cache_busting_fields(nonce: str) -> dict[str, Any]:
 
 
 def container(service: Service, name: str) -> ContainerSpec:
-    """Specify the container of an instance or of the proxy (contract section 2.1).
+    """Specify the container of an instance or of a proxy (contract section 2.1).
 
     The server is its main process: exit code, logs and stop mean what they say.
     """
@@ -188,8 +188,9 @@ def container(service: Service, name: str) -> ContainerSpec:
 
 def start_script(service: Service, name: str) -> str:
     """Write the script that is the container's main process."""
-    instance = instance_of(service, name)
-    return launcher.script(service, instance) if instance else proxy.script(service)
+    if instance := instance_of(service, name):
+        return launcher.script(service, instance)
+    return proxy.script(service, service.topology.proxy(name))
 
 
 def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
@@ -217,7 +218,7 @@ def restarts_with(deployment: Deployment, topology: Topology, name: str) -> froz
     if contract.has_ranktables:
         return frozenset(topology.names)
     pod = frozenset(member.name for member in topology.pod_of(name).members)
-    return pod | ({topology.proxy.name} if contract.program(deployment) == "global" else set())
+    return pod.union(topology.proxy_names if contract.program(deployment) == "global" else ())
 
 
 def device_users_command() -> list[str]:
@@ -247,14 +248,16 @@ def device_tools(deployment: Deployment) -> DeviceTools | None:
 
 def command(service: Service, name: str) -> list[str]:
     """Return the launcher's arguments for an instance, or those of the proxy's script."""
-    instance = instance_of(service, name)
-    return launcher.command(service, instance) if instance else proxy.command(service)
+    if instance := instance_of(service, name):
+        return launcher.command(service, instance)
+    return proxy.command(service, service.topology.proxy(name))
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
     """Return the variables that the start script exports, after the image's own ~/.bashrc."""
-    instance = instance_of(service, name)
-    return environments.of_server(service, instance) if instance else proxy.environment(service)
+    if instance := instance_of(service, name):
+        return environments.of_server(service, instance)
+    return proxy.environment(service, service.topology.proxy(name))
 
 
 def _check_routes(deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
@@ -279,13 +282,15 @@ def _pods(deployment: Deployment) -> list[InstanceEntry]:
 
 
 def _mounts(service: Service, name: str) -> tuple[Mount, ...]:
-    deployment, entry = service.deployment, service.topology.proxy.entry
+    deployment = service.deployment
     shared_tmp = [] if corrected(deployment, "no-shared-tmp") else [mount("/tmp")]  # noqa: S108
     after = code_mounts(service, name, code_place(deployment))
     if isinstance(deployment.code, str) and deployment.code != "image":
         after.append(mount(deployment.code))
-    if entry.nginx_tarball and name == service.topology.proxy.name:
-        after += [mount(entry.nginx_tarball, read_only=True)]
+    is_server = instance_of(service, name) is not None
+    tarball = None if is_server else service.topology.proxy(name).entry.nginx_tarball
+    if tarball:
+        after += [mount(tarball, read_only=True)]
     return mounts(service, name, before=shared_tmp, after=after)
 
 

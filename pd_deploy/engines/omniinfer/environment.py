@@ -54,12 +54,12 @@ def code_place(deployment: Deployment) -> CodePlace:
 
 def is_prefix_aware(deployment: Deployment) -> bool:
     """Tell whether the proxy sends a prompt where its beginning is cached."""
-    return any(entry.prefix_aware for entry in deployment.proxy.values())
+    return deployment.first_proxy.prefix_aware
 
 
 def of_container(service: Service, name: str) -> dict[str, str]:
     """Return what a container is created with (contract sections 2.1 and 9.4)."""
-    proxy = service.topology.proxy
+    topology = service.topology
     if not contract_of(service.deployment).has_ranktables:
         return {"LOG_PATH": service.layout.log_root}
     environment = {
@@ -67,8 +67,8 @@ def of_container(service: Service, name: str) -> dict[str, str]:
         "RANKTABLE_SAVE_PATH": service.layout.ranktables,
         "LOG_PATH": service.layout.log_root,
     }
-    if name == proxy.name:
-        environment["PROXY_NODE_PORT"] = str(proxy.port)
+    if topology.instance(name) is None:
+        environment["PROXY_NODE_PORT"] = str(topology.proxy(name).port)
     return environment
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
-from pd_deploy.config.topology import Pod, Topology
+from pd_deploy.config.topology import Pod, Proxy
 from pd_deploy.engines.base import PROVING_ADDRESS, MetricsPage, Service
 from pd_deploy.engines.common import ONE_STEP_ON, code_setup, exports, flags, text, title
 from pd_deploy.engines.omniinfer.contracts import contract_of
@@ -26,40 +26,40 @@ _NGINX = "nginx-1.24.0"
 _HEALTH_S = 10  # omni_proxy asks every server before it answers
 
 
-def script(service: Service) -> str:
+def script(service: Service, proxy: Proxy) -> str:
     """Write the script of the proxy's container. It prepares nginx, tests its configuration, and
     waits to be opened to the smoke test alone, then to clients. It ends when nginx does; stopping
     it drains nginx."""
-    return _omni_script(service) if _is_omni(service.deployment) else _global_script(service)
+    write = _omni_script if _is_omni(service.deployment) else _global_script
+    return write(service, proxy)
 
 
-def command(service: Service) -> list[str]:
+def command(service: Service, proxy: Proxy) -> list[str]:
     """Return the arguments of the image's script that writes nginx's configuration."""
-    return _omni_command(service) if _is_omni(service.deployment) else _global_command(service)
+    write = _omni_command if _is_omni(service.deployment) else _global_command
+    return write(service, proxy)
 
 
-def environment(service: Service) -> dict[str, str]:
+def environment(service: Service, proxy: Proxy) -> dict[str, str]:
     """Return what the script exports: where an image without nginx finds its sources, how prompts
     are hashed, and what the file gives."""
-    in_file = service.topology.proxy.entry.environment
-    own = {} if _is_omni(service.deployment) else _build_environment(service)
+    in_file = proxy.entry.environment
+    own = {} if _is_omni(service.deployment) else _build_environment(service, proxy)
     if is_prefix_aware(service.deployment):
         own["PYTHONHASHSEED"] = HASH_SEED
     return own | {key: text(value) for key, value in in_file.items()}
 
 
-def metrics(deployment: Deployment, topology: Topology) -> MetricsPage | None:
+def metrics(deployment: Deployment, proxy: Proxy) -> MetricsPage | None:
     """Return omni_proxy's page; global_proxy has none."""
-    proxy = topology.proxy
-    page = MetricsPage(f"{proxy.address}:{proxy.port}", "/omni_proxy/metrics")
+    page = MetricsPage(proxy.server, "/omni_proxy/metrics")
     return page if _is_omni(deployment) else None
 
 
-def shares_port(deployment: Deployment) -> bool:
+def shares_port(proxy: Proxy) -> bool:
     """Tell whether nginx listens with `reuseport`: both scripts have it so (contract section 5.3),
     unless omni_proxy's is told otherwise."""
-    (proxy,) = deployment.proxy.values()
-    return not any(name.replace("_", "-") == "no-reuseport" for name in proxy.arguments)
+    return not any(name.replace("_", "-") == "no-reuseport" for name in proxy.entry.arguments)
 
 
 def _is_omni(deployment: Deployment) -> bool:
@@ -73,68 +73,67 @@ def _directories(service: Service) -> list[str]:
     return [f"{tree}/omniinfer/{place}" for place in places]
 
 
-def _logs_and_cores(service: Service) -> list[str]:
+def _logs_and_cores(service: Service, proxy: Proxy) -> list[str]:
     """Write the options that both proxies' scripts have for their log and their cores."""
-    proxy = service.topology.proxy.entry
+    entry = proxy.entry
     return [
-        "--log-file", f"{_logs(service)}/nginx_error.log",
-        "--log-level", proxy.log_level,
-        "--core-num", str(proxy.core_num),
-        "--start-core-index", str(proxy.start_core_index),
+        "--log-file", f"{_logs(service, proxy)}/nginx_error.log",
+        "--log-level", entry.log_level,
+        "--core-num", str(entry.core_num),
+        "--start-core-index", str(entry.start_core_index),
     ]  # fmt: skip
 
 
-def _global_command(service: Service) -> list[str]:
+def _global_command(service: Service, proxy: Proxy) -> list[str]:
     """Write the command of global_proxy (contract section 5.1)."""
-    topology, proxy = service.topology, service.topology.proxy.entry
+    topology, entry = service.topology, proxy.entry
     return [
         "bash", "global_proxy.sh",
         "--listen-port", str(proxy.port),
         "--prefill-servers-list", ",".join(_servers(topology.prefill)),
         "--decode-servers-list", ",".join(_servers(topology.decode)),
-        *_logs_and_cores(service),
-        "--prefill-lb-sdk", proxy.prefill_lb_sdk,
-        "--decode-lb-sdk", proxy.decode_lb_sdk,
-        *flags(proxy.arguments),
+        *_logs_and_cores(service, proxy),
+        "--prefill-lb-sdk", entry.prefill_lb_sdk,
+        "--decode-lb-sdk", entry.decode_lb_sdk,
+        *flags(entry.arguments),
     ]  # fmt: skip
 
 
-def _omni_command(service: Service) -> list[str]:
+def _omni_command(service: Service, proxy: Proxy) -> list[str]:
     """Write the command of omni_proxy (contract section 9.5), with the engine's own limits, which
     it reckons with when it chooses servers."""
-    topology, proxy = service.topology, service.topology.proxy.entry
+    topology, entry = service.topology, proxy.entry
     tuning: dict[str, Scalar | None] = {
-        "access-log-file": f"{_logs(service)}/nginx_access.log",
+        "access-log-file": f"{_logs(service, proxy)}/nginx_access.log",
         "omni-proxy-pd-policy": "sequential",
         "omni-proxy-max-batch-num-token": _largest(topology.prefill, "max-num-batched-tokens"),
         "omni-proxy-prefill-max-num-seqs": _largest(topology.prefill, "max-num-seqs"),
         "omni-proxy-decode-max-num-seqs": _largest(topology.decode, "max-num-seqs"),
         # Prompts are compared by their tokens, so the proxy needs the tokenizer.
-        "omni-proxy-model-path": service.deployment.model.path if proxy.prefix_aware else None,
+        "omni-proxy-model-path": service.deployment.model.path if entry.prefix_aware else None,
     }
-    in_file = {name.replace("_", "-"): value for name, value in proxy.arguments.items()}
+    in_file = {name.replace("_", "-"): value for name, value in entry.arguments.items()}
     return [
         "bash", "omni_proxy.sh",
         "--listen-port", str(proxy.port),
         "--prefill-endpoints", ",".join(_servers(topology.prefill)),
         "--decode-endpoints", ",".join(_servers(topology.decode)),
-        *_logs_and_cores(service),
+        *_logs_and_cores(service, proxy),
         *flags({k: v for k, v in tuning.items() if v is not None} | in_file),
     ]  # fmt: skip
 
 
-def _if_known_to_the_image(service: Service) -> str:
+def _if_known_to_the_image(service: Service, proxy: Proxy) -> str:
     """Write the options that only later images' scripts have: the batch sizes of both sides, by
     which `pd_score_balance` counts free slots (16 and 32 unless given), and where requests are
     logged. An older script ends at an option that it does not know, so each is tried first.
     """
-    arguments = service.topology.proxy.entry.arguments
     options: dict[str, Scalar | None] = {
         "prefill-max-num-seqs": _largest(service.topology.prefill, "max-num-seqs"),
         "decode-max-num-seqs": _largest(service.topology.decode, "max-num-seqs"),
-        "access-log-file": f"{_logs(service)}/nginx_access.log",
+        "access-log-file": f"{_logs(service, proxy)}/nginx_access.log",
     }
-    in_file = {argument.replace("_", "-") for argument in arguments}
+    in_file = {argument.replace("_", "-") for argument in proxy.entry.arguments}
     lines = ['takes() { "${proxy[@]}" "$@" --dry-run >/dev/null 2>&1 && proxy+=("$@"); }']
     lines += [
         shlex.join(["takes", f"--{option}", text(value)])
@@ -159,12 +158,12 @@ def _servers(pods: Iterable[Pod]) -> list[str]:
     return [server for pod in pods for server in pod.servers]
 
 
-def _logs(service: Service) -> str:
-    return service.layout.log_directory(service.topology.proxy.name)
+def _logs(service: Service, proxy: Proxy) -> str:
+    return service.layout.log_directory(proxy.name)
 
 
-def _build_environment(service: Service) -> dict[str, str]:
-    url, proxy = service.deployment.http_proxy, service.topology.proxy
+def _build_environment(service: Service, proxy: Proxy) -> dict[str, str]:
+    url = service.deployment.http_proxy
     if corrected(service.deployment, "proxy-environment"):
         return {"http_proxy": url, "https_proxy": url} if url else {}
     return {
@@ -176,24 +175,24 @@ def _build_environment(service: Service) -> dict[str, str]:
     }
 
 
-def _global_script(service: Service) -> str:
-    port = service.topology.proxy.port
+def _global_script(service: Service, proxy: Proxy) -> str:
+    port = proxy.port
     return f"""\
 #!/bin/bash
-{title(service, service.topology.proxy.name)}
-{exports(environment(service))}
+{title(service, proxy.name)}
+{exports(environment(service, proxy))}
 trap 'exit 0' INT TERM
 {code_setup(code_place(service.deployment), installs=False)}\
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
 if ! command -v nginx >/dev/null; then
     echo "pd-deploy: the image has no nginx; building {_NGINX}"
     cd {shlex.quote(code(service.deployment))}/omniinfer/{SOURCES_OF_MODULES} || exit 1
-{fetch_nginx(service)}
+{fetch_nginx(proxy)}
 {BUILD_NGINX}fi
 unset http_proxy https_proxy
 cd {" ".join(_directories(service)[:1])} || exit 1
-proxy=({shlex.join(_global_command(service))})
-{_if_known_to_the_image(service)}
+proxy=({shlex.join(_global_command(service, proxy))})
+{_if_known_to_the_image(service, proxy)}
 "${{proxy[@]}}" --dry-run || exit 1
 conf=/usr/local/nginx/conf/nginx.conf
 sed -E "s|listen +{port}[^;]*;|listen {PROVING_ADDRESS}:{port};|" $conf >$conf.proving
@@ -218,10 +217,9 @@ while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
 """
 
 
-def _omni_script(service: Service) -> str:
+def _omni_script(service: Service, proxy: Proxy) -> str:
     """Write omni_proxy's script. Clients are served from the configuration that was tested, because
     the image's script would write it again, with its pass-through location open."""
-    proxy = service.topology.proxy
     port, closed = proxy.port, "" if proxy.entry.pass_through else _CLOSED
     listen = rf"listen +([^;]*:)?{port}( [^;]*)?;"
     proving = shlex.quote(f"s#{listen}#listen {PROVING_ADDRESS}:{port};{closed}#")
@@ -229,7 +227,7 @@ def _omni_script(service: Service) -> str:
     return f"""\
 #!/bin/bash
 {title(service, proxy.name)}
-{exports(environment(service))}
+{exports(environment(service, proxy))}
 trap 'exit 0' INT TERM
 {code_setup(code_place(service.deployment), installs=False)}\
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
@@ -238,7 +236,7 @@ for directory in {" ".join(_directories(service))}; do
     [ ! -r "$directory/omni_proxy.sh" ] || break
 done
 cd "$directory" && [ -r omni_proxy.sh ] || {{ echo "pd-deploy: no omni_proxy.sh"; exit 1; }}
-proxy=({shlex.join(_omni_command(service))})
+proxy=({shlex.join(_omni_command(service, proxy))})
 "${{proxy[@]}}" --dry-run || exit 1
 conf=/usr/local/nginx/conf/nginx.conf
 sed -E {clients} $conf >$conf.clients && nginx -t -c $conf.clients || exit 1
@@ -293,9 +291,9 @@ BUILD_NGINX = f"""\
 """
 
 
-def fetch_nginx(service: Service) -> str:
+def fetch_nginx(proxy: Proxy) -> str:
     """Write how the sources get there: from the host or nginx.org, and no others than expected."""
-    entry, tarball = service.topology.proxy.entry, f"{_NGINX}.tar.gz"
+    entry, tarball = proxy.entry, f"{_NGINX}.tar.gz"
     fetch = f"curl -fsS -o {tarball} https://nginx.org/download/{tarball}"
     if entry.nginx_tarball:
         fetch = f"cp {shlex.quote(entry.nginx_tarball)} {tarball}"

@@ -167,7 +167,7 @@ def _ports_of_ray(deployment: Deployment, topology: Topology) -> Iterator[Findin
     hosts = {instance.host for instance in topology.instances if instance.uses_ray}
     workers = ports_of_ray_workers(deployment)
     on_hosts = [(i.key, i.host, i.ports) for i in topology.instances]
-    on_hosts.append((topology.proxy.name, topology.proxy.host, topology.proxy.ports))
+    on_hosts += [(f"proxy.{p.name}", p.host, p.ports) for p in topology.proxies]
     for key, host, ports in on_hosts:
         for purpose, port in ports.items():
             if host in hosts and port in workers:
@@ -179,8 +179,9 @@ def _ports_of_ray(deployment: Deployment, topology: Topology) -> Iterator[Findin
 
 
 def _proxy(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-    """Check that the image has the proxy's program, and that this program has what it needs."""
-    contract, name, entry = contract_of(deployment), topology.proxy.name, topology.proxy.entry
+    """Check that the image has the proxies' program, and that this program has what it needs."""
+    contract, first = contract_of(deployment), topology.proxies[0]
+    name, entry = first.name, first.entry
     program = contract.program(deployment)
     if program not in contract.proxies:
         message = f"expected {' or '.join(contract.proxies)}, which images of contract"
@@ -208,7 +209,7 @@ def _proxy(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
                 ),
             )
     seeded = [pod.key for pod in topology.pods if _seed(pod.master.settings.environment)]
-    seeded += [f"proxy.{name}"] if _seed(entry.environment) else []
+    seeded += [f"proxy.{p.name}" for p in topology.proxies if _seed(p.entry.environment)]
     for key in seeded if entry.prefix_aware else ():
         message = f"expected no such key: with `prefix_aware` it is {HASH_SEED} everywhere"
         yield "prefix-aware", Problem(f"{key}.environment.PYTHONHASHSEED", message)

@@ -3,11 +3,15 @@
 import asyncio
 import uuid
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pd_deploy.config.models import Benchmark
+from pd_deploy.config.topology import Proxy
 from pd_deploy.errors import BenchmarkFailed
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.records import benchmark
 from pd_deploy.records.benchmark import Figures, Judgement, Load
 from pd_deploy.records.releases import History
@@ -45,18 +49,19 @@ def is_due(rollout: Rollout) -> bool:
 
 
 async def gate(rollout: Rollout) -> Report:
-    """Let the proxy, which only the smoke test can reach, carry a load; keep its figures.
+    """Let the proxies, which only the smoke test can reach, carry a load; keep its figures.
 
     Raises:
         BenchmarkFailed: it is slower than it may be, or requests failed.
-        InstanceDied: a server or the proxy has ended under the load.
+        InstanceDied: a server or a proxy has ended under the load.
     """
     session = rollout.session
     given, clock = session.deployment.gates.benchmark, asyncio.get_running_loop().time
     begin = clock()
     assert given is not None
-    address = await containers.let_smoke_test_in(rollout)
-    measured = await _carried(session, address, given)
+    proxies = session.topology.proxies
+    addresses = await together(containers.let_smoke_test_in(rollout, p.name) for p in proxies)
+    measured = await _carried(session, list(zip(proxies, addresses, strict=True)), given)
     attempt = rollout.attempt
     attempt.downtime.benchmark += clock() - begin
     if dead := await containers.any_dead(rollout):
@@ -66,25 +71,33 @@ async def gate(rollout: Rollout) -> Report:
     attempt.figures = result.figures
     if result.failed:
         raise _failure(session, result)
-    where = session.topology.proxy.host
+    where = session.topology.home
     return Report("benchmark", rollout.plan.generation, where, False, str(result.figures))
 
 
 async def measure(session: Session, history: History, given: Benchmark, by: str) -> Benchmarked:
     """Let the service that clients use carry a load; nothing is kept."""
     serving = history.record.serving or ""
-    measured = await _carried(session, session.topology.proxy.address, given)
+    entrances = [(proxy, proxy.address) for proxy in session.topology.proxies]
+    measured = await _carried(session, entrances, given)
     return _judged(history, serving, by, given, measured)
 
 
-async def _carried(session: Session, address: str, given: Benchmark) -> Measured:
-    proxy = session.topology.proxy
-    url = f"http://{address}:{proxy.port}{requests.COMPLETIONS}"
+async def _carried(
+    session: Session, entrances: Sequence[tuple[Proxy, str]], given: Benchmark
+) -> Measured:
+    """Let proxies carry a load together, each asked at an address of its host."""
     fields = session.engine.cache_busting_fields(str(uuid.uuid4()))
-    async with session.host(proxy.host).http(address, proxy.port) as client:
+    async with AsyncExitStack() as stack:
+        asked = [
+            (
+                await stack.enter_async_context(session.host(proxy.host).http(address, proxy.port)),
+                f"http://{address}:{proxy.port}{requests.COMPLETIONS}",
+            )
+            for proxy, address in entrances
+        ]
         return await generator.carried(
-            client,
-            url,
+            asked,
             session.deployment,
             Load.of(given),
             fields,
@@ -116,8 +129,9 @@ def _judged(
 def _failure(session: Session, result: Benchmarked) -> BenchmarkFailed:
     """Make an error of what is wrong: failed requests say nothing about speed, so they come first
     and alone."""
-    proxy, figures, judgement = session.topology.proxy, result.figures, result.judgement
-    where = {"host": session.host(proxy.host).where, "instance": proxy.name}
+    figures, judgement = result.figures, result.judgement
+    hosts = dict.fromkeys(session.host(proxy.host).where for proxy in session.topology.proxies)
+    where = {"host": ", ".join(hosts), "instance": ", ".join(session.topology.proxy_names)}
     if result.faults:
         return BenchmarkFailed(
             f"expected answers to all of {figures.load}, found that {figures.failed} failed: "

@@ -10,12 +10,14 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import httpx
 
 from pd_deploy.errors import PdDeployError
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations, mending
 from pd_deploy.records.releases import Silence
@@ -46,11 +48,12 @@ class Checked:
 
     Attributes:
         look: the last one.
-        failed: by name of an instance, or of the proxy, that has surely failed: which run of its
+        failed: by name of an instance, or of a proxy, that has surely failed: which run of its
             container did; empty if that has ended, or is gone.
         told: all that is not as it should be, in a line; empty if all is well.
-        answered: how long the completion through the proxy took, in s; None if there was none.
-        by_completion: whether only a completion shows that something has failed.
+        answered: how long the slowest proxy took for a completion, in s; None if there was none.
+        by_completion: whether only completions show that something has failed: none came through
+            any proxy.
         silent: what runs and gives no answer, by instance, and at how many checks.
     """
 
@@ -90,7 +93,11 @@ def _working(look: Look) -> list[str]:
 
 
 async def check(session: Session, now: datetime) -> Checked:
-    """Look at a service, ask it for a completion as a client would, and say what has failed."""
+    """Look at a service, ask each proxy for a completion as a client would; say what has failed.
+
+    A completion that comes through one proxy shows that servers answer; so another one through
+    which none comes has failed itself.
+    """
     looks = [await looking.look(session, as_deployed=True)]
     while _is_in_doubt(looks):
         await asyncio.sleep(PAUSE_S)
@@ -102,13 +109,17 @@ async def check(session: Session, now: datetime) -> Checked:
     checked = Checked(last, lost, told=trouble(last), silent=counted)
     if last.status.verdict != Verdict.SERVING:
         return checked
-    found, is_sure, seconds = await _completion(last)
-    if not found:
-        return Checked(last, checked.failed, checked.told, seconds)
-    _, address, port = _entrance(last)
-    told = f"a completion through http://{address}:{port} failed: {found}"
-    lost = {i.name: i.run for i in last.instances} if is_sure else {}
-    return Checked(last, lost, "; ".join(filter(None, (checked.told, told))), by_completion=is_sure)
+    entrances = _entrances(last)
+    asked = await together(_completion(last.session, entrance) for entrance in entrances)
+    faults = [answer for answer in asked if answer.fault]
+    if not faults:
+        return replace(checked, answered=max(answer.seconds for answer in asked))
+    told = [f"a completion through {a.entrance.where} failed: {a.fault}" for a in faults]
+    sure = {answer.entrance.proxy for answer in faults if answer.is_sure}
+    all_fail, one_serves = len(sure) == len(asked), len(faults) < len(asked)
+    lost = {i.name: i.run for i in last.instances if all_fail or (one_serves and i.name in sure)}
+    told = [checked.told, *told] if checked.told else told
+    return replace(checked, failed=lost, told="; ".join(told), by_completion=all_fail)
 
 
 def trouble(look: Look) -> str:
@@ -126,7 +137,7 @@ def failed(looks: Sequence[Look], now: datetime) -> dict[str, str]:
     """List what has surely failed, with the run of its container; of an adopted service nothing,
     as it is not restarted. Pure.
 
-    What has ended or is gone, and the proxy where a run has left it closed; and what runs, but
+    What has ended or is gone, and the proxies where a run has left them closed; and what runs, but
     refused or answered with an error at each look, unless it may still be loading: then nobody
     listens at its port yet.
     """
@@ -134,7 +145,9 @@ def failed(looks: Sequence[Look], now: datetime) -> dict[str, str]:
     if last.release is None:
         return {}
     serves = {i.name for i in last.instances if i.health == HEALTHY}
-    lost = {last.session.topology.proxy.name: ""} if last.history.record.closed else {}
+    lost = dict.fromkeys(
+        last.session.topology.proxy_names if last.history.record.closed else (), ""
+    )
     lost |= {i.name: "" for i in last.instances if _has_ended(i)}
     for instance in last.instances if len(looks) >= LOOKS else ():
         is_loading = instance.cause == "refused" and _may_load(instance, last, serves, now)
@@ -147,8 +160,8 @@ def silent(looks: Sequence[Look], now: datetime) -> dict[str, str]:
     """List what runs, with its port open, and gave no answer at any look, unless it may still be
     loading; with the run of its container. Pure.
 
-    The proxy may only wait for a server: it counts if no server does. Of an adopted service nothing
-    is counted, as nothing of it is restarted.
+    A proxy may only wait for a server: proxies count if no server does. Of an adopted service
+    nothing is counted, as nothing of it is restarted.
     """
     last = looks[-1]
     if last.release is None:
@@ -161,16 +174,16 @@ def silent(looks: Sequence[Look], now: datetime) -> dict[str, str]:
         and all(_was(i, look, "silent") for look in looks)
         and not _may_load(i, last, serves, now)
     }
-    proxy = last.session.topology.proxy.name
-    return runs if runs.keys() == {proxy} else {n: run for n, run in runs.items() if n != proxy}
+    servers = {i.name for i in last.instances if i.role != "proxy"}
+    return {name: run for name, run in runs.items() if name in servers} or runs
 
 
 def to_restart(rollout: Rollout, checked: Checked, tried: bool) -> frozenset[str]:
     """List what runs and has to start again, unless somebody has restarted it since it was looked
     at. Pure.
 
-    A completion that failed does not say which server is to blame: the proxy starts again alone
-    where servers can be left, and all does where that was tried.
+    A completion that failed does not say which server is to blame: proxies start again alone where
+    servers can be left, and all does where that was tried.
     """
     runs = {
         state.labels[generations.INSTANCE]: looking.run_of(state)
@@ -182,9 +195,9 @@ def to_restart(rollout: Rollout, checked: Checked, tried: bool) -> frozenset[str
     if not checked.by_completion or tried:
         return frozenset(names)
     session = rollout.session
-    first, proxy = session.topology.instances[0], session.topology.proxy.name
+    first, proxies = session.topology.instances[0], session.topology.proxy_names
     is_one_set = session.engine.restarts_with(session.deployment, session.topology, first.name)
-    return frozenset(names if is_one_set >= names else names & {proxy})
+    return frozenset(names if is_one_set >= names else names.intersection(proxies))
 
 
 def _has_ended(instance: InstanceLook) -> bool:
@@ -200,11 +213,11 @@ def _may_load(instance: InstanceLook, look: Look, serves: set[str], now: datetim
     """Tell whether a server may still be loading: it was started lately, and none that it links to
     while it loads serves already."""
     session = look.session
-    if instance.name == session.topology.proxy.name or instance.since is None:
+    if instance.name in session.topology.proxy_names or instance.since is None:
         return False
     linked = session.engine.restarts_with(session.deployment, session.topology, instance.name)
     ready = timedelta(seconds=session.deployment.gates.ready)
-    servers = linked - {session.topology.proxy.name}
+    servers = linked.difference(session.topology.proxy_names)
     return now - instance.since < ready and not servers & serves
 
 
@@ -221,33 +234,61 @@ def _is_in_doubt(looks: Sequence[Look]) -> bool:
     return (unread or any(i.cause for i in last.instances)) and len(looks) < LOOKS
 
 
-def _entrance(look: Look) -> tuple[Host, str, int]:
-    """Where clients ask: host, address and port."""
+@dataclass(frozen=True)
+class _Entrance:
+    """Where clients ask: a proxy, at its address and port; and the body of what they ask."""
+
+    proxy: str
+    host: Host
+    address: str
+    port: int
+    body: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """Its URL."""
+        return f"http://{self.address}:{self.port}"
+
+
+def _entrances(look: Look) -> list[_Entrance]:
     session, service = look.session, look.history.record.adopted_serving
     if service:
-        host = adopting.host_of(session, service.proxies[0])
-        return host, host.address, service.port
-    proxy = session.topology.proxy
-    return session.host(proxy.host), proxy.address, proxy.port
+        body = adopted.body(session, service)
+        hosts = {proxy: adopting.host_of(session, proxy) for proxy in service.proxies}
+        return [
+            _Entrance(proxy.instance, host, host.address, service.port_of(proxy), body)
+            for proxy, host in hosts.items()
+        ]
+    smoke = session.deployment.smoke
+    body = requests.prompt(session.deployment, smoke.prompt, smoke.max_tokens)
+    return [
+        _Entrance(proxy.name, session.host(proxy.host), proxy.address, proxy.port, body)
+        for proxy in session.topology.proxies
+    ]
 
 
-async def _completion(look: Look) -> tuple[str, bool, float]:
-    """Ask for a completion where clients ask, again if it fails.
+@dataclass(frozen=True)
+class _Asked:
+    """What a proxy gave for a completion.
 
-    Returns:
-        What came in its place, empty if it came; whether that is sure to be a fault of the service;
-        and how long the answer took, in s.
+    Attributes:
+        fault: what came in its place; empty if it came.
+        is_sure: whether that is sure to be a fault of the service.
+        seconds: how long the answer took.
     """
-    session, service = look.session, look.history.record.adopted_serving
-    url, body = (
-        adopted.completion(session, service)
-        if service
-        else requests.completion(session.deployment, session.topology.proxy)
-    )
-    body |= {"max_tokens": TOKENS, **session.engine.cache_busting_fields(str(uuid.uuid4()))}
+
+    entrance: _Entrance
+    fault: str = ""
+    is_sure: bool = False
+    seconds: float = 0.0
+
+
+async def _completion(session: Session, entrance: _Entrance) -> _Asked:
+    """Ask a proxy for a completion where clients ask, again if it fails."""
+    url, own = f"{entrance.where}{requests.COMPLETIONS}", str(uuid.uuid4())
+    body = {**entrance.body, "max_tokens": TOKENS, **session.engine.cache_busting_fields(own)}
     found, is_sure = "", True
-    host, address, port = _entrance(look)
-    async with host.http(address, port) as client:
+    async with entrance.host.http(entrance.address, entrance.port) as client:
         for turn in range(LOOKS):
             if turn:
                 await asyncio.sleep(PAUSE_S)
@@ -260,8 +301,8 @@ async def _completion(look: Look) -> tuple[str, bool, float]:
                 if turn and not is_sure:
                     break
             else:
-                return "", False, time.monotonic() - begin
-    return found, is_sure, 0.0
+                return _Asked(entrance, seconds=time.monotonic() - begin)
+    return _Asked(entrance, found, is_sure)
 
 
 def _is_of_the_service(error: Exception) -> bool:

@@ -7,12 +7,13 @@ is measured as well, so that a busy machine is not taken for a slow service.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -45,8 +46,7 @@ class Measured:
 
 
 async def carried(
-    client: httpx.AsyncClient,
-    url: str,
+    entrances: Sequence[tuple[httpx.AsyncClient, str]],
     deployment: Deployment,
     load: Load,
     fields: Mapping[str, Any],
@@ -60,28 +60,30 @@ async def carried(
     an engine compiles for what it has not met before.
 
     Args:
-        url: where completions are.
+        entrances: where completions are, each URL with its client; they are asked in turn.
         fields: what keeps requests from being answered from a cache.
         limit: seconds after which what is under way is given up, and nothing more is sent.
         token_ids: whether prompts may be token ids.
     """
-    measured, sending = Measured(), iter(range(load.requests))
+    measured, sending, turns = Measured(), iter(range(load.requests)), itertools.cycle(entrances)
 
     def body() -> dict[str, Any]:
         seed = str(uuid.uuid4())
         return {**requests.of_load(deployment, load, seed, token_ids=token_ids), **fields}
 
     async def warm_up() -> None:
-        await _timed(client, url, {**body(), "max_tokens": WARM_UP_TOKENS}, _Stream())
+        await _timed(*next(turns), {**body(), "max_tokens": WARM_UP_TOKENS}, _Stream())
 
     async def slot() -> None:
         for _ in sending:
-            stream = _Stream()
+            stream, (client, url) = _Stream(), next(turns)
             try:
                 sample = await _timed(client, url, body(), stream)
             except asyncio.CancelledError:
                 measured.samples.append(Sample(stream.chunks, cut=True))
                 raise
+            if sample.fault and len(entrances) > 1:
+                sample = replace(sample, fault=f"{sample.fault} from {url}")
             measured.samples.append(sample)
 
     slots = range(min(load.concurrency, load.requests))

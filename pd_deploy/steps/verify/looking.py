@@ -47,7 +47,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class InstanceLook:
-    """An instance, or the proxy, as it is.
+    """An instance, or a proxy, as it is.
 
     Attributes:
         container: Docker's word for its container's state, or `gone`; empty if that is not known.
@@ -260,7 +260,7 @@ async def _as_deployed(
 async def _instances(
     session: Session, here: Mapping[str, _HostAnswer], serving: Release | None
 ) -> list[InstanceLook]:
-    """Look at all instances and the proxy: at their containers, and if they run, by their port."""
+    """Look at all instances and proxies: at their containers, and if they run, by their port."""
     states: dict[str, ContainerState] = {}
     for answer in here.values():
         if serving:
@@ -307,7 +307,7 @@ async def _instance(
     if not state.running:
         return entry
     if member is None:
-        proxy = topology.proxy
+        proxy = topology.proxy(name)
         health, cause = await _proxy_health(host, proxy.address, proxy.port, listening)
         return replace(entry, health=health, cause=cause)
     return await _of_servers(session, entry, host, member.address, member.api_ports, listening)
@@ -346,7 +346,7 @@ async def _adopted_instance(
     if entry.container not in RUNNING:
         return entry
     if one.role == "proxy":
-        health, cause = await _proxy_health(host, host.address, service.port, listening)
+        health, cause = await _proxy_health(host, host.address, service.port_of(one), listening)
         return replace(entry, health=health, cause=cause)
     if one.api_ports or not one.ports or listening.intersection(one.ports):
         return await _of_servers(session, entry, host, host.address, one.api_ports, listening)
@@ -415,7 +415,7 @@ async def _server(
 async def _proxy_health(
     host: Host, address: str, port: int, listening: Collection[int]
 ) -> tuple[str, Cause]:
-    """Ask the proxy for anything: what its /health says of servers, they are asked themselves."""
+    """Ask a proxy for anything: what its /health says of servers, they are asked themselves."""
     try:
         async with host.http(address, port) as client:
             await client.get(f"http://{address}:{port}/health", timeout=ANSWER_TIMEOUT_S)

@@ -9,13 +9,16 @@ import asyncio
 import uuid
 from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import httpx
 
 from pd_deploy.config.models import SmokeCheck
+from pd_deploy.config.topology import Proxy
 from pd_deploy.errors import SmokeTestFailed
+from pd_deploy.hosts.concurrent import together
 from pd_deploy.steps import containers
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
@@ -63,6 +66,7 @@ class Completion:
     """The completion that proved the service, and all else that was found.
 
     Attributes:
+        url: where a client would ask for it, of each proxy that gave one; the first one's counts.
         seconds: how long the completion took.
         proof: whether its KV was seen to come from a prefill.
         remarks: what was seen and is no fault, and what could not be judged.
@@ -87,12 +91,12 @@ class Evidence:
 
 
 async def smoke_test(rollout: Rollout) -> Completion:
-    """Asks every prefill and decode, and the proxy, and sees that nobody died of it.
+    """Asks every prefill and decode, and each proxy, and sees that nobody died of it.
 
     Raises:
         SmokeTestFailed: no answer, an error, an answer that can't be right, or KV that did not
             move.
-        InstanceDied: a server or the proxy has ended since it was ready.
+        InstanceDied: a server or a proxy has ended since it was ready.
     """
     try:
         completion = await _prove(rollout)
@@ -106,38 +110,49 @@ async def smoke_test(rollout: Rollout) -> Completion:
     return completion
 
 
-async def answers_clients(rollout: Rollout) -> None:
-    """Asks for a completion where clients ask.
+async def answers_clients(rollout: Rollout, name: str) -> None:
+    """Asks a proxy for a completion where clients ask.
 
     Raises:
         SmokeTestFailed: none came.
     """
-    session = rollout.session
-    proxy = session.topology.proxy
+    session, proxy = rollout.session, rollout.session.topology.proxy(name)
     _, body = requests.completion(session.deployment, proxy)
     async with session.host(proxy.host).http(proxy.address, proxy.port) as client:
-        entrance = Entrance(session, client, proxy.address, is_open=True)
+        entrance = Entrance(session, proxy, client, proxy.address, is_open=True)
         await entrance.completion({**body, "max_tokens": HANDOVER_TOKENS})
 
 
 async def _prove(rollout: Rollout) -> Completion:
     session = rollout.session
-    proxy = session.topology.proxy
-    address = await containers.let_smoke_test_in(rollout)
-    async with (
-        reached(session) as servers,
-        session.host(proxy.host).http(address, proxy.port) as client,
-    ):
-        entrance = Entrance(session, client, address, is_open=address == proxy.address)
+    proxies = session.topology.proxies
+    addresses = await together(containers.let_smoke_test_in(rollout, p.name) for p in proxies)
+    async with AsyncExitStack() as stack:
+        servers = await stack.enter_async_context(reached(session))
+        entrances = []
+        for proxy, address in zip(proxies, addresses, strict=True):
+            way = session.host(proxy.host).http(address, proxy.port)
+            client, is_open = await stack.enter_async_context(way), address == proxy.address
+            entrances.append(Entrance(session, proxy, client, address, is_open))
         direct = await handed_over(session, servers)
-        answer, through = await entrance.handed_over(servers)
-        unseen = through.unseen or direct.unseen
-        remarks = (*direct.remarks, *await entrance.checked(servers))
-    proof = Proof("proven", (*direct.ways, *through.ways))
+        # One after the other, as what servers count does not say through which proxy it came.
+        through = [await entrance.handed_over(servers) for entrance in entrances]
+        remarks = await _together(entrance.checked(servers) for entrance in entrances)
+    evidence = [way for _, way in through]
+    unseen = next(filter(None, (seen.unseen for seen in (*evidence, direct))), "")
+    proof = Proof("proven", (*direct.ways, *(way for seen in evidence for way in seen.ways)))
     if unseen:
         proof = replace(proof, verdict="not provable", reason=unseen)
-    url, body = requests.completion(session.deployment, proxy)
-    return Completion(url, str(body["prompt"]), answer.text, answer.seconds, proof, remarks)
+    answer, said = through[0][0], dict.fromkeys(remark for of in remarks for remark in of)
+    urls = [requests.completion(session.deployment, proxy)[0] for proxy in proxies]
+    return Completion(
+        ", ".join(urls),
+        session.deployment.smoke.prompt,
+        answer.text,
+        answer.seconds,
+        proof,
+        (*direct.remarks, *said),
+    )
 
 
 async def handed_over(session: Session, servers: Servers) -> Evidence:
@@ -178,9 +193,10 @@ async def handed_over(session: Session, servers: Servers) -> Evidence:
 
 @dataclass(frozen=True)
 class Entrance:
-    """Where the proxy is asked: at its public address, or at one that only the smoke test knows."""
+    """Where a proxy is asked: at its public address, or at one that only the smoke test knows."""
 
     session: Session
+    proxy: Proxy
     client: httpx.AsyncClient
     address: str
     is_open: bool
@@ -205,7 +221,7 @@ class Entrance:
         Raises:
             SmokeTestFailed: none came, or the proxy does not pass KV on.
         """
-        _, body = requests.completion(self.session.deployment, self.session.topology.proxy)
+        _, body = requests.completion(self.session.deployment, self.proxy)
         for _ in range(TRIES):
             before = await servers.counts()
             answer = await self.completion(
@@ -275,15 +291,15 @@ class Entrance:
         return ""
 
     async def _ask(self, path: str, body: Mapping[str, Any]) -> Answer:
-        url = f"http://{self.address}:{self.session.topology.proxy.port}{path}"
+        url = f"http://{self.address}:{self.proxy.port}{path}"
         return await ask(self.client, url, body, timeout=self.session.deployment.gates.smoke)
 
     def _failed(
         self, path: str, expected: str, found: str, hint: str | None = None
     ) -> SmokeTestFailed:
-        proxy, logs = self.session.topology.proxy, self.session.deployment.paths.logs
+        proxy, logs = self.proxy, self.session.deployment.paths.logs
         return SmokeTestFailed(
-            f"expected {expected} from http://{proxy.address}:{proxy.port}{path}, found {found}",
+            f"expected {expected} from http://{proxy.server}{path}, found {found}",
             host=self.session.host(proxy.host).where,
             instance=proxy.name,
             hint=hint or f"the instances' logs are in {logs} on their hosts",
