@@ -568,7 +568,7 @@ def status(
     look; with --watch, since the one before. A host that does not answer is told in its row.
 
     Exit codes: 0 serving, 3 degraded (something does not run or was not reached, but a whole
-    prefill, a whole decode and the proxy are there), 4 down.
+    prefill, a whole decode and a proxy are there), 4 down.
 
     Example: pd-deploy status qwq-3p1d.yaml --watch
     """
@@ -606,7 +606,7 @@ def metrics(
 ) -> None:
     """Print what Prometheus is to scrape of a service.
 
-    The servers, and the proxy if it shows metrics, in the form of `file_sd_configs`, with the
+    The servers, and each proxy if it shows metrics, in the form of `file_sd_configs`, with the
     labels deployment, role, instance, host and server. Without --serving, no host is asked.
 
     Example: pd-deploy metrics qwq-3p1d.yaml -o /etc/prometheus/pd-deploy/qwq-3p1d.json
@@ -664,7 +664,7 @@ def bench(
     """Measure what serves: time to the first token, time per token, and throughput.
 
     Sends the load of `gates.benchmark` (by default 100 requests, 8 at a time, of 1024 tokens for
-    128) to the proxy where clients ask, and compares the figures with those that the hosts keep.
+    128) to where clients ask, each proxy in turn, and compares the figures with those on the hosts.
 
     The exit code is 1 if they are worse than the file allows, or if requests failed.
 

@@ -36,7 +36,7 @@ from pd_deploy.steps.verify.checking import Checked
 async def health(file: str, again: bool = False) -> State[None]:
     """Check that a service serves, and restart what has failed.
 
-    Every server is asked for its health, and the proxy for a completion. Servers that link to each
+    Every server is asked for its health, each proxy for a completion. Servers that link to each
     other while they load start again as one set; others alone. Nothing is touched while a run works
     on the service, or while a host is away. After `health.attempts` it gives up.
 

@@ -12,7 +12,7 @@ from pd_deploy.config.topology import Topology
 def groups(
     deployment: Deployment, topology: Topology, generation: str | None = None
 ) -> list[dict[str, Any]]:
-    """List the servers' pages of metrics, and the proxy's if it has one that can be reached.
+    """List the servers' pages of metrics, and proxies' if they have one that can be reached.
 
     Labels: `deployment`, `generation` if it is given, `role` (prefill, decode, proxy), `host` and
     `instance` by their names in the file, and `server`, `address:port`, because an instance may

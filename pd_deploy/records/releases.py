@@ -2,8 +2,8 @@
 
 Every generation leaves a `Release` on each of its hosts, written before anything of it is made.
 One `Record` says what became of them; the one with the highest sequence counts. It is written to
-the proxy's host first, by one atomic rename: that is the moment of promotion. The other hosts get
-a copy, so that it outlives any of them.
+the first proxy's host first, by one atomic rename: that is the moment of promotion. The other hosts
+get a copy, so that it outlives any of them.
 """
 
 import posixpath
@@ -52,7 +52,7 @@ class HostAccess(_Frozen):
 
 
 class Place(_Frozen):
-    """Where an instance, or the proxy, of a release is; `host` is the host's name then."""
+    """Where an instance, or a proxy, of a release is; `host` is the host's name then."""
 
     role: str
     pod: str
@@ -70,7 +70,7 @@ class Release(_Frozen):
         pinned_image: the image by digest, or by id with `pull: never` or from a file.
         file_image: what the deployment file said at that time.
         hosts: all its hosts by their names then.
-        instances: where each instance and the proxy is; older versions wrote none.
+        instances: where each instance and each proxy is; older versions wrote none.
         contract: of its image, by which it was rendered; older versions wrote none.
         code: digests of the source trees that its containers mount.
         against: the generation that served when it was made; older versions wrote none.

@@ -23,7 +23,7 @@ class Verdict(StrEnum):
     """Whether clients get answers.
 
     Serving: all of the promoted generation runs. Degraded: something of it does not, or was not
-    reached, but there is a whole prefill, a whole decode and the proxy. Down: there is not, or the
+    reached, but there is a whole prefill, a whole decode and a proxy. Down: there is not, or the
     service is closed to clients, or nothing was promoted.
     """
 
@@ -61,7 +61,7 @@ C = TypeVar("C", bound=AnyContainer)
 
 @dataclass(frozen=True)
 class Member:
-    """An instance, or the proxy, of what is to serve.
+    """An instance, or a proxy, of what is to serve.
 
     Attributes:
         host: the address of its host.
@@ -217,7 +217,7 @@ def members(
     away: Mapping[str, str],
     unhealthy: Mapping[str, str],
 ) -> list[Member]:
-    """List all instances of a release and the proxy, with what is wrong with each."""
+    """List all instances and proxies of a release, with what is wrong with each."""
     found = {
         host.name: containers_of(release, ours.get(host.address, ()))
         for host in release.hosts.values()

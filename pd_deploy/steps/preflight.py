@@ -104,7 +104,7 @@ async def compare(rollout: Rollout, checked: Sequence[Report]) -> Report:
 
 
 def unused_ports(rollout: Rollout) -> dict[str, list[int]]:
-    """List the ports by host that its servers and the proxy are going to have, and that nobody
+    """List the ports by host that its servers and proxies are going to have, and that nobody
     listens at now; the others have proved that they are reached."""
     topology, states = rollout.session.topology, rollout.states
     return {

@@ -80,7 +80,7 @@ async def clear(session: LockedSession, name: str, history: History) -> Report:
 
 
 async def stop(session: LockedSession, name: str) -> Report:
-    """Stop all containers of the deployment on a host, the proxy first, and keep them."""
+    """Stop all containers of the deployment on a host, proxies first, and keep them."""
     host = session.host(name)
     containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
     running = [c for c in containers if c.status in generations.RUNNING]

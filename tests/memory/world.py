@@ -289,16 +289,19 @@ class World:
         container.program.devices = frozenset(devices)
         return container
 
-    def playbook(self, **secrets: str) -> dict[str, Container]:
+    def playbook(
+        self, changes: Mapping[str, Any] | None = None, /, **secrets: str
+    ) -> dict[str, Container]:
         """Start the service by the playbook's means: containers without labels under its names, and
         in them launchers and nginx; by instance.
 
         Args:
+            changes: of the documented file.
             secrets: further variables of the launchers.
         """
         made = {}
-        servers = len(INSTANCES) - 1
-        for name, host in example.plan().hosts.items():
+        servers = len(SERVERS)
+        for name, host in example.plan(changes).hosts.items():
             machine = self.machines[name]
             if machine.find_image(FIRST) is None:
                 machine.pull(FIRST, self.cluster.registry[FIRST])

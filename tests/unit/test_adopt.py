@@ -123,6 +123,22 @@ def test_the_first_deployment_takes_over_and_keeps_what_it_replaces(
     world.assert_coherent()
 
 
+def test_all_proxies_of_a_service_are_taken_over_and_brought_back(world: World) -> None:
+    two = {"proxy": {"c1": {"host": "b"}}}
+    old = world.playbook(two)
+    world.change(**two)
+    adopted(world)
+    before = commands(old)
+    failed = world.run(deploy, image=world.push("20250723_1", {"c1": Faults(garbage=True)}))
+    assert isinstance(failed.error, RolledBack)
+    assert "instance c1: expected a completion" in str(failed.error)
+    assert "http://10.0.0.1:7000/v1/completions, which answered" in str(failed.error)
+    assert "http://10.0.0.2:7000/v1/completions, which answered" in str(failed.error)
+    assert serves(world, old)
+    assert world.completes("b")
+    assert commands(old) == before
+
+
 def told(world: World) -> showing.Told:
     async def tell() -> showing.Told:
         async with open_session(load_deployment(world.path)) as session:

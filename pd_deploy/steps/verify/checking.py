@@ -35,7 +35,7 @@ LOOKS_FOR_HOSTS = 2
 """The same for hosts that are away: each look waits for them, for `gates.connect`."""
 PAUSE_S = 1.0
 COMPLETION_S = 20.0
-"""How long a completion through the proxy may take: a service that is busy has a queue."""
+"""How long a completion through a proxy may take: a service that is busy has a queue."""
 TOKENS = 2
 """Of that completion: prefill makes the first one, and the second follows from its KV."""
 BUSY = frozenset({httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE})
