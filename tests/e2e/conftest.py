@@ -136,6 +136,15 @@ class Service(LabService):
         """Undoes `refuse_registry`."""
         self.lab.hosts[host].run(["ip", "rule", "del", *self._to_registry, "unreachable"])
 
+    def set_clock(self, host: str, *, ahead: int) -> None:
+        """Has a host say that it is so many seconds later; all hosts have this machine's clock."""
+        of_host, date = self.lab.hosts[host], "/usr/local/bin/date"
+        script = f"#!/bin/sh\nexec /usr/bin/date -d '+{ahead} seconds' \"$@\"\n"
+        if ahead:
+            of_host.run(["sh", "-c", f"cat >{date} && chmod 755 {date}"], input=script)
+        else:
+            of_host.run(["rm", date])
+
     @property
     def _to_registry(self) -> list[str]:
         address, _, port = self.lab.registry.partition(":")

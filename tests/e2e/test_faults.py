@@ -1,6 +1,7 @@
 """What goes wrong, done for real: each fault ends in one clear error, and nothing is half done."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from datetime import datetime
 
@@ -143,13 +144,17 @@ async def test_taken_port_and_missing_paths_are_named_together(
         state = await run(service)
         tls = ["sh", "-c", "echo tls_enable_3=1 >>/etc/hccn.conf"]
         service.lab.hosts["b"].run(tls)
+        service.set_clock("b", ahead=95)
         table = prefect("pd-deploy", "preflight", service.file, status=1)
     finally:
         holder.kill()
         holder.wait()
         service.lab.hosts["b"].run(["sed", "-i", "/^tls_enable_3=1$/d", "/etc/hccn.conf"])
+        service.set_clock("b", ahead=0)
     checks = {tuple(line.split()[:3]) for line in table.splitlines()}
     assert {("error", "device-tls", "b"), ("error", "host", "a"), ("error", "host", "b")} <= checks
+    assert ("warning", "clock", "b") in checks
+    assert re.search(r"found it 9[3-7] s ahead of", " ".join(table.split()))
     assert "port 9001" in table
     message = str(state.message)
     assert "port 9001" in message
