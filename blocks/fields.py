@@ -80,5 +80,14 @@ class RegistryFields(BaseModel):
         return RegistryLogin(self.username, self.password.get_secret_value())
 
 
+class SecretFields(BaseModel):
+    """Prefect's own block for one secret, such as an API key."""
+
+    slug: ClassVar = "secret"
+    command: ClassVar = "prefect block create secret`, which opens its form, named `"
+
+    value: SecretStr
+
+
 def _reveal(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret else None

@@ -6,29 +6,43 @@ spares a second; Prefect is loaded only to say what is wrong.
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from pd_deploy.blocks import server
-from pd_deploy.blocks.fields import RegistryFields, SshFields
-from pd_deploy.config.models import Deployment
+from pd_deploy.blocks.fields import RegistryFields, SecretFields, SshFields
+from pd_deploy.config.models import ApiKey, Deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.login import Login
 
-F = TypeVar("F", SshFields, RegistryFields)
+F = TypeVar("F", SshFields, RegistryFields, SecretFields)
 
 
-async def of(
-    deployment: Deployment,
-) -> tuple[dict[str, Callable[[str, int], Login]], RegistryLogin | None]:
-    """Load the blocks that a deployment names: those for SSH by name, and the registry's login.
+@dataclass(frozen=True)
+class Credentials:
+    """What a deployment's blocks, and the environment, hold for it.
+
+    Attributes:
+        logins: by block, what makes a login of a user and a port.
+        api_key: what the service wants of its clients, if anything.
+    """
+
+    logins: dict[str, Callable[[str, int], Login]] = field(default_factory=dict)
+    registry_login: RegistryLogin | None = None
+    api_key: SecretStr | None = None
+
+
+async def of(deployment: Deployment, *, with_key: bool) -> Credentials:
+    """Load the blocks that a deployment names, and with `with_key` its API key.
 
     Raises:
-        InvalidInput: blocks that do not exist, all at once.
+        InvalidInput: blocks and variables that do not exist, all at once.
     """
     keys = {"ssh.credentials": deployment.ssh.credentials}
     for name, entry in deployment.hosts.items():
@@ -47,9 +61,32 @@ async def of(
             registry_login = (await _load(RegistryFields, block, "registry.credentials")).login()
         except InvalidInput as error:
             problems += error.problems
+    api_key = None
+    try:
+        api_key = await _api_key(deployment.api_key) if with_key else None
+    except InvalidInput as error:
+        problems += error.problems
     if problems:
         raise InvalidInput(problems)
-    return logins, registry_login
+    return Credentials(logins, registry_login, api_key)
+
+
+async def _api_key(given: ApiKey | None) -> SecretStr | None:
+    if given is None:
+        return None
+    if given.credentials:
+        return (await _load(SecretFields, given.credentials, "api_key.credentials")).value
+    if key := os.environ.get(given.environment or ""):
+        return SecretStr(key)
+    raise InvalidInput(
+        [
+            Problem(
+                "api_key.environment",
+                f"expected the variable {given.environment} in pd-deploy's environment (that of "
+                "the worker, for its runs), found none",
+            )
+        ]
+    )
 
 
 async def ssh(name: str, key: str) -> Callable[[str, int], Login]:
@@ -76,12 +113,16 @@ async def _load(kind: type[F], name: str, key: str) -> F:
 
 async def _by_prefect(kind: type[F], name: str, key: str) -> F:
     from prefect.blocks.core import Block
+    from prefect.blocks.system import Secret
 
     from pd_deploy.blocks.registry import RegistryCredentials
     from pd_deploy.blocks.ssh import SshCredentials
 
-    blocks: list[type[Block]] = [SshCredentials, RegistryCredentials]
     try:
+        if issubclass(kind, SecretFields):
+            secret: Any = await Secret.aload(name)
+            return kind.model_validate({"value": str(secret.get())})
+        blocks: list[type[Block]] = [SshCredentials, RegistryCredentials]
         block = await next(one for one in blocks if issubclass(one, kind)).aload(name)
     except json.JSONDecodeError:
         raise  # what answers is no Prefect server

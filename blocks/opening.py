@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from pd_deploy.blocks import loading
+from pd_deploy.blocks.loading import Credentials
 from pd_deploy.config.models import Deployment
-from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
 from pd_deploy.records.releases import History, HostAccess
@@ -17,22 +17,25 @@ Logins = dict[str, Callable[[str, int], Login]]
 
 @asynccontextmanager
 async def open_session(
-    deployment: Deployment, forget: Iterable[str] = ()
+    deployment: Deployment, forget: Iterable[str] = (), *, with_key: bool = False
 ) -> AsyncIterator[Session]:
     """Give the deployment's hosts, with the credentials of its blocks; close them at the end.
 
     Connections are made when the first step needs them.
 
+    Args:
+        with_key: whether the service is going to be asked what it wants a key for.
+
     Raises:
-        InvalidInput: blocks that do not exist, all at once.
+        InvalidInput: blocks and variables that do not exist, all at once.
     """
-    logins, registry_login = await _credentials(deployment)
+    given = await _credentials(deployment, with_key=with_key)
     hosts = [
-        host_of(name, access, logins, deployment)
+        host_of(name, access, given.logins, deployment)
         for name, access in host_accesses(deployment).items()
     ]
     async with Hosts(hosts) as opened:
-        yield Session(deployment, opened, registry_login, forget)
+        yield Session(deployment, opened, given.registry_login, forget, api_key=given.api_key)
 
 
 async def session_on(shared: dict[HostAccess, Host], deployment: Deployment) -> Session:
@@ -45,14 +48,14 @@ async def session_on(shared: dict[HostAccess, Host], deployment: Deployment) -> 
     Raises:
         InvalidInput: blocks that do not exist, all at once.
     """
-    logins, registry_login = await _credentials(deployment)
+    given = await _credentials(deployment, with_key=False)
     named = {}
     for name, place in host_accesses(deployment).items():
         key = place.model_copy(update={"name": ""})
         if key not in shared:
-            shared[key] = host_of(name, place, logins, deployment)
+            shared[key] = host_of(name, place, given.logins, deployment)
         named[name] = shared[key]
-    return Session(deployment, Hosts.of(named), registry_login)
+    return Session(deployment, Hosts.of(named), given.registry_login)
 
 
 async def open_former(session: Session, history: History, also: Iterable[HostAccess] = ()) -> None:
@@ -95,10 +98,11 @@ def names_blocks(deployment: Deployment) -> bool:
     """Tell whether a deployment's credentials are in blocks of a Prefect server."""
     accesses = host_accesses(deployment).values()
     ssh = (deployment.ssh.credentials, *(access.credentials for access in accesses))
-    return any((*ssh, deployment.registry.credentials))
+    api_key = deployment.api_key.credentials if deployment.api_key else None
+    return any((*ssh, deployment.registry.credentials, api_key))
 
 
-async def _credentials(deployment: Deployment) -> tuple[Logins, RegistryLogin | None]:
-    if not names_blocks(deployment):
-        return {}, None
-    return await loading.of(deployment)
+async def _credentials(deployment: Deployment, *, with_key: bool) -> Credentials:
+    if not names_blocks(deployment) and not (with_key and deployment.api_key):
+        return Credentials()
+    return await loading.of(deployment, with_key=with_key)

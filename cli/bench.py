@@ -43,7 +43,7 @@ async def measured(deployment: Deployment, *, save: bool) -> tuple[History, Benc
     """
     given = deployment.gates.benchmark or Benchmark()
     by = f"{getpass.getuser()} on {socket.gethostname()}"
-    async with connected(deployment) as reached:
+    async with connected(deployment, with_key=True) as reached:
         if reached.history.record.adopted_serving:
             raise OutOfOrder(
                 f"expected a generation of {deployment.name} to measure, found that generation "

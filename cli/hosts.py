@@ -160,13 +160,16 @@ class Reached:
 
 
 @asynccontextmanager
-async def connected(deployment: Deployment) -> AsyncIterator[Reached]:
+async def connected(deployment: Deployment, *, with_key: bool = False) -> AsyncIterator[Reached]:
     """Connect to a deployment's hosts, former ones included, and read its history.
+
+    Args:
+        with_key: whether the service is going to be asked what it wants a key for.
 
     Raises:
         HostUnreachable: no host answers.
     """
-    async with open_session(deployment) as session:
+    async with open_session(deployment, with_key=with_key) as session:
         answers = await _records(session, list(session.hosts))
         recorded = host_records.merged(a for a in answers.values() if isinstance(a, HostRecords))
         present = set(session.hosts)

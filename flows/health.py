@@ -48,7 +48,7 @@ async def health(file: str, again: bool = False) -> State[None]:
     # A check waits for nobody: the next one comes soon.
     gates = deployment.gates.model_copy(update={"lease": 0})
     deployment = deployment.model_copy(update={"gates": gates})
-    async with open_session(deployment) as session:
+    async with open_session(deployment, with_key=True) as session:
         checked = await checking.check(session, now())
         if checked.told:
             get_run_logger().warning("%s", checked.told)

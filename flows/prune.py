@@ -32,7 +32,7 @@ async def prune(file: str, adopted: bool = False) -> State[None]:
         adopted: remove the adopted service instead, generation 0, once another one serves.
     """
     deployment = deployment_file.load(file)
-    async with locked_session(deployment, str(this_run())) as session:
+    async with locked_session(deployment, str(this_run()), with_key=False) as session:
         history = surveying.history_of(await survey_hosts(session))
         if adopted:
             return await _prune_adopted(session, history)

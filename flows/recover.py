@@ -56,7 +56,7 @@ async def recover(file: str, after: str | None = None, message: str | None = Non
         if why := await untouched(after):
             return Completed(message=f"skipped, as {why}; nothing was touched")
         deployment = patient(deployment, PATIENCE_S)
-    async with open_session(deployment) as opened:
+    async with open_session(deployment, with_key=True) as opened:
         try:
             return await with_all_hosts(
                 opened.hosts, deployment.gates.away, partial(_recovered, opened, run)
@@ -68,7 +68,12 @@ async def recover(file: str, after: str | None = None, message: str | None = Non
 
 async def _recovered(unlocked: Session, run: Run) -> State[None]:
     """Recover from what is there; the waits of an earlier attempt have nothing to do with it."""
-    fresh = Session(unlocked.deployment, unlocked.hosts, unlocked.registry_login)
+    fresh = Session(
+        unlocked.deployment,
+        unlocked.hosts,
+        unlocked.registry_login,
+        api_key=unlocked.api_key,
+    )
     async with locked(fresh, str(run)) as session:
         states = await survey_hosts(session)
         history = surveying.history_of(states)

@@ -23,6 +23,8 @@ async def locked_session(
     run: str,
     also: Callable[[History], Iterable[HostAccess]] = lambda _: (),
     forget: Iterable[str] = (),
+    *,
+    with_key: bool = True,
 ) -> AsyncIterator[LockedSession]:
     """Connect to the deployment's hosts, former ones included, and lock them for this run.
 
@@ -30,8 +32,10 @@ async def locked_session(
         run: the run, for those who find the hosts locked.
         also: further hosts that the run needs, from the deployment's past.
         forget: addresses of former hosts that are gone for good.
+        with_key: whether the run is going to ask the service for anything.
     """
-    async with open_session(deployment, forget) as opened, locked(opened, run, also) as session:
+    opening = open_session(deployment, forget, with_key=with_key)
+    async with opening as opened, locked(opened, run, also) as session:
         yield session
 
 

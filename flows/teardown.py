@@ -37,7 +37,7 @@ async def teardown(file: str, name: str) -> State[None]:
             f"expected {deployment.name}, the name of the deployment to remove, found {shown(name)}"
         )
         raise InvalidInput([Problem("name", expected)])
-    async with locked_session(deployment, str(this_run())) as session:
+    async with locked_session(deployment, str(this_run()), with_key=False) as session:
         history = surveying.history_of(await survey_hosts(session))
         proxies, others = session.proxies_first
         stopped = await fan_out(session.barrier, [stop(session, name) for name in proxies])

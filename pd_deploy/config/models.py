@@ -408,6 +408,24 @@ class ContainerOptions(Model):
         str, like(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", "a time zone such as Asia/Shanghai")
     ] = "Asia/Shanghai"
     stop_timeout: Annotated[int, Field(ge=1, le=3600)] = 60
+    environment_file: AbsolutePath | None = None
+
+
+class ApiKey(Model):
+    """Where pd-deploy takes the key from that the service's servers, or its proxy, want of clients:
+    from a block `Secret` of Prefect, or from a variable of pd-deploy's own environment."""
+
+    credentials: Text | None = None
+    environment: Annotated[
+        str | None, like(r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name such as QWQ_API_KEY")
+    ] = None
+
+    @model_validator(mode="after")
+    def _from_one_place(self) -> "ApiKey":
+        if (self.credentials is None) == (self.environment is None):
+            found = "both" if self.credentials else "neither"
+            raise ValueError(f"expected either credentials or environment, found {found}")
+        return self
 
 
 class BenchmarkLimits(Model):
@@ -696,6 +714,7 @@ class Deployment(Model):
     disk: Disk = Disk()
     keep: Annotated[int, Field(ge=1, le=100, strict=True)] = 3
     smoke: Smoke = Smoke()
+    api_key: ApiKey | None = None
     contract: Literal["by-image"] | ContractName = "by-image"
     kv_parallel_size: KvParallelSize = "by-image"
     kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(parse_json)] = {}

@@ -22,6 +22,7 @@ RULES = {
     "multi-host-decode": "decode spans hosts only where the profile supports it",
     "multi-host-prefill": "a prefill spans hosts only where the profile supports it",
     "one-decode-pod": "there is one decode pod, where the engine reads ranktables",
+    "no-key-in-file": "no API key is in the file",
     "paths-apart": "state and logs are in different directories",
     "ports-distinct": "no two users of a host have the same port",
     "ports-in-range": "ports are at most 65535, prefill's below decode's",

@@ -25,6 +25,8 @@ one_step_on() {
 # As the start scripts do it: ~/.bashrc says which Python that is.
 _BASHRC = "source ~/.bashrc >/dev/null 2>&1\n"
 _PYTHON = 'exec "$(command -v python || command -v python3)" "$@"'
+ENVIRONMENT_FILE = "/run/pd-deploy-environment"
+"""Where a server's container sees the file `container.environment_file`."""
 NOT_READ = "TREE"
 """What stands for a tree's digest where the tree was not read, as in a plan without hosts."""
 
@@ -53,6 +55,8 @@ def mounts(
     zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
     instance = instance_of(service, name)
     listed = [*map(_from_file, deployment.container.mounts), *before]
+    if (secret := deployment.container.environment_file) and instance:
+        listed.append(mount(secret, ENVIRONMENT_FILE, read_only=True))
     listed += [mount(layout.log_root), mount(layout.directory, read_only=True)]
     listed += [mount(deployment.model.path), *after, mount(zone, "/etc/localtime", read_only=True)]
     listed += map(_from_file, instance.settings.mounts if instance else ())
@@ -102,6 +106,14 @@ def title(service: Service, name: str) -> str:
     """Write the comment that says whose start script it is."""
     deployment, generation = service.deployment.name, service.layout.generation
     return f"# {name} of {deployment}, generation {generation}; written by pd-deploy"
+
+
+def secrets(service: Service) -> str:
+    """Write the lines of a server's start script that export what only a file on its host has; none
+    where the deployment has no such file."""
+    if service.deployment.container.environment_file is None:
+        return ""
+    return f"set -a; . {ENVIRONMENT_FILE} || exit 1; set +a\n"
 
 
 def exports(environment: Mapping[str, str]) -> str:

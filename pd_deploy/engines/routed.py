@@ -24,6 +24,7 @@ from pd_deploy.engines.common import (
     exports,
     instance_of,
     mounts,
+    secrets,
     text,
     title,
 )
@@ -182,7 +183,7 @@ def server_script(
 #!/bin/bash
 {title(service, instance.name)}
 [ ! -r ~/.bashrc ] || source ~/.bashrc
-{exports(environment)}
+{secrets(service)}{exports(environment)}
 echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
 exec {shlex.join(command)}
 """

@@ -241,9 +241,15 @@ class Host:
 
     @contextlib.asynccontextmanager
     async def http(
-        self, address: str, port: int, *, tls: ssl.SSLContext = _NO_TLS
+        self,
+        address: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext = _NO_TLS,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[httpx.AsyncClient]:
-        """Give an HTTP client whose requests all go to a port as the host sees it, over SSH.
+        """Give an HTTP client whose requests all go to a port as the host sees it, over SSH, with
+        these headers.
 
         If the SSH server forwards no TCP connections, it connects directly from this machine or,
         for a loopback address of the host or if it is logged in to at another address, through a
@@ -255,7 +261,9 @@ class Host:
         tunnel = Tunnel(lambda: self._tcp(address, port))
         try:
             transport = _ToHost(tunnel, await tunnel.start(), tls)
-            async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
+            async with httpx.AsyncClient(
+                transport=transport, trust_env=False, headers=headers
+            ) as client:
                 yield client
         finally:
             await tunnel.aclose()

@@ -12,7 +12,7 @@ from itertools import chain
 from pydantic import BaseModel
 
 from pd_deploy import engines
-from pd_deploy.config.models import Deployment
+from pd_deploy.config.models import Deployment, ProxyEntry, Settings
 from pd_deploy.config.topology import Pod, Proxy, Topology
 from pd_deploy.engines.base import Finding
 from pd_deploy.engines.image_facts import ImageFacts
@@ -51,6 +51,7 @@ def _findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         yield from _spanning(deployment, pod)
         yield from _devices_of_pod(pod)
         yield from _overrides(deployment, pod)
+        yield from _keys(pod.key, pod.master.settings)
     yield from _unused(deployment)
     yield from _benchmark(deployment, topology)
     yield from engines.get(deployment.engine).findings(deployment, topology)
@@ -184,6 +185,18 @@ def _devices_of_pod(pod: Pod) -> Iterator[Finding]:
         yield "equal-devices", Problem(f"{pod.key}.devices", message)
 
 
+def _keys(key: str, given: Settings | ProxyEntry) -> Iterator[Finding]:
+    """Find API keys: what is in the file is in every plan, start script and report, too."""
+    for place, names in (("environment", given.environment), ("arguments", given.arguments)):
+        for name in names:
+            if name.upper().replace("-", "_").endswith("API_KEY"):
+                message = (
+                    "expected the key in a file on the hosts (`container.environment_file`), and "
+                    "`api_key` to say where pd-deploy takes it from; found it here"
+                )
+                yield "no-key-in-file", Problem(f"{key}.{place}.{name}", message)
+
+
 def _overrides(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
     settings, engine = pod.master.settings, engines.get(deployment.engine)
     yield from _derived_environment(pod.key, settings.environment, engine.DERIVED_ENVIRONMENT)
@@ -200,6 +213,7 @@ def _overrides_of_proxy(deployment: Deployment, topology: Topology) -> Iterator[
         key, entry = f"proxy.{proxy.name}", proxy.entry
         yield from _derived_environment(key, entry.environment, engine.DERIVED_PROXY_ENVIRONMENT)
         yield from _derived_arguments(key, entry.arguments, engine.DERIVED_PROXY_ARGUMENTS)
+        yield from _keys(key, entry)
 
 
 def _derived_environment(

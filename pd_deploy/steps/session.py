@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Iterable
 from typing import Self
 
+from pydantic import SecretStr
+
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment, Ssh
 from pd_deploy.engines.base import Layout
@@ -24,6 +26,7 @@ class Session:
         deployment: what the file says, or said.
         hosts: the deployment's, and those that a former generation ran on.
         registry_login: credentials for pulling.
+        api_key: what the service wants of its clients, if anything.
         forgotten: addresses of former hosts that are gone for good.
         timeline: the run's, where it has begun already.
     """
@@ -35,12 +38,14 @@ class Session:
         registry_login: RegistryLogin | None = None,
         forgotten: Iterable[str] = (),
         timeline: Timeline | None = None,
+        api_key: SecretStr | None = None,
     ) -> None:
         self.deployment = deployment
         self.topology = placement.derive(deployment)
         self.engine = engines.get(deployment.engine)
         self.hosts = hosts
         self.registry_login = registry_login
+        self.api_key = api_key
         self.forgotten = frozenset(forgotten)
         self.barrier = Barrier()
         self.timeline = timeline or Timeline()
@@ -50,6 +55,12 @@ class Session:
     def root(self) -> str:
         """The deployment's own directory on its hosts."""
         return Layout.root_of(self.deployment)
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header by which the service knows a client; none if it asks for no key."""
+        key = self.api_key
+        return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
 
     @property
     def former(self) -> list[str]:
@@ -109,7 +120,14 @@ class Session:
         return self._like(self.deployment, hosts)
 
     def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
-        return type(self)(deployment, hosts, self.registry_login, self.forgotten, self.timeline)
+        return type(self)(
+            deployment,
+            hosts,
+            self.registry_login,
+            self.forgotten,
+            self.timeline,
+            self.api_key,
+        )
 
 
 class LockedSession(Session):
@@ -125,10 +143,11 @@ class LockedSession(Session):
         registry_login: RegistryLogin | None = None,
         forgotten: Iterable[str] = (),
         timeline: Timeline | None = None,
+        api_key: SecretStr | None = None,
         *,
         lease: Lease,
     ) -> None:
-        super().__init__(deployment, hosts, registry_login, forgotten, timeline)
+        super().__init__(deployment, hosts, registry_login, forgotten, timeline, api_key)
         self.lease = lease
         lease.watchers.append(self.barrier.fail)
 
@@ -141,6 +160,7 @@ class LockedSession(Session):
             session.registry_login,
             session.forgotten,
             session.timeline,
+            session.api_key,
             lease=lease,
         )
 
@@ -159,6 +179,7 @@ class LockedSession(Session):
             self.registry_login,
             self.forgotten,
             self.timeline,
+            self.api_key,
             lease=self.lease,
         )
 

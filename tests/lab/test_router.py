@@ -50,6 +50,7 @@ class Backend:
     address: str = ""
     is_healthy: bool = True
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
 
 
 @contextmanager
@@ -61,6 +62,7 @@ def serving(backend: Backend) -> Iterator[Backend]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             backend.bodies.append(body)
+            backend.keys.append(self.headers.get("authorization"))
             document = json.dumps(backend.answer)
             if body.get("stream"):
                 self.reply(f"data: {document}\n\ndata: [DONE]\n\n".encode(), "text/event-stream")
@@ -192,7 +194,8 @@ def test_prefill_makes_a_token_and_decode_gets_what_it_answered(
         sent = {"model": "qwen", "stream": stream, **request}
         if not stream:
             sent.pop("stream_options", None)
-        answer = httpx.post(f"{router}/v1/{path}", json=sent, timeout=60)
+        key = {"Authorization": "Bearer sk-1"}
+        answer = httpx.post(f"{router}/v1/{path}", json=sent, timeout=60, headers=key)
         assert answer.status_code == 200, answer.text
         assert "the answer" in answer.text
         (first,), (second,) = prefill.bodies, decode.bodies
@@ -210,5 +213,6 @@ def test_prefill_makes_a_token_and_decode_gets_what_it_answered(
         assert {k: second[k] for k in limits if k in sent} == {
             k: sent[k] for k in limits if k in sent
         }
+    assert {*prefill.keys, *decode.keys} == {"Bearer sk-1"}, "servers may want a client's key"
     page = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics").text
     assert metrics.total([metrics.parse(page)], Counter("vllm_router_pd_requests_total")) == 4

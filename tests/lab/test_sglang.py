@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -55,13 +56,19 @@ class Host:
     where: str
 
     @asynccontextmanager
-    async def http(self, address: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
-        async with httpx.AsyncClient(transport=Elsewhere(), trust_env=False) as client:
+    async def http(
+        self, address: str, port: int, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        async with httpx.AsyncClient(
+            transport=Elsewhere(), trust_env=False, headers=headers
+        ) as client:
             yield client
 
 
 class Session:
     """What the smoke test uses of a session."""
+
+    authorization: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, changes: Mapping[str, Any]) -> None:
         self.changes = {

@@ -1,9 +1,10 @@
 """The smoke test against real stand-in engines: what it finds, and what it lets pass."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -29,9 +30,13 @@ class Host:
     where: str = "a (10.0.0.1)"
 
     @asynccontextmanager
-    async def http(self, address: str, port: int) -> AsyncIterator[httpx.AsyncClient]:
+    async def http(
+        self, address: str, port: int, *, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[httpx.AsyncClient]:
         transport = Elsewhere(self.instance)
-        async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            transport=transport, trust_env=False, headers=headers
+        ) as client:
             yield client
 
 
@@ -50,6 +55,8 @@ class Elsewhere(httpx.AsyncHTTPTransport):
 
 class Session:
     """What the smoke test uses of a session."""
+
+    authorization: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, instances: StandinSet, smoke: dict[str, Any]) -> None:
         changes = TWO_PREFILLS if instances.prefills == 2 else {}

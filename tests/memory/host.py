@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import shlex
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -82,11 +82,18 @@ class MemoryHost(Host):
 
     @asynccontextmanager
     async def http(  # type: ignore[override]
-        self, address: str, port: int, *, tls: ssl.SSLContext | None = None
+        self,
+        address: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[httpx.AsyncClient]:
         """A client that reaches what listens at an address of the machine."""
         transport = _Transport(self, address, port)
-        async with httpx.AsyncClient(transport=transport, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            transport=transport, trust_env=False, headers=headers
+        ) as client:
             yield client
 
     async def aclose(self) -> None:
@@ -171,6 +178,9 @@ class _Transport(httpx.AsyncBaseTransport):
             program = machine.cluster.listener(machine, self._address, self._port)
             if program is None:
                 raise httpx.ConnectError("connection refused")
+            key, given = program.api_key, request.headers.get("authorization")
+            if key and path.startswith("/v1/") and given != f"Bearer {key}":
+                return httpx.Response(401, json={"error": "Unauthorized"})
             return program.answer(path, _json(await request.aread()))
 
 

@@ -17,6 +17,7 @@ import httpx
 
 from pd_deploy.code import in_container
 from pd_deploy.engines.base import PROVING_ADDRESS
+from pd_deploy.engines.common import ENVIRONMENT_FILE
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.records import generations
 from pd_deploy.steps import waiting_room_program as waiting_room
@@ -35,6 +36,10 @@ class Program(Protocol):
     """The main process of a container that runs."""
 
     devices: frozenset[int]
+
+    @property
+    def api_key(self) -> str:
+        """What it wants of clients; empty for nothing."""
 
     def settle(self) -> None:
         """Does what is due by now."""
@@ -86,6 +91,10 @@ class _Process:
         self.ports: frozenset[int] = frozenset()
         self._ends: tuple[float, int] | None = None
         self.began = self.now()
+
+    @property
+    def api_key(self) -> str:
+        return ""
 
     def now(self) -> float:
         """Seconds by the machine's clock."""
@@ -259,10 +268,15 @@ class Server(_Process):
         self.kv: dict[str, str] = {}
         self.served = self.kv_tokens = 0
         self.api_port, self.peers, self.ranktable = 0, 0, ""
-        self.links_on_demand = False
+        self.links_on_demand, self._api_key = False, ""
         if script := self.script():
             environment = dict(re.findall(r"^export (\w+)=(\S*)$", script, re.MULTILINE))
             self._load(environment)
+            if ENVIRONMENT_FILE in script:
+                mounts = container.config["HostConfig"]["Mounts"]
+                sources = {mount["Target"]: mount["Source"] for mount in mounts}
+                secrets = machine.disk.read(sources[ENVIRONMENT_FILE])
+                self._api_key = secrets.removeprefix("VLLM_API_KEY=").strip()
 
     def settle(self) -> None:
         super().settle()
@@ -277,6 +291,10 @@ class Server(_Process):
                 self.machine.end(self.container, 137, oom_killed=True)
         elif self.is_loaded:
             self._link()
+
+    @property
+    def api_key(self) -> str:
+        return self._api_key
 
     @property
     def is_loaded(self) -> bool:
@@ -444,6 +462,14 @@ class Proxy(_Process):
             self.settle()
         else:
             self.ends_in(max([STOP_S, *(end - self.now() for end in self.streams)]), 0)
+
+    @property
+    def api_key(self) -> str:
+        """That of its servers: it passes clients' headers on."""
+        machines = self.machine.cluster.machines
+        address, _, port = self.prefill[0].partition(":")
+        server = self.machine.cluster.listener(machines[address], address, int(port))
+        return server.api_key if server else ""
 
     def stream(self, seconds: float) -> None:
         """A client's request that takes so long to answer."""

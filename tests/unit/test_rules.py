@@ -21,6 +21,11 @@ COPIES = DEEPSEEK | {
 }
 # Rule → changes to the example that break it and no other.
 BREAKING: dict[str, list[dict[str, Any]]] = {
+    "no-key-in-file": [
+        {"settings": {"all": {"environment": {"VLLM_API_KEY": "x"}}}},
+        {"settings": {"decode": {"arguments": {"api-key": "x"}}}},
+        {"proxy": {"c0": {"environment": {"ROUTER_API_KEY": "x"}}}},
+    ],
     "paths-apart": [
         {"paths": {"logs": "/var/lib/pd-deploy"}},
         {"paths": {"state": "/data/log_path"}},

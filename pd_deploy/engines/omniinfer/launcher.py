@@ -7,7 +7,7 @@ from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Instance
 from pd_deploy.engines.base import Service
-from pd_deploy.engines.common import code_setup, exports, flags, title
+from pd_deploy.engines.common import code_setup, exports, flags, secrets, title
 from pd_deploy.engines.omniinfer import environment, kv
 from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
@@ -58,7 +58,7 @@ def script(service: Service, instance: Instance) -> str:
 {title(service, instance.name)}
 source ~/.bashrc
 {code_setup(environment.code_place(service.deployment), installs=True)}\
-{exports(environment.of_server(service, instance))}
+{secrets(service)}{exports(environment.of_server(service, instance))}
 cd {shlex.quote(code)}/omniinfer/{scripts} || exit 1
 echo {shlex.quote(f"{STARTED} {instance.role} {instance.name}")}
 {_ray(service, instance)}exec {shlex.join(argv)}

@@ -42,7 +42,7 @@ async def _prove(session: Session, service: AdoptedService, proxy: AdoptedContai
     deadline = time.monotonic() + gates.start
     while True:
         try:
-            async with host.http(host.address, port) as client:
+            async with host.http(host.address, port, headers=session.authorization) as client:
                 answer = await ask(client, url, question, timeout=gates.smoke)
             if answer.text.strip():
                 break

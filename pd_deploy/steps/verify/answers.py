@@ -61,12 +61,22 @@ async def ask(
     begin = time.monotonic()
     answer = await _posted(client, url, body, timeout, headers)
     if answer.status_code != 200:
-        raise NoAnswer(f"status {answer.status_code}: {answer.text[:SHOWN]!r}", answer.status_code)
+        found = f"status {answer.status_code}: {answer.text[:SHOWN]!r}"
+        raise NoAnswer(found + _of_a_key(client, answer), answer.status_code)
     try:
         read = streamed if body.get("stream") else whole
         return read(answer.text, url.endswith(CHAT), time.monotonic() - begin)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise NoAnswer(f"{answer.text[:SHOWN]!r}") from None
+
+
+def _of_a_key(client: httpx.AsyncClient, answer: httpx.Response) -> str:
+    """Say what a refusal has to do with the key that clients send."""
+    if answer.status_code not in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        return ""
+    if "Authorization" in client.headers:
+        return ", to the key of `api_key`"
+    return ", without a key: `api_key` in the file says where pd-deploy takes one from"
 
 
 async def _posted(

@@ -88,10 +88,13 @@ async def _carried(
 ) -> Measured:
     """Let proxies carry a load together, each asked at an address of its host."""
     fields = session.engine.cache_busting_fields(str(uuid.uuid4()))
+    headers = session.authorization
     async with AsyncExitStack() as stack:
         asked = [
             (
-                await stack.enter_async_context(session.host(proxy.host).http(address, proxy.port)),
+                await stack.enter_async_context(
+                    session.host(proxy.host).http(address, proxy.port, headers=headers)
+                ),
                 f"http://{address}:{proxy.port}{requests.COMPLETIONS}",
             )
             for proxy, address in entrances

@@ -288,7 +288,8 @@ async def _completion(session: Session, entrance: _Entrance) -> _Asked:
     url, own = f"{entrance.where}{requests.COMPLETIONS}", str(uuid.uuid4())
     body = {**entrance.body, "max_tokens": TOKENS, **session.engine.cache_busting_fields(own)}
     found, is_sure = "", True
-    async with entrance.host.http(entrance.address, entrance.port) as client:
+    headers = session.authorization
+    async with entrance.host.http(entrance.address, entrance.port, headers=headers) as client:
         for turn in range(LOOKS):
             if turn:
                 await asyncio.sleep(PAUSE_S)

@@ -164,7 +164,9 @@ async def reached(session: Session) -> AsyncIterator[Servers]:
                 instance=instance,
                 port=port,
                 client=await stack.enter_async_context(
-                    session.host_of(instance.name).http(instance.address, port)
+                    session.host_of(instance.name).http(
+                        instance.address, port, headers=session.authorization
+                    )
                 ),
                 counters=session.engine.COUNTERS,
                 timeout=session.deployment.gates.smoke,

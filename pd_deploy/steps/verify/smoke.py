@@ -118,7 +118,8 @@ async def answers_clients(rollout: Rollout, name: str) -> None:
     """
     session, proxy = rollout.session, rollout.session.topology.proxy(name)
     _, body = requests.completion(session.deployment, proxy)
-    async with session.host(proxy.host).http(proxy.address, proxy.port) as client:
+    host, headers = session.host(proxy.host), session.authorization
+    async with host.http(proxy.address, proxy.port, headers=headers) as client:
         entrance = Entrance(session, proxy, client, proxy.address, is_open=True)
         await entrance.completion({**body, "max_tokens": HANDOVER_TOKENS})
 
@@ -131,7 +132,8 @@ async def _prove(rollout: Rollout) -> Completion:
         servers = await stack.enter_async_context(reached(session))
         entrances = []
         for proxy, address in zip(proxies, addresses, strict=True):
-            way = session.host(proxy.host).http(address, proxy.port)
+            host, headers = session.host(proxy.host), session.authorization
+            way = host.http(address, proxy.port, headers=headers)
             client, is_open = await stack.enter_async_context(way), address == proxy.address
             entrances.append(Entrance(session, proxy, client, address, is_open))
         direct = await handed_over(session, servers)

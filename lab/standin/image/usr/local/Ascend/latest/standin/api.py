@@ -91,8 +91,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Omni-Revision", self.server.revision)
         super().end_headers()
 
+    def _is_refused(self) -> bool:
+        """Refuse a request below /v1 without the key of VLLM_API_KEY, as vLLM does."""
+        key = os.environ.get("VLLM_API_KEY")
+        given = self.headers.get("Authorization")
+        if not key or not self.path.startswith("/v1") or given == f"Bearer {key}":
+            return False
+        self._send_json(401, {"error": "Unauthorized"})
+        return True
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        if self._is_refused():
+            return
         if path == "/health":
             unhealthy = self.server.faults.now()["unhealthy"]
             self._send(500 if unhealthy else 200, b"", "text/plain")
@@ -107,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self._body()
+        if self._is_refused():
+            return
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             self._send_json(404, {"detail": "Not Found"})
             return
