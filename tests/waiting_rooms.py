@@ -43,7 +43,7 @@ class Room:
 @asynccontextmanager
 async def room(**options: Any) -> AsyncIterator[Room]:
     """A room that is ready, and has not been told to take its port."""
-    defaults = {"port": free_port(), "proxy": HERE, "hold": 30, "shares_port": True, "lasts": 60}
+    defaults = {"port": free_port(), "proxy": HERE, "hold": 30, "lasts": 60}
     given = {**defaults, "addresses": [HERE], **options}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-IS", SOURCE, json.dumps(given), stdout=asyncio.subprocess.PIPE

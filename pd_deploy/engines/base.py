@@ -224,8 +224,9 @@ class Engine(Protocol):
         """Say where a proxy shows metrics of its own; return None if nobody else can read them
         there."""
 
-    def shares_port(self, proxy: Proxy) -> bool:
-        """Say whether a proxy listens at its port with SO_REUSEPORT, so that two can at once."""
+    def shares_port(self, proxy: Proxy, start_script: str) -> bool:
+        """Say whether a proxy, as this script starts it, listens at its port with SO_REUSEPORT, so
+        that two can at once."""
 
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         """Yield the engine's own rules that a deployment breaks."""

@@ -1,11 +1,13 @@
 """What the engines have in common whose servers find each other through a router. Pure.
 
 P and D need no ranktable and no order, so nothing is read of devices; the router's start script
-opens it in two steps, first to the smoke test alone.
+opens it in two steps, first to the smoke test alone. Routers take their port alone, seconds after
+they were started; with `proxy.hold` a relay has the port in their place, and shares it.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
@@ -38,6 +40,11 @@ OPEN = "pd-deploy: proxy open"
 PROVING = f"{OPEN} to the smoke test"
 OPENED = f"{OPEN} to clients"
 OPEN_SIGNAL = "SIGUSR1"
+Router = Callable[[str, str], Sequence[str]]
+"""Writes the router's command, given the address and the port where it listens."""
+_RELAY = resources.files(__package__).joinpath("relay_program.py").read_text()
+_RELAYED = "# The router can't share its port. This can, and passes connections on to the router."
+_INNER_PORT = "$inner"  # known only where the script runs
 DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
 UNUSED_KEYS: tuple[str, ...] = (
     "code.install", "compat", "contract", "decode_engine_id", "http_proxy",
@@ -63,9 +70,9 @@ def check_facts(deployment: Deployment, facts: Mapping[str, HostFacts]) -> None:
     """Check nothing: every server is told its host's address, and asks for no device's."""
 
 
-def shares_port(proxy: Proxy) -> bool:
-    """Return False: the router takes its port alone."""
-    return False
+def shares_port(_: Proxy, start_script: str) -> bool:
+    """Tell whether a relay has the port: the router takes one alone."""
+    return _RELAYED in start_script.splitlines()
 
 
 def ranktables(service: Service) -> Mapping[str, Mapping[str, str]]:
@@ -189,9 +196,14 @@ exec {shlex.join(command)}
 """
 
 
-def proxy_script(
-    service: Service, proxy: Proxy, *, proving: Sequence[str], router: Sequence[str], answered: str
-) -> str:
+def proxy_command(proxy: Proxy, router: Router) -> list[str]:
+    """Write the router's command as clients are served by it: with `proxy.hold` behind the relay,
+    at a port of the loopback that the script finds free."""
+    at_port, behind_relay = ("0.0.0.0", str(proxy.port)), (PROVING_ADDRESS, _INNER_PORT)  # noqa: S104
+    return [*router(*(behind_relay if proxy.entry.hold else at_port))]
+
+
+def proxy_script(service: Service, proxy: Proxy, router: Router, answered: str) -> str:
     """Write a script that checks that the router is there and takes its arguments, and waits to be
     opened to the smoke test alone, then to clients. It ends when the router does.
 
@@ -199,27 +211,23 @@ def proxy_script(
     server is down with the other.
 
     Args:
-        proving: the router's command where the smoke test asks.
-        router: the same where clients ask.
         answered: the lines of shell after which `$status` is 200 once it serves; its answer to
             /readiness is at descriptor 3.
     """
+    write = _behind_relay if proxy.entry.hold else _at_its_port
+    return write(service, proxy, router, answered)
+
+
+def _at_its_port(service: Service, proxy: Proxy, router: Router, answered: str) -> str:
+    """Start the router where the smoke test asks, and again where clients ask."""
     return f"""\
 #!/bin/bash
 {title(service, proxy.name)}
 {exports(proxy_environment(proxy))}
 trap 'exit 0' INT TERM
-proving=({shlex.join(proving)})
-router=({shlex.join(router)})
-# --help comes last: all arguments before it are read, and nothing is started.
-"${{router[@]}}" --help >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
-ready() {{
-    exec 3<>/dev/tcp/"$1"/{proxy.port} || return
-    printf 'GET /readiness HTTP/1.0\\r\\n\\r\\n' >&3
-{answered}
-    exec 3>&-
-    [ "$status" = 200 ]
-}} 2>/dev/null
+proving=({shlex.join(router(PROVING_ADDRESS, str(proxy.port)))})
+router=({shlex.join(proxy_command(proxy, router))})
+{_runs_router(proxy.port, answered)}
 until_ready() {{
     until ready "$1"; do
         kill -0 "$router_pid" || {{ echo "pd-deploy: the router ended"; exit 1; }}
@@ -242,6 +250,70 @@ echo {shlex.quote(OPENED)}
 while kill -0 "$router_pid" 2>/dev/null; do wait "$router_pid"; done
 [ -n "$stopped" ] || {{ echo "pd-deploy: the router ended"; exit 1; }}
 """
+
+
+def _behind_relay(service: Service, proxy: Proxy, router: Router, answered: str) -> str:
+    """Start the router once, and have the relay listen for it: first where the smoke test asks,
+    then where clients ask. Told to stop, the relay tells the router."""
+    words = (
+        f'"{word}"' if word == _INNER_PORT else shlex.quote(word)
+        for word in proxy_command(proxy, router)
+    )
+    return f"""\
+#!/bin/bash
+{title(service, proxy.name)}
+{exports(proxy_environment(proxy))}
+trap 'exit 0' INT TERM
+trap '' PIPE  # the relay closes connections for which it finds no router
+{_RELAYED}
+IFS= read -r -d '' relay_program <<'END_OF_PROGRAM'
+{_RELAY}END_OF_PROGRAM
+relay() {{
+    # ~/.bashrc says which Python an image has.
+    source ~/.bashrc >/dev/null 2>&1
+    exec "$(command -v python3 || command -v python)" -I -c "$relay_program" "$@"
+}}
+inner=$(relay port {PROVING_ADDRESS}) || {{ echo "pd-deploy: proxy.hold needs Python"; exit 1; }}
+router=({" ".join(words)})
+{_runs_router(proxy.port, answered)}
+both_run() {{ kill -0 "$router_pid" && kill -0 "$relay_pid"; }} 2>/dev/null
+until_ready() {{
+    until ready "$1"; do
+        both_run || {{ echo "pd-deploy: the router ended"; exit 1; }}
+        sleep 0.2
+    done
+}}
+{ONE_STEP_ON}
+echo {shlex.quote(PREPARED)}
+one_step_on
+"${{router[@]}}" & router_pid=$!
+relay serve {PROVING_ADDRESS} 0.0.0.0 {proxy.port} "$inner" "$router_pid" & relay_pid=$!
+until_ready {PROVING_ADDRESS}
+echo {shlex.quote(PROVING)}
+one_step_on
+trap 'stopped=1; kill "$relay_pid"' INT TERM
+kill -USR1 "$relay_pid"
+until_ready {proxy.address}
+echo {shlex.quote(OPENED)}
+while both_run; do wait -n; done
+kill "$router_pid" "$relay_pid" 2>/dev/null
+while kill -0 "$router_pid" || kill -0 "$relay_pid"; do wait; done 2>/dev/null
+[ -n "$stopped" ] || {{ echo "pd-deploy: the router ended"; exit 1; }}
+"""
+
+
+def _runs_router(port: int, answered: str) -> str:
+    """Write what tells whether the router can be run, and whether it is ready."""
+    return f"""\
+# --help comes last: all arguments before it are read, and nothing is started.
+"${{router[@]}}" --help >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
+ready() {{
+    exec 3<>/dev/tcp/"$1"/{port} || return
+    printf 'GET /readiness HTTP/1.0\\r\\n\\r\\n' >&3
+{answered}
+    exec 3>&-
+    [ "$status" = 200 ]
+}} 2>/dev/null"""
 
 
 def ratio(topology: Topology) -> Iterator[Finding]:

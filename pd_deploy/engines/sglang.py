@@ -11,6 +11,7 @@ import shlex
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
@@ -18,7 +19,6 @@ from pd_deploy.config.models import Deployment, Settings, SglangOptions
 from pd_deploy.config.topology import Instance, Pod, Proxy, Topology
 from pd_deploy.engines import ascend, routed
 from pd_deploy.engines.base import (
-    PROVING_ADDRESS,
     CodePlace,
     Counter,
     Counters,
@@ -219,11 +219,11 @@ def container(service: Service, name: str) -> ContainerSpec:
 
 def start_script(service: Service, name: str) -> str:
     """Write the script that is the container's main process."""
-    instance, words = instance_of(service, name), command(service, name)
+    instance = instance_of(service, name)
     if instance is None:
         proxy, answered = service.topology.proxy(name), _answered(service.topology)
-        proving = _router(service, proxy, PROVING_ADDRESS)
-        return routed.proxy_script(service, proxy, proving=proving, router=words, answered=answered)
+        return routed.proxy_script(service, proxy, partial(_router, service, proxy), answered)
+    words = _serve(service, instance)
     return routed.server_script(service, instance, environment(service, name), words)
 
 
@@ -236,7 +236,8 @@ def command(service: Service, name: str) -> list[str]:
     """Write the command of an instance's server, or of the router."""
     if instance := instance_of(service, name):
         return _serve(service, instance)
-    return _router(service, service.topology.proxy(name))
+    proxy = service.topology.proxy(name)
+    return routed.proxy_command(proxy, partial(_router, service, proxy))
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
@@ -378,7 +379,7 @@ def _in_words(arguments: Mapping[str, Scalar]) -> list[str]:
     return words
 
 
-def _router(service: Service, proxy: Proxy, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
+def _router(service: Service, proxy: Proxy, host: str, port: str) -> list[str]:
     """Write a router's command. Round robin uses every prefill; its own default sends prompts
     that begin alike to one."""
     topology, options = service.topology, _options(service)
@@ -397,7 +398,7 @@ def _router(service: Service, proxy: Proxy, host: str = "0.0.0.0") -> list[str]:
     return [
         *shlex.split(options.router),
         "--host", host,
-        "--port", str(proxy.port),
+        "--port", port,
         "--prometheus-host", proxy.address if options.router_metrics_open else "127.0.0.1",
         "--prometheus-port", str(options.router_metrics_port),
         "--pd-disaggregation",

@@ -8,6 +8,7 @@ in the section `vllm`. Pure.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
@@ -15,7 +16,6 @@ from pd_deploy.config.models import Deployment, Settings, VllmOptions
 from pd_deploy.config.topology import Instance, Pod, Proxy, Topology
 from pd_deploy.engines import ascend, common, routed
 from pd_deploy.engines.base import (
-    PROVING_ADDRESS,
     CodePlace,
     Counter,
     Counters,
@@ -206,13 +206,10 @@ def container(service: Service, name: str) -> ContainerSpec:
 def start_script(service: Service, name: str) -> str:
     """Write the script that is the container's main process."""
     instance = instance_of(service, name)
-    words = command(service, name)
     if instance is None:
         proxy = service.topology.proxy(name)
-        proving = _router(service, proxy, PROVING_ADDRESS)
-        return routed.proxy_script(
-            service, proxy, proving=proving, router=words, answered=_ANSWERED
-        )
+        return routed.proxy_script(service, proxy, partial(_router, service, proxy), _ANSWERED)
+    words = _serve(service, instance)
     return routed.server_script(service, instance, environment(service, name), words)
 
 
@@ -225,7 +222,8 @@ def command(service: Service, name: str) -> list[str]:
     """Write `vllm serve …` for an instance, or `vllm-router …`."""
     if instance := instance_of(service, name):
         return _serve(service, instance)
-    return _router(service, service.topology.proxy(name))
+    proxy = service.topology.proxy(name)
+    return routed.proxy_command(proxy, partial(_router, service, proxy))
 
 
 def environment(service: Service, name: str) -> dict[str, str]:
@@ -350,7 +348,7 @@ def _data_parallel(instance: Instance) -> list[str]:
     return words
 
 
-def _router(service: Service, proxy: Proxy, host: str = "0.0.0.0") -> list[str]:  # noqa: S104
+def _router(service: Service, proxy: Proxy, host: str, port: str) -> list[str]:
     """Write a router's command. Round robin uses every prefill; its own default may send all to
     one. A dead server is left out within 4 s; until then requests to it fail, because the router
     does not retry."""
@@ -365,7 +363,7 @@ def _router(service: Service, proxy: Proxy, host: str = "0.0.0.0") -> list[str]:
     return [
         options.router,
         "--host", host,
-        "--port", str(proxy.port),
+        "--port", port,
         "--prometheus-host", proxy.address if options.router_metrics_open else "127.0.0.1",
         "--prometheus-port", str(options.router_metrics_port),
         "--vllm-pd-disaggregation",

@@ -91,13 +91,15 @@ async def take_port(rollout: Rollout, proxy: str) -> None:
 
 
 async def make_way(rollout: Rollout, proxy: str) -> None:
-    """Have a proxy's room leave the port to the new proxy, which is about to open: now, or once the
-    two share it."""
+    """Have a proxy's room leave the port to the new proxy, which is about to open: once the two
+    share it, or now where the proxy can't share it."""
     session = rollout.session
+    script = rollout.plan.instance(proxy).start_script.content
     if proxy in rollout.attempt.waiting_rooms:
+        shares_port = session.engine.shares_port(session.topology.proxy(proxy), script)
         async with _harmless():
-            await _signal(rollout, proxy, "SIGUSR2")
-        if not session.engine.shares_port(session.topology.proxy(proxy)):
+            await _signal(rollout, proxy, "SIGUSR2" if shares_port else "SIGHUP")
+        if not shares_port:
             async with _harmless():
                 await _left(rollout, proxy)
 
@@ -177,7 +179,6 @@ def _spec(rollout: Rollout, proxy: Proxy) -> ContainerSpec:
         "port": proxy.port,
         "proxy": proxy.address,
         "hold": proxy.entry.hold,
-        "shares_port": session.engine.shares_port(proxy),
         "lasts": _longest_run(session.deployment),
     }
     deployment = session.deployment.name

@@ -1,9 +1,10 @@
 """What runs in a waiting room: it takes requests at the proxy's port while no proxy serves, holds
 them, and forwards them to the new proxy once that is open.
 
-Signals lead it: SIGUSR1 has it take the port as soon as the old proxy lets go of it, SIGUSR2 has it
-leave the port to the new proxy, SIGTERM has it turn everybody away and end. Its source is sent to
-whatever Python the image has, so it needs no more than the standard library of 3.9.
+Signals lead it: SIGUSR1 has it take the port as soon as the old proxy lets go of it. SIGUSR2 has it
+leave the port to the new proxy once that listens there, too, SIGHUP at once, for a proxy that can't
+listen before. SIGTERM has it turn everybody away and end. Its source is sent to whatever Python the
+image has, so it needs no more than the standard library of 3.9.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGTERM")
 READY = "pd-deploy: waiting room ready"
 CLOSED = "pd-deploy: waiting room closed "
 """What it says once it has left the port; the counts follow."""
@@ -96,8 +98,6 @@ class WaitingRoom:
         port: the proxy's.
         proxy: the address at which the new proxy will answer.
         hold: seconds that a request may wait.
-        shares_port: whether the new proxy can listen while this still does; it leaves when that is
-            so, and otherwise at once when it is told to.
         lasts: seconds after which it gives up by itself, because nobody leads it any more.
         addresses: where to listen; by default at all addresses of the host, each by itself, as the
             smoke test's own has to stay free.
@@ -108,14 +108,13 @@ class WaitingRoom:
         port: int,
         proxy: str,
         hold: float,
-        shares_port: bool,
         lasts: float,
         addresses: list[str] | None = None,
     ) -> None:
         self._port, self._proxy, self._hold = port, proxy, hold
-        self._shares_port, self._lasts = shares_port, lasts
+        self._lasts = lasts
         self._addresses = own_addresses() if addresses is None else addresses
-        self._told = {name: asyncio.Event() for name in ("SIGUSR1", "SIGUSR2", "SIGTERM")}
+        self._told = {name: asyncio.Event() for name in SIGNALS}
         # Done when the wait is over: with whether the new proxy is there.
         self._over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._listeners: dict[str, socket.socket] = {}
@@ -132,15 +131,16 @@ class WaitingRoom:
             loop.add_signal_handler(getattr(signal, name), event.set)
         say(READY)
         taking = asyncio.ensure_future(self._take())
-        leaving = asyncio.ensure_future(self._told["SIGUSR2"].wait())
+        sharing = asyncio.ensure_future(self._told["SIGUSR2"].wait())
+        leaving = asyncio.ensure_future(self._told["SIGHUP"].wait())
         ending = asyncio.ensure_future(self._told["SIGTERM"].wait())
-        await first_of(leaving, ending, seconds=self._lasts)
-        if leaving.done() and not ending.done() and self._shares_port:
-            await first_of(self._until_proxy_listens(), ending, seconds=OPENS_S)
+        await first_of(sharing, leaving, ending, seconds=self._lasts)
+        if sharing.done():
+            await first_of(self._until_proxy_listens(), leaving, ending, seconds=OPENS_S)
         taking.cancel()
         self._leave()
         self._note_longest()
-        self._over.set_result(leaving.done() and not ending.done())
+        self._over.set_result((sharing.done() or leaving.done()) and not ending.done())
         say(CLOSED + json.dumps(self.counts))
         await self._let_finish(ending)
 

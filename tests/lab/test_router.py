@@ -156,16 +156,16 @@ async def test_a_waiting_room_leaves_its_port_to_the_router_and_takes_it_from_on
     program: Path, backends: tuple[Backend, Backend], metrics_port: int
 ) -> None:
     """The router takes the port although requests that were held are still connected there."""
-    async with open_room(shares_port=False) as before, httpx.AsyncClient(timeout=60) as client:
+    async with open_room() as before, httpx.AsyncClient(timeout=60) as client:
         sent = {"model": "qwen", "prompt": "1, 2, 3,", "max_tokens": 2}
         asking = asyncio.ensure_future(client.post(f"{before.url}/v1/completions", json=sent))
         await begun(before, 1)
-        before.tell("SIGUSR2")
+        before.tell("SIGHUP")
         assert (await before.counts())["held"] == 1
         with routing(program, backends, before.port, metrics_port) as process:
             assert "the answer" in (await asking).text
             assert await before.ended() == 0
-            async with room(port=before.port, shares_port=False) as after:
+            async with room(port=before.port) as after:
                 after.tell("SIGUSR1")
                 process.terminate()
                 process.wait()

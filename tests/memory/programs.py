@@ -59,9 +59,11 @@ class Program(Protocol):
 
 def start(machine: Machine, container: Container) -> None:
     """Starts a container's program."""
-    from tests.memory.playbook import Workbench  # which is made of what is here
+    from tests.memory import sglang  # these are made of what is here
+    from tests.memory.playbook import Workbench
 
     role = container.labels.get(generations.ROLE)
+    of_sglang = "sglang" in container.config["Image"]
     container.status = "running"
     container.runs += 1
     container.started_at = machine.clock.date()
@@ -71,13 +73,13 @@ def start(machine: Machine, container: Container) -> None:
     elif role is None:
         container.program = Shell(machine, container)
     elif role == "proxy":
-        container.program = Proxy(machine, container)
+        container.program = (sglang.Router if of_sglang else Proxy)(machine, container)
     elif role == generations.PROBE:
         container.program = Probe(machine, container)
     elif role == generations.WAITING_ROOM:
         container.program = WaitingRoom(machine, container)
     else:
-        container.program = Server(machine, container)
+        container.program = (sglang.Server if of_sglang else Server)(machine, container)
     container.program.settle()
 
 
@@ -218,7 +220,7 @@ class WaitingRoom(_Process):
     def __init__(self, machine: Machine, container: Container) -> None:
         super().__init__(machine, container)
         options = json.loads(container.config["Cmd"][-1])
-        self.port, self._shares_port = options["port"], options["shares_port"]
+        self.port = options["port"]
         self.signals: list[str] = []
         if container.image.build.has_python:
             self.say(waiting_room.READY)
@@ -227,8 +229,9 @@ class WaitingRoom(_Process):
 
     def settle(self) -> None:
         super().settle()
-        leaves = "SIGUSR2" in self.signals and (not self._shares_port or self._proxy_listens())
-        if self.container.running and not self._ends and (leaves or "SIGTERM" in self.signals):
+        leaves = bool({"SIGHUP", "SIGTERM"}.intersection(self.signals))
+        leaves = leaves or ("SIGUSR2" in self.signals and self._proxy_listens())
+        if self.container.running and not self._ends and leaves:
             held = {"held": 3, "refused": 1, "left": 0, "longest": 2.5}
             self.say(waiting_room.CLOSED + json.dumps(held))
             self.ends_in(0, 0)
@@ -270,8 +273,7 @@ class Server(_Process):
         self.api_port, self.peers, self.ranktable = 0, 0, ""
         self.links_on_demand, self._api_key = False, ""
         if script := self.script():
-            environment = dict(re.findall(r"^export (\w+)=(\S*)$", script, re.MULTILINE))
-            self._load(environment)
+            self._load(script)
             if ENVIRONMENT_FILE in script:
                 mounts = container.config["HostConfig"]["Mounts"]
                 sources = {mount["Target"]: mount["Source"] for mount in mounts}
@@ -320,20 +322,26 @@ class Server(_Process):
             return httpx.Response(200, text="garbage")
         return self._completion(path, body)
 
-    def _load(self, environment: Mapping[str, str]) -> None:
+    def _load(self, script: str) -> None:
         """What is looked at before loading begins."""
+        environment = dict(re.findall(r"^export (\w+)=(\S*)$", script, re.MULTILINE))
         self.say(f"{omniinfer.STARTED} {self.role} {self.instance}")
         self.api_port = int(environment["API_PORT"])
         self.links_on_demand = environment.get("OMNI_PD_ROLE") == self.role
         if not self.links_on_demand:
             self.ranktable = self.machine.disk.read(environment["GLOBAL_RANK_TABLE_FILE_PATH"])
         self.peers = _servers_in(self.ranktable)
+        if self.ranktable or self.links_on_demand:
+            self._take()
+        else:
+            self.refuse("the global ranktable is missing")
+
+    def _take(self) -> None:
+        """Takes its devices and ports."""
         wanted = generations.numbers(self.container.labels[generations.DEVICES])
         taken = wanted & self.machine.device_users().keys()
         ports = self._ports & {port for _, port, *_ in self.machine.listeners()}
-        if not (self.ranktable or self.links_on_demand):
-            self.refuse("the global ranktable is missing")
-        elif taken or ports:
+        if taken or ports:
             self.refuse(f"devices {sorted(taken)} or ports {sorted(ports)} are in use")
         else:
             self.devices = frozenset(wanted)
@@ -432,8 +440,10 @@ class Proxy(_Process):
         super().__init__(machine, container)
         name = container.labels[generations.INSTANCE]
         self.faults = container.image.build.faults.get(name, Faults())
-        self.port = int(container.labels[generations.PORTS])
-        self._prepared, self._signals, self._steps = False, 0, 0
+        self.port = int(container.labels[generations.PORTS].partition(",")[0])
+        self._prepared, self._steps = False, 0
+        self._due = list[float]()
+        """When it is open, by the step."""
         self.streams = list[float]()
         script = self.script()
         self.prefill, self.decode = (
@@ -452,13 +462,14 @@ class Proxy(_Process):
         if not self._prepared:
             self._prepared = True
             self.say(omniinfer.PREPARED)
-        while self._steps < self._signals:
+        while self._steps < len(self._due) and self.now() >= self._due[self._steps]:
             self._steps += 1
             self.say({1: omniinfer.PROVING}.get(self._steps, omniinfer.OPENED))
 
     def signal(self, name: str) -> None:
         if name == omniinfer.OPEN_SIGNAL:
-            self._signals = min(self._signals + 1, 2)
+            if len(self._due) < 2:
+                self._due.append(self.now() + self.opens_after(len(self._due) + 1))
             self.settle()
         else:
             self.ends_in(max([STOP_S, *(end - self.now() for end in self.streams)]), 0)
@@ -470,6 +481,10 @@ class Proxy(_Process):
         address, _, port = self.prefill[0].partition(":")
         server = self.machine.cluster.listener(machines[address], address, int(port))
         return server.api_key if server else ""
+
+    def opens_after(self, step: int) -> float:
+        """How many seconds it takes to open, first to the smoke test, then to clients."""
+        return 0
 
     def stream(self, seconds: float) -> None:
         """A client's request that takes so long to answer."""

@@ -1,4 +1,4 @@
-"""The documented 3P1D on two hosts in memory, and runs of the flows there.
+"""The documented 3P1D, or another example, on two hosts in memory, and runs of the flows there.
 
 A run is the flow's own function with the real tasks and their retries. What Prefect adds around it
 is left out: its server, states and logs. Time is virtual, so waits and retries cost nothing.
@@ -27,6 +27,7 @@ from prefect.logging import disable_run_logger
 
 from pd_deploy.blocks import opening
 from pd_deploy.config import yaml_files
+from pd_deploy.config.fields import split_image
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
 from pd_deploy.flows import events, health, interrupts, past_checks, publish, session
@@ -108,6 +109,38 @@ class Reports:
         return text
 
 
+@dataclass(frozen=True)
+class Example:
+    """The service that a world has: its file with what is changed there, and what is in it."""
+
+    name: str
+    changes: Mapping[str, Any]
+    servers: frozenset[str]
+    image: str
+    addresses: Mapping[str, str]
+    proxy_port: int
+
+    @property
+    def root(self) -> str:
+        """Where the hosts keep its state."""
+        return f"/var/lib/pd-deploy/{self.name}"
+
+
+QWQ = Example(NAME, CHANGES, frozenset(SERVERS), FIRST, ADDRESSES, PROXY_PORT)
+SGLANG = Example(
+    "lab-sglang-2p1d",
+    {
+        "extends": str(example.ROOT / "deployments/lab-sglang-2p1d.yaml"),
+        "image": "registry.example/lmsysorg/sglang:v0.5.23",
+        "ssh": {"credentials": None},
+        "gates": {"lease_lasts": 2, "ready": 20},
+        "container": {"stop_timeout": 5, "mounts": []},
+    },
+    frozenset({"p0", "p1", "d0"}),
+    "registry.example/lmsysorg/sglang:v0.5.23",
+    {"a": "10.77.0.11", "b": "10.77.0.12"},
+    7002,
+)
 _deployed: dict[tuple[str, ...], Cluster] = {}
 """What a first run of `deploy` leaves, by the text of the deployment file and the machines."""
 
@@ -117,20 +150,24 @@ class World:
 
     Args:
         directory: for the deployment file.
-        addresses: of the machines, by name.
+        addresses: of the machines, by name, if there are others than the example has.
+        of: the service; by default the documented one.
     """
 
-    def __init__(self, directory: Path, addresses: Mapping[str, str] = ADDRESSES) -> None:
-        self.path = directory / f"{NAME}.yaml"
-        self.document = CHANGES
+    def __init__(
+        self, directory: Path, addresses: Mapping[str, str] | None = None, of: Example = QWQ
+    ) -> None:
+        self.example = of
+        self.path = directory / f"{of.name}.yaml"
+        self.document = of.changes
         self.change()
-        self.cluster = Cluster(Clock(), addresses)
+        self.cluster = Cluster(Clock(), addresses or of.addresses)
         for machine in self.cluster.machines.values():
-            _furnish(machine)
+            _furnish(machine, of)
         self.buried: list[str] = []
         self.events: list[dict[str, Any]] = []
         self.word = ""
-        self.push("20250722_26")
+        self.push(split_image(of.image).tag or "")
 
     def change(self, **changes: Any) -> None:
         """Lays changes on the deployment file."""
@@ -142,12 +179,12 @@ class World:
         tag: str,
         faults: Mapping[str, Faults] | None = None,
         architecture: str = "arm64",
-        repository: str = REPOSITORY,
+        repository: str = "",
         answer: str | None = answers.of("by its tag"),
     ) -> str:
         """Push an image whose engines misbehave so, and that says this of itself; return its name
         for a run."""
-        ref = f"{repository}:{tag}"
+        ref = f"{repository or split_image(self.example.image).name}:{tag}"
         digest = f"sha256:{len(self.cluster.registry) + 1:064x}"
         self.cluster.push(ref, Build(digest, dict(faults or {}), architecture, answer))
         return ref
@@ -368,7 +405,7 @@ class World:
             one
             for machine in self.cluster.machines.values()
             for one in machine.containers.values()
-            if one.labels.get(DEPLOYMENT_LABEL) == NAME
+            if one.labels.get(DEPLOYMENT_LABEL) == self.example.name
             and one.labels[generations.ROLE] != generations.WAITING_ROOM
         ]
 
@@ -401,7 +438,7 @@ class World:
 
     def record(self, host: str = "a") -> Record:
         """What became of the releases, as a host has it."""
-        text = self.machines[host].disk.read(f"{ROOT}/record.json")
+        text = self.machines[host].disk.read(f"{self.example.root}/record.json")
         return Record.model_validate_json(text) if text else Record()
 
     def state(self) -> object:
@@ -443,7 +480,7 @@ class World:
     def completes(self, host: str = "a") -> bool:
         """Whether a client gets a completion at a host's public port."""
         machine = self.machines[host]
-        proxy = self.cluster.listener(machine, machine.address, PROXY_PORT)
+        proxy = self.cluster.listener(machine, machine.address, self.example.proxy_port)
         if proxy is None:
             return False
         body = {"model": "qwen", "prompt": "2, 4, 6,", "max_tokens": 4}
@@ -457,20 +494,22 @@ class World:
         Args:
             proxies: those of the file, each with its host.
         """
-        assert set(self.running()) == {*SERVERS, *proxies}
-        serving = self.serving()
+        assert set(self.running()) == {*self.example.servers, *proxies}
+        serving, root = self.serving(), self.example.root
         assert all(map(self.completes, proxies.values()))
         assert self.record().serving == serving
         assert self.record().closed is None
         assert self.record("b") == self.record()
         for machine in self.cluster.machines.values():
             disk = machine.disk
-            assert disk.read(f"{ROOT}/lease").split("\n")[1] == "", "the lease is still held"
+            assert disk.read(f"{root}/lease").split("\n")[1] == "", "the lease is still held"
             assert not [path for path, _ in disk.files("/") if is_draft(path)]
-            directories = {n for n in disk.names(ROOT) if disk.entries[f"{ROOT}/{n}"].is_directory}
+            directories = {n for n in disk.names(root) if disk.entries[f"{root}/{n}"].is_directory}
             kept = directories - {".code"}
             ours = [
-                c for c in machine.containers.values() if c.labels.get(DEPLOYMENT_LABEL) == NAME
+                c
+                for c in machine.containers.values()
+                if c.labels.get(DEPLOYMENT_LABEL) == self.example.name
             ]
             assert {c.labels[generations.GENERATION] for c in ours} <= kept
             assert len(kept) <= 2
@@ -633,21 +672,22 @@ async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs
     raise AssertionError
 
 
-def _furnish(machine: Machine) -> None:
-    """What an NPU host has: the driver, the model, the devices."""
-    for directory in _furniture():
+def _furnish(machine: Machine, of: Example) -> None:
+    """What a host has: the driver, the model, the devices."""
+    for directory in _furniture(Path(of.changes["extends"]), of.name):
         machine.disk.add_directory(directory)
     for name, content in MODEL_FILES.items():
         machine.disk.put(f"{MODEL}/{name}", content, 0o644)
 
 
 @cache
-def _furniture() -> tuple[str, ...]:
+def _furniture(file: Path, name: str) -> tuple[str, ...]:
     """Directories of the host that the example's containers want, and the devices."""
-    containers = [i.container for h in example.plan().hosts.values() for i in h.instances.values()]
+    hosts = example.plan_of(file).hosts.values()
+    containers = [i.container for host in hosts for i in host.instances.values()]
     return tuple(
         dict.fromkeys(
-            [m.source for c in containers for m in c.mounts if NAME not in m.source]
+            [m.source for c in containers for m in c.mounts if name not in m.source]
             + [device.partition(":")[0] for c in containers for device in c.devices]
             + [f"/dev/davinci{number}" for number in range(16)]
         )

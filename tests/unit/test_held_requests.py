@@ -46,8 +46,10 @@ class Watch:
 
     def __call__(self, _: Moment) -> None:
         machine = self.world.machines["a"]
-        program = self.world.cluster.listener(machine, machine.address, PROXY_PORT)
-        answer = {Proxy: "proxy", WaitingRoom: "room"}.get(type(program), "nobody")
+        port = self.world.example.proxy_port
+        program = self.world.cluster.listener(machine, machine.address, port)
+        answer = "room" if isinstance(program, WaitingRoom) else "nobody"
+        answer = "proxy" if isinstance(program, Proxy) else answer
         if answer not in self.answers[-1:]:
             self.answers.append(answer)
         self.rooms |= {room.id: room for room in self.world.waiting_rooms()}
@@ -76,7 +78,7 @@ def assert_is_no_part_of_a_generation(room: Container) -> None:
     """It claims no port and no device, and nothing of the host but its network."""
     options = json.loads(room.config["Cmd"][-1])
     assert options.pop("lasts") > 2 * GATES["ready"], "as long as models load, and load again"
-    assert options == {"port": PROXY_PORT, "proxy": "10.0.0.1", "hold": 50, "shares_port": True}
+    assert options == {"port": PROXY_PORT, "proxy": "10.0.0.1", "hold": 50}
     config = room.config["HostConfig"]
     assert config["NetworkMode"] == "host"
     assert not any(config.get(key) for key in ("Privileged", "Devices", "Mounts", "Binds"))
@@ -200,7 +202,7 @@ def test_who_shares_the_port_is_known(file: str, arguments: dict[str, bool], sha
     deployment = load_deployment(example.ROOT / f"deployments/{file}.yaml")
     (proxy,) = placement.derive(deployment).proxies
     proxy = replace(proxy, entry=proxy.entry.model_copy(update={"arguments": arguments}))
-    assert engines.get(deployment.engine).shares_port(proxy) is shares
+    assert engines.get(deployment.engine).shares_port(proxy, "") is shares
 
 
 def test_how_many_requests_are_left_is_told_while_the_proxy_drains(

@@ -173,13 +173,13 @@ async def test_a_proxy_that_does_not_share_its_port_finds_it_free() -> None:
     """The old one is followed as soon as it lets go, and the new one preceded."""
     port = free_port()
     old = socket.create_server(("", port))
-    async with room(port=port, shares_port=False) as made, asking() as client:
+    async with room(port=port) as made, asking() as client:
         made.tell("SIGUSR1")
         old.close()
         await until_connected(port)
         asked = asyncio.ensure_future(client.get(f"{made.url}/v1/models"))
         await begun(made, 1)
-        made.tell("SIGUSR2")
+        made.tell("SIGHUP")
         assert (await made.counts())["held"] == 1
         proxy = Proxy()
         async with proxy.listening(port, shares_port=False):

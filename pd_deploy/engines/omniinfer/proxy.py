@@ -56,7 +56,7 @@ def metrics(deployment: Deployment, proxy: Proxy) -> MetricsPage | None:
     return page if _is_omni(deployment) else None
 
 
-def shares_port(proxy: Proxy) -> bool:
+def shares_port(proxy: Proxy, _start_script: str) -> bool:
     """Tell whether nginx listens with `reuseport`: both scripts have it so (contract section 5.3),
     unless omni_proxy's is told otherwise."""
     return not any(name.replace("_", "-") == "no-reuseport" for name in proxy.entry.arguments)

@@ -1,0 +1,86 @@
+"""Runs of the engine sglang on hosts in memory: deploy, upgrade, the way back."""
+
+from pathlib import Path
+
+import pytest
+
+from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.rollback import rollback
+from tests.memory.machine import Faults
+from tests.memory.world import SGLANG, World
+from tests.unit.test_held_requests import Watch
+
+HOLD = {"proxy": {"c0": {"hold": 50}}}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, of=SGLANG)
+
+
+def test_a_deploy_an_upgrade_and_a_rollback_move_the_whole_set(world: World) -> None:
+    world.deploy()
+    first = world.serving()
+    world.assert_coherent()
+    outcome = world.run(deploy, image=world.push("v0.5.24"))
+    assert outcome.completed, outcome.error
+    assert "KV transfer proven by the servers' counters" in outcome.message
+    assert world.serving() != first
+    assert world.run(rollback).completed
+    assert world.serving() == first
+    world.assert_coherent()
+
+
+@pytest.mark.parametrize(
+    ("faults", "why"),
+    [
+        ({"p1": Faults(dies=0)}, "`ready p1`"),
+        ({"d0": Faults(wrong_kv=True)}, "`smoke test`"),
+    ],
+    ids=["dies", "other KV"],
+)
+def test_a_bad_image_gives_way_to_the_one_before(
+    world: World, faults: dict[str, Faults], why: str
+) -> None:
+    world.deploy()
+    first = world.serving()
+    outcome = world.run(deploy, image=world.push("v0.5.24", faults))
+    assert f"failed at {why}" in str(outcome.error)
+    assert world.serving() == first
+    world.assert_coherent()
+
+
+def test_an_option_that_the_server_does_not_know_is_told_by_its_own_words(world: World) -> None:
+    world.deploy()
+    first = world.serving()
+    world.change(settings={"decode": {"arguments": {"disaggregation-decode-tp": 8}}})
+    outcome = world.run(deploy)
+    assert "unrecognized arguments: --disaggregation-decode-tp 8" in str(outcome.error)
+    assert world.serving() == first
+    world.assert_coherent()
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["upgrade", "rolled back"])
+def test_somebody_has_the_routers_port_through_the_whole_run(world: World, bad: bool) -> None:
+    """Although the router imports for seconds before it listens."""
+    world.change(**HOLD)
+    world.deploy()
+    watch = Watch(world)
+    faults = {"d0": Faults(garbage=True)} if bad else {}
+    outcome = world.run(deploy, image=world.push("v0.5.24", faults), watch=watch)
+    assert outcome.completed is not bad
+    assert watch.answers == ["proxy", "room", "proxy"]
+    world.assert_coherent()
+
+
+def test_a_router_from_before_the_key_leaves_its_port_and_takes_it_again(world: World) -> None:
+    """It can't share it: so the room leaves before it comes back."""
+    world.deploy()
+    world.change(**HOLD)
+    watch = Watch(world)
+    outcome = world.run(
+        deploy, image=world.push("v0.5.24", {"d0": Faults(garbage=True)}), watch=watch
+    )
+    assert "The service is back" in str(outcome.error)
+    assert watch.answers == ["proxy", "room", "nobody", "proxy"]
+    world.assert_coherent()
