@@ -1,4 +1,5 @@
-"""Other topologies than 3P1D come up on the lab: decode over both hosts, and all on one host."""
+"""Other topologies than 3P1D come up on the lab: decode over both hosts with a proxy on each, and
+all on one host."""
 
 import json
 from typing import Any
@@ -26,11 +27,11 @@ ON_ONE_HOST: dict[str, Any] = {
 
 
 async def test_decode_over_both_hosts_serves_from_each_of_its_servers(service: Service) -> None:
-    """Every API server is healthy, in the proxy's list, of its own rank, and gets KV."""
-    service.change(**OVER_TWO_HOSTS)
+    """Every API server is healthy, in each proxy's list, of its own rank, and gets KV."""
+    service.change(**OVER_TWO_HOSTS, proxy={"c1": {"host": "b"}})
     await deploy(service.file)
     running = service.containers(running=True)
-    assert set(running) == {"p0", "p1", "d0-0", "d0-1", "c0"}
+    assert set(running) == {"p0", "p1", "d0-0", "d0-1", "c0", "c1"}
     ports = {name: c["Config"]["Labels"]["pd-deploy.ports"] for name, c in running.items()}
     assert (ports["d0-0"], ports["d0-1"]) == ("9100,9101,8100,5668", "9101,9102,5669")
 
@@ -44,9 +45,9 @@ async def test_decode_over_both_hosts_serves_from_each_of_its_servers(service: S
     async with httpx.AsyncClient() as client:
         for host, port in servers:
             assert (await client.get(f"http://{host}:{port}/health")).status_code == 200
-        for _ in range(16):
+        for proxy in ("a", "b") * 8:
             body = {"model": "qwen", "max_tokens": 5, "prompt": "hello"}
-            answer = await client.post(f"http://{address['a']}:7000/v1/completions", json=body)
+            answer = await client.post(f"http://{address[proxy]}:7000/v1/completions", json=body)
             assert answer.json()["choices"][0]["text"].strip()
         metrics = [(await client.get(f"http://{h}:{p}/metrics")).text for h, p in servers]
     for text in metrics:

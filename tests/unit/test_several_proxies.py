@@ -206,7 +206,7 @@ def test_one_that_fails_its_smoke_test_brings_all_back(world: World) -> None:
 
 
 def test_a_second_one_comes_and_goes_while_the_servers_run_on(tmp_path: Path) -> None:
-    """Nothing but proxies starts again, also with a host of its own."""
+    """Nothing but proxies starts again, also with a host of its own, and after it is lost."""
     world = World(tmp_path, {**ADDRESSES, "z": "10.0.0.9"})
     world.deploy()
     servers = {name: run for name, run in world.runs().items() if name in SERVERS}
@@ -215,10 +215,11 @@ def test_a_second_one_comes_and_goes_while_the_servers_run_on(tmp_path: Path) ->
     assert world.runs().keys() == {*SERVERS, "c0", "c1"}
     assert world.completes("a")
     assert world.completes("z")
+    world.machines["z"].unplug()
+    assert "z (10.0.0.9)" in str(world.run(deploy).error)
     world.change(hosts={"z": None}, proxy={"c1": None})
-    assert world.run(deploy).completed
-    assert world.runs().keys() == {*SERVERS, "c0"}
-    assert not world.completes("z")
+    assert world.run(deploy, forget=["10.0.0.9"]).completed
+    assert world.completes("a")
     assert servers.items() <= world.runs().items()
 
 
