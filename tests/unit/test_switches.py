@@ -1,10 +1,12 @@
 """What people switched stays so when `prefect deploy` runs again."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 
 from pd_deploy.flows import switches
@@ -24,7 +26,14 @@ class Prefect:
         paused: bool = False,
     ) -> None:
         self._name = name
-        schedules = [SimpleNamespace(active=is_on) for is_on in active]
+        kinds = (
+            CronSchedule(cron="30 4 * * *", timezone="Asia/Shanghai"),
+            IntervalSchedule(interval=timedelta(seconds=90)),
+        )
+        schedules = [
+            SimpleNamespace(active=is_on, schedule=kind)
+            for is_on, kind in zip(active, kinds, strict=False)
+        ]
         self._deployment = SimpleNamespace(id=uuid4(), schedules=schedules, paused=paused)
         self._automations = [
             SimpleNamespace(name=name, enabled=is_on) for name, is_on in automations.items()
@@ -65,6 +74,12 @@ async def test_switches_are_as_they_were_left(
     server: Prefect,
     schedule: bool,
     automations: dict[str, bool],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And of schedules that were on it is said when they were due, as that is not kept."""
     monkeypatch.setattr(switches, "get_client", lambda: server)
     assert await switches.as_left(NAME) == {"schedule": schedule, "automations": automations}
+    told = capsys.readouterr().out
+    due = [one for one in ("(30 4 * * *, Asia/Shanghai)", "(every 90 s)") if one in told]
+    expected = [one.active for one in server._deployment.schedules] if server._name == NAME else []
+    assert len(due) == told.count("\n") == sum(expected)
