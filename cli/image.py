@@ -77,6 +77,8 @@ def _judged(session: Session, image: ResolvedImage, facts: FactsOfImage) -> Show
     deployment = session.deployment.model_copy(update={"image": image.choice.chosen_image})
     try:
         fits = {session.engine.for_image(deployment, said).contract for said in facts.values()}
+        if not session.engine.BY_CONTRACT:
+            return Shown(image, facts, "")
     except UnknownImage as error:
         return Shown(image, facts, "none that is known", error.message)
     return Shown(image, facts, " or ".join(sorted(fits)))
@@ -87,7 +89,8 @@ def as_text(shown: Shown) -> str:
     lines = [f"image {shown.image.choice.chosen_image}, {shown.image.pinned_image}"]
     if not shown.facts:
         return "\n".join([*lines, "its engine depends on nothing that images differ in"])
-    lines.append(f"contract {shown.contract}" + (f": {shown.why}" if shown.why else ""))
+    if shown.contract:
+        lines.append(f"contract {shown.contract}" + (f": {shown.why}" if shown.why else ""))
     for architecture, facts in shown.facts.items():
         lines += ["", f"== {architecture}", *aligned(rows(facts))]
     return "\n".join(lines)
@@ -98,7 +101,7 @@ def as_json(shown: Shown) -> str:
     document = {
         "image": shown.image.choice.chosen_image,
         "pinned_image": shown.image.pinned_image,
-        "contract": shown.contract if shown.facts and not shown.why else None,
+        "contract": shown.contract or None if shown.facts and not shown.why else None,
         "architectures": {name: facts.model_dump() for name, facts in shown.facts.items()},
     }
     return json.dumps(document, indent=2)

@@ -5,6 +5,7 @@ over as SGLang does: bootstrap server, rooms, what both sides must have alike. I
 and no package beyond Python's own. The router is in vLLM's directory, which hosts see.
 """
 
+import json
 from pathlib import Path
 
 from pd_deploy.lab import Lab, images, vllm
@@ -13,6 +14,19 @@ IMAGE, IMAGE_TAG = "sglang", "v0.5.23"
 STANDIN = Path(__file__).with_name("standin")
 ROUTER = vllm.HOME / "sglang-router"
 _PACKAGES = "usr/local/lib/python3.11/dist-packages"
+
+
+def server_args() -> str:
+    """Write the source that adds the options, as the original has it: who asks the image reads it
+    there."""
+    table = json.loads((STANDIN / "sglang/options.json").read_text())
+    calls = [
+        "        parser.add_argument(\n"
+        + "".join(f"            {json.dumps(name)},\n" for name in row["names"])
+        + "        )\n"
+        for row in table
+    ]
+    return "class ServerArgs:\n    @staticmethod\n    def add_cli_args(parser):\n" + "".join(calls)
 
 
 def prepare_router(say: vllm.Say) -> None:
@@ -32,5 +46,6 @@ def push(lab: Lab, say: vllm.Say = lambda _: None) -> str:
         for path in sorted(STANDIN.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
+    files[f"{_PACKAGES}/sglang/srt/server_args.py"] = server_args().encode()
     tree = images.tar_files(files)
     return lab.push_packages(IMAGE, IMAGE_TAG, vllm.IMAGE_PACKAGES, tree=tree, say=say)

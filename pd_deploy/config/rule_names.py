@@ -16,6 +16,7 @@ RULES = {
     "engine-keys": "keys that the engine doesn't use are not given",
     "equal-devices": "a pod has the same number of devices on each of its hosts",
     "host-addresses": "no two hosts have the same address",
+    "image-options": "SGLang's server in the image takes each of the arguments",
     "kv-layout": "prefill's and decode's KV have pages of one size, and one type",
     "kv-parallel-size": "`kv_parallel_size` fits the image's age",
     "mount-targets": "mounts don't cover the paths that pd-deploy mounts itself",

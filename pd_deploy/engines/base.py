@@ -212,6 +212,8 @@ class Engine(Protocol):
     COUNTERS: Counters
     """Where the smoke test sees that KV moved; an image that lacks them makes it not provable."""
 
+    BY_CONTRACT: bool
+    """Whether images follow contracts, of which one has to be known before anything is rendered."""
     AT_ONCE: bool
     """Whether prefill and decode get a prompt at the same time, and wait for each other; else
     decode gets it with what prefill answers."""
@@ -249,7 +251,9 @@ class Engine(Protocol):
             UnknownImage: nobody knows what an image like this expects.
         """
 
-    def image_findings(self, deployment: Deployment, facts: ImageFacts | None) -> Iterator[Finding]:
+    def image_findings(
+        self, deployment: Deployment, topology: Topology, facts: ImageFacts | None
+    ) -> Iterator[Finding]:
         """Yield the rules that a deployment breaks with its image, by the image's facts, or as far
         as its name tells while there are none."""
 

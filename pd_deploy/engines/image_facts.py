@@ -1,5 +1,6 @@
 """What an image says of itself, as a throwaway container of it has read it. Pure."""
 
+import json
 from collections.abc import Mapping
 from typing import Literal
 
@@ -18,7 +19,7 @@ class ImageFacts(BaseModel):
         questions: the `QUESTIONS` that it has answered.
         script_directory: where the launcher is.
         programs: launchers and proxies by name, with their paths.
-        flags: what each of them takes, with the leading dashes.
+        flags: what each of them, or a server, takes, with the leading dashes.
         packages: versions of what is installed, by name.
         connectors: the KV connectors that its sources register.
         ranktables: whether its sources read ranktables.
@@ -48,6 +49,21 @@ FactsOfImage = Mapping[str, ImageFacts]
 """Of one image, by architecture."""
 
 
+def parse(output: str, mark: str) -> ImageFacts:
+    """Parse what a probe printed, on a line that begins with `mark`.
+
+    Raises:
+        ValueError: it is no answer; says what it is instead.
+    """
+    answers = [line for line in output.splitlines() if line.startswith(mark)]
+    try:
+        answer = json.loads(answers[-1].removeprefix(mark))
+        return ImageFacts.model_validate({**answer, "questions": QUESTIONS})
+    except (IndexError, TypeError, ValueError):
+        shown = " / ".join(output.strip().splitlines()[-3:])[-300:]
+        raise ValueError(repr(shown) if shown else "no output") from None
+
+
 def rows(facts: ImageFacts) -> list[tuple[str, str]]:
     """List the facts for people, each with its name; those that could not be told say so."""
     ranktables = {True: "read", False: "not read", None: ""}[facts.ranktables]
@@ -70,9 +86,13 @@ def rows(facts: ImageFacts) -> list[tuple[str, str]]:
 
 def brief(facts: ImageFacts) -> str:
     """Name in a line what tells images apart."""
-    found = (
+    scripts = (
         f"scripts in {facts.script_directory}" if facts.script_directory else "no launcher",
         ", ".join(facts.programs) or "no launcher or proxy script",
+    )
+    servers = [f"{len(known)} options of {name}" for name, known in facts.flags.items()]
+    found = (
+        *(scripts if facts.programs or not facts.flags else servers),
         f"KV connectors {', '.join(facts.connectors)}" if facts.connectors else "",
         ", ".join(" ".join(package) for package in facts.packages.items()),
         f"commit {facts.commit[:12]}" if facts.commit else "",

@@ -348,7 +348,9 @@ def for_image(deployment: Deployment, _: ImageFacts) -> Deployment:
     return deployment
 
 
-def image_findings(_deployment: Deployment, _: ImageFacts | None) -> Iterator[Finding]:
+def image_findings(
+    _deployment: Deployment, _topology: Topology, _: ImageFacts | None
+) -> Iterator[Finding]:
     """Yield nothing: no rule depends on the image."""
     yield from ()
 

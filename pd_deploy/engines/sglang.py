@@ -6,18 +6,20 @@ writes the KV into decode's memory. The hardware comes with the profile, in the 
 Pure.
 """
 
+import difflib
 import re
 import shlex
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import resources
 from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment, Settings, SglangOptions
 from pd_deploy.config.topology import Instance, Pod, Proxy, Topology
-from pd_deploy.engines import ascend, routed
+from pd_deploy.engines import ascend, image_facts, routed
 from pd_deploy.engines.base import (
     CodePlace,
     Counter,
@@ -26,11 +28,14 @@ from pd_deploy.engines.base import (
     Member,
     Service,
 )
-from pd_deploy.engines.common import flags, instance_of, longest_sequence, text
+from pd_deploy.engines.common import flags, in_python, instance_of, longest_sequence, text
 from pd_deploy.engines.device_report import DeviceTools
+from pd_deploy.engines.image_facts import ImageFacts
+from pd_deploy.engines.sglang_in_image import MARK, SERVER
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
 
+BY_CONTRACT = False
 AT_ONCE = True
 HANDOVER_FIELDS = "bootstrap_host, bootstrap_port and bootstrap_room"
 TAKES_TOKEN_IDS = False
@@ -52,10 +57,7 @@ device_users_command = routed.device_users_command
 device_users = routed.device_users
 device_health_command = routed.device_health_command
 faulty_devices = routed.faulty_devices
-probe_command = routed.probe_command
-parse_probe = routed.parse_probe
 for_image = routed.for_image
-image_findings = routed.image_findings
 proxy_metrics = routed.proxy_metrics
 # A decode takes no prompt without a room, so it computes none itself: all that it has served came
 # from a prefill. What was moved for that is counted where it was sent, in MiB.
@@ -84,6 +86,8 @@ DERIVED_PROXY_ARGUMENTS = frozenset({
     "decode", "host", "pd-disaggregation", "policy", "port", "prefill", "prometheus-host",
     "prometheus-port",
 })  # fmt: skip
+_SOURCE = resources.files(__package__).joinpath("sglang_in_image.py").read_text()
+_ASKED = (["python3"], ["python"], ["sglang"])  # what runs the server that was asked
 # Of each block of ports from an instance's zmq port on: the bootstrap server's, that of Ascend's
 # store, then those by which the processes of an instance find each other. With attention's data
 # parallelism these are seven, beginning with that of --dist-init-addr.
@@ -146,6 +150,44 @@ def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         yield from _sizes(pod)
     yield from routed.ratio(topology)
     yield from _layouts(topology)
+
+
+def probe_command() -> list[str]:
+    """Return the command that prints, in a container of an image, which options its server takes:
+    names have changed between versions."""
+    return in_python(_SOURCE)
+
+
+def parse_probe(output: str) -> ImageFacts:
+    """Parse what this command printed; see `image_facts.parse`."""
+    return image_facts.parse(output, MARK)
+
+
+def image_findings(
+    deployment: Deployment, topology: Topology, facts: ImageFacts | None
+) -> Iterator[Finding]:
+    """Find arguments that the server in the image does not take, as it would end of them.
+
+    Not where it is another server: of the file's own source code, or of a Python of its own.
+    """
+    known = facts.flags.get(SERVER, ()) if facts else ()
+    options = deployment.sglang
+    if not known or deployment.own_code or options is None:
+        return
+    if shlex.split(options.command)[:1] not in _ASKED:
+        return
+    version = facts.packages.get("sglang", "") if facts else ""
+    for pod in topology.pods:
+        for name, given in routed.dashed(pod.master.settings.arguments).items():
+            # Its parser takes unambiguous beginnings of names, and `no-` of some.
+            words = (f"--{name}", f"--{name.removeprefix('no-')}")
+            if given is not False and not any(word.startswith(words) for word in known):
+                near = difflib.get_close_matches(words[0], known, n=1)
+                message = (
+                    f"expected an option of the image's server (sglang {version}), found none of "
+                    "this name" + (f"; is it {near[0].removeprefix('--')}?" if near else "")
+                )
+                yield "image-options", Problem(f"{pod.key}.arguments.{name}", message)
 
 
 def code_place(deployment: Deployment) -> CodePlace:

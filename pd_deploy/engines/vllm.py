@@ -30,6 +30,7 @@ from pd_deploy.hosts.container_values import ContainerSpec
 
 decode_request = common.decode_request
 tensor_parallel = common.tensor_parallel
+BY_CONTRACT = False
 AT_ONCE = False
 HANDOVER_FIELDS = "kv_transfer_params"
 TAKES_TOKEN_IDS = True

@@ -31,7 +31,9 @@ def broken(
     problems = list(_names(topology))
     engine = engines.get(deployment.engine)
     asked: list[ImageFacts | None] = [*images] or [None]
-    of_image = (finding for facts in asked for finding in engine.image_findings(deployment, facts))
+    of_image = (
+        finding for facts in asked for finding in engine.image_findings(deployment, topology, facts)
+    )
     of_code = _other_commits(deployment, {facts.commit for facts in asked if facts})
     for rule, problem in chain(_findings(deployment, topology), of_image, of_code):
         if rule not in deployment.allow:

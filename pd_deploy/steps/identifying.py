@@ -46,7 +46,7 @@ def unasked(
     """List the hosts on which the image has to be asked what it is: for each architecture for which
     that is not known the first one in the file.
 
-    Where the file says what it is, an image that did not say it is not asked again.
+    Where an answer is not needed, an image that gave none is not asked again.
 
     Args:
         again: ask such an image all the same.
@@ -56,7 +56,7 @@ def unasked(
     states = list(states)
     record, digest = surveying.history_of(states).record, digest_of(image.pinned_image)
     known = {*record.facts_of(digest)}
-    if session.deployment.contract != "by-image" and not again:
+    if not (_needs_answer(session) or again):
         known |= record.silent_on(digest)
     by_name = {state.host: state for state in states}
     firsts: dict[str, HostState] = {}
@@ -144,11 +144,10 @@ async def _of_host(
     brought: list[Host],
     on_progress: OnProgress | None,
 ) -> ImageFacts:
-    """Bring the image to a host and ask it; where it does not say what it is, the file may say it
-    instead.
+    """Bring the image to a host and ask it.
 
     Raises:
-        UnknownImage: neither does.
+        UnknownImage: it does not say what it is, and nothing can be rendered without that.
     """
     host = session.host(state.host)
     await bring(session, state, image, brought, on_progress)
@@ -156,10 +155,17 @@ async def _of_host(
     try:
         return await ask(session, host, image, name)
     except UnknownImage as error:
-        if session.deployment.contract == "by-image":
+        if _needs_answer(session):
             raise
-        log.warning("%s; it goes by the file's `contract`", error.headline)
+        by_contract = session.engine.BY_CONTRACT
+        instead = "it goes by the file's `contract`" if by_contract else "arguments go unchecked"
+        log.warning("%s; %s", error.headline, instead)
         return ImageFacts(questions=QUESTIONS, silence=error.headline)
+
+
+def _needs_answer(session: Session) -> bool:
+    """Tell whether nothing can be rendered unless the image says what it is."""
+    return session.engine.BY_CONTRACT and session.deployment.contract == "by-image"
 
 
 async def bring(

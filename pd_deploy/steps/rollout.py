@@ -155,16 +155,17 @@ class Rollout:
     @property
     def said_by_image(self) -> str:
         """What its image says of itself, in a line; empty where its engine asks none."""
-        if not self.session.engine.probe_command():
+        engine = self.session.engine
+        if not engine.probe_command():
             return ""
-        contract = self.session.deployment.contract
+        contract = f"contract {self.session.deployment.contract}; " if engine.BY_CONTRACT else ""
         facts = self.history.record.facts_of(self.release.digest)
         if facts:
             said = "; ".join(dict.fromkeys(map(brief, facts.values())))
-            return f"contract {contract}; the image has {said}"
+            return f"{contract}the image has {said}"
         if self.history.record.silent_on(self.release.digest):
             return f"contract {contract}, as the file says; the image did not say what it is"
-        return f"contract {contract}; no run has asked the image yet what it is"
+        return f"{contract}no run has asked the image yet what it is"
 
     @property
     def said_of_changes(self) -> str:

@@ -296,7 +296,7 @@ def planned(
         file_image=file_image,
         hosts=host_accesses(deployment),
         instances=_places(session.topology),
-        contract=deployment.contract if session.engine.probe_command() else "",
+        contract=deployment.contract if session.engine.BY_CONTRACT else "",
         code=_trees(session, rendered.plan),
         logs=Layout.of(deployment, rendered.plan.generation).log_root,
         created=datetime.now(UTC),

@@ -1,9 +1,12 @@
 """What images say when they are asked what they are, by the contract that they follow."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from pd_deploy.engines.omniinfer.in_image import LAUNCHER, MARK
+from pd_deploy.engines.sglang_in_image import SERVER
+from pd_deploy.lab import sglang as lab
 
 _FACTS: dict[str, dict[str, Any]] = {
     "v0-early": {
@@ -44,6 +47,14 @@ _FACTS: dict[str, dict[str, Any]] = {
     # As old ones are that hold no sources to read: their tag says how old they are.
     "by its tag": {"scripts": "tools/scripts", "proxies": ["global_proxy.sh"]},
 }
+
+
+def sglang(version: str = "0.5.23", without: Iterable[str] = ()) -> str:
+    """Of an image of SGLang: all options that the latest version takes, but for some."""
+    table = json.loads((lab.STANDIN / "sglang/options.json").read_text())
+    options = {name for row in table for name in row["names"]} - set(without)
+    facts = {"flags": {SERVER: sorted(options)}, "packages": {"sglang": version}}
+    return MARK + json.dumps(facts)
 
 
 def of(kind: str, commit: str = "") -> str:

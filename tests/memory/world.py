@@ -119,6 +119,7 @@ class Example:
     image: str
     addresses: Mapping[str, str]
     proxy_port: int
+    answer: str
 
     @property
     def root(self) -> str:
@@ -126,7 +127,9 @@ class Example:
         return f"/var/lib/pd-deploy/{self.name}"
 
 
-QWQ = Example(NAME, CHANGES, frozenset(SERVERS), FIRST, ADDRESSES, PROXY_PORT)
+QWQ = Example(
+    NAME, CHANGES, frozenset(SERVERS), FIRST, ADDRESSES, PROXY_PORT, answers.of("by its tag")
+)
 SGLANG = Example(
     "lab-sglang-2p1d",
     {
@@ -140,7 +143,9 @@ SGLANG = Example(
     "registry.example/lmsysorg/sglang:v0.5.23",
     {"a": "10.77.0.11", "b": "10.77.0.12"},
     7002,
+    answers.sglang(),
 )
+OF_EXAMPLE = "what the example's images say"
 _deployed: dict[tuple[str, ...], Cluster] = {}
 """What a first run of `deploy` leaves, by the text of the deployment file and the machines."""
 
@@ -180,12 +185,13 @@ class World:
         faults: Mapping[str, Faults] | None = None,
         architecture: str = "arm64",
         repository: str = "",
-        answer: str | None = answers.of("by its tag"),
+        answer: str | None = OF_EXAMPLE,
     ) -> str:
-        """Push an image whose engines misbehave so, and that says this of itself; return its name
-        for a run."""
+        """Push an image whose engines misbehave so, and that says this of itself, by default what
+        the example's says; return its name for a run."""
         ref = f"{repository or split_image(self.example.image).name}:{tag}"
         digest = f"sha256:{len(self.cluster.registry) + 1:064x}"
+        answer = self.example.answer if answer == OF_EXAMPLE else answer
         self.cluster.push(ref, Build(digest, dict(faults or {}), architecture, answer))
         return ref
 

@@ -1,18 +1,22 @@
 """The engine sglang: what containers, servers and the router are given on GPUs and NPUs."""
 
 import importlib.util
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pd_deploy.config.load import load_deployment
-from pd_deploy.engines import sglang
+from pd_deploy.config import yaml_files
+from pd_deploy.config.load import load_deployment, parse_deployment
+from pd_deploy.engines import sglang, sglang_in_image
 from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.lab import sglang as lab
 from pd_deploy.planning import placement
 from pd_deploy.records.benchmark import Load
 from pd_deploy.steps.verify import metrics, requests
+from tests.memory import answers
 from tests.unit import example
 from tests.unit.test_vllm import broken, plan, runs, value
 
@@ -202,3 +206,65 @@ def test_a_load_is_of_words_where_the_router_takes_no_token_ids() -> None:
 def test_what_was_moved_is_counted_in_bytes() -> None:
     page = metrics.parse('sglang:kv_transfer_total_mb_sum{tp_rank="0"} 0.5\n')
     assert metrics.total([page], sglang.COUNTERS.kv_bytes) == 512 * 1024
+
+
+BY_CALLS = """
+class ServerArgs:
+    def add_cli_args(parser):
+        parser.add_argument("--model-path", "--model", type=str, help="not --one")
+        parser.add_argument("--dp-size", type=int)
+"""
+BY_FIELDS = """
+class Parallel:
+    attn_dp_size: A[int, Arg(help="x", aliases=["--attention-dp"])] = 1
+    rank: int = 0
+"""
+
+
+def test_an_images_options_are_read_from_its_sources_of_either_form(tmp_path: Path) -> None:
+    """Nothing of SGLang is imported, as it needs devices."""
+    fields = tmp_path / "srt/arg_groups/fields"
+    fields.mkdir(parents=True)
+    (tmp_path / "srt/server_args.py").write_text(BY_CALLS)
+    (fields / "parallel.py").write_text(BY_FIELDS)
+    (fields / "broken.py").write_text("def (")
+    assert sglang_in_image.look(tmp_path)["flags"] == {
+        "sglang.launch_server": [
+            "--attention-dp", "--attn-dp-size", "--dp-size", "--model", "--model-path",
+        ]
+    }  # fmt: skip
+    assert sglang_in_image.look(None)["flags"] == {}
+
+
+def test_the_standins_source_names_what_its_parser_takes(tmp_path: Path) -> None:
+    (tmp_path / "srt").mkdir()
+    (tmp_path / "srt/server_args.py").write_text(lab.server_args())
+    said = sglang_in_image.look(tmp_path)
+    assert said["flags"] == json.loads(answers.sglang().removeprefix(sglang_in_image.MARK))["flags"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"settings": {"decode": {"arguments": {"attn-dp-size": 2, "page_size": 64}}}}, set()),
+        ({"settings": {"decode": {"arguments": {"no-such": 1, "nor_this": True}}}},
+         {"decode.d0.arguments.no-such", "decode.d0.arguments.nor-this"}),
+        ({"settings": {"decode": {"arguments": {"no-such": False}}}}, set()),
+        ({"settings": {"decode": {"arguments": {"cuda-graph-bs-dec": "8"}}}}, set()),
+        ({"settings": {"decode": {"arguments": {"no-enable-tf32-matmul": True}}}}, set()),
+        ({"settings": {"decode": {"arguments": {"no-such": 1}}},
+          "sglang": {"command": "/opt/python -m sglang.launch_server"}}, set()),
+        ({"settings": {"decode": {"arguments": {"no-such": 1}}},
+          "code": {"source": "/x", "path": "/opt/sglang"}}, set()),
+    ],
+    ids=["known", "unknown", "left out", "a beginning", "no-", "another Python", "own code"],
+)  # fmt: skip
+def test_options_that_the_image_does_not_take_are_named(
+    changes: dict[str, Any], named: set[str]
+) -> None:
+    facts = sglang.parse_probe(answers.sglang())
+    of = parse_deployment(yaml_files.merge(yaml_files.read(GPU), changes))
+    findings = list(sglang.image_findings(of, placement.derive(of), facts))
+    assert {rule for rule, _ in findings} <= {"image-options"}
+    assert {problem.key for _, problem in findings} == named
+    assert list(sglang.image_findings(of, placement.derive(of), None)) == []

@@ -6,6 +6,7 @@ import pytest
 
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
+from tests.memory import answers
 from tests.memory.machine import Faults
 from tests.memory.world import SGLANG, World
 from tests.unit.test_held_requests import Watch
@@ -50,13 +51,33 @@ def test_a_bad_image_gives_way_to_the_one_before(
     world.assert_coherent()
 
 
-def test_an_option_that_the_server_does_not_know_is_told_by_its_own_words(world: World) -> None:
+def test_an_option_that_the_images_server_does_not_take_is_refused_while_the_old_one_serves(
+    world: World,
+) -> None:
+    """By what the image says; if the file insists, the server says so itself, and ends."""
+    world.change(settings={"decode": {"arguments": {"cuda-graph-bs-decode": "8 16"}}})
     world.deploy()
-    first = world.serving()
-    world.change(settings={"decode": {"arguments": {"disaggregation-decode-tp": 8}}})
+    before = world.runs()
+    early = answers.sglang("0.5.10", without=["--cuda-graph-bs-decode"])
+    outcome = world.run(deploy, image=world.push("v0.5.10", answer=early))
+    assert "decode.d0.arguments.cuda-graph-bs-decode" in str(outcome.error)
+    assert "an option of the image's server (sglang 0.5.10)" in str(outcome.error)
+    assert world.runs() == before
+    assert not world.record().quarantine
+
+    given = {"arguments": {"disaggregation-decode-tp": 8}}
+    world.change(settings={"decode": given}, allow=["image-options"])
     outcome = world.run(deploy)
     assert "unrecognized arguments: --disaggregation-decode-tp 8" in str(outcome.error)
-    assert world.serving() == first
+    assert world.runs().keys() == before.keys()
+    world.assert_coherent()
+
+
+def test_an_image_that_says_nothing_is_deployed_all_the_same(world: World) -> None:
+    """Nothing that is rendered depends on its answer."""
+    world.deploy()
+    outcome = world.run(deploy, image=world.push("v0.5.24", answer="no such Python"))
+    assert outcome.completed, outcome.error
     world.assert_coherent()
 
 

@@ -1,16 +1,17 @@
 """Which contract an image follows, by what it says of itself. Pure, but for the source of what is
 asked, which is read when this is imported."""
 
-import json
 import re
 from collections.abc import Iterator
 from importlib import resources
 
 from pd_deploy.config.fields import split_image
 from pd_deploy.config.models import ContractName, Deployment
+from pd_deploy.config.topology import Topology
+from pd_deploy.engines import image_facts
 from pd_deploy.engines.base import Finding
 from pd_deploy.engines.common import in_python
-from pd_deploy.engines.image_facts import QUESTIONS, ImageFacts, brief
+from pd_deploy.engines.image_facts import ImageFacts, brief
 from pd_deploy.engines.omniinfer import contracts, kv
 from pd_deploy.engines.omniinfer.in_image import LAUNCHER, MARK
 from pd_deploy.errors import Problem, UnknownImage
@@ -37,13 +38,7 @@ def parse_probe(output: str) -> ImageFacts:
     Raises:
         ValueError: it is no answer; says what it is instead.
     """
-    answers = [line for line in output.splitlines() if line.startswith(MARK)]
-    try:
-        answer = json.loads(answers[-1].removeprefix(MARK))
-        return ImageFacts.model_validate({**answer, "questions": QUESTIONS})
-    except (IndexError, TypeError, ValueError):
-        shown = " / ".join(output.strip().splitlines()[-3:])[-300:]
-        raise ValueError(repr(shown) if shown else "no output") from None
+    return image_facts.parse(output, MARK)
 
 
 def candidates(facts: ImageFacts) -> frozenset[ContractName]:
@@ -102,7 +97,9 @@ def for_image(deployment: Deployment, facts: ImageFacts) -> Deployment:
     return deployment.model_copy(update={"contract": name})
 
 
-def image_findings(deployment: Deployment, facts: ImageFacts | None) -> Iterator[Finding]:
+def image_findings(
+    deployment: Deployment, _: Topology, facts: ImageFacts | None
+) -> Iterator[Finding]:
     """Demand that the contract in the file is that of the image, and that it is known what the
     image takes `kv_parallel_size` for."""
     if facts is None:

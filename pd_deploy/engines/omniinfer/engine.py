@@ -32,6 +32,7 @@ from pd_deploy.errors import FactsError
 from pd_deploy.hosts.container_values import ContainerSpec, Mount
 
 AT_ONCE = False
+BY_CONTRACT = True
 HANDOVER_FIELDS = "kv_transfer_params"
 TAKES_TOKEN_IDS = True
 UNUSED_KEYS: tuple[str, ...] = ("sglang", "vllm")
