@@ -281,9 +281,10 @@ async def otherwise(end: State[None] | Exception, left: str) -> None:
     is_well = not isinstance(end, Exception) and end.is_completed()
     told = [f"On the hosts: {left}.", "", _next(end), ""] if not is_well else []
     lines = [f"# {of_run.deployment}", "", f"**{headline}:**", "", "```", text, "```", "", *told]
-    key = re.sub("[^a-z0-9]+", "-", of_run.deployment.lower()).strip("-")
+    name = re.sub("[^a-z0-9]+", "-", of_run.deployment.lower()).strip("-") or "run"
     report = acreate_markdown_artifact(
-        key=f"{key or 'run'}-report",
+        # Without a key it is on the run's own page alone: the last run that did anything stays.
+        key=None if is_well else f"{name}-report",
         markdown="\n".join([*lines, f"By {this_run()}."]),
         description=f"Last run of {_file()}",
     )

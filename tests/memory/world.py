@@ -94,9 +94,9 @@ class Reports:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.keys: list[str] = []
+        self.keys: list[str | None] = []
 
-    async def publish(self, *, key: str, **artifact: Any) -> None:
+    async def publish(self, *, key: str | None, **artifact: Any) -> None:
         """Take an artifact in place of a server."""
         if "markdown" in artifact:
             self.texts.append(artifact["markdown"])

@@ -464,7 +464,8 @@ class TestReports:
         world.deploy()
         before, reports = world.state(), Reports()
         outcome = world.run(flow, artifacts=reports.publish, **parameters)
-        assert reports.keys == [f"{NAME}-report"], outcome
+        did_nothing = "**Completed:**" in reports.only
+        assert reports.keys == [None if did_nothing else f"{NAME}-report"], outcome
         assert [text for text in says if text not in reports.only] == []
         if outcome.error:
             assert str(outcome.error) in reports.only
