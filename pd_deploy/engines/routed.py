@@ -227,7 +227,7 @@ def _at_its_port(service: Service, proxy: Proxy, router: Router, answered: str) 
 trap 'exit 0' INT TERM
 proving=({shlex.join(router(PROVING_ADDRESS, str(proxy.port)))})
 router=({shlex.join(proxy_command(proxy, router))})
-{_runs_router(proxy.port, answered)}
+{_runs_router('"${router[@]}" --help', proxy.port, answered)}
 until_ready() {{
     until ready "$1"; do
         kill -0 "$router_pid" || {{ echo "pd-deploy: the router ended"; exit 1; }}
@@ -273,9 +273,10 @@ relay() {{
     source ~/.bashrc >/dev/null 2>&1
     exec "$(command -v python3 || command -v python)" -I -c "$relay_program" "$@"
 }}
-inner=$(relay port {PROVING_ADDRESS}) || {{ echo "pd-deploy: proxy.hold needs Python"; exit 1; }}
-router=({" ".join(words)})
-{_runs_router(proxy.port, answered)}
+(relay port {PROVING_ADDRESS}) >/dev/null || {{ echo "pd-deploy: proxy.hold needs Python"; exit 1; }}
+inner=0
+router() {{ exec {" ".join(words)} "$@"; }}
+{_runs_router("(router --help)", proxy.port, answered)}
 both_run() {{ kill -0 "$router_pid" && kill -0 "$relay_pid"; }} 2>/dev/null
 until_ready() {{
     until ready "$1"; do
@@ -286,7 +287,9 @@ until_ready() {{
 {ONE_STEP_ON}
 echo {shlex.quote(PREPARED)}
 one_step_on
-"${{router[@]}}" & router_pid=$!
+# Not before: servers take free ports while they load.
+inner=$(relay port {PROVING_ADDRESS})
+router & router_pid=$!
 relay serve {PROVING_ADDRESS} 0.0.0.0 {proxy.port} "$inner" "$router_pid" & relay_pid=$!
 until_ready {PROVING_ADDRESS}
 echo {shlex.quote(PROVING)}
@@ -302,11 +305,12 @@ while kill -0 "$router_pid" || kill -0 "$relay_pid"; do wait; done 2>/dev/null
 """
 
 
-def _runs_router(port: int, answered: str) -> str:
-    """Write what tells whether the router can be run, and whether it is ready."""
+def _runs_router(helping: str, port: int, answered: str) -> str:
+    """Write what tells whether the router can be run, by a command that has it print its help, and
+    whether it is ready."""
     return f"""\
 # --help comes last: all arguments before it are read, and nothing is started.
-"${{router[@]}}" --help >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
+{helping} >/dev/null || {{ echo "pd-deploy: the router can't be run so"; exit 1; }}
 ready() {{
     exec 3<>/dev/tcp/"$1"/{port} || return
     printf 'GET /readiness HTTP/1.0\\r\\n\\r\\n' >&3

@@ -97,7 +97,7 @@ class Router(programs.Proxy):
         super().__init__(machine, container)
         script = self.script().splitlines()
         self.is_relayed = any(line.startswith("relay serve ") for line in script)
-        words = shlex.split(next(line for line in script if line.startswith("router="))[8:-1])
+        words = shlex.split(next(line for line in script if line.startswith("router")))
         self.ways = [
             (words[at + 1].removeprefix("http://"), int(words[at + 2]))
             for at, word in enumerate(words)
