@@ -273,8 +273,7 @@ relay() {{
     source ~/.bashrc >/dev/null 2>&1
     exec "$(command -v python3 || command -v python)" -I -c "$relay_program" "$@"
 }}
-(relay port {PROVING_ADDRESS}) >/dev/null || {{ echo "pd-deploy: proxy.hold needs Python"; exit 1; }}
-inner=0
+inner=$(relay port {PROVING_ADDRESS}) || {{ echo "pd-deploy: proxy.hold needs Python"; exit 1; }}
 router() {{ exec {" ".join(words)} "$@"; }}
 {_runs_router("(router --help)", proxy.port, answered)}
 both_run() {{ kill -0 "$router_pid" && kill -0 "$relay_pid"; }} 2>/dev/null
@@ -287,7 +286,7 @@ until_ready() {{
 {ONE_STEP_ON}
 echo {shlex.quote(PREPARED)}
 one_step_on
-# Not before: servers take free ports while they load.
+# Another one, as servers take free ports while they load.
 inner=$(relay port {PROVING_ADDRESS})
 router & router_pid=$!
 relay serve {PROVING_ADDRESS} 0.0.0.0 {proxy.port} "$inner" "$router_pid" & relay_pid=$!
