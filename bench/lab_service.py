@@ -3,6 +3,8 @@
 import datetime
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,9 @@ class LabService:
         for host in self.lab.hosts.values():
             ids = host.run([*CONTAINERS, *(["--filter", "status=running"] if running else [])])
             if ids.stdout.split():
-                documents = json.loads(host.run(["docker", "inspect", *ids.stdout.split()]).stdout)
+                # Those that have gone meanwhile are missing from what it prints, and make it fail.
+                inspect = host.run(["docker", "inspect", *ids.stdout.split()], check=False)
+                documents = json.loads(inspect.stdout)
                 for container in sorted(documents, key=lambda document: document["Created"]):
                     if name := container["Config"]["Labels"].get("pd-deploy.instance"):
                         inspected[name] = container
@@ -119,13 +123,26 @@ class LabService:
         self.host_of(instance).run(["docker", "kill", container["Id"]])
 
     def clean(self) -> None:
-        """Remove everything from the hosts, whatever state they are in."""
+        """Remove everything from the hosts, whatever state they are in.
+
+        A host whose Docker engine hangs starts anew: the tests that follow need it.
+        """
         for host in self.lab.hosts.values():
             host.mend()
-            ids = host.run(CONTAINERS).stdout.split()
-            if ids:
-                host.run(["docker", "rm", "-f", *ids])
-            images = host.run(["docker", "images", "-q", "pd-deploy/*"]).stdout.split()
-            if images:
-                host.run(["docker", "rmi", "-f", *sorted(set(images))], check=False)
-            host.run(["rm", "-rf", STATE, FAULTS, LOGS])
+            try:
+                _clean(host)
+            except subprocess.TimeoutExpired:
+                print(host.blocked_in_engine(), file=sys.stderr)
+                host.power_off()
+                host.power_on()
+                _clean(host)
+
+
+def _clean(host: LabHost) -> None:
+    ids = host.run(CONTAINERS).stdout.split()
+    if ids:
+        host.run(["docker", "rm", "-f", *ids])
+    images = host.run(["docker", "images", "-q", "pd-deploy/*"]).stdout.split()
+    if images:
+        host.run(["docker", "rmi", "-f", *sorted(set(images))], check=False)
+    host.run(["rm", "-rf", STATE, FAULTS, LOGS])

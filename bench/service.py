@@ -26,7 +26,6 @@ SUBNET = "10.80.0.0/24"
 BLOCK = "bench-ssh"
 POLL_S = 0.05  # the precision of what is measured, in s
 RECORDS_TIMEOUT_S = 20  # Prefect writes task runs in batches, a few seconds late
-STARTED = '{{index .Config.Labels "pd-deploy.role"}} {{.State.StartedAt}}'
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,11 @@ class Service:
 
     def _last_start(self) -> datetime:
         """Return when Docker started the last server."""
-        starts = []
-        for host in self._lab.hosts.values():
-            ids = host.run(CONTAINERS).stdout.split()
-            for line in host.run(["docker", "inspect", "-f", STARTED, *ids]).stdout.splitlines():
-                role, when = line.split()
-                if role != "proxy":
-                    starts.append(datetime.fromisoformat(when))
-        return max(starts)
+        return max(
+            datetime.fromisoformat(container["State"]["StartedAt"])
+            for container in self._service.containers().values()
+            if container["Config"]["Labels"]["pd-deploy.role"] != "proxy"
+        )
 
     def _records(self) -> tuple[Span, list[tuple[str, Span]]]:
         """Read the last flow run and its task runs from Prefect's API."""

@@ -18,6 +18,7 @@ from pd_deploy.lab.system import wait_until
 ENGINE_SOCKET = "/run/docker.sock"
 ENGINE_LOG = "/var/log/dockerd.log"
 ENGINE_PID = "/run/docker.pid"
+ENGINE_STACKS = "/run/docker/goroutine-stacks-*.log"  # written on SIGUSR1
 SSHD_LOG = "/var/log/sshd.log"
 SSHD_PID = "/run/sshd.pid"
 
@@ -145,6 +146,22 @@ class LabHost(BaseModel):
     def stop_engine(self) -> None:
         """Stop the Docker engine as a service manager does; its containers end as well."""
         self._stop(ENGINE_PID)
+
+    def blocked_in_engine(self) -> str:
+        """Return the stacks of what has been blocked in the Docker engine for minutes.
+
+        Raises:
+            LabError: the engine does not write its stacks within 10 s.
+        """
+        read = ["sh", "-c", f"cat {ENGINE_STACKS}"]
+        self.run(["sh", "-c", f"rm -f {ENGINE_STACKS}; kill -USR1 $(cat {ENGINE_PID})"])
+        wait_until(
+            f"the stacks of the Docker engine of {self.box.name}",
+            lambda: bool(self.run(read, check=False).stdout),
+            timeout=10,
+        )
+        stacks = self.run(read).stdout.split("\n\n")
+        return "\n\n".join(stack for stack in stacks if " minutes" in stack.partition("\n")[0])
 
     def ssh_answers(self) -> bool:
         """Tell whether the host accepts connections to port 22."""
