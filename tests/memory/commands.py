@@ -4,6 +4,7 @@ A command that is not in the table is an error: so nothing passes for done that 
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -97,8 +98,13 @@ def asked(argv: Sequence[str]) -> list[Asked]:
     if list(argv[:2]) != ["sh", "-c"] or not BETWEEN.search(argv[2]):
         return [Asked(_recognised(argv), argv)]
     *parts, _ = BETWEEN.split(argv[2])
-    several = [(shlex.split(line), end) for line, end in zip(parts[::2], parts[1::2], strict=True)]
+    several = [(_words(line), end) for line, end in zip(parts[::2], parts[1::2], strict=True)]
     return [Asked(_recognised(argv), argv, f"{end.split()[1]}\n") for argv, end in several]
+
+
+@functools.cache  # runs send the same lines again and again
+def _words(line: str) -> Sequence[str]:
+    return tuple(shlex.split(line))
 
 
 def _recognised(argv: Sequence[str]) -> Command:
@@ -329,10 +335,10 @@ def _batch(machine: Machine, arguments: Sequence[str], _: str) -> str:
     for line in (line for lane in lanes for line in lane.splitlines()):
         if line in machine.captured:
             done = CommandResult(0, machine.captured[line], "")
-        elif shlex.split(line)[0] in NOT_INSTALLED:
+        elif _words(line)[0] in NOT_INSTALLED:
             done = CommandResult(127, "", "sh: not found\n")
         else:
-            argv = shlex.split(line)
+            argv = _words(line)
             done = _one(Asked(_recognised(argv), argv), machine, b"")
         printed += f"\x1e{line}\n{done.stdout}{done.stderr}\n\x1e={done.exit_status}\n"
     return printed
