@@ -1,4 +1,4 @@
-"""Whether anything grows in the course of a soak: its first tenth against its last. Pure."""
+"""Whether anything grows in the course of a soak: an early tenth of it against its last. Pure."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,21 @@ ENOUGH = 2  # samples: the first and the last
 
 @dataclass(frozen=True)
 class Limit:
-    """How much larger a figure may be in the end: by an amount, and by a share of what it was."""
+    """How much larger a figure may be in the end: by an amount, and by a share of what it was.
+
+    Attributes:
+        settles: share of the samples after which it has its size; what it was is taken then.
+    """
 
     amount: float = 0.0
     share: float = 0.0
+    settles: float = 0.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure: its medians in the first and the last tenth of the samples.
+    """One figure: its medians in the first tenth of the samples, or in the one that follows when it
+    has settled, and in the last.
 
     Attributes:
         allowed: what it may be in the end; None if it is only told.
@@ -38,7 +44,7 @@ class Comparison:
 def compare(
     samples: Sequence[Mapping[str, float]], limits: Mapping[str, Limit]
 ) -> list[Comparison]:
-    """Compare the first tenth of the samples with the last, figure by figure.
+    """Compare the first tenth of the samples that counts with the last, figure by figure.
 
     Args:
         samples: each with the same figures, in the order in which they were taken.
@@ -53,7 +59,8 @@ def compare(
 def _compared(
     name: str, samples: Sequence[Mapping[str, float]], tenth: int, limit: Limit | None
 ) -> Comparison:
-    first = statistics.median(sample[name] for sample in samples[:tenth])
+    begin = int(len(samples) * limit.settles) if limit else 0
+    first = statistics.median(sample[name] for sample in samples[begin : begin + tenth])
     last = statistics.median(sample[name] for sample in samples[-tenth:])
     allowed = first * (1 + limit.share) + limit.amount if limit else None
     return Comparison(name, first, last, allowed)

@@ -24,6 +24,8 @@ def samples(*values: float) -> list[dict[str, float]]:
         ([100.0, 111.0], Limit(share=0.1), True),
         ([9.0, 1.0], Limit(), False),
         ([1.0, 9.0], None, False),
+        ([1.0] * 10 + [9.0] * 10, Limit(settles=0.5), False),
+        ([1.0] * 10 + [9.0] * 9 + [10.0], Limit(settles=0.5), True),
     ],
 )
 def test_the_last_tenth_may_be_so_much_above_the_first(
