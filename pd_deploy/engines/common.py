@@ -26,7 +26,7 @@ one_step_on() {
 _BASHRC = "source ~/.bashrc >/dev/null 2>&1\n"
 _PYTHON = 'exec "$(command -v python || command -v python3)" "$@"'
 ENVIRONMENT_FILE = "/run/pd-deploy-environment"
-"""Where a server's container sees the file `container.environment_file`."""
+"""Where containers see the file `container.environment_file`."""
 NOT_READ = "TREE"
 """What stands for a tree's digest where the tree was not read, as in a plan without hosts."""
 
@@ -55,7 +55,7 @@ def mounts(
     zone = f"/usr/share/zoneinfo/{deployment.container.time_zone}"
     instance = instance_of(service, name)
     listed = [*map(_from_file, deployment.container.mounts), *before]
-    if (secret := deployment.container.environment_file) and instance:
+    if secret := deployment.container.environment_file:
         listed.append(mount(secret, ENVIRONMENT_FILE, read_only=True))
     listed += [mount(layout.log_root), mount(layout.directory, read_only=True)]
     listed += [mount(deployment.model.path), *after, mount(zone, "/etc/localtime", read_only=True)]
@@ -109,7 +109,7 @@ def title(service: Service, name: str) -> str:
 
 
 def secrets(service: Service) -> str:
-    """Write the lines of a server's start script that export what only a file on its host has; none
+    """Write the lines of a start script that export what only a file on its host has; none
     where the deployment has no such file."""
     if service.deployment.container.environment_file is None:
         return ""

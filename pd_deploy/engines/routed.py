@@ -223,7 +223,7 @@ def _at_its_port(service: Service, proxy: Proxy, router: Router, answered: str) 
     return f"""\
 #!/bin/bash
 {title(service, proxy.name)}
-{exports(proxy_environment(proxy))}
+{secrets(service)}{exports(proxy_environment(proxy))}
 trap 'exit 0' INT TERM
 proving=({shlex.join(router(PROVING_ADDRESS, str(proxy.port)))})
 router=({shlex.join(proxy_command(proxy, router))})
@@ -262,7 +262,7 @@ def _behind_relay(service: Service, proxy: Proxy, router: Router, answered: str)
     return f"""\
 #!/bin/bash
 {title(service, proxy.name)}
-{exports(proxy_environment(proxy))}
+{secrets(service)}{exports(proxy_environment(proxy))}
 trap 'exit 0' INT TERM
 trap '' PIPE  # the relay closes connections for which it finds no router
 {_RELAYED}

@@ -7,7 +7,15 @@ from pd_deploy.config.fields import Scalar
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.topology import Pod, Proxy
 from pd_deploy.engines.base import PROVING_ADDRESS, MetricsPage, Service
-from pd_deploy.engines.common import ONE_STEP_ON, code_setup, exports, flags, text, title
+from pd_deploy.engines.common import (
+    ONE_STEP_ON,
+    code_setup,
+    exports,
+    flags,
+    secrets,
+    text,
+    title,
+)
 from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.engines.omniinfer.corrections import corrected
 from pd_deploy.engines.omniinfer.environment import (
@@ -180,7 +188,7 @@ def _global_script(service: Service, proxy: Proxy) -> str:
     return f"""\
 #!/bin/bash
 {title(service, proxy.name)}
-{exports(environment(service, proxy))}
+{secrets(service)}{exports(environment(service, proxy))}
 trap 'exit 0' INT TERM
 {code_setup(code_place(service.deployment), installs=False)}\
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
@@ -227,7 +235,7 @@ def _omni_script(service: Service, proxy: Proxy) -> str:
     return f"""\
 #!/bin/bash
 {title(service, proxy.name)}
-{exports(environment(service, proxy))}
+{secrets(service)}{exports(environment(service, proxy))}
 trap 'exit 0' INT TERM
 {code_setup(code_place(service.deployment), installs=False)}\
 export PATH="$PATH:/usr/local/nginx:/usr/sbin"
