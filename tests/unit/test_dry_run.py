@@ -190,6 +190,6 @@ def test_cleanup_looks_at_instances_that_left_the_file_too() -> None:
 def test_a_proxy_that_has_to_stop_first_is_not_prepared_before_the_cut_over() -> None:
     """The container is the same one; a new one is prepared while the old one serves."""
     serving = {"p0": "running", "p1": "running", "p2": "exited", "d0": "running", "c0": "running"}
-    assert not rollout(serving).may_prepare_early()
-    assert rollout(serving, known=["1-00000000"]).may_prepare_early()
-    assert rollout({}).may_prepare_early()
+    assert not rollout(serving).may_prepare_early("c0")
+    assert rollout(serving, known=["1-00000000"]).may_prepare_early("c0")
+    assert rollout({}).may_prepare_early("c0")
