@@ -95,6 +95,7 @@ KEYS: dict[str, Any] = {
     "ulimits": {"nofile": 7},
     "time_zone": "Europe/Berlin",
     "stop_timeout": 61,
+    "environment_file": "/etc/another.env",
 }
 """Another value than that of the example for GPUs, for each key of `container`."""
 
