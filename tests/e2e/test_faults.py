@@ -10,7 +10,8 @@ from prefect.client.schemas.objects import State
 
 from pd_deploy.blocks.ssh import SshCredentials
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import Service, until
+from pd_deploy.flows.health import health
+from tests.e2e.conftest import Service, long, until
 
 LOAD_S = 40
 TRACEBACK = "Traceback (most recent call last)"
@@ -174,14 +175,39 @@ async def test_host_unplugged_during_launch_is_retried_until_it_is_back(service:
     assert (await running).is_completed()
 
 
-async def test_host_that_stays_away_is_named(service: Service) -> None:
-    """After the retries the error says which host, and the other one is untouched."""
+async def test_host_that_stays_away_is_named(service: Service, prefect: Callable[..., str]) -> None:
+    """After the retries the error says which host, and the other one is untouched; a plan says the
+    same, and what is on the other one."""
     service.change(gates={"connect": 0.5})
     service.lab.hosts["b"].cut()
     state = await run(service)
     assert state.is_failed()
-    assert f"host b ({service.lab.hosts['b'].address})" in str(state.message)
+    where = f"host b ({service.lab.hosts['b'].address})"
+    assert where in str(state.message)
     assert service.containers() == {}
+    plan = prefect("pd-deploy", "plan", service.file, status=7)
+    assert "== host a\nnothing of the deployment runs there\n" in plan
+    assert f"\nno answer from {where}: " in plan
+
+
+@long
+async def test_a_server_that_hangs_is_restarted_by_health(service: Service) -> None:
+    """Its process is stopped, so the kernel takes connections for it and nobody answers them. The
+    whole set starts again, as servers link while they load."""
+    service.change(health={"hung_after": 2}, container={"stop_timeout": 2})
+    assert (await run(service)).is_completed()
+    before = service.states()
+    server = ["pkill", "-STOP", "-f", "vllm serve.* --port 9001 "]
+    service.lab.hosts["a"].run(server)
+    first = await health(service.file, return_state=True)
+    assert first.name in ("Degraded", "Down")
+    assert "p1 gave no answer at 1 check (restarted at 2)" in str(first.message)
+    assert service.states() == before
+    second = await health(service.file, return_state=True)
+    assert second.name == "Mended", second.message
+    assert service.completes()
+    after = service.states()
+    assert not [name for name in before if before[name] == after[name]]
 
 
 async def test_wrong_password_fails_at_once_and_is_never_shown(

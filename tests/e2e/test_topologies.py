@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect.blocks.system import Secret
 
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
@@ -20,6 +21,7 @@ OVER_TWO_HOSTS: dict[str, Any] = {
     },
     "decode": {"d0": {"host": None, "hosts": ["b", "a"], "devices": "0-1"}},
 }
+KEY = "sk-test-0123456789"
 ON_ONE_HOST: dict[str, Any] = {
     "prefill": {"p0": {"devices": "0-3"}, "p1": {"devices": "4-7"}, "p2": None},
     "decode": {"d0": {"host": "a", "devices": "8-11"}},
@@ -76,11 +78,29 @@ async def test_a_member_that_dies_brings_the_whole_set_back(service: Service) ->
 
 
 async def test_two_prefills_and_decode_share_one_host(service: Service) -> None:
-    """Four devices each; the other host is not needed and not asked."""
-    service.change(**ON_ONE_HOST, hosts={"a": service.lab.hosts["a"].address, "b": None})
+    """Four devices each; the other host is not needed and not asked. Clients need a key."""
+    host, secrets = service.lab.hosts["a"], "/etc/test.env"
+    host.run(["sh", "-c", f"umask 077 && cat >{secrets}"], input=f"VLLM_API_KEY='{KEY}'\n")
+    await Secret(value=KEY).save("test-key", overwrite=True)  # type: ignore[misc]
+    service.change(
+        **ON_ONE_HOST,
+        hosts={"a": host.address, "b": None},
+        api_key={"credentials": "test-key"},
+        container={"environment_file": secrets, "stop_timeout": 10},
+    )
     await deploy(service.file)
     assert set(service.containers(running=True)) == {"p0", "p1", "d0", "c0"}
     assert service.lab.hosts["b"].run(["docker", "ps", "-aq"]).stdout == ""
+    body = {"model": "qwen", "max_tokens": 5, "prompt": "hello"}
+    async with httpx.AsyncClient(timeout=60) as client:
+        for headers, status in (({}, 401), ({"Authorization": f"Bearer {KEY}"}, 200)):
+            url = f"{service.url}/v1/completions"
+            answer = await client.post(url, json=body, headers=headers)
+            assert answer.status_code == status
+    everywhere = "ps -eo args; find /var/lib/pd-deploy -type f -exec cat {} +"
+    shown = host.run(["sh", "-c", everywhere]).stdout + json.dumps(service.containers())
+    assert secrets in shown
+    assert KEY not in shown
 
 
 async def test_upstreams_own_values_bring_a_service_up(service: Service) -> None:
