@@ -16,17 +16,19 @@ ROUTER = vllm.HOME / "sglang-router"
 _PACKAGES = "usr/local/lib/python3.11/dist-packages"
 
 
-def server_args() -> str:
-    """Write the source that adds the options, as the original has it: who asks the image reads it
-    there."""
-    table = json.loads((STANDIN / "sglang/options.json").read_text())
-    calls = [
-        "        parser.add_argument(\n"
-        + "".join(f"            {json.dumps(name)},\n" for name in row["names"])
-        + "        )\n"
-        for row in table
-    ]
-    return "class ServerArgs:\n    @staticmethod\n    def add_cli_args(parser):\n" + "".join(calls)
+def sources() -> dict[str, bytes]:
+    """Return what is installed of the stand-in, and what of the original is read of who asks an
+    image: its version, and the source that adds the options."""
+    files = {
+        str(path.relative_to(STANDIN)): path.read_bytes()
+        for path in sorted(STANDIN.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    version = IMAGE_TAG.removeprefix("v")
+    described = f"Metadata-Version: 2.1\nName: {IMAGE}\nVersion: {version}\n"
+    files[f"{IMAGE}-{version}.dist-info/METADATA"] = described.encode()
+    files[f"{IMAGE}/srt/server_args.py"] = _server_args().encode()
+    return files
 
 
 def prepare_router(say: vllm.Say) -> None:
@@ -41,11 +43,17 @@ def push(lab: Lab, say: vllm.Say = lambda _: None) -> str:
     It lies over the packages of vLLM's image, which a lab may have made already.
     """
     prepare_router(say)
-    files = {
-        f"{_PACKAGES}/{path.relative_to(STANDIN)}": path.read_bytes()
-        for path in sorted(STANDIN.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    files[f"{_PACKAGES}/sglang/srt/server_args.py"] = server_args().encode()
+    files = {f"{_PACKAGES}/{path}": content for path, content in sources().items()}
     tree = images.tar_files(files)
     return lab.push_packages(IMAGE, IMAGE_TAG, vllm.IMAGE_PACKAGES, tree=tree, say=say)
+
+
+def _server_args() -> str:
+    table = json.loads((STANDIN / "sglang/options.json").read_text())
+    calls = [
+        "        parser.add_argument(\n"
+        + "".join(f"            {json.dumps(name)},\n" for name in row["names"])
+        + "        )\n"
+        for row in table
+    ]
+    return "class ServerArgs:\n    @staticmethod\n    def add_cli_args(parser):\n" + "".join(calls)

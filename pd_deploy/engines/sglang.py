@@ -170,13 +170,13 @@ def image_findings(
 
     Not where it is another server: of the file's own source code, or of a Python of its own.
     """
-    known = facts.flags.get(SERVER, ()) if facts else ()
     options = deployment.sglang
-    if not known or deployment.own_code or options is None:
+    if facts is None or deployment.own_code or options is None:
         return
-    if shlex.split(options.command)[:1] not in _ASKED:
+    known = facts.flags.get(SERVER, ())
+    if not known or shlex.split(options.command)[:1] not in _ASKED:
         return
-    version = facts.packages.get("sglang", "") if facts else ""
+    server = f"sglang {facts.packages['sglang']}" if "sglang" in facts.packages else "its sglang"
     for pod in topology.pods:
         for name, given in routed.dashed(pod.master.settings.arguments).items():
             # Its parser takes unambiguous beginnings of names, and `no-` of some.
@@ -184,7 +184,7 @@ def image_findings(
             if given is not False and not any(word.startswith(words) for word in known):
                 near = difflib.get_close_matches(words[0], known, n=1)
                 message = (
-                    f"expected an option of the image's server (sglang {version}), found none of "
+                    f"expected an option that the image's server ({server}) takes, found none of "
                     "this name" + (f"; is it {near[0].removeprefix('--')}?" if near else "")
                 )
                 yield "image-options", Problem(f"{pod.key}.arguments.{name}", message)
