@@ -14,6 +14,8 @@ _PACKAGES = "usr/local/lib/python3.11/dist-packages"
 _SOURCES = "workspace/omniinfer"
 _LAUNCHER = f"{_SOURCES}/tools/scripts/start_api_servers.py"
 
+AGE_OF_TREE = "STANDIN_AGE"  # at the top of a source tree
+
 Files = dict[str, str | bytes | None]  # path in the image → content, or None where it is removed
 
 
@@ -203,7 +205,8 @@ def layer(name: str) -> Files:
 
 
 def sources(name: str) -> Files:
-    """List the source tree of a contract's image, by path in it: what developers check out.
+    """List the source tree of a contract's image, by path in it: what developers check out. Its
+    code goes by its own age in whichever image it is mounted.
 
     Raises:
         LabError: there is no such contract.
@@ -220,10 +223,10 @@ def sources(name: str) -> Files:
             p: c for p, c in files.items() if not any(f"{p}/".startswith(f"{g}/") for g in gone)
         }
         files = kept | {path: content for path, content in change.items() if content is not None}
-    below = f"{_SOURCES}/"
-    return {
-        p[len(below) :]: c for p, c in files.items() if p.startswith(below) and "/.git/" not in p
-    }
+    below, of = f"{_SOURCES}/", CONTRACTS[name]
+    tree = {p[len(below) :]: c for p, c in files.items() if p.startswith(below)}
+    checked_out = {path: content for path, content in tree.items() if not path.startswith(".git/")}
+    return {**checked_out, AGE_OF_TREE: f"{of.engine} {of.built}\n"}
 
 
 def build(name: str, tag: str, faults: Mapping[str, object]) -> Files:

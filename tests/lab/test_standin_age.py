@@ -1,4 +1,5 @@
-"""What the stand-in does differently by the date of its image: the meaning of kv_parallel_size."""
+"""What the stand-in does differently by the date of its image, or of a source tree in its place:
+the meaning of kv_parallel_size, the options of launcher and proxy."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from pd_deploy.lab.standin.processes import STANDIN, Instance, StandinSet, hand_over, standin_set
+from pd_deploy.lab import contracts
+from pd_deploy.lab.standin.processes import (
+    PYTHON,
+    STANDIN,
+    Instance,
+    StandinSet,
+    hand_over,
+    standin_set,
+)
+from tests.lab.proxies import fill_root, run_proxy, set_age
 
 PROMPT = {"model": "qwen", "max_tokens": 20, "prompt": "how are you?"}
 NUMBERS = PROMPT | {"prompt": "5, 7, 9, 11,", "max_tokens": 5}
@@ -54,7 +64,7 @@ def test_old_images_want_the_prefill_pods_and_one(tmp_path: Path, value: int) ->
             assert instances[name].exit_code() == 0
             log = instances[name].log()
             assert f"refused [kv-parallel-size, contract 1.4]: {RULE}" in log
-            assert f"expected 2 in an image of {BEFORE}, found {value}" in log
+            assert f"expected 2 in code of {BEFORE}, found {value}" in log
 
 
 RULE = "kv_parallel_size is not the number of prefill pods + 1"
@@ -125,3 +135,76 @@ def test_a_date_that_is_none_is_refused(tmp_path: Path) -> None:
         instances["p0"].start()
         assert instances["p0"].exit_code() == 1
         assert "refused [built, contract -]" in instances["p0"].launcher_log()
+
+
+# A source tree of another age than the image's, as somebody may mount it
+
+
+EARLY, LATE = "2025-07-22", "2026-03-26"
+NEWER_OPTION = ["--load-format", "auto"]
+
+
+@pytest.fixture
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The sources of a contract's image, beside the stand-in's engine."""
+    directory = tmp_path / "other"
+    tree = directory / "workspace/omniinfer"
+    for path, content in contracts.sources(request.param).items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_bytes(content.encode() if isinstance(content, str) else content or b"")
+    (directory / "usr").symlink_to(STANDIN / "image/usr")
+    return tree
+
+
+def runs(instance: Instance, tree: Path) -> None:
+    """Let an instance run the code of a tree."""
+    instance.launcher = [PYTHON, "-S", str(tree / "tools/scripts/start_api_servers.py")]
+    instance.env["PYTHONPATH"] = str(tree)
+
+
+early = pytest.mark.parametrize("tree", ["v0-early"], indirect=True)
+late = pytest.mark.parametrize("tree", ["v0"], indirect=True)
+
+
+@early
+def test_an_older_tree_in_a_newer_image_takes_what_was_taken_then(
+    tmp_path: Path, tree: Path
+) -> None:
+    with standin_set(tmp_path / "set", prefills=1, built=LATE) as instances:
+        prefill = instances["p0"]
+        runs(prefill, tree)
+        prefill.kv["kv_parallel_size"] = 8
+        prefill.start()
+        assert prefill.exit_code() == 0
+        assert f"expected 2 in code of {EARLY}, found 8" in prefill.log()
+        prefill.extra += NEWER_OPTION
+        prefill.start()
+        assert prefill.exit_code() == 2
+        assert "unrecognized arguments: --load-format" in prefill.launcher_log()
+
+
+@late
+def test_a_newer_tree_in_an_older_image_takes_what_is_taken_now(tmp_path: Path, tree: Path) -> None:
+    with standin_set(tmp_path / "set", prefills=1, built=EARLY) as instances:
+        prefill = instances["p0"]
+        runs(prefill, tree)
+        prefill.kv["kv_parallel_size"] = 8
+        prefill.extra += NEWER_OPTION
+        prefill.start()
+        prefill.wait_for(lambda: "Starting to load model" in prefill.log(), "load")
+        assert "omni 0.7.1 from" in prefill.log()
+
+
+@pytest.mark.parametrize(
+    ("tree", "image", "code"), [("v0-early", LATE, 1), ("v0", EARLY, 0)], indirect=["tree"]
+)
+def test_the_proxy_of_a_tree_takes_the_options_of_its_age(
+    tmp_path: Path, tree: Path, image: str, code: int
+) -> None:
+    root = tmp_path / "root"
+    fill_root(root)
+    set_age(root, image)
+    script = tree / "omni/accelerators/sched/global_proxy/global_proxy.sh"
+    lists = ["--prefill-servers-list", "10.0.0.1:9000", "--decode-servers-list", "10.0.0.2:9100"]
+    done = run_proxy(script, root, "--dry-run", *lists, "--access-log-file", "/x")
+    assert done.returncode == code, done.stderr

@@ -21,6 +21,7 @@ sys.path.insert(0, str(next(top / ASCEND for top in ABOVE if (top / ASCEND / "st
 from standin import age  # noqa: E402
 
 TERMINATE_SECONDS = 5.0
+age.follow(__file__)
 try:
     CONTRACT = age.contract()
     COUNTS_UP = CONTRACT != "v0" or age.has("launcher-options")  # the newer search for free ports

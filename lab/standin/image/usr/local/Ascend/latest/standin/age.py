@@ -1,4 +1,8 @@
-"""This image's age: its contract, and the day on which it was built."""
+"""The age of what runs: a contract, and the day on which it was built.
+
+It is the image's, but for code that lies in a source tree with an age of its own, as one that
+somebody has checked out and mounted over the image's: such code is of the tree's age.
+"""
 
 from datetime import date
 from pathlib import Path
@@ -7,6 +11,19 @@ from typing import Any
 from standin.rules import RULES, Refusal, host_path
 
 _DIRECTORY = "/usr/local/Ascend/latest/standin"
+_OF_TREE = "STANDIN_AGE"  # at the top of a source tree: a contract and a day
+_tree: dict[str, str] = {}
+
+
+def follow(file: str) -> None:
+    """Take the age of the source tree that a file lies in from now on, if that has one of its own.
+
+    What a tree brings decides: its launcher goes by it, the engine by the package that it imports.
+    """
+    marks = (directory / _OF_TREE for directory in Path(file).resolve().parents)
+    mark = next((mark for mark in marks if mark.is_file()), None)
+    if mark:
+        _tree.update(zip(("contract", "built"), mark.read_text().split(), strict=True))
 
 
 def contract() -> str:
@@ -15,14 +32,14 @@ def contract() -> str:
     Raises:
         Refusal: the file `contract` names none of these.
     """
-    name = _file("contract").read_text().strip()
+    name = _tree.get("contract") or _file("contract").read_text().strip()
     if name not in ("v0", *RULES["later"]["contracts"]):
         raise Refusal("contract", repr(name))
     return name
 
 
 def table(name: str) -> dict[str, Any]:
-    """Return a table of rules.json as this image's contract has it."""
+    """Return a table of rules.json as the contract has it."""
     if contract() == "v0":
         return RULES[name]
     later, mine = RULES["later"], RULES["later"]["contracts"][contract()]
@@ -30,12 +47,12 @@ def table(name: str) -> dict[str, Any]:
 
 
 def value(name: str) -> Any:
-    """Return a single value of rules.json as this image's contract has it."""
+    """Return a single value of rules.json as the contract has it."""
     return (RULES if contract() == "v0" else RULES["later"])[name]
 
 
 def has(change: str) -> bool:
-    """Tell whether the image was built on or after the day of a change named in rules.json.
+    """Tell whether it was built on or after the day of a change named in rules.json.
 
     Raises:
         Refusal: the file `built` holds no ISO date.
@@ -44,14 +61,14 @@ def has(change: str) -> bool:
 
 
 def built() -> date:
-    """Return the day on which the image was built.
+    """Return the day on which it was built.
 
     Raises:
         Refusal: the file `built` holds no ISO date.
     """
     file = _file("built")
     try:
-        return date.fromisoformat(file.read_text().strip())
+        return date.fromisoformat(_tree.get("built") or file.read_text().strip())
     except (OSError, ValueError) as error:
         raise Refusal("built", f"{file}: {error}") from None
 

@@ -222,7 +222,7 @@ def _check_kv_parallel_size(kv: dict, prefill_pods: int) -> None:
         found, day = kv["kv_parallel_size"], age.built()
         raise Refusal(
             "kv-parallel-size",
-            f"expected {prefill_pods + 1} in an image of {day}, found {found}",
+            f"expected {prefill_pods + 1} in code of {day}, found {found}",
         )
 
 

@@ -27,20 +27,21 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(number, lambda *_: os._exit(0))
     arguments = options.parse(sys.argv[1:] if argv is None else argv)
     try:
-        _run(arguments, Environment())
+        # vLLM itself is the image's; all that follows goes by the code that is imported.
+        config = arguments.kv_transfer_config
+        revision = plugin.load(config.get("kv_connector") if isinstance(config, dict) else "")
+        _run(arguments, Environment(), revision)
     except Refusal as refusal:
         print(refusal, file=sys.stderr, flush=True)
         sys.exit(1)
 
 
-def _run(arguments: argparse.Namespace, env: Environment) -> None:
+def _run(arguments: argparse.Namespace, env: Environment, revision: str) -> None:
     faults = Faults(env.instance)
     settings = faults.now()
     if settings["crash_after"] is not None:
         death.crash_after(settings["crash_after"], settings["exit_code"])
     by_ranktable = age.contract() == "v0"
-    config = arguments.kv_transfer_config
-    revision = plugin.load(config.get("kv_connector") if isinstance(config, dict) else "")
     instance = (resolve if by_ranktable else ondemand.resolve)(arguments, env)
     if by_ranktable:
         npu.check_addresses(instance.devices)

@@ -5,6 +5,7 @@ another age registers other connectors than the engine is asked for.
 """
 
 import importlib
+import importlib.util
 import sys
 import traceback
 import types
@@ -30,19 +31,20 @@ class KVConnectorFactory:
 
 
 def load(connector: str) -> str:
-    """Load the package and return its revision, which answers tell.
+    """Load the package and return its revision, which answers tell; the engine is of its age.
 
     Raises:
         Refusal: there is none, or it does not register this connector.
     """
-    if ROOT != Path("/"):
-        return ""  # a process without an image of its own: Python has nothing installed there
     name = "omni" if age.contract() == "v0" else "omni_npu"
+    if ROOT != Path("/") and importlib.util.find_spec(name) is None:
+        return ""  # a process without an image of its own: Python has nothing installed there
     _offer_factory()
     try:
         package: Any = importlib.import_module(name)
     except Exception as error:
         raise Refusal("plugin", f"{name} can't be imported: {error!r}") from None
+    age.follow(package.__file__)
     try:
         package.register()
     except Exception:
