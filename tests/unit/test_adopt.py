@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.flows.teardown import teardown
 from pd_deploy.hosts import exec_processes
-from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL
+from pd_deploy.hosts.container_values import DEPLOYMENT_LABEL, ListedContainer
+from pd_deploy.records.adopted import AdoptedContainer, AdoptedService
+from pd_deploy.records.releases import History, Record
 from pd_deploy.records.status import Verdict
+from pd_deploy.records.status import status as judge
 from pd_deploy.steps.verify.looking import HEALTHY
 from tests.memory.machine import Container, Faults
 from tests.memory.playbook import Workbench
@@ -209,6 +213,27 @@ def test_status_tells_by_its_exit_code_how_an_adopted_service_serves(
     assert look.status.verdict == verdict
     assert found in look.status.state
     assert "does not run" not in look.status.state
+
+
+def test_an_adopted_pod_over_hosts_serves_as_a_whole_or_not_at_all() -> None:
+    names = {"p0": "prefill", "d0a": "decode", "d0b": "decode", "c0": "proxy"}
+    containers = [
+        AdoptedContainer(
+            instance=name, role=role, pod=name[:2], host="10.0.0.1", name=name, id=name, image="i"
+        )
+        for name, role in names.items()
+    ]
+    service = AdoptedService(
+        when=datetime.now(UTC), by="me", containers=tuple(containers), port=7000, model="qwen"
+    )
+    history = History(Record(adopted=service), {}, frozenset())
+
+    def verdict(*running: str) -> Verdict | None:
+        listed = [ListedContainer(name, name, {}, "running", "i") for name in running]
+        return judge("qwq-3p1d", history, {"10.0.0.1": listed}, {}).verdict
+
+    assert verdict(*names) == Verdict.SERVING
+    assert verdict("p0", "d0a", "c0") == Verdict.DOWN
 
 
 def test_the_commands_know_an_adopted_service(
