@@ -3,7 +3,10 @@
 import asyncio
 import json
 import re
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,13 @@ from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.flows.teardown import teardown
 from pd_deploy.lab import contracts
-from tests.e2e.conftest import Service, until
+from tests.e2e.conftest import BIN, Service, until
 from tests.e2e.patient_clients import REFUSED, PatientClients
 
 # By a tolerance that a busy machine does not exceed.
 LOAD = {"requests": 20, "concurrency": 10, "input_length": 300, "output_length": 8, "tolerance": 5}
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
+WATCHING = "Ctrl-C ends that"
 
 
 async def run(flow: Any, service: Service, **parameters: object) -> State[None]:
@@ -63,6 +67,22 @@ def own_code(tree: Path) -> Path:
         (tree / path).write_bytes(content.encode() if isinstance(content, str) else content or b"")
     (tree / "omni/__init__.py").write_text(PLUGIN)
     return tree
+
+
+@contextmanager
+def watched(service: Service) -> Iterator[Path]:
+    """`pd-deploy deploy --watch`, and what it prints; ended by Ctrl-C while it waits."""
+    output = service.path.with_suffix(".log")
+    command = [f"{BIN}/pd-deploy", "deploy", service.file, "--watch"]
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield output
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0, output.read_text()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def revisions(service: Service) -> set[str]:
@@ -315,10 +335,14 @@ class TestRollback:
         assert state.is_completed(), state.message
         first = service.record()["serving"]
         assert revisions(service) == {"mine"}
-        (tree / "omni/__init__.py").write_text(PLUGIN.replace("mine", "changed"))
-        service.change(code={"source": "omniinfer"})
-        await deploy(service.file)
-        assert revisions(service) == {"changed"}
+        with watched(service) as output:
+            until(lambda: output.read_text().count(WATCHING) == 1, 60)
+            assert service.record()["serving"] == first
+            # Mounted from now on.
+            service.change(code={"source": "omniinfer"})
+            (tree / "omni/__init__.py").write_text(PLUGIN.replace("mine", "changed"))
+            until(lambda: output.read_text().count(WATCHING) > 1, 120)
+        assert revisions(service) == {"changed"}, output.read_text()
         state = await run(rollback, service, generation="9-00000000")
         assert "expected 9-00000000 among the kept generations" in str(state.message)
         assert first in str(state.message)
