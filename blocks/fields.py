@@ -84,7 +84,7 @@ class SecretFields(BaseModel):
     """Prefect's own block for one secret, such as an API key."""
 
     slug: ClassVar = "secret"
-    command: ClassVar = "prefect block create secret`, which opens its form, named `"
+    command: ClassVar = ""  # `prefect block create secret` opens its form in the UI
 
     value: SecretStr
 

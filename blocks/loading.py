@@ -127,14 +127,10 @@ async def _by_prefect(kind: type[F], name: str, key: str) -> F:
     except json.JSONDecodeError:
         raise  # what answers is no Prefect server
     except ValueError as error:
-        raise InvalidInput(
-            [
-                Problem(
-                    key,
-                    f"expected a block {kind.slug}/{name}, found none; create it in the UI under "
-                    f"Blocks, or with `{kind.command} {name}`",
-                )
-            ]
-        ) from error
+        by_command = f", or with `{kind.command} {name}`" if kind.command else ""
+        message = (
+            f"expected a block {kind.slug}/{name}, found none; create it in the UI under Blocks"
+        )
+        raise InvalidInput([Problem(key, f"{message}{by_command}")]) from error
     assert isinstance(block, kind)
     return block

@@ -25,16 +25,19 @@ async def test_unknown_blocks_of_both_kinds_are_told_at_once(
             "registry": {"credentials": "one"},
             "ssh": {"credentials": "two"},
             "hosts": {"a": {"address": "10.0.0.1", "ssh": {"credentials": "three"}}},
+            "api_key": {"credentials": "four"},
         }
     )
     with pytest.raises(InvalidInput) as caught:
-        async with opening.open_session(deployment):
+        async with opening.open_session(deployment, with_key=True):
             pass
     assert {problem.key for problem in caught.value.problems} == {
         "ssh.credentials",
         "hosts.a.ssh.credentials",
         "registry.credentials",
+        "api_key.credentials",
     }
+    assert "expected a block secret/four, found none" in str(caught.value)
     for command in ("credentials registry one", "credentials ssh two", "credentials ssh three"):
         assert f"pd-deploy {command}" in str(caught.value)
 
