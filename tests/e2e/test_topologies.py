@@ -10,7 +10,9 @@ from prefect.blocks.system import Secret
 
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
-from tests.e2e.conftest import Service
+from pd_deploy.flows.health import health
+from tests.e2e.conftest import Service, long
+from tests.e2e.patient_clients import PatientClients
 
 OVER_TWO_HOSTS: dict[str, Any] = {
     "profile": "deepseek-r1-a3-2p1d",
@@ -122,6 +124,28 @@ async def test_every_server_of_an_instance_must_be_healthy(service: Service, ins
     assert state.is_failed()
     assert f"instance {instance}" in str(state.message)
     assert not service.port_open()
+
+
+@long
+async def test_clients_of_two_proxies_lose_nothing_and_one_is_mended_alone(
+    service: Service,
+) -> None:
+    """Requests are held at both while all servers are replaced; then one proxy is killed."""
+    service.change(proxy={"c0": {"hold": 50}, "c1": {"host": "b", "hold": 50}})
+    await deploy(service.file)
+    service.change(settings={"all": {"environment": {"EXAMPLE": "1"}}})
+    urls = [f"http://{host.address}:7000" for host in service.lab.hosts.values()]
+    with PatientClients(urls[0]) as first, PatientClients(urls[1]) as second:
+        state = await deploy(service.file, return_state=True)
+    assert [held for held in ("c0 held", "c1 held") if held not in str(state.message)] == []
+    for clients in (first, second):
+        assert [kept.lost for kept in clients.kept.values()] == [[], [], []]
+        assert sum(kept.refused for kept in clients.kept.values()) == 0
+    before = started(service)
+    service.lab.hosts["b"].run(["docker", "kill", service.containers()["c1"]["Id"]])
+    mended = await health(service.file, return_state=True)
+    assert mended.name == "Mended"
+    assert [name for name, when in started(service).items() if when != before[name]] == ["c1"]
 
 
 def ranks(service: Service, host: str, instance: str) -> list[str]:
