@@ -43,7 +43,7 @@ def set_of_three(lab: Lab, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
 
 
 @long
-async def test_deploy_an_upgrade_that_loses_no_request_a_server_that_fails_and_teardown(
+async def test_deploy_an_upgrade_that_loses_no_request_what_fails_and_teardown(
     set_of_three: Service,
 ) -> None:
     """In one test, because most of the time goes by before the router listens."""
@@ -70,6 +70,13 @@ async def test_deploy_an_upgrade_that_loses_no_request_a_server_that_fails_and_t
     assert "tp_size must be divisible by attn_dp_size" in str(state.message)
     assert "The service is back on generation 2-" in str(state.message)
     assert epochs(service) == {"2"}
+
+    before = service.states()
+    service.change(settings={"decode": {"arguments": {"no-such-option": 1}}})
+    state = await deploy(service.file, return_state=True)
+    assert state.is_failed()
+    assert "an option that the image's server (sglang 0.5.23) takes" in str(state.message)
+    assert service.states() == before
 
     state = await teardown(service.file, "lab-sglang-2p1d", return_state=True)
     assert state.is_completed(), state.message
