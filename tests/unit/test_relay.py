@@ -47,7 +47,9 @@ class Proxy:
         await self.says(text)
 
     async def stops(self) -> int:
-        self.process.send_signal(signal.SIGINT)
+        # Not SIGINT: tests that run in the background of a shell have that ignored, and their
+        # children can't trap it.
+        self.process.terminate()
         return await self.ended()
 
     async def ended(self) -> int:
