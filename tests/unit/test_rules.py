@@ -1,5 +1,7 @@
 """What breaks a rule is refused by its name, wherever it comes from, unless the file allows it."""
 
+import functools
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -395,16 +397,20 @@ class TestProfiles:
     def test_that_comes_with_us_has_an_example_that_renders(
         self, name: str, compat: str | None
     ) -> None:
-        files = [
-            path
-            for path in (example.ROOT / "deployments").glob("*.yaml")
-            if load_deployment(path).profile == name
-        ]
-        assert files
-        for path in files:
+        assert name in examples()
+        for path in examples()[name]:
             plan = example.plan_of(path, {"compat": compat})
             assert plan.roles
             assert all(host.instances for host in plan.hosts.values())
+
+
+@functools.cache
+def examples() -> dict[str, list[Path]]:
+    """The deployment files that come with us, by their profiles."""
+    files = defaultdict(list)
+    for path in (example.ROOT / "deployments").glob("*.yaml"):
+        files[load_deployment(path).profile].append(path)
+    return dict(files)
 
 
 def test_the_last_port_is_65535() -> None:
