@@ -26,7 +26,7 @@ from tests.memory.machine import Faults
 from tests.memory.world import INSTANCES, ROOT, Outcome, Reports, World
 from tests.samples import sampled
 
-EVERY = 83
+EVERY = 113
 """A sample of a run's moments; a prime, so that each way to end one meets calls of all kinds."""
 WAYS = ("cancelled", "everything cancelled", "connection lost", "refused", "hangs")
 
