@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ class Playbook:
         Args:
             secrets: further variables of the servers' processes.
         """
-        for host, instance, made in self:
-            self._run_docker(host, instance, made["container"])
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(lambda each: self._run_docker(*each), self):
+                pass
         for host, planned in self.plan["hosts"].items():
             for file in planned["ranktables"]["files"]:
                 self._write(self.lab.hosts[host], self._here(file["path"]), file["content"])
@@ -73,8 +75,9 @@ class Playbook:
         for host, instance, made in sorted(self, key=lambda each: "cdp".index(each[1][0])):
             self._exec(host, instance, made["command"], secrets)
 
-    def _run_docker(self, host: LabHost, instance: str, made: Mapping[str, Any]) -> None:
+    def _run_docker(self, host: LabHost, instance: str, planned: Mapping[str, Any]) -> None:
         """As `docker_run_cmd` does; privileged and with 500 GB shared memory where the lab can."""
+        made = planned["container"]
         options = ["-it", f"--shm-size={made['shm_size']}", f"--privileged={made['privileged']}"]
         options += ["-e", f"CODE_PATH={CODE}", "-e", f"RANKTABLE_SAVE_PATH={RANKTABLES}"]
         options += ["-e", f"LOG_PATH={LOGS}", "--net=host", "-u", "root", "-w", "/data"]
@@ -141,6 +144,11 @@ class Playbook:
             arguments, *environment = host.run(argv).stdout.splitlines() or [""]
             found[instance] = arguments, sorted(environment)
         return found
+
+    def logs(self) -> str:
+        """The ends of all its logs."""
+        tail = f"find {LOGS} -type f -exec tail -vn 15 {{}} +"
+        return "\n".join(h.run(["sh", "-c", tail]).stdout for h in self.lab.hosts.values())
 
     def clean(self) -> None:
         """What the tag clean_up does, and the directories."""

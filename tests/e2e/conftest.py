@@ -12,21 +12,27 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from bench.lab_service import LabService, write_file
 from demo.processes import Processes
 from demo.services import DEPLOY_LAB
+from pd_deploy.cli import planned
 from pd_deploy.cli.local_http import is_healthy
 from pd_deploy.cli.local_server import LocalServer
+from pd_deploy.config.load import load_deployment
 from pd_deploy.flows import deployment_file
-from pd_deploy.lab import Lab
+from pd_deploy.lab import Lab, LabHost
 from tests import prefect_settings
+from tests.playbook import NAMES, Playbook
 from tests.samples import ALL
 
 long = pytest.mark.skipif(not ALL, reason="long: runs with `make test-all`")
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"
+SECRET = "hf_0123456789abcdef0123456789abcdef01"
+"""In the environment of the playbook's servers."""
 
 
 @pytest.fixture(scope="session")
@@ -213,6 +219,34 @@ def service(lab: Lab, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
         yield service
     finally:
         service.clean()
+
+
+@pytest.fixture
+def playbook(service: Service) -> Iterator[Playbook]:
+    """The playbook's service on the lab, which serves, under the names that the file implies."""
+    # Upstream's launcher, as it is, takes no port on which connections of another test are in
+    # TIME_WAIT, for a minute: so these are ports that no other tests use.
+    service.change(container={"stop_timeout": 10, "names": NAMES}, ports={"api": 9300})
+    upstream = service.path.with_name("upstream.yaml")
+    document = yaml.safe_load(service.path.read_text()) | {"name": "qwq-3p1d"}
+    upstream.write_text(yaml.safe_dump({**document, "compat": "upstream"}))
+    plan = planned.of(load_deployment(upstream), None).require_plan(of_all=True)
+    playbook = Playbook(service.lab, plan.model_dump(mode="json"), service.lab.image)
+    try:
+        until(lambda: not any(map(_sockets, service.lab.hosts.values())), 90)
+        playbook.start(HF_TOKEN=SECRET)
+        try:
+            until(service.completes, 120)
+        except AssertionError as late:
+            raise AssertionError(f"{late}\n{playbook.logs()}") from None
+        yield playbook
+    finally:
+        playbook.clean()
+
+
+def _sockets(host: LabHost) -> str:
+    """What is left of connections to the servers of the playbook's."""
+    return host.run(["ss", "-Htan", "sport >= :9300 and sport <= :9410"]).stdout
 
 
 def until(condition: Callable[[], object], timeout: float = 30) -> None:

@@ -17,14 +17,22 @@ from prefect.client.schemas.objects import State
 
 from bench.client import Client
 from bench.lab_service import INSTANCES
+from pd_deploy.blocks.opening import open_session
+from pd_deploy.cli import adopt, execute
+from pd_deploy.config.load import load_deployment
+from pd_deploy.config.models import Deployment
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.prune import prune
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.flows.teardown import teardown
 from pd_deploy.lab import contracts
-from tests.e2e.conftest import BIN, Service, until
+from pd_deploy.records.status import Verdict
+from pd_deploy.steps.verify import looking
+from pd_deploy.steps.verify.looking import HEALTHY, Look
+from tests.e2e.conftest import BIN, SECRET, Service, until
 from tests.e2e.patient_clients import REFUSED, PatientClients
+from tests.playbook import Playbook
 
 # By a tolerance that a busy machine does not exceed.
 LOAD = {"requests": 20, "concurrency": 10, "input_length": 300, "output_length": 8, "tolerance": 5}
@@ -58,6 +66,33 @@ def register():
 
     register_connectors()
 """
+
+
+async def take_over(service: Service) -> None:
+    """Adopt what the playbook has started, and look into it: a server that dies there is noticed,
+    though its container runs on."""
+    deployment = load_deployment(service.path)
+    said = await adopt.adopted(deployment, service.path, {}, yes=False)
+    assert "differs  gpu_memory_utilization 0.88 → 0.65" in said
+    taken = await adopt.adopted(deployment, service.path, {}, yes=True)
+    assert "generation 0 (adopted) is 5 containers, port 7000" in taken
+    assert SECRET not in f"{said}{taken}"
+    look = await looked_at(deployment)
+    assert look.status.verdict == Verdict.SERVING
+    assert {i.name: (i.container, i.health) for i in look.instances} == dict.fromkeys(
+        INSTANCES, ("running", HEALTHY)
+    )
+    await execute.executed(deployment, "p1", ["sh", "-c", "kill -9 -1"], lambda *_: None)
+    look = await looked_at(deployment)
+    (p1,) = (i for i in look.instances if i.health != HEALTHY)
+    assert (p1.name, p1.container) == ("p1", "running")
+    assert look.status.verdict == Verdict.DEGRADED
+
+
+async def looked_at(deployment: Deployment) -> Look:
+    """What `pd-deploy status` sees."""
+    async with open_session(deployment) as session:
+        return await looking.look(session)
 
 
 def own_code(tree: Path) -> Path:
@@ -354,22 +389,35 @@ class TestRollback:
 
 
 class TestPruning:
-    async def test_the_last_good_ones_stay_and_the_rest_goes(self, service: Service) -> None:
-        """Containers, files, logs and names of images; the youngest stays whatever became of it."""
+    async def test_the_last_good_ones_stay_and_the_rest_goes(
+        self, service: Service, playbook: Playbook
+    ) -> None:
+        """Containers, files, logs and names of images; the youngest stays whatever became of it,
+        and what was adopted until that is asked for."""
+        await take_over(service)
         service.change(keep=2)
         for number in range(1, 6):
             service.change(settings={"all": {"environment": {"EXAMPLE": str(number)}}})
             await deploy(service.file)
-        kept = service.generations()
+        *kept, of_adopted = service.generations()
         assert [name.partition("-")[0] for name in kept] == ["3", "4", "5"]
+        assert of_adopted == "adopted"
         for host in service.lab.hosts.values():
             tags = host.run(["docker", "images", "--format", "{{.Repository}}:{{.Tag}}"]).stdout
             ours = [tag.rpartition(":")[2] for tag in tags.split() if tag.startswith("pd-deploy/")]
             assert sorted(ours) == kept
-            logs = host.run(["sh", "-c", "ls /data/log_path/*"]).stdout.split()
+            logs = host.run(["ls", "/data/log_path/qwq-3p1d"]).stdout.split()
             assert sorted(logs) == kept
         state = await run(prune, service)
         assert "nothing to remove" in str(state.message)
+        serving = service.states()
+        assert set(playbook.states().values()) == {"exited"}
+        state = await run(prune, service, adopted=True)
+        assert state.is_completed(), state.message
+        assert set(playbook.states().values()) == {"gone"}
+        for host in service.lab.hosts.values():
+            assert host.run(["ls", "/var/lib/pd-deploy/qwq-3p1d/adopted"], check=False).returncode
+        assert service.states() == serving
 
     async def test_a_host_that_left_the_file_is_cleaned(self, service: Service) -> None:
         """And used again when a generation that ran there comes back."""
