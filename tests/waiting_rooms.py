@@ -33,8 +33,19 @@ class Room:
 
     async def counts(self) -> dict[str, Any]:
         """What it says when it has left the port."""
-        counts: dict[str, Any] = json.loads((await self.line()).removeprefix(program.CLOSED))
+        counts: dict[str, Any] = json.loads(await self.says(program.CLOSED))
         return counts
+
+    async def takes_port(self) -> None:
+        """Have it take the port, and wait until it has it, or tries to."""
+        self.tell("SIGUSR1")
+        await self.says(program.TAKING)
+
+    async def says(self, text: str) -> str:
+        """Wait for a line that begins so; return the rest of it."""
+        while not (line := await self.line()).startswith(text):
+            assert line, f"ended before it said {text!r}"
+        return line.removeprefix(text)
 
     async def ended(self) -> int:
         return await asyncio.wait_for(self.process.wait(), PATIENCE_S)
@@ -62,8 +73,7 @@ async def room(**options: Any) -> AsyncIterator[Room]:
 async def open_room(**options: Any) -> AsyncIterator[Room]:
     """A room that has its port."""
     async with room(**options) as made:
-        made.tell("SIGUSR1")
-        await until_connected(made.port)
+        await made.takes_port()
         yield made
 
 

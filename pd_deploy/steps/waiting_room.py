@@ -24,7 +24,7 @@ from pd_deploy.records import generations
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import LockedSession, Session
-from pd_deploy.steps.waiting_room_program import CLOSED, READY
+from pd_deploy.steps.waiting_room_program import CLOSED, READY, TAKING
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _PYTHON = 'source ~/.bashrc >/dev/null 2>&1; exec "$(command -v python3 || comma
 READY_S = 60.0  # a container's first start on a busy disk; the old generation serves meanwhile
 CALL_S = 10.0  # what it is told during a cut-over
 LEAVES_S = 3.0
+TAKES_S = 1.0  # of a host that has other things to do; the old proxy serves meanwhile
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,13 @@ async def prepare(rollout: Rollout, instance: str) -> Report:
 
 async def take_port(rollout: Rollout, proxy: str) -> None:
     """Have a proxy's room take the port as soon as the old proxy, which is about to be stopped,
-    lets go of it: at once where the proxy's program shares its port."""
+    lets go of it: at once where the proxy's program shares its port. Return when it has, or tries
+    to."""
     if proxy in rollout.attempt.waiting_rooms:
         async with _harmless():
             await _signal(rollout, proxy, "SIGUSR1")
+            room = rollout.attempt.waiting_rooms[proxy]
+            await rollout.session.host_of(proxy).docker.wait_log(room, TAKING, TAKES_S)
 
 
 async def make_way(rollout: Rollout, proxy: str) -> None:

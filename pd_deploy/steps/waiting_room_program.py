@@ -26,6 +26,8 @@ from typing import Any
 
 SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGTERM")
 READY = "pd-deploy: waiting room ready"
+TAKING = "pd-deploy: waiting room takes the port"
+"""What it says once it has the port, where the old proxy shares it, or is about to take it."""
 CLOSED = "pd-deploy: waiting room closed "
 """What it says once it has left the port; the counts follow."""
 HEADER = "X-Pd-Deploy"
@@ -147,13 +149,19 @@ class WaitingRoom:
     async def _take(self) -> None:
         """Listen wherever the old proxy has let go of the port, from the first signal on."""
         await self._told["SIGUSR1"].wait()
-        while left := [a for a in self._addresses if a not in self._listeners]:
-            for address in left:
-                if listener := listening(address, self._port):
-                    self._listeners[address] = listener
-                    loop = asyncio.get_running_loop()
-                    loop.add_reader(listener, self._accept, listener)
+        self._listen()
+        say(TAKING)
+        while len(self._listeners) < len(self._addresses):
             await asyncio.sleep(TRY_AGAIN_S if self._listeners else BIND_EVERY_S)
+            self._listen()
+
+    def _listen(self) -> None:
+        for address in self._addresses:
+            if address in self._listeners:
+                continue
+            if listener := listening(address, self._port):
+                self._listeners[address] = listener
+                asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     async def _until_proxy_listens(self) -> None:
         while not listens_anywhere(self._port):  # noqa: ASYNC110

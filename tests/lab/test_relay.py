@@ -78,7 +78,7 @@ async def test_a_router_that_is_slow_to_listen_is_replaced_and_nobody_is_refused
         await old.goes_on(routed.OPENED)
         with PatientClients(f"http://{HERE}:{port}") as clients:
             await answered(clients)
-            held.tell("SIGUSR1")
+            await held.takes_port()
             assert await old.stops() == 0
             await new.goes_on(routed.PROVING)
             held.tell("SIGUSR2")

@@ -8,6 +8,7 @@ import asyncio
 import functools
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import AsyncIterator, Mapping
@@ -26,6 +27,7 @@ from tests.memory.machine import Container, Faults, Machine
 LOAD_S = 0.3
 STOP_S = 0.1
 PREPARE_S = 0.1
+TAKES_S = 0.3  # from when a waiting room is told to take the port until it listens
 ANYWHERE = "0.0.0.0"
 TOKENS = ("sun", "moon", "tree", "river", "stone", "bird", "cloud", "fire")
 KV_BYTES = 1024
@@ -222,6 +224,7 @@ class WaitingRoom(_Process):
         options = json.loads(container.config["Cmd"][-1])
         self.port = options["port"]
         self.signals: list[str] = []
+        self._takes_at, self._listens = math.inf, False
         if container.image.build.has_python:
             self.say(waiting_room.READY)
         else:
@@ -229,6 +232,9 @@ class WaitingRoom(_Process):
 
     def settle(self) -> None:
         super().settle()
+        if self.now() >= self._takes_at and not (self._listens or self._ends):
+            self._listens = True
+            self.say(waiting_room.TAKING)
         leaves = bool({"SIGHUP", "SIGTERM"}.intersection(self.signals))
         leaves = leaves or ("SIGUSR2" in self.signals and self._proxy_listens())
         if self.container.running and not self._ends and leaves:
@@ -237,6 +243,8 @@ class WaitingRoom(_Process):
             self.ends_in(0, 0)
 
     def signal(self, name: str) -> None:
+        if name == "SIGUSR1" and name not in self.signals:
+            self._takes_at = self.now() + TAKES_S
         self.signals.append(name)
         self.settle()
 
@@ -244,7 +252,7 @@ class WaitingRoom(_Process):
         return self.serving()
 
     def serving(self) -> set[tuple[str, int]]:
-        if self._ends or "SIGUSR1" not in self.signals:
+        if self._ends or not self._listens:
             return set()
         return {(self.machine.address, self.port)}
 
