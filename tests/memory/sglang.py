@@ -38,7 +38,7 @@ class Server(programs.Server):
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                options = _parser().parse_args(argv[argv.index("sglang.launch_server") + 1 :])
+                options = parser().parse_args(argv[argv.index("sglang.launch_server") + 1 :])
         except SystemExit:
             self.refuse(said.getvalue().splitlines()[-1], 2)
             return
@@ -159,13 +159,13 @@ def _refused(status: int, message: str) -> httpx.Response:
 
 
 @cache
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
     """The strict stand-in's, which was made from the real one."""
     spec = importlib.util.spec_from_file_location("options", lab.STANDIN / "sglang/options.py")
     assert spec
     assert spec.loader
     options = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(options)
-    parser = options.parser()
-    assert isinstance(parser, ArgumentParser)
-    return parser
+    made = options.parser()
+    assert isinstance(made, ArgumentParser)
+    return made

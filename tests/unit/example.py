@@ -15,7 +15,7 @@ from pd_deploy.config.topology import Topology
 from pd_deploy.config.yaml_files import merge
 from pd_deploy.engines.base import HostFacts, Layout, Service
 from pd_deploy.planning import placement, plans
-from pd_deploy.planning.plans import Plan
+from pd_deploy.planning.plans import Made, Plan
 from pd_deploy.records import releases
 from pd_deploy.records.releases import History
 
@@ -65,11 +65,19 @@ def for_engine(changes: Mapping[str, Any] | None = None, interface: str = INTERF
 
 def plan_of(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     """The plan of another file, with changes merged in."""
-    of = parse_deployment(merge(yaml_files.read(path), changes or {}))
-    made = placement.build(of)
+    return made(parse_deployment(merge(yaml_files.read(path), changes or {}))).plan
+
+
+def made(of: Deployment, history: History | None = None) -> Made:
+    """What is made of a deployment, by what its hosts would say."""
     return plans.make(
-        of, made, engines.get(of.engine), facts=facts(of), pinned_image=IMAGE, history=past()
-    ).plan
+        of,
+        placement.build(of),
+        engines.get(of.engine),
+        facts=facts(of),
+        pinned_image=IMAGE,
+        history=history or past(),
+    )
 
 
 def past(generations: Sequence[str] = ()) -> History:

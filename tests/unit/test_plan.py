@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from pd_deploy import engines
 from pd_deploy.config.load import load_deployment
-from pd_deploy.planning import placement, plans
 from pd_deploy.planning.plans import Plan
 from tests.unit import example
 
@@ -82,14 +80,7 @@ FINGERPRINTS: dict[str, list[str]] = json.loads(
 def test_fingerprints_are_those_of_the_version_before(path: Path) -> None:
     """One that changes restarts every such service at the next deploy: say so in the changelog."""
     of = load_deployment(path)
-    made = plans.make(
-        of,
-        placement.build(of),
-        engines.get(of.engine),
-        facts=example.facts(of),
-        pinned_image=example.IMAGE,
-        history=example.past(),
-    )
+    made = example.made(of)
     fingerprint = made.plan.generation.partition("-")[2]
     assert [fingerprint, made.servers_fingerprint] == FINGERPRINTS[path.stem]
 

@@ -12,10 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pd_deploy import engines
 from pd_deploy.config.load import load_deployment
-from pd_deploy.config.models import Deployment
-from pd_deploy.planning import placement, plans
 from pd_deploy.planning.plans import HostPlan, Made
 from pd_deploy.records import releases
 from pd_deploy.records.releases import (
@@ -335,19 +332,8 @@ PROXY = {"proxy": {"c0": {"core_num": 2}}}
 ENGINE = {"settings": {"all": {"environment": {"X": 1}}}}
 
 
-def made(of: Deployment, past: History) -> Made:
-    return plans.make(
-        of,
-        placement.build(of),
-        engines.get(of.engine),
-        facts=example.facts(of),
-        pinned_image=example.IMAGE,
-        history=past,
-    )
-
-
 def example_made(changes: dict[str, Any] | None, past: History) -> Made:
-    return made(example.service(changes), past)
+    return example.made(example.service(changes), past)
 
 
 def attempted(of: Made, past: History) -> History:
@@ -442,16 +428,16 @@ class TestPlans:
 @pytest.mark.parametrize("path", sorted(example.FILE.parent.glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_saved_generation_comes_back_as_it_was(path: Path) -> None:
     of = load_deployment(path)
-    before = made(of, example.past())
+    before = example.made(of, example.past())
     text = Saved(deployment=of, plan=before.plan).model_dump_json(indent=1)
     again = Saved.model_validate_json(text)
     assert again.plan == before.plan
-    assert made(again.deployment, example.past()) == before
+    assert example.made(again.deployment, example.past()) == before
 
 
 def test_each_ranktable_is_saved_once_however_many_hosts_have_it() -> None:
     of = example.service()
-    plan = made(of, example.past()).plan
+    plan = example.made(of, example.past()).plan
     saved = Saved(deployment=of, plan=plan)
     contents = [f.content for h in plan.hosts.values() for f in h.ranktables.files]
     assert len(contents) > len(set(contents))

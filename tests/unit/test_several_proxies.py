@@ -18,7 +18,7 @@ from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.health import health
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.teardown import teardown
-from pd_deploy.planning import peers, placement, plans, scraping
+from pd_deploy.planning import peers, placement, scraping
 from pd_deploy.planning.plans import Made, Plan
 from tests.memory.calls import Moment
 from tests.memory.machine import Faults
@@ -35,15 +35,7 @@ def deployment_of(name: str, changes: dict[str, Any]) -> Deployment:
 
 
 def made_of(name: str, changes: dict[str, Any]) -> Made:
-    deployment = deployment_of(name, changes)
-    return plans.make(
-        deployment,
-        placement.build(deployment),
-        engines.get(deployment.engine),
-        facts=example.facts(deployment),
-        pinned_image=example.IMAGE,
-        history=example.past(),
-    )
+    return example.made(deployment_of(name, changes))
 
 
 def plan_of(name: str, changes: dict[str, Any] | None = None) -> Plan:

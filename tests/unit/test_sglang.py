@@ -1,6 +1,5 @@
 """The engine sglang: what containers, servers and the router are given on GPUs and NPUs."""
 
-import importlib.util
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from pd_deploy.planning import placement
 from pd_deploy.records.benchmark import Load
 from pd_deploy.steps.verify import metrics, requests
 from tests.memory import answers
+from tests.memory import sglang as sglang_in_memory
 from tests.unit import example
 from tests.unit.test_vllm import broken, plan, runs, value
 
@@ -130,12 +130,7 @@ def test_attentions_data_parallelism_takes_ports_that_no_other_pod_has(
 
 def test_a_server_of_the_latest_version_takes_every_option_of_the_examples() -> None:
     """By the table of the stand-in, which was made from the real parser."""
-    spec = importlib.util.spec_from_file_location("options", lab.STANDIN / "sglang/options.py")
-    assert spec
-    assert spec.loader
-    options = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(options)
-    parser = options.parser()
+    parser = sglang_in_memory.parser()
     for file in (GPU, ASCEND, example.ROOT / "deployments/lab-sglang-2p1d.yaml"):
         made = plan(file)
         for name in (name for host in made.hosts.values() for name in host.instances):
