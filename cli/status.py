@@ -14,7 +14,7 @@ from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import exit_codes, hosts, looks, next_nightly
 from pd_deploy.cli.looks import LastLook, Since
 from pd_deploy.cli.tables import aligned
-from pd_deploy.config.models import Deployment
+from pd_deploy.config.models import Deployment, Health
 from pd_deploy.records import mending
 from pd_deploy.records.adopted import SHOWN
 from pd_deploy.steps.session import Session
@@ -30,12 +30,14 @@ class Told:
     """A look, and what it means beside the last one.
 
     Attributes:
+        options: what the file lets `pd-health` do; its next check goes by that, too.
         nightly: when the next one is due, in words.
         last: when the last look was; None if there was none.
         since: by instance, what it has served since then.
     """
 
     look: Look
+    options: Health
     nightly: str
     when: datetime
     last: datetime | None
@@ -70,7 +72,8 @@ async def tell(session: Session, last: LastLook | None) -> Told:
     try:
         look = await looking.look(session)
         since = {i.name: looks.since(last, i) for i in look.instances}
-        return Told(look, await nightly, datetime.now(UTC), last.when if last else None, since)
+        options, when = session.deployment.health, datetime.now(UTC)
+        return Told(look, options, await nightly, when, last.when if last else None, since)
     finally:
         nightly.cancel()
 
@@ -163,7 +166,7 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
     yield "lease", "; ".join(holdings) or "free"
     if record.hold:
         yield "held by", str(record.hold)
-    if held_back := mending.told(record.mending, look.session.deployment.health, told.when):
+    if held_back := mending.told(record.mending, told.options, told.when):
         yield "health", held_back
     drift = f"not known: {look.drift_unknown}" if look.drift is None else look.drift or "none"
     yield "drift", drift

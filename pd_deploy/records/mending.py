@@ -94,6 +94,12 @@ def told(mending: Mending | None, options: Health, now: datetime) -> str:
     recent = lately(mending, options, now)
     if not recent or mending.failed is None:
         return told_of_silence(mending.silent, options)
+    if len(recent) >= options.attempts:
+        attempts = "1 attempt" if len(recent) == 1 else f"{len(recent)} attempts"
+        return (
+            f"{attempts} at a restart failed or did not last, and `health.attempts` is "
+            f"{options.attempts}, so nothing more is tried"
+        )
     due = _due(mending, recent, options)
     assert due
     return (

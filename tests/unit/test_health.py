@@ -1,6 +1,7 @@
 """pd-health on hosts in memory: what it finds, what it restarts, and what it leaves alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -416,7 +417,8 @@ def status(world: World) -> str:
 
     async def tell() -> str:
         async with open_session(load_deployment(world.path)) as session:
-            return showing.text(await showing.tell(session, None))
+            seen = await showing.tell(session, None)
+            return showing.text(replace(seen, when=world.cluster.clock.date()))
 
     return world.asked(tell())
 
@@ -442,6 +444,21 @@ def test_after_it_gave_up_it_begins_anew_when_somebody_has_seen_to_it(
     kill(world, "d0")
     # Its own attempts go on counting.
     assert world.run(health).word == ("Down" if by is health else "Mended")
+
+
+def test_status_and_checks_go_by_the_same_file(world: World) -> None:
+    """As it is now: also where it makes another generation than the one that serves."""
+    world.cluster.faults["p1"] = Faults(dies=1)
+    kill(world, "p1")
+    assert checked(world, 1) == ["NothingServes"]
+    assert "1 of 4 attempts at a restart" in status(world)
+    world.change(health={"attempts": 1}, settings={"decode": {"environment": {"EXAMPLE": "1"}}})
+    assert "drift         the file makes another generation" in status(world)
+    assert (
+        "1 attempt at a restart failed or did not last, and `health.attempts` is 1, so"
+        in status(world)
+    )
+    assert "it was restarted once in 60 min" in untouched(world).message
 
 
 def test_it_only_tells_where_the_file_allows_no_attempt(world: World) -> None:
