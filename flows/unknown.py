@@ -5,10 +5,13 @@ from typing import Any
 
 from prefect import Flow, State
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Failed
 
 from pd_deploy.errors import InvalidInput, Problem
+
+NEXT = "Next: start it again, with parameters that the flow has."
 
 
 async def tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -22,6 +25,11 @@ async def tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> No
         failed: State[Any] = Failed(message=message)
         async with get_client() as client:
             await client.set_flow_run_state(flow_run.id, failed, force=True)
+            # Without a key it is on the run's own page alone: the last run that did anything stays.
+            text = f"**Failed:**\n\n```\n{message}\n```\n\nNothing was touched. {NEXT}"
+            await client.create_artifact(
+                ArtifactCreate(type="markdown", data=text, flow_run_id=flow_run.id)
+            )
 
 
 def unknown(known: list[str], given: dict[str, Any]) -> list[Problem]:

@@ -16,7 +16,12 @@ from uuid import UUID
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 
@@ -68,6 +73,7 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
     assert {epoch(automated, name) for name in INSTANCES} == {"1"}
     assert automated.completes()
     if way == "killed":
+        assert "| under way |" in await report_of(run)
         await a_rebooted_host_serves_again(automated)
     if way == "cancelled":
         async with get_client() as client:
@@ -79,6 +85,14 @@ async def test_interrupted_upgrade_is_recovered_by_itself(
         outcomes = automated.record()["outcomes"].items()
         ends = {name.partition("-")[0]: outcome["result"] for name, outcome in outcomes}
         assert ends == {"1": "good", "2": "interrupted"}
+
+
+async def report_of(run: UUID) -> str:
+    """The report on a run's page."""
+    chosen = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+    async with get_client() as client:
+        (report,) = await client.read_artifacts(flow_run_filter=chosen)
+    return str(report.data)
 
 
 async def a_rebooted_host_serves_again(service: Service) -> None:

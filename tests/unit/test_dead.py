@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from prefect import State
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.filters import ArtifactFilter
+from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed, Pending, Running
 
@@ -40,6 +42,7 @@ class Prefect:
         self.run = run
         self.fault = fault
         self.states = list[State[None]]()
+        self.reports = dict[str, str]()
 
     async def __aenter__(self) -> "Prefect":
         if self.fault:
@@ -55,6 +58,40 @@ class Prefect:
 
     async def set_flow_run_state(self, _: UUID, state: State[None]) -> None:
         self.states.append(state)
+
+    async def read_artifacts(self, *, artifact_filter: ArtifactFilter) -> list[str]:
+        assert artifact_filter.flow_run_id
+        assert self.run
+        assert artifact_filter.flow_run_id.any_ == [self.run.id]
+        assert artifact_filter.key
+        return [key for key in artifact_filter.key.any_ or [] if key in self.reports]
+
+    async def read_task_runs(self, **_: object) -> list[TaskRun]:
+        return [
+            step("launch d0", Running(), 2.0),
+            step("launch p0", Completed(), 1.0),
+            step("start p0", Pending(), None),
+        ]
+
+    async def create_artifact(self, artifact: ArtifactCreate) -> None:
+        assert self.run
+        assert artifact.flow_run_id == self.run.id
+        assert artifact.key
+        self.reports[artifact.key] = str(artifact.data)
+
+
+def step(name: str, state: State[None], began: float | None) -> TaskRun:
+    """A step that took 1.5 s, or takes that long already."""
+    start = None if began is None else NOW + timedelta(seconds=began)
+    return TaskRun(
+        name=name,
+        task_key=name,
+        dynamic_key="0",
+        state=state,
+        state_name=state.name,
+        start_time=start,
+        estimated_run_time=timedelta(seconds=1.5),
+    )
 
 
 def flow_run(state: State[None], **values: object) -> FlowRun:
@@ -85,6 +122,27 @@ async def test_only_a_run_that_is_taken_for_alive_is_crashed(
     assert [one.is_crashed() for one in server.states] == [True] * crashed
     assert all("run y took the lease over" in str(one.message) for one in server.states)
     assert ("run x is dead" in said.text) is crashed
+
+
+async def test_a_dead_run_has_a_report_of_what_it_had_begun(
+    monkeypatch: pytest.MonkeyPatch, said: Any
+) -> None:
+    server = Prefect(flow_run(Crashed(), parameters={"file": "d.yaml"}))
+    assert server.run
+    monkeypatch.setattr(dead, "get_client", lambda: server)
+    await dead.bury(owner(str(server.run.id)), "run y")
+    assert not said.records
+    text = server.reports["d-report"]
+    rows = [line for line in text.splitlines() if " launch " in line or " start " in line]
+    assert [row.split("|", 2)[2] for row in rows] == [
+        " launch p0 | completed | 1.5 s |",
+        " launch d0 | under way |  |",
+    ]
+    assert "run y took the lease over" in text
+    assert "`pd-deploy status d.yaml`" in text
+    server.reports["d-report"] = "its own"
+    await dead.bury(owner(str(server.run.id)), "run z")
+    assert server.reports["d-report"] == "its own"
 
 
 @pytest.mark.parametrize("known", [str(uuid4()), "None"], ids=["another run", "no run"])

@@ -4,6 +4,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Crashed
 
@@ -20,6 +21,7 @@ class Server:
 
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.reports: list[str] = []
 
     async def __aenter__(self) -> "Server":
         return self
@@ -29,6 +31,10 @@ class Server:
     async def set_flow_run_state(self, _: object, state: Any, *, force: bool) -> None:
         assert force  # Prefect lets no crashed run go on
         self.messages.append(f"{state.name}: {state.message}")
+
+    async def create_artifact(self, artifact: ArtifactCreate) -> None:
+        assert artifact.key is None  # the report of the last run that did anything stays
+        self.reports.append(str(artifact.data))
 
 
 @pytest.mark.parametrize(
@@ -50,5 +56,6 @@ async def test_a_run_that_crashed_of_it_says_so(
     run = FlowRun(flow_id=uuid4(), parameters=given)
     for hook in flow.on_crashed_hooks:
         await hook(flow, run, Crashed())
-    assert len(server.messages) == bool(says)
+    assert len(server.messages) == len(server.reports) == bool(says)
     assert says in "".join(server.messages)
+    assert says in "".join(server.reports)
