@@ -13,7 +13,9 @@ RETRIES = 2
 TIMEOUT_S = 60.0
 PAUSE_S = 0.02
 REFUSED = 0
-BODY = {"model": "qwen", "max_tokens": 5, "prompt": "a story"}
+# The likeliest tokens: a model of random weights, as the lab's vLLM has, may otherwise begin with
+# the token that ends a text, or answer in blanks; that would count as an answer that was lost.
+BODY = {"model": "qwen", "max_tokens": 5, "prompt": "a story", "temperature": 0}
 
 
 @dataclass
