@@ -13,7 +13,7 @@ from pd_deploy.config.models import ApiKey
 from pd_deploy.errors import InvalidInput, SmokeTestFailed
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.health import health
-from tests.memory.world import Reports, World
+from tests.memory.world import Faults, Reports, World
 
 KEY = "sk-never-shown-0123456789"
 SECRETS = "/etc/pd-deploy/qwq.env"
@@ -48,6 +48,28 @@ def test_every_request_has_the_key_and_nothing_shows_it(
     configs = [container.config for container in world.containers()]
     shown = (reports.texts, outcome, world.events, configs, caplog.text)
     assert KEY not in repr(shown)
+
+
+def test_a_key_is_changed_by_an_upgrade(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page says; if it fails, the generation before serves with the new key, too."""
+    monkeypatch.setenv("QWQ_API_KEY", KEY)
+    assert world.run(deploy).completed
+    first = world.serving()
+    for machine in world.machines.values():
+        machine.disk.put(SECRETS, b"VLLM_API_KEY=sk-new\n", 0o600)
+    monkeypatch.setenv("QWQ_API_KEY", "sk-new")
+    told = world.run(health)
+    assert told.word == "Degraded"
+    assert "status 401" in told.message
+    assert "nothing is restarted for that" in told.message
+    assert world.serving() == first
+    world.change(settings={"all": {"environment": {"API_KEY_OF": "2026-11-28"}}})
+    bad = world.push("20250723_1", {"p1": Faults(dies=1)})
+    assert world.run(deploy, image=bad).word == "RolledBack"
+    assert world.serving() == first
+    assert world.run(deploy).completed
+    assert world.serving() != first
+    assert world.run(health).word == "Completed"
 
 
 @pytest.mark.parametrize(
