@@ -7,11 +7,11 @@ from prefect import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, headline
+from pd_deploy.errors import LeaseLost, PdDeployError, RollbackFailed, RolledBack, headline
 from pd_deploy.flows import events, publish
 from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.fan_out import fan_out
-from pd_deploy.flows.run import Run
+from pd_deploy.flows.run import Run, page
 from pd_deploy.records.adopted import SHOWN, AdoptedContainer, AdoptedService
 from pd_deploy.steps import adopting, copies, timeline, waiting_room
 from pd_deploy.steps.attempt import Downtime
@@ -96,11 +96,33 @@ async def return_to(session: LockedSession, service: AdoptedService, run: Run) -
     """Make the adopted service serve: stop what runs of the deployment itself, then bring it back.
 
     Where all of it runs already it is only proven.
+
+    Raises:
+        PdDeployError: it does not come back; marked if so nothing serves.
     """
-    stopped, downtime = "", Downtime()
+    if of_run := page.get(None):
+        of_run.acts = True
+    downtime = Downtime()
+    try:
+        said = await _returned(session, service, run, downtime)
+    except LeaseLost:
+        raise
+    except PdDeployError as fault:
+        if downtime.since:
+            fault.nothing_serves = True
+        raise
+    said += [str(downtime)] if downtime.since else ["nothing changed"]
+    return Completed(message="; ".join(filter(None, said)))
+
+
+async def _returned(
+    session: LockedSession, service: AdoptedService, run: Run, downtime: Downtime
+) -> list[str]:
+    """Bring the adopted service back; return what is to be said of it."""
+    stopped = ""
     if not await adopting.is_whole(session, service):
         record = await copies.change_record(session, lambda r: r.closing(datetime.now(UTC)))
-        downtime = Downtime(record.closed)
+        downtime.since = record.closed
         reports = []
         for hosts in session.proxies_first:
             reports += await fan_out(session.barrier, [stop(session, name) for name in hosts])
@@ -110,6 +132,4 @@ async def return_to(session: LockedSession, service: AdoptedService, run: Run) -
     )
     downtime.end()
     await copies.change_record(session, lambda r: r.returned(datetime.now(UTC), str(run)))
-    said = [f"Generation {SHOWN}: {proof.detail}", stopped]
-    said += [str(downtime)] if downtime.since else ["nothing changed"]
-    return Completed(message="; ".join(filter(None, said)))
+    return [f"Generation {SHOWN}: {proof.detail}", stopped]

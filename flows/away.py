@@ -120,7 +120,3 @@ def _not_back(
         for name, fault in away.items()
     ]
     return faults[0] if len(faults) == 1 else SeveralFaults(faults)
-
-
-def _first_line(fault: Exception) -> str:
-    return (str(fault) or type(fault).__name__).partition("\n")[0]

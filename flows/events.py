@@ -9,6 +9,7 @@ from prefect.logging import get_run_logger
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import headline
 from pd_deploy.records import adopted
+from pd_deploy.records.adopted import AdoptedService
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.checking import Checked
 
@@ -67,6 +68,12 @@ def down(rollout: Rollout, error: BaseException) -> None:
     """Tell that nothing serves, and that nothing more is tried."""
     message = f"nothing serves: {headline(error)}"
     emit(DOWN, rollout.session.deployment, message, **_facts(rollout))
+
+
+def adopted_down(deployment: Deployment, service: AdoptedService, error: BaseException) -> None:
+    """Tell that nothing serves, as a service that was taken over does not come back."""
+    message = f"nothing serves: {headline(error)}"
+    emit(DOWN, deployment, message, generation=adopted.SHOWN, image=service.image)
 
 
 def degraded(deployment: Deployment, checked: Checked) -> None:

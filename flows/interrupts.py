@@ -26,7 +26,7 @@ from prefect.states import Cancelled
 from pd_deploy.errors import PdDeployError
 from pd_deploy.flows import outcomes, publish
 from pd_deploy.flows.run import Page, page, remedy
-from pd_deploy.steps.rollout import Rollout
+from pd_deploy.hosts.lease import Lease
 
 P = ParamSpec("P")
 Runbook = Callable[P, Coroutine[Any, Any, State[None]]]
@@ -118,16 +118,18 @@ def outlive_reader() -> None:
             handler.console.on_broken_pipe = lambda: None  # type: ignore[method-assign]
 
 
-def goes_on(rollout: Rollout) -> bool:
+def goes_on(lease: Lease, *, interrupted: bool) -> bool:
     """Tell whether a run that was cancelled may still undo what it did: after the first time.
 
     Its task is uncancelled, and leases are renewed again if that was cancelled as well.
+
+    Args:
+        interrupted: whether it was cancelled before.
     """
-    task, attempt = asyncio.current_task(), rollout.attempt
-    again = attempt.interrupted or (task is not None and task.cancelling() > 1)
-    attempt.interrupted = True
+    task = asyncio.current_task()
+    again = interrupted or (task is not None and task.cancelling() > 1)
     _uncancel()
-    rollout.locked.lease.renew_again()
+    lease.renew_again()
     return not again
 
 

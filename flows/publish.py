@@ -205,10 +205,12 @@ def interrupted_late(rollout: Rollout) -> State[None]:
     )
 
 
-def ended_at_once(rollout: Rollout) -> State[None]:
+def ended_at_once(record: Record) -> State[None]:
     """Make the last word of a run that was cancelled again while it undid what it had done."""
-    serving = rollout.history.record.serving_name
+    serving = record.serving_name
     does = f"makes {serving} serve" if serving else "stops what was left"
+    if runtime.flow_run.parameters.get("forget"):
+        does = "brings the service up"
     return Cancelled(
         message="Interrupted again, so ended at once; what serves now is unknown: "
         f"{remedy()} {does}"
@@ -223,9 +225,10 @@ async def rolled_back(
     await _publish(rollout, headline, completion, failed)
 
 
-async def taken_back(failed: Rollout, error: Exception) -> None:
-    """Publish that a run failed and that the adopted service serves again."""
-    await _publish(failed, f"**Rolled back:**\n\n```\n{error}\n```", None)
+async def taken_back(rollout: Rollout, error: Exception) -> None:
+    """Publish that a run failed and what serves again: the adopted service in place of a
+    generation, or the other way round."""
+    await _publish(rollout, f"**Rolled back:**\n\n```\n{error}\n```", None)
 
 
 async def listing(deployment: str, history: History) -> None:

@@ -9,7 +9,7 @@ from prefect.states import Completed
 
 from pd_deploy.blocks.opening import open_session
 from pd_deploy.errors import HostAway, NothingServes, PdDeployError
-from pd_deploy.flows import deployment_file, publish, unknown
+from pd_deploy.flows import deployment_file, events, publish, unknown
 from pd_deploy.flows.adopted import return_to
 from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.dead import untouched
@@ -62,6 +62,7 @@ async def recover(file: str, after: str | None = None, message: str | None = Non
                 opened.hosts, deployment.gates.away, partial(_recovered, opened, run)
             )
         except HostAway as error:
+            opened.tell_if_former(error)
             error.message += f"\n{await surveying.states(opened)}"
             raise
 
@@ -80,7 +81,16 @@ async def _recovered(unlocked: Session, run: Run) -> State[None]:
         if running := surveying.unrecorded(states):
             return await roll_out(await written_down(session, running, str(run)), run)
         if service := history.record.adopted_serving:
-            return await return_to(session, service, run)
+            try:
+                return await return_to(session, service, run)
+            except PdDeployError as error:
+                if error.nothing_serves:
+                    error.message += (
+                        "\nNothing serves: run this again once the cause is fixed, or "
+                        "`pd-deploy deploy FILE`, or start the old service by its own means"
+                    )
+                    events.adopted_down(session.deployment, service, error)
+                raise
         if history.serving is None:
             return await stop_all(session, states)
         rollout = await restore(session, history.serving.generation)

@@ -15,7 +15,7 @@ from pd_deploy.flows.adopted import take_back
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
-from pd_deploy.flows.run import Run, page
+from pd_deploy.flows.run import Run, page, remedy
 from pd_deploy.flows.stages import prove_and_open, run_stages
 from pd_deploy.flows.survey import restore
 from pd_deploy.planning.plans import STAGES, Stage
@@ -82,8 +82,8 @@ async def undo_interrupted(
     rollout: Rollout, error: asyncio.CancelledError, run: Run, stages: Sequence[Stage]
 ) -> State[None]:
     """Undo an attempt that was cancelled; return the run's last state."""
-    if not goes_on(rollout):
-        return publish.ended_at_once(rollout)
+    if not _goes_on(rollout):
+        return publish.ended_at_once(rollout.history.record)
     get_run_logger().warning(
         "interrupted; stopping what generation %s started", rollout.plan.generation
     )
@@ -116,8 +116,16 @@ async def undo(
             await abort(rollout, error, run, stages, on_failure)
             return None
         except asyncio.CancelledError:
-            if not goes_on(rollout):
-                return publish.ended_at_once(rollout)
+            if not _goes_on(rollout):
+                return publish.ended_at_once(rollout.history.record)
+
+
+def _goes_on(rollout: Rollout) -> bool:
+    """Tell whether an attempt that was cancelled may still be undone; see `goes_on`."""
+    attempt = rollout.attempt
+    goes = goes_on(rollout.locked.lease, interrupted=attempt.interrupted)
+    attempt.interrupted = True
+    return goes
 
 
 async def abort(
@@ -136,7 +144,7 @@ async def abort(
         _tell_if_down(rollout, error)
         return
     stopped = await containers.stop_started(rollout)
-    before = rollout.history.serving
+    before = rollout.way_back
     try:
         await promotion.note_failure(rollout, error, str(run))
     except Exception as fault:
@@ -148,7 +156,7 @@ async def abort(
         await take_back(rollout, service, error, _end(error), run)
     else:
         await waiting_room.dismiss(rollout)
-        down = "\nNothing serves: `pd-deploy recover FILE` once the cause is fixed"
+        down = f"\nNothing serves: {remedy('FILE')} once the cause is fixed"
         if rollout.history.record.closed and isinstance(error, PdDeployError):
             error.message = error.message.removesuffix(down) + down
         await publish.failure(rollout, error, stopped)
@@ -196,7 +204,7 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
             f"{reason}; generation {generation} does not come back either, {because}"
             f"\nNothing serves. {states}"
             f"{_below(error, failed.plan.generation)}{_below(fault, generation)}",
-            hint="read these logs, fix the cause, and run `pd-deploy recover FILE`",
+            hint=f"read these logs, fix the cause, and run {remedy('FILE')}",
         )
         await publish.failure(failed, both, {})
         raise both from error

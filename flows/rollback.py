@@ -2,14 +2,24 @@
 
 import asyncio
 from collections.abc import Iterable
+from typing import NoReturn
 
 from prefect import State, flow
 from prefect.logging import get_run_logger
+from prefect.states import Cancelled
 
-from pd_deploy.errors import LeaseLost, NoSuchGeneration, RolledBack
-from pd_deploy.flows import deployment_file, publish, unknown
+from pd_deploy.errors import (
+    LeaseLost,
+    NoSuchGeneration,
+    PdDeployError,
+    RollbackFailed,
+    RolledBack,
+    headline,
+)
+from pd_deploy.flows import deployment_file, events, publish, unknown
 from pd_deploy.flows.adopted import return_to
-from pd_deploy.flows.interrupts import interruptible
+from pd_deploy.flows.away import with_all_hosts
+from pd_deploy.flows.interrupts import goes_on, interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import Run, this_run
 from pd_deploy.flows.session import locked_session
@@ -18,6 +28,7 @@ from pd_deploy.records.adopted import GENERATION as ADOPTED
 from pd_deploy.records.adopted import SHOWN, AdoptedService
 from pd_deploy.records.releases import History, HostAccess, Release
 from pd_deploy.steps import surveying
+from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import LockedSession
 from pd_deploy.tasks import stop_adopted
 
@@ -88,22 +99,78 @@ def _hosts_of(history: History, generation: str | None) -> Iterable[HostAccess]:
 async def _to_adopted(
     session: LockedSession, service: AdoptedService, history: History, run: Run
 ) -> State[None]:
-    """Bring the adopted service back; if it fails, what serves now is started again.
+    """Bring the adopted service back; if that fails, or is cancelled for the first time, what
+    serves now is started again.
 
     Raises:
         RolledBack: it failed, and what served serves again.
+        RollbackFailed: it failed, and so did the way back.
     """
-    serving = history.serving
     try:
         return await return_to(session, service, run)
+    except LeaseLost:
+        raise
     except (Exception, asyncio.CancelledError) as fault:
-        if serving is None or isinstance(fault, LeaseLost):
+        if history.serving is None:
             raise
-        why = "the run was interrupted" if isinstance(fault, asyncio.CancelledError) else str(fault)
-        get_run_logger().error("%s does not come back: %s", SHOWN, why)
+        error, generation = fault, history.serving.generation
+    was_cancelled = interrupted = isinstance(error, asyncio.CancelledError)
+    goes = not interrupted or goes_on(session.lease, interrupted=False)
+    while goes:
+        try:
+            await _instead(session, service, generation, error, run, interrupted=interrupted)
+        except asyncio.CancelledError:
+            goes = goes_on(session.lease, interrupted=interrupted)
+            interrupted = True
+        except (RolledBack, RollbackFailed) as outcome:
+            if not was_cancelled:
+                raise
+            return Cancelled(message=str(outcome))
+    return publish.ended_at_once(history.record)
+
+
+async def _instead(
+    session: LockedSession,
+    service: AdoptedService,
+    generation: str,
+    error: BaseException,
+    run: Run,
+    *,
+    interrupted: bool,
+) -> NoReturn:
+    """Make a generation serve again in place of the adopted service; raise in any case, as the run
+    has still failed.
+
+    Args:
+        error: why the adopted service does not serve.
+        interrupted: whether the run was cancelled before, so that it ends at once the next time.
+    """
+
+    async def serve() -> Rollout:
         await stop_adopted(session.for_deployment(session.deployment), service)
-        await roll_out(await restore(session, serving.generation), run)
-        raise RolledBack(
-            f"generation {SHOWN} does not come back: {why}\nThe service is back on generation "
-            f"{serving.generation}"
-        ) from fault
+        back = await restore(session, generation)
+        back.attempt.interrupted = interrupted
+        if (await roll_out(back, run)).is_cancelled():
+            raise asyncio.CancelledError
+        return back
+
+    why = f"does not come back: {error}"
+    if isinstance(error, asyncio.CancelledError):
+        why = "was stopped, as the run was interrupted"
+    reason = f"generation {SHOWN} {why}"
+    get_run_logger().error("%s; going back to %s", reason, generation)
+    try:
+        back = await with_all_hosts(session.hosts, session.deployment.gates.away, serve)
+    except Exception as fault:
+        if not (isinstance(fault, PdDeployError) and fault.nothing_serves):
+            events.adopted_down(session.deployment, service, fault)
+        raise RollbackFailed(
+            f"{reason}\nGeneration {generation} does not come back either, because "
+            f"{headline(fault)}\nNothing serves\n{fault}",
+            hint="fix the cause, and run `pd-deploy recover FILE`",
+        ) from error
+    raised = RolledBack(
+        f"{reason}\nThe service is back on generation {generation}, {back.attempt.downtime}"
+    )
+    await publish.taken_back(back, raised)
+    raise raised from error

@@ -91,6 +91,10 @@ def one_line(text: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 
-def remedy() -> str:
-    """Name the command that repairs what this run may leave."""
-    return f"`pd-deploy recover {runtime.flow_run.parameters.get('file', 'FILE')}`"
+def remedy(file: str = "") -> str:
+    """Name the command that repairs what this run may leave. A recovery would need hosts that this
+    run was told to forget."""
+    parameters = runtime.flow_run.parameters
+    gone = [f" --forget {address}" for address in parameters.get("forget") or ()]
+    command = "deploy" if gone else "recover"
+    return f"`pd-deploy {command} {file or parameters.get('file', 'FILE')}{''.join(gone)}`"

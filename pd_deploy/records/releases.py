@@ -103,6 +103,11 @@ class Release(_Frozen):
         return digest_of(self.pinned_image)
 
     @property
+    def addresses(self) -> frozenset[str]:
+        """Those of its hosts."""
+        return frozenset(access.address for access in self.hosts.values())
+
+    @property
     def changed(self) -> str:
         """What it changes against the generation before, in a line."""
         return ", ".join(self.changes)

@@ -99,9 +99,13 @@ async def clean_up(
     return Report("clean up", instance, where, bool(names), detail)
 
 
-async def lost_since(rollout: Rollout) -> datetime | None:
+async def lost_since(rollout: Rollout, *, is_patient: bool = True) -> datetime | None:
     """Look since when the service is lost, by its hosts' clocks: what ran at the survey may have
-    ended since, with its engine. None while it serves."""
+    ended since, with its engine. None while it serves.
+
+    Args:
+        is_patient: whether to ask again where a host does not answer.
+    """
     label = {generations.DEPLOYMENT: rollout.session.deployment.name}
     served = {
         state.id
@@ -109,10 +113,10 @@ async def lost_since(rollout: Rollout) -> datetime | None:
         for state in states
         if state.status in generations.RUNNING
     }
-    containers = await together(
-        retried(partial(rollout.session.host(host).docker.containers, label))
-        for host in rollout.containers
-    )
+    asking = [
+        partial(rollout.session.host(host).docker.containers, label) for host in rollout.containers
+    ]
+    containers = await together(retried(ask) if is_patient else ask() for ask in asking)
     return generations.lost_since(
         state for states in containers for state in states if state.id in served
     )

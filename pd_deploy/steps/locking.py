@@ -82,12 +82,7 @@ async def _take(session: LockedSession, waiting: Callable[[str], None]) -> None:
     try:
         await session.lease.take(hosts, session.deployment.gates.lease, waiting)
     except TransientError as error:
-        for name in session.former:
-            if error.host == session.host(name).where:
-                error.hint = (
-                    "it has left the file, but the deployment may still run there; if it is gone "
-                    f"for good: `pd-deploy deploy FILE --forget {session.host(name).address}`"
-                )
+        session.tell_if_former(error)
         raise
 
 

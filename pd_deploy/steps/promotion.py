@@ -97,7 +97,8 @@ async def note_back(rollout: Rollout, by: str) -> None:
 
 
 async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
-    """Record how an attempt ended, and that the service is open if nothing was stopped yet."""
+    """Record how an attempt ended, and that the service is open if nothing was stopped yet, unless
+    it was lost meanwhile by itself, as with a host that starts again."""
     result: Result = "failed" if isinstance(error, Exception) else "interrupted"
     outcome = Outcome(
         result=result,
@@ -110,8 +111,20 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
     image = rollout.release.chosen_image
     record = rollout.history.record.ended(rollout.plan.generation, outcome, image)
     record = record.measured(rollout.attempt.figures)
-    untouched = not rollout.attempt.stopped and not rollout.attempt.was_down
-    await write(rollout, record.opened() if untouched else record)
+    if not rollout.attempt.stopped and not rollout.attempt.was_down:
+        lost = await _lost_meanwhile(rollout)
+        record = record.closing(lost) if lost else record.opened()
+    await write(rollout, record)
+
+
+async def _lost_meanwhile(rollout: Rollout) -> datetime | None:
+    """Look since when a service that no run has touched is lost; None if it serves, or if a host
+    does not say."""
+    try:
+        lost = await containers.lost_since(rollout, is_patient=False)
+    except PdDeployError:
+        return None
+    return lost and min(lost, datetime.now(UTC))
 
 
 async def note_run(session: LockedSession, error: PdDeployError, by: str, began: datetime) -> None:

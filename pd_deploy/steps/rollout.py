@@ -117,6 +117,17 @@ class Rollout:
         """The deployment's past, with the record as it is now."""
         return replace(self.surveyed_history, record=self.attempt.record)
 
+    @property
+    def way_back(self) -> Release | None:
+        """What serves again if this fails: what serves, or where that ran on a host which is gone
+        for good, the last good one that did not."""
+        serving, forgotten = self.history.serving, self.session.forgotten
+        if serving is None or forgotten.isdisjoint(serving.addresses):
+            return serving
+        others = [name for name in self.history.good if name != self.plan.generation]
+        releases = (self.history.releases[name] for name in reversed(others))
+        return next((r for r in releases if forgotten.isdisjoint(r.addresses)), serving)
+
     @cached_property
     def changes(self) -> bool:
         """Whether anything is to be done at all: a container does not run, a file is not as

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment, Ssh
 from pd_deploy.engines.base import Layout
-from pd_deploy.errors import NoSuchGeneration
+from pd_deploy.errors import NoSuchGeneration, PdDeployError
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.lease import Lease
@@ -66,6 +66,16 @@ class Session:
     def former(self) -> list[str]:
         """Hosts that the deployment no longer has, by name."""
         return [name for name in self.hosts if name not in self.deployment.hosts]
+
+    def tell_if_former(self, error: PdDeployError) -> None:
+        """Say what to do next, where a host does not answer that the deployment no longer has."""
+        for name in self.former:
+            host = self.hosts[name]
+            if error.host == host.where:
+                error.hint = (
+                    "it has left the file, but the deployment may still run there; if it is gone "
+                    f"for good: `pd-deploy deploy FILE --forget {host.address}`"
+                )
 
     @property
     def present(self) -> list[str]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from pd_deploy.cli import adopt, bench, diff, execute, hosts, logs, planned, sho
 from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, NoSuchGeneration, NotOurs, OutOfOrder, RolledBack
+from pd_deploy.flows import events
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.health import health
 from pd_deploy.flows.prune import prune
@@ -27,7 +29,7 @@ from pd_deploy.records.status import status as judge
 from pd_deploy.steps.verify.looking import HEALTHY
 from tests.memory.machine import Container, Faults
 from tests.memory.playbook import Workbench
-from tests.memory.world import FIRST, ROOT, World
+from tests.memory.world import FIRST, ROOT, Outcome, World
 
 SECRET = "hf_0123456789abcdef0123456789abcdef01"
 
@@ -337,16 +339,61 @@ def test_what_a_killed_run_leaves_is_put_right_by_recovery(
     assert serves(world, old)
 
 
-def test_a_service_that_does_not_come_back_leaves_what_serves(
-    world: World, old: dict[str, Container]
-) -> None:
+@pytest.fixture
+def taken_over(world: World, old: dict[str, Container]) -> World:
+    """A generation of ours serves, and the adopted service lacks what it needs to come back."""
     adopted(world)
     assert world.run(deploy).completed
-    serving = world.serving()
     del world.machines["b"].containers[old["d0"].id]
-    failed = world.run(rollback)
-    assert f"The service is back on generation {serving}" in str(failed.error)
-    assert world.assert_coherent() == serving
+    return world
+
+
+def numbers(outcome: Outcome, what: str) -> list[int]:
+    return [m.number for m in outcome.moments if m.what.startswith(what)]
+
+
+def test_a_return_to_it_that_fails_or_is_cancelled_goes_back_and_says_what_is_so(
+    taken_over: World,
+) -> None:
+    """Cancelled while it stops what serves, or while what served is started again."""
+    serving, twin = taken_over.serving(), taken_over.twin()
+    tried = twin.run(rollback)
+    assert f"The service is back on generation {serving}" in str(tried.error)
+    assert twin.assert_coherent() == serving
+    stop, start = numbers(tried, "stop ")[-1], numbers(tried, "start ")[-1]
+    for moment in (stop, start):
+        twin = taken_over.twin()
+        outcome = twin.run(rollback, cancel_at=moment)
+        assert f"The service is back on generation {serving}" in (
+            outcome.message or str(outcome.error)
+        )
+        assert outcome.cancelled is (moment == stop)
+        assert twin.assert_coherent() == serving
+    twin = taken_over.twin()
+    outcome = twin.run(rollback, cancel_at=stop, cancel_again_at=stop + 60)
+    assert outcome.cancelled
+    assert "Interrupted again, so ended at once; what serves now is unknown" in outcome.message
+    assert f"`pd-deploy recover {twin.path}` makes {serving} serve" in outcome.message
+    assert not twin.completes()
+    assert twin.run(recover).completed
+    assert twin.assert_coherent() == serving
+
+
+@pytest.mark.parametrize("flow", [rollback, recover])
+def test_that_nothing_serves_is_told_where_neither_comes_back(taken_over: World, flow: Any) -> None:
+    """By message, the name of the run's last state, and an event."""
+    world = taken_over
+    if flow is recover:
+        record = world.record().model_copy(update={"serving": None, "sequence": 99})
+        for machine in world.machines.values():
+            machine.disk.put(f"{ROOT}/record.json", record.model_dump_json().encode(), 0o600)
+    world.cluster.faults["p1"] = Faults(dies=1)
+    world.events.clear()
+    outcome = world.run(flow)
+    assert outcome.word == "NothingServes"
+    assert "no such container" in str(outcome.error)
+    assert "\nNothing serves" in str(outcome.error)
+    assert [event["event"] for event in world.events] == [events.DOWN]
 
 
 def test_ports_of_others_are_refused_with_the_way_to_take_them_over(

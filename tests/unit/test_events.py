@@ -108,6 +108,23 @@ def test_a_way_back_that_fails_leaves_nothing_that_serves_and_is_told(world: Wor
     assert told(world) == []
 
 
+def test_a_service_that_is_lost_during_a_run_that_fails_before_it_stops_anything_is_told(
+    world: World,
+) -> None:
+    """Here a host starts again."""
+    world.deploy()
+    told(world)
+    image = world.push("20250724_1", {"c0": Faults(dies=0)})
+    reboot = once(lambda m: m.what.startswith("create "), world.machines["a"].reboot)
+    outcome = world.run(deploy, image=image, watch=reboot)
+    assert "\nNothing serves: `pd-deploy recover FILE` once the cause" in str(outcome.error)
+    assert named(outcome) == outcomes.NOTHING_SERVES
+    assert told(world) == [events.DOWN]
+    assert "Nothing serves" in str(world.run(deploy, image=image).error)
+    assert world.run(recover).completed
+    world.assert_coherent()
+
+
 def named(outcome: Outcome) -> str:
     """The name of the last state of a run that failed."""
     assert isinstance(outcome.error, PdDeployError)

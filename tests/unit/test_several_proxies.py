@@ -210,6 +210,13 @@ def test_a_second_one_comes_and_goes_while_the_servers_run_on(tmp_path: Path) ->
     world.machines["z"].unplug()
     assert "z (10.0.0.9)" in str(world.run(deploy).error)
     world.change(hosts={"z": None}, proxy={"c1": None})
+    assert "`pd-deploy deploy FILE --forget 10.0.0.9`" in str(world.twin().run(recover).error)
+    bad = world.push("20250725_1", {"d0": Faults(garbage=True)})
+    failing = world.twin()
+    failed = failing.run(deploy, image=bad, forget=["10.0.0.9"])
+    assert "The service is back on generation 1-" in str(failed.error), "2- needs the lost host"
+    assert failing.completes("a")
+    assert failing.run(recover).completed
     assert world.run(deploy, forget=["10.0.0.9"]).completed
     assert world.completes("a")
     assert servers.items() <= world.runs().items()
