@@ -7,6 +7,7 @@ is left out: its server, states and logs. Time is virtual, so waits and retries 
 import asyncio
 import copy
 import inspect
+import pickle
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -146,8 +147,9 @@ SGLANG = Example(
     answers.sglang(),
 )
 OF_EXAMPLE = "what the example's images say"
-_deployed: dict[tuple[str, ...], Cluster] = {}
-"""What a first run of `deploy` leaves, by the text of the deployment file and the machines."""
+_shared: dict[object, tuple[bytes, Outcome]] = {}
+"""What a run leaves, and how it ended, by the text of the deployment file, the cluster before the
+run, its flow and its parameters."""
 
 
 class World:
@@ -198,32 +200,27 @@ class World:
     def twin(self) -> "World":
         """A copy that goes its own way; the two share the deployment file."""
         twin = copy.copy(self)
-        builds = [(id(build), build) for build in self.cluster.registry.values()]
-        configs = [
-            (id(c.config), c.config)
-            for machine in self.cluster.machines.values()
-            for c in machine.containers.values()
-        ]
-        twin.cluster = copy.deepcopy(self.cluster, dict([*builds, *configs]))
+        twin.cluster = pickle.loads(pickle.dumps(self.cluster))
         return twin
 
     # Runs
 
     def deploy(self) -> None:
-        """Be as after a first run of `deploy`; the file may have been changed, the hosts not.
+        """Be as after a first run of `deploy`; see `shared_run`."""
+        assert not any(machine.containers for machine in self.machines.values())
+        assert self.shared_run(deploy).completed
 
-        It runs once for each file, and tests share what it leaves: a run costs 30 times as much as
-        a copy.
-        """
-        assert len(self.cluster.registry) == 2, "by tag and by digest, the first image alone"
-        for machine in self.cluster.machines.values():
-            assert not machine.containers
-            assert len(machine.disk.volumes) == 1
-        key = self.path.read_text(), *self.cluster.machines
-        if key not in _deployed:
-            assert self.run(deploy).completed
-            _deployed[key] = self.cluster
-        self.cluster = copy.deepcopy(_deployed[key])
+    def shared_run(self, flow: Any, **parameters: Any) -> Outcome:
+        """A run of a flow that is made once for each file and each state of the hosts: tests share
+        what it leaves, as it costs many times as much as a copy."""
+        cluster = pickle.dumps(self.cluster)
+        key = self.path.read_text(), cluster, flow.name, tuple(parameters.items())
+        if key not in _shared:
+            outcome = self.run(flow, **parameters)
+            _shared[key] = pickle.dumps(self.cluster), outcome
+        after, outcome = _shared[key]
+        self.cluster, self.word = pickle.loads(after), outcome.word
+        return outcome
 
     def run(
         self,

@@ -31,7 +31,7 @@ def world(tmp_path: Path) -> World:
 
 def way_back(world: World, image: str) -> list[Moment]:
     """The calls that a run makes once the new generation has failed, until the old one opens."""
-    moments = world.twin().run(deploy, image=image).moments
+    moments = world.twin().shared_run(deploy, image=image).moments
     proof = next(m for m in moments if "POST" in m.what)
     plan = f"read {ROOT}/{world.serving()}/plan.json"
     read = next(m for m in moments[proof.number :] if m.what == plan)
@@ -69,7 +69,7 @@ def test_a_way_back_waits_for_a_host_that_is_away_from_any_moment(
     first, image = world.serving(), world.push("20250724_1", BAD)
     moments = way_back(world, image)
     assert len(moments) > 100
-    for moment in sampled(moments, 150, OFFSETS[fault]):
+    for moment in sampled(moments, 300, OFFSETS[fault]):
         twin = world.twin()
         begin = twin.cluster.clock.seconds()
         outcome = twin.run(deploy, image=image, watch=at(moment, twin, fault))
@@ -87,7 +87,7 @@ def test_a_connection_that_is_lost_opens_no_proxy_before_its_proof(world: World)
     """A recovery finds the proxy open to the smoke test alone. If it took the lost connection for a
     closed port, it would signal once more, which lets clients in."""
     image = world.push("20250724_1", BAD)
-    moments = world.twin().run(deploy, image=image).moments
+    moments = world.twin().shared_run(deploy, image=image).moments
     proofs = [m.number for m in moments if "POST" in m.what]
     signals = [m.number for m in moments if m.what.startswith("kill ") and m.after]
     assert len(signals) == 3

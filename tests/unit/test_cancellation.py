@@ -133,8 +133,8 @@ def test_everything_cancelled_while_files_are_read_ends_the_run_and_frees_the_le
     """At calls of the kinds that only look."""
     world = World(tmp_path)
     world.deploy()
-    image, moments = world.push("20250725_1"), list[Moment]()
-    assert world.twin().run(deploy, image=image, watch=moments.append).completed
+    image = world.push("20250725_1")
+    moments = world.twin().shared_run(deploy, image=image).moments
     looks = {moment.what.partition(" ")[0]: moment for moment in moments if not moment.changes}
     for moment in sampled(list(looks.values()), 2):
         twin = world.twin()

@@ -53,7 +53,7 @@ def status(world: World) -> Status:
 class TestStatus:
     def test_what_serves_is_told_with_its_image_and_its_time(self, world: World) -> None:
         assert status(world).state == "nothing is deployed"
-        world.run(deploy)
+        world.deploy()
         first = status(world)
         assert (first.deployment, first.generation, first.state) == (NAME, world.serving(), SERVES)
         assert first.image.endswith(":20250722_26")
@@ -65,7 +65,7 @@ class TestStatus:
     def test_a_generation_of_another_proxy_alone_serves_with_the_servers_before_it(
         self, world: World
     ) -> None:
-        world.run(deploy)
+        world.deploy()
         servers = {name: run for name, run in world.runs().items() if name != "c0"}
         world.change(proxy={"c0": {"environment": {"EXAMPLE": "1"}}})
         world.run(deploy)
@@ -84,12 +84,12 @@ class TestStatus:
     def test_what_does_not_run_is_named(
         self, world: World, damage: Callable[[Machine], None], state: str
     ) -> None:
-        world.run(deploy)
+        world.deploy()
         damage(world.machines["b"])
         assert status(world).state == state
 
     def test_a_failed_attempt_is_remarked_while_the_old_one_serves(self, world: World) -> None:
-        world.run(deploy)
+        world.deploy()
         world.run(deploy, image=world.push("20250723_1", {"d0": Faults(garbage=True)}))
         told = status(world)
         assert told.serves
@@ -97,7 +97,7 @@ class TestStatus:
         assert told.remark.endswith(": failed")
 
     def test_a_host_that_is_away_is_told_beside_what_the_others_know(self, world: World) -> None:
-        world.run(deploy)
+        world.deploy()
         world.machines["b"].unplug()
         told = status(world)
         assert told.generation == world.record().serving
@@ -107,7 +107,7 @@ class TestStatus:
     def test_a_host_that_has_left_the_file_is_not_taken_for_one_that_serves(
         self, world: World
     ) -> None:
-        world.run(deploy)
+        world.deploy()
         deployment = load_deployment(world.path)
         moved = deployment.hosts["b"].model_copy(update={"address": "10.0.0.1"})
         elsewhere = deployment.model_copy(update={"hosts": {**deployment.hosts, "b": moved}})
@@ -118,7 +118,7 @@ class TestStatus:
     def test_services_on_the_same_hosts_are_told_apart_and_each_host_is_listed_once(
         self, world: World, tmp_path: Path
     ) -> None:
-        world.run(deploy)
+        world.deploy()
         twin = tmp_path / "twin.yaml"
         twin.write_text(f"extends: {world.path}\nname: twin\n")
         deployments = [load_deployment(path) for path in (world.path, twin)]

@@ -155,7 +155,7 @@ def test_an_upgrade_that_is_killed_at_any_moment_is_put_right_by_recovery(world:
     image = world.push("20250725_1")
     moments = world.new_states(deploy, image=image)
     assert len(moments) > 50
-    for moment in sampled(moments, 5):
+    for moment in sampled(moments, 9):
         twin = world.twin()
         assert twin.run(deploy, image=image, kill_at=moment.number).killed
         twin.pass_by(5)
@@ -222,7 +222,7 @@ def test_servers_that_are_late_together_are_all_named(
     told: list[str] = []
     logger = SimpleNamespace(info=lambda *line: told.append(line[0]))
     monkeypatch.setattr(composed, "get_run_logger", lambda: logger)
-    world.run(deploy)
+    world.deploy()
     late = {instance: Faults(hangs=True) for instance in ("p0", "p1", "p2", "d0")}
     error = world.run(deploy, image=world.push("20250724_1", late)).error
     steps = ", ".join(sorted(f"`ready {instance}`" for instance in late))

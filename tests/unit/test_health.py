@@ -50,7 +50,7 @@ def deployed_on_demand(tmp_path_factory: pytest.TempPathFactory) -> World:
     world.change(proxy={"c0": {"hold": 30}})
     world.deploy()
     image = world.push(ON_DEMAND, answer=answers.of("roles"))
-    assert world.run(deploy, image=image).completed
+    assert world.shared_run(deploy, image=image).completed
     return world
 
 

@@ -37,7 +37,7 @@ def hold(world: World, hold: Hold | None = HOLD) -> Hold | None:
 def test_no_run_works_on_what_is_held_and_all_do_when_it_is_released(
     world: World, flow: Any
 ) -> None:
-    assert world.run(deploy, image=world.push("20250723_1")).completed
+    assert world.shared_run(deploy, image=world.push("20250723_1")).completed
     assert hold(world) is None
     before = world.state()
     ended = world.run(flow)
@@ -104,4 +104,4 @@ def test_what_never_was_deployed_is_not_held(tmp_path: Path) -> None:
     world = World(tmp_path)
     with pytest.raises(NoSuchGeneration, match="expected a record of what was deployed"):
         hold(world)
-    assert world.run(deploy).completed
+    world.deploy()

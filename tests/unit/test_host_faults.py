@@ -47,7 +47,7 @@ def image(world: World) -> str:
 def next_names(world: World) -> dict[str, str]:
     """The containers of the generation that is about to come, by instance."""
     twin = world.twin()
-    assert twin.run(deploy, image=image(twin)).completed
+    assert twin.shared_run(deploy, image=image(twin)).completed
     return {instance: container.name for instance, container in twin.running().items()}
 
 
@@ -275,15 +275,15 @@ class TestQuarantine:
     def test_a_call_that_hangs_after_the_cut_over(self, world: World) -> None:
         """Calls of all kinds, for longer than servers have to be ready: that counts from when all
         have started."""
-        moments, hanging = list[Moment](), dict[tuple[str, str, bool], Moment]()
-        assert world.twin().run(deploy, image=image(world), watch=moments.append).completed
+        hanging = dict[tuple[str, str, bool], Moment]()
+        moments = world.twin().shared_run(deploy, image=image(world)).moments
         stops = [one.number for one in moments if one.what.startswith("stop ")]
         for one in moments[stops[-1] :]:
             verb, _, what = one.what.partition(" ")
             path = what.partition("/")[2] if verb in ("GET", "POST") else ""
             hanging.setdefault((verb, path, one.after), one)
         assert len(hanging) > 20
-        for moment in sampled(list(hanging.values()), 4):
+        for moment in sampled(list(hanging.values()), 8):
             twin = world.twin()
             twin.run(deploy, image=image(world), hang_at=moment.number)
             assert not twin.record().quarantine, moment

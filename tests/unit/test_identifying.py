@@ -14,7 +14,6 @@ from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.steps.identifying import ANSWER_S
 from tests.memory import answers
-from tests.memory.calls import Moment
 from tests.memory.world import ROOT, Outcome, World
 
 
@@ -192,8 +191,8 @@ def test_hosts_without_room_are_not_filled_by_the_question(serving: World) -> No
 
 
 def test_whenever_a_run_is_cancelled_no_container_is_left(serving: World) -> None:
-    image, moments = serving.push("20250725_1"), list[Moment]()
-    assert serving.twin().run(deploy, image=image, watch=moments.append).completed
+    image = serving.push("20250725_1")
+    moments = serving.twin().shared_run(deploy, image=image).moments
     of_probe = [m.number for m in moments if "pd-deploy-probe" in m.what]
     before = serving.runs()
     assert len(of_probe) > 8
@@ -227,7 +226,7 @@ def test_newer_images_may_follow_an_older_contract(world: World) -> None:
     kinds = ("roles", "v1", "v0")
     # v1's prefills bind ports of their own choice, and two of them share host a.
     world.change(keep=1, prefill={"p1": {"environment": {"VLLM_LLMDATADIST_BASE_PORT": 15600}}})
-    assert world.run(deploy).completed
+    world.deploy()
     generations = []
     for day, kind in enumerate(kinds, 1):
         world.push(f"2026080{day}_1", answer=answers.of(kind))

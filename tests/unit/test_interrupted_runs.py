@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -26,7 +27,7 @@ from tests.memory.machine import Faults
 from tests.memory.world import INSTANCES, ROOT, Outcome, Reports, World
 from tests.samples import sampled
 
-EVERY = 113
+EVERY = 211
 """A sample of a run's moments; a prime, so that each way to end one meets calls of all kinds."""
 WAYS = ("cancelled", "everything cancelled", "connection lost", "refused", "hangs")
 
@@ -41,7 +42,7 @@ class Scenario:
     world: World
     flow: Any
     parameters: dict[str, Any]
-    moments: list[Moment]
+    moments: Sequence[Moment]
     way_on: int
 
     def run(self, way: str, moment: Moment, **more: Any) -> tuple[World, Outcome]:
@@ -64,19 +65,17 @@ def scenario(what: str) -> Scenario:
     world.deploy()
     flow, parameters = deploy, {"image": world.push("20250725_1")}
     if what == "rollback":
-        assert world.run(deploy, **parameters).completed
+        assert world.shared_run(deploy, **parameters).completed
         flow, parameters = rollback, {}
     if what == "way back":
         parameters = {"image": world.push("20250726_1", {"d0": Faults(dies=0)})}
-    moments = list[Moment]()
-    world.twin().run(flow, watch=moments.append, **parameters)
+    moments = world.twin().shared_run(flow, **parameters).moments
     starts = [m.number for m in moments if m.what.startswith("start ")]
     if what == "recovery":
         world.run(flow, kill_at=starts[-1], **parameters)
         world.pass_by(5)
         flow, parameters = recover, {}
-        moments.clear()
-        world.twin().run(flow, watch=moments.append)
+        moments = world.twin().run(flow).moments
         return Scenario(world, flow, parameters, moments, way_on=0)
     way_on = starts[len(starts) // 2 - 1] if what == "way back" else len(moments)
     return Scenario(world, flow, parameters, moments, way_on)

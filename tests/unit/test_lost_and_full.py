@@ -38,9 +38,9 @@ def world(tmp_path: Path) -> World:
 def upgraded(world: World) -> World:
     """With three generations, of which the youngest serves and the oldest needs not be kept."""
     world.change(keep=2)
-    assert world.run(deploy).completed
+    world.deploy()
     for tag in ("20250723_1", "20250723_2"):
-        assert world.run(deploy, image=world.push(tag)).completed
+        assert world.shared_run(deploy, image=world.push(tag)).completed
     world.change(keep=1)
     return world
 
@@ -73,7 +73,7 @@ class TestLost:
             assert documents(upgraded, host) == before
 
     def test_an_older_record_gives_way(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         older = world.machines["b"].disk.entries[RECORD].content
         assert world.run(deploy, image=world.push("20250723_1")).completed
         world.machines["b"].disk.entries[RECORD].content = older
@@ -139,7 +139,7 @@ def test_an_image_that_cannot_be_named_on_a_host_fails_no_proven_service(
 def test_what_runs_between_steps_is_tried_again(world: World) -> None:
     """Every write of the record fails once, and so does every look at the saved plan: those on the
     way back, too."""
-    assert world.run(deploy).completed
+    world.deploy()
     first, asked = world.serving(), Counter[str]()
 
     def watch(moment: Moment) -> None:
@@ -161,7 +161,7 @@ def test_what_runs_between_steps_is_tried_again(world: World) -> None:
         machine = upgraded.machines["a"]
         number = int(lease_lines(machine, ROOT)[0])
         machine.disk.remove(lost)
-        assert upgraded.run(deploy).completed
+        upgraded.deploy()
         assert int(lease_lines(machine, ROOT)[0]) == number + 1
 
 
@@ -182,9 +182,9 @@ class TestFull:
 
     def test_recover_brings_the_service_back(self, world: World) -> None:
         """From a kill at any moment, with the disk full since."""
-        assert world.run(deploy).completed
+        world.deploy()
         image = world.push("20250725_1")
-        for moment in sampled(world.new_states(deploy, image=image), 8, 1):
+        for moment in sampled(world.new_states(deploy, image=image), 16, 1):
             twin = world.twin()
             twin.run(deploy, image=image, kill_at=moment.number)
             twin.pass_by(5)
@@ -195,7 +195,7 @@ class TestFull:
 
     def test_full_at_the_cut_over_the_new_generation_is_promoted(self, world: World) -> None:
         """Room for the record was kept before anything stopped."""
-        assert world.run(deploy).completed
+        world.deploy()
 
         def watch(moment: Moment) -> None:
             if moment.what.startswith("stop "):
@@ -205,7 +205,7 @@ class TestFull:
         assert world.assert_coherent().startswith("2-")
 
     def test_a_deploy_wants_room_before_anything_stops(self, world: World) -> None:
-        assert world.run(deploy).completed
+        world.deploy()
         before = world.runs()
         for machine in world.machines.values():
             machine.disk.fill(STATE)
@@ -238,9 +238,9 @@ def test_a_read_only_disk_is_named_and_nothing_is_touched(upgraded: World) -> No
 
 
 def test_a_clock_set_back_keeps_no_recovery_waiting(world: World) -> None:
-    assert world.run(deploy).completed
-    image, moments = world.push("20250725_1"), list[Moment]()
-    assert world.twin().run(deploy, image=image, watch=moments.append).completed
+    world.deploy()
+    image = world.push("20250725_1")
+    moments = world.twin().shared_run(deploy, image=image).moments
     created = next(m for m in moments if m.what.startswith("create ") and m.after)
     world.run(deploy, image=image, kill_at=created.number)
     world.cluster.clock.step(-525)
@@ -256,15 +256,15 @@ def test_how_far_a_killed_run_has_brought_the_proxy_is_known_without_dates(
 ) -> None:
     """On the way back, to a container whose log tells of an earlier start: killed after each change
     from the proxy's start until it is open, with the clock set before it says anything."""
-    assert world.run(deploy).completed
+    world.deploy()
     first, proxy = world.serving(), world.running()["c0"].id
-    image, moments = world.push("20250724_1", {"d0": Faults(garbage=True)}), list[Moment]()
-    assert world.twin().run(deploy, image=image, watch=moments.append).error
+    image = world.push("20250724_1", {"d0": Faults(garbage=True)})
+    moments = world.twin().shared_run(deploy, image=image).moments
     start = next(m for m in moments if m.what == f"start {proxy}" and m.after)
     opened = next(m for m in moments[::-1] if m.what.startswith("kill "))
     later = [m for m in moments[start.number : opened.number] if m.changes and m.after]
     assert len(later) > 5
-    for moment in sampled(later, 3):
+    for moment in sampled(later, 6):
         twin = world.twin()
 
         def watch(passing: Moment, twin: World = twin) -> None:
@@ -283,7 +283,7 @@ def test_how_far_a_killed_run_has_brought_the_proxy_is_known_without_dates(
 def test_clocks_set_back_at_a_cut_over_keep_nobody_waiting(world: World, when: str) -> None:
     """After each stop, or after each start: on the way there, and on the way back to containers
     whose logs know later times."""
-    assert world.run(deploy).completed
+    world.deploy()
     first, good = world.serving(), world.push("20250723_1")
 
     def watch(moment: Moment) -> None:

@@ -11,7 +11,6 @@ from pd_deploy.cli import main
 from pd_deploy.cli import preflight as cli
 from pd_deploy.config.load import load_deployment
 from pd_deploy.flows import preflight
-from pd_deploy.flows.deploy import deploy
 from pd_deploy.planning.flaws import Flaw
 from tests.memory.machine import Build
 from tests.memory.world import FIRST, MODEL, World
@@ -40,7 +39,7 @@ def flaws(
 
 def test_sound_hosts_pass_before_a_first_deploy_and_while_they_serve(world: World) -> None:
     assert flaws(world) == []
-    assert world.run(deploy).completed
+    world.deploy()
     assert flaws(world) == []
 
 

@@ -31,7 +31,7 @@ def test_a_port_that_an_outbound_connection_may_get_is_warned_of(
     b.files["/sys/devices/system/cpu/cpu0/cpufreq/scaling_driver"] = "cppc_cpufreq\n"
     b.files["/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"] = "powersave\n"
     world.machines["a"].hccn[3, "tls"] = "hccn_tool: not found"
-    assert world.run(deploy).completed
+    world.deploy()
     assert "ports 36000, 36001 lie in the kernel's ephemeral range" in caplog.text
     for told in (
         "b (10.0.0.2): expected driver 24.1.rc3.5, as on a (10.0.0.1), found 25.2.0",
@@ -58,11 +58,11 @@ def test_hosts_that_differ_or_do_not_reach_each_other(world: World) -> None:
     assert "nothing comes back" in said
     assert "expected to reach a (10.0.0.1)" not in said
     world.change(allow=["device-tls", "model-files", "ports-reachable"])
-    assert world.run(deploy).completed
+    world.deploy()
 
 
 def test_ports_that_serve_are_not_tried_again(world: World) -> None:
-    assert world.run(deploy).completed
+    world.deploy()
     world.machines["b"].closed_to.add(world.machines["a"].address)
     outcome = world.run(deploy, image=world.push("20250725_1"))
     assert outcome.completed, outcome.error
@@ -81,7 +81,7 @@ def test_a_device_that_is_out_of_order(world: World) -> None:
     assert "device 5" not in said  # that is a warning
     a.health.clear()
     a.ports_down.clear()
-    assert world.run(deploy).completed
+    world.deploy()
     a.health |= {3: "Alarm"}
     assert "nothing to do" in world.run(deploy).message
 
@@ -106,7 +106,7 @@ def test_links_of_the_model_that_lead_out_of_the_mounts(world: World) -> None:
     for machine in world.machines.values():
         machine.disk.add_directory("/opt/hf")
     world.change(settings={"all": {"mounts": ["/opt/hf:/opt/hf:ro"]}})
-    assert world.run(deploy).completed
+    world.deploy()
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_an_engine_whose_containers_are_cut_off_from_the_host(
     world.machines["b"].security_options.append(option)
     assert f"host b (10.0.0.2): {says}" in refused(world)
     world.machines["b"].security_options.pop()
-    assert world.run(deploy).completed
+    world.deploy()

@@ -33,7 +33,7 @@ class TestStages:
     @pytest.mark.parametrize("is_upgrade", [False, True], ids=["first", "upgrade"])
     def test_one_by_one_they_end_as_one_full_run(self, world: World, is_upgrade: bool) -> None:
         if is_upgrade:
-            assert world.run(deploy).completed
+            world.deploy()
             image = world.push("20250725_1")
         else:
             image = world.push("20250722_27")
@@ -216,7 +216,7 @@ class TestTheEnd:
     def test_prune_keeps_what_serves_and_the_good_one_before(self, world: World) -> None:
         world.change(keep=1)
         for tag in ("20250722_27", "20250722_28", "20250722_29"):
-            assert world.run(deploy, image=world.push(tag)).completed
+            assert world.shared_run(deploy, image=world.push(tag)).completed
         serving = world.assert_coherent()
         before = world.state()
         assert "nothing to remove" in world.run(prune).message
@@ -227,7 +227,7 @@ class TestTheEnd:
     def test_prune_removes_what_the_file_keeps_no_longer(self, world: World) -> None:
         world.change(keep=2)
         for tag in ("20250722_27", "20250722_28", "20250722_29"):
-            assert world.run(deploy, image=world.push(tag)).completed
+            assert world.shared_run(deploy, image=world.push(tag)).completed
         world.change(keep=1)
         runs = world.runs()
         assert "removed 1-" in world.run(prune).message
@@ -236,8 +236,8 @@ class TestTheEnd:
 
     def test_teardown_leaves_nothing_of_the_deployment(self, world: World) -> None:
         untouched = {name: set(m.disk.entries) for name, m in world.machines.items()}
-        assert world.run(deploy).completed
-        assert world.run(deploy, image=world.push("20250725_1")).completed
+        world.deploy()
+        assert world.shared_run(deploy, image=world.push("20250725_1")).completed
         serving = world.serving()
         refused = str(world.run(teardown, name="qwq-3p1").error)
         assert "name: expected qwq-3p1d, the name of the deployment to remove" in refused
@@ -249,7 +249,7 @@ class TestTheEnd:
             left = set(machine.disk.entries) - untouched[name]
             assert not [path for path in left if path.startswith(ROOT)]
             assert not [path for path, _ in machine.disk.files("/") if "qwq-3p1d" in path]
-        assert world.run(deploy).completed
+        world.deploy()
         world.assert_coherent()
 
     def test_artifacts_say_what_is_so_after_each_kind_of_run(self, world: World) -> None:
@@ -315,7 +315,7 @@ class TestTheEnd:
         """One host's file would otherwise say what to remove on another."""
         world.change(keep=2)
         for tag in ("20250722_27", "20250722_28", "20250722_29"):
-            assert world.run(deploy, image=world.push(tag)).completed
+            assert world.shared_run(deploy, image=world.push(tag)).completed
         world.change(keep=1)
         first = min(n for n in world.machines["a"].disk.names(ROOT) if n.startswith("1-"))
         for machine in world.machines.values():
@@ -373,13 +373,13 @@ class TestSmokeTestWithoutChecks:
 
     def test_a_good_service_passes(self, world: World) -> None:
         world.change(smoke={"checks": []})
-        assert world.run(deploy).completed
+        world.deploy()
         world.assert_coherent()
 
     @pytest.mark.parametrize("instance", ["d0", "p1"])
     def test_other_kv_than_prefill_made_is_noticed(self, world: World, instance: str) -> None:
         world.change(smoke={"checks": []})
-        assert world.run(deploy).completed
+        world.deploy()
         fault = {"d0": Faults(wrong_kv=True), "p1": Faults(refuses_kv=True)}[instance]
         outcome = world.run(deploy, image=world.push("20250724_1", {instance: fault}))
         assert "service is back" in str(outcome.error)
@@ -390,7 +390,7 @@ class TestStreams:
     """Requests under way when the proxy stops: `container.stop_timeout` is 5 s."""
 
     def stop_with(self, world: World, flow: Any, streams: list[float], **parameters: Any) -> str:
-        assert world.run(deploy).completed
+        world.deploy()
         proxy = world.running()["c0"].program
         assert isinstance(proxy, Proxy)
         for seconds in streams:

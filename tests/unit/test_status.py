@@ -95,7 +95,7 @@ def gone(world: World) -> None:
 def test_both_commands_judge_alike_and_say_it_by_their_exit_code(
     world: World, damage: Callable[[World], None], verdict: Verdict
 ) -> None:
-    world.run(deploy)
+    world.deploy()
     damage(world)
     one, other = told(world).look.status, of_fleet(world)
     assert (one.verdict, one.state) == (other.verdict, other.state)
@@ -111,7 +111,7 @@ def test_what_never_was_deployed_is_down(world: World) -> None:
 
 
 def test_a_release_of_an_older_version_is_judged_by_its_containers(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     for machine in world.machines.values():
         path = f"{ROOT}/{world.serving()}/release.json"
         document = json.loads(machine.disk.read(path))
@@ -128,7 +128,7 @@ def test_a_release_of_an_older_version_is_judged_by_its_containers(world: World)
 def test_a_server_that_runs_and_does_not_answer_is_told(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.run(deploy)
+    world.deploy()
     answer = Server.answer
 
     def sick(server: Server, path: str, body: Any) -> httpx.Response:
@@ -147,7 +147,7 @@ def test_a_server_that_runs_and_does_not_answer_is_told(
 
 
 def test_every_part_has_its_row(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     world.machines["a"].health[3] = "Alarm"
     text = showing.text(told(world))
     rows = {line.split()[0]: line for line in text.splitlines() if line}
@@ -168,7 +168,7 @@ def test_every_part_has_its_row(world: World) -> None:
 
 
 def test_an_unreachable_host_has_its_row_and_the_others_theirs(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     world.machines["b"].unplug()
     text = showing.text(told(world))
     rows = {line.split()[0]: line for line in text.splitlines() if line}
@@ -189,7 +189,7 @@ def test_an_unreachable_host_has_its_row_and_the_others_theirs(world: World) -> 
 def test_releases_are_listed_with_the_same_word_and_a_host_may_be_away(
     world: World, damage: Callable[[World], None], result: str, last: str
 ) -> None:
-    world.run(deploy)
+    world.deploy()
     damage(world)
     _, row, *rest = show.release_table(
         world.asked(asking.past(load_deployment(world.path)))
@@ -206,7 +206,7 @@ def test_without_any_host_the_past_is_not_told_as_empty(world: World) -> None:
 
 
 def test_requests_and_kv_tokens_are_those_since_the_last_look(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     first = told(world)
     assert "first look" in showing.text(first)
     last = looks.of(first.look.instances, first.when)
@@ -219,7 +219,7 @@ def test_requests_and_kv_tokens_are_those_since_the_last_look(world: World) -> N
 
 
 def test_a_server_that_started_since_is_counted_from_zero(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     last = looks.of(told(world).look.instances, datetime.now(UTC))
     ended("d0")(world)
     world.run(deploy)
@@ -231,7 +231,7 @@ def test_a_server_that_started_since_is_counted_from_zero(world: World) -> None:
 
 
 def test_the_last_look_is_kept_and_a_damaged_one_is_none(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     file = looks.path_of("qwq-3p1d", world.path)
     assert looks.read(file) is None
     last = looks.of(told(world).look.instances, datetime.now(UTC))
@@ -252,7 +252,7 @@ def test_the_last_look_is_kept_and_a_damaged_one_is_none(world: World) -> None:
     ],
 )
 def test_drift_against_the_file_is_told(world: World, change: dict[str, Any], drift: str) -> None:
-    world.run(deploy)
+    world.deploy()
     world.change(**change)
     look = told(world).look
     assert (look.drift or "").startswith(drift)
@@ -260,7 +260,7 @@ def test_drift_against_the_file_is_told(world: World, change: dict[str, Any], dr
 
 
 def test_a_file_that_was_changed_on_a_host_is_drift(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     disk = world.machines["b"].disk
     path = f"{ROOT}/{world.serving()}/d0/start.sh"
     disk.put(path, b"exit 1", 0o700)
@@ -268,7 +268,7 @@ def test_a_file_that_was_changed_on_a_host_is_drift(world: World) -> None:
 
 
 def test_other_ports_in_the_file_do_not_make_what_serves_unwell(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     world.change(proxy={"c0": {"port": 7100}}, ports={"api": 9300})
     look = told(world).look
     assert look.drift
@@ -276,7 +276,7 @@ def test_other_ports_in_the_file_do_not_make_what_serves_unwell(world: World) ->
 
 
 def test_who_works_on_it_is_told(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     seen: list[str] = []
 
     def watch(moment: Moment) -> None:
@@ -291,7 +291,7 @@ def test_who_works_on_it_is_told(world: World) -> None:
 
 
 def test_a_look_changes_nothing_and_costs_two_sessions_a_host(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     before, calls = world.state(), Counter[tuple[str, str]]()
 
     async def tell() -> None:
@@ -307,7 +307,7 @@ def test_a_look_changes_nothing_and_costs_two_sessions_a_host(world: World) -> N
 
 
 def test_json_has_all_of_it(world: World) -> None:
-    world.run(deploy)
+    world.deploy()
     document = json.loads(showing.as_document(told(world)))
     assert document["verdict"] == "serving"
     assert document["generation"] == world.serving()

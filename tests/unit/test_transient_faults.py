@@ -33,21 +33,19 @@ def before(what: str) -> tuple[World, Any, dict[str, Any], int]:
     """Hosts before a run, the run, and how many moments of it can fail."""
     world, flow, parameters = World(Path(mkdtemp())), deploy, dict[str, Any]()
     if what != "deploy":
-        assert world.run(deploy).completed
+        world.deploy()
         parameters = {"image": world.push("20250725_1")}
     if what == "rollback":
-        assert world.run(deploy, **parameters).completed
+        assert world.shared_run(deploy, **parameters).completed
         flow, parameters = rollback, {}
-    moments = list[Moment]()
-    outcome = world.twin().run(
-        flow, watch=lambda one: moments.append(one) if can_fail(one) else None, **parameters
-    )
+    outcome = world.twin().shared_run(flow, **parameters)
     assert outcome.completed, outcome.error
-    assert len(moments) > 300
-    return world, flow, parameters, len(moments)
+    count = sum(map(can_fail, outcome.moments))
+    assert count > 300
+    return world, flow, parameters, count
 
 
-@settings(max_examples=200 if ALL else 15, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200 if ALL else 9, derandomize=True, deadline=None, database=None)
 @given(
     what=st.sampled_from(FLOWS),
     places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=2, unique=True),
