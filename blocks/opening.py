@@ -35,7 +35,9 @@ async def open_session(
         for name, access in host_accesses(deployment).items()
     ]
     async with Hosts(hosts) as opened:
-        yield Session(deployment, opened, given.registry_login, forget, api_key=given.api_key)
+        yield Session(
+            deployment, opened, given.registry_login, frozenset(forget), api_key=given.api_key
+        )
 
 
 async def session_on(shared: dict[HostAccess, Host], deployment: Deployment) -> Session:

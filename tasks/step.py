@@ -109,9 +109,12 @@ def step(
     """
 
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Step[P, R]:
+        signature = inspect.signature(function)
+
         @functools.wraps(function)
         async def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            session, clock = _session(args), _Clock(run_name, _bound(function, args, kwargs))
+            session = _session(args)
+            clock = _Clock(run_name, signature.bind(*args, **kwargs).arguments)
             phase = session.timeline.phase if session else ""
             try:
                 work = function(*args, **kwargs)
@@ -196,10 +199,6 @@ def _session(args: Iterable[object]) -> Session | None:
     of = next(iter(args), None)
     session = of.session if isinstance(of, Rollout) else of
     return session if isinstance(session, Session) else None
-
-
-def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
-    return inspect.signature(function).bind(*args, **kwargs).arguments
 
 
 def _worth_a_retry(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:

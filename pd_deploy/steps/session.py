@@ -1,14 +1,16 @@
 """The connected hosts of a deployment, and the right to change them."""
 
 import asyncio
-from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Self
 
 from pydantic import SecretStr
 
 from pd_deploy import engines
 from pd_deploy.config.models import Deployment, Ssh
-from pd_deploy.engines.base import Layout
+from pd_deploy.config.topology import Topology
+from pd_deploy.engines.base import Engine, Layout
 from pd_deploy.errors import NoSuchGeneration, PdDeployError
 from pd_deploy.hosts.container_values import RegistryLogin
 from pd_deploy.hosts.host import Host, Hosts
@@ -19,37 +21,45 @@ from pd_deploy.steps.barrier import Barrier
 from pd_deploy.steps.timeline import Timeline
 
 
+@dataclass(frozen=True, eq=False)
 class Session:
     """A deployment and its connected hosts, shared by all steps of a run; nothing is changed in it.
 
-    Args:
+    Attributes:
         deployment: what the file says, or said.
         hosts: the deployment's, and those that a former generation ran on.
         registry_login: credentials for pulling.
-        api_key: what the service wants of its clients, if anything.
         forgotten: addresses of former hosts that are gone for good.
-        timeline: the run's, where it has begun already.
+        timeline: the run's.
+        api_key: what the service wants of its clients, if anything.
     """
 
-    def __init__(
-        self,
-        deployment: Deployment,
-        hosts: Hosts,
-        registry_login: RegistryLogin | None = None,
-        forgotten: Iterable[str] = (),
-        timeline: Timeline | None = None,
-        api_key: SecretStr | None = None,
-    ) -> None:
-        self.deployment = deployment
-        self.topology = placement.derive(deployment)
-        self.engine = engines.get(deployment.engine)
-        self.hosts = hosts
-        self.registry_login = registry_login
-        self.api_key = api_key
-        self.forgotten = frozenset(forgotten)
-        self.barrier = Barrier()
-        self.timeline = timeline or Timeline()
-        self.pulling = asyncio.Semaphore(deployment.pull_at_once)
+    deployment: Deployment
+    hosts: Hosts
+    registry_login: RegistryLogin | None = None
+    forgotten: frozenset[str] = frozenset()
+    timeline: Timeline = field(default_factory=Timeline)
+    api_key: SecretStr | None = None
+
+    @cached_property
+    def topology(self) -> Topology:
+        """What follows from the deployment."""
+        return placement.derive(self.deployment)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The deployment's."""
+        return engines.get(self.deployment.engine)
+
+    @cached_property
+    def barrier(self) -> Barrier:
+        """What ends the steps of this state of the deployment once one has failed."""
+        return Barrier()
+
+    @cached_property
+    def pulling(self) -> asyncio.Semaphore:
+        """Held by each host that pulls."""
+        return asyncio.Semaphore(self.deployment.pull_at_once)
 
     @property
     def root(self) -> str:
@@ -119,60 +129,34 @@ class Session:
         named = {name: by_address.pop(entry.address) for name, entry in deployment.hosts.items()}
         for host in by_address.values():
             named[host.name if host.name not in named else host.where] = host
-        return self._like(deployment, Hosts.of(named))
+        return replace(self, deployment=deployment, hosts=Hosts.of(named))
 
     def with_deployment(self, deployment: Deployment) -> Self:
         """Take another state of the deployment, on the same hosts under the same names."""
-        return self._like(deployment, self.hosts)
+        return replace(self, deployment=deployment)
 
     def with_hosts(self, hosts: Hosts) -> Self:
         """Take the same deployment on these hosts alone."""
-        return self._like(self.deployment, hosts)
-
-    def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
-        return type(self)(
-            deployment,
-            hosts,
-            self.registry_login,
-            self.forgotten,
-            self.timeline,
-            self.api_key,
-        )
+        return replace(self, hosts=hosts)
 
 
+@dataclass(frozen=True, eq=False)
 class LockedSession(Session):
     """A session that may change its hosts, for as long as its lease holds.
 
     All waits end when the lease is lost.
     """
 
-    def __init__(
-        self,
-        deployment: Deployment,
-        hosts: Hosts,
-        registry_login: RegistryLogin | None = None,
-        forgotten: Iterable[str] = (),
-        timeline: Timeline | None = None,
-        api_key: SecretStr | None = None,
-        *,
-        lease: Lease,
-    ) -> None:
-        super().__init__(deployment, hosts, registry_login, forgotten, timeline, api_key)
-        self.lease = lease
-        lease.watchers.append(self.barrier.fail)
+    lease: Lease = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Have the lease end what waits."""
+        self.lease.watchers.append(self.barrier.fail)
 
     @classmethod
     def of(cls, session: Session, lease: Lease) -> "LockedSession":
         """Give a session a lease on its hosts."""
-        return cls(
-            session.deployment,
-            session.hosts,
-            session.registry_login,
-            session.forgotten,
-            session.timeline,
-            session.api_key,
-            lease=lease,
-        )
+        return cls(**{f.name: getattr(session, f.name) for f in fields(Session)}, lease=lease)
 
     async def may_change(self, host: Host) -> None:
         """Check that the run still may change a host; call it before each change.
@@ -181,17 +165,6 @@ class LockedSession(Session):
             LeaseLost: another run has taken over.
         """
         await self.lease.check(host)
-
-    def _like(self, deployment: Deployment, hosts: Hosts) -> Self:
-        return type(self)(
-            deployment,
-            hosts,
-            self.registry_login,
-            self.forgotten,
-            self.timeline,
-            self.api_key,
-            lease=self.lease,
-        )
 
 
 def host_accesses(deployment: Deployment) -> dict[str, HostAccess]:

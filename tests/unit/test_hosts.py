@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import asyncssh
 import pytest
@@ -33,7 +34,6 @@ from pd_deploy.hosts.facts import (
     parse_loopback,
     parse_taken,
 )
-from pd_deploy.hosts.host import Hosts
 from pd_deploy.hosts.login import Login, known_hosts_line
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.steps import surveying
@@ -372,8 +372,8 @@ class TestFacts:
     )
     async def test_a_survey_says_where_the_address_is(self, address: str, says: str) -> None:
         links = self.links(("lo", ["LOOPBACK"], "10.0.0.7"), ("eth0", ["UP"], "10.0.0.3"))
-        session = Session(example.service({"hosts": {"a": address}}), Hosts())
-        session.hosts = {"a": Told(address, links)}  # type: ignore[assignment]
+        hosts: Any = {"a": Told(address, links)}
+        session = Session(example.service({"hosts": {"a": address}}), hosts)
         with pytest.raises(errors.FactsError) as caught:
             await surveying.survey(session, "a")
         error = caught.value
