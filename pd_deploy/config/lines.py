@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from pd_deploy.config import text_files
-from pd_deploy.config.yaml_files import is_path
+from pd_deploy.config.yaml_files import compose, is_path
 from pd_deploy.errors import InvalidInput, Problem
 
 Parts = tuple[str, ...]
@@ -65,7 +65,7 @@ def _layers(path: Path) -> Layers:
     with contextlib.suppress(InvalidInput, yaml.YAMLError, OSError, ValueError, RuntimeError):
         path = path.resolve()
         while path not in [known for known, _ in layers]:
-            root = yaml.compose(text_files.read(path), yaml.SafeLoader)
+            root = compose(text_files.read(path))
             if root is None:
                 break
             layers.append((path, root))

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pd_deploy.config import text_files
-from pd_deploy.config.fields import FILE, WrittenFloat, archive_of, is_git_url
+from pd_deploy.config.fields import FILE, WrittenFloat, archive_of, is_git_url, shown
 from pd_deploy.errors import InvalidInput, Problem
 
 Document = dict[str, Any]
@@ -25,8 +25,39 @@ _UNREADABLE = (
 )
 
 
+MAX_VALUES = 100_000
+"""What aliases may stand for: a deployment file has some hundred values."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice: the earlier value would be lost silently."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Compose the document; refuse one that a few aliases of aliases make endless."""
+        node: yaml.Node | None = super().get_single_node()
+        if node and (values := _values(node, {})) > MAX_VALUES:
+            raise ValueError(f"its aliases stand for {values:.3g} values, at most {MAX_VALUES} may")
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make the value of a node; say where the document has what can't be made one."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except _UNREADABLE as error:
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values that a node stands for, those of each alias anew."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        known[id(node)] += sum(_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -124,6 +155,16 @@ def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
     return _read(_resolved(path, path), names_file, seen=())
 
 
+def compose(text: str) -> yaml.Node | None:
+    """Parse a document into nodes with their lines.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it can't be read.
+    """
+    node: yaml.Node | None = yaml.compose(text, _StrictLoader)
+    return node
+
+
 def is_path(value: str) -> bool:
     """Tell whether a value is written as a path, not as a name."""
     return "/" in value or value.endswith((".yaml", ".yml"))
@@ -172,7 +213,7 @@ def _read(path: Path, names_file: tuple[str, ...], seen: tuple[Path, ...]) -> Do
     if parent is None:
         return document
     if not isinstance(parent, str):
-        raise _invalid(path, "extends", f"expected the path of a file, found {parent!r}")
+        raise _invalid(path, "extends", f"expected the path of a file, found {shown(parent)}")
     extended = _read(_resolved(path.parent / parent, path), names_file, (*seen, path))
     return merge(extended, document)
 

@@ -1,9 +1,10 @@
 """One SSH connection to a host: opened on first use, shared, re-made when it dropped."""
 
 import asyncio
+import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TypeVar
 
 import asyncssh
@@ -17,7 +18,8 @@ from pd_deploy.errors import (
     SessionRefused,
 )
 from pd_deploy.hosts import ssh_config
-from pd_deploy.hosts.login import DEFAULT_PORT, HostKeys, Login
+from pd_deploy.hosts.login import HostKeys, Login
+from pd_deploy.hosts.ssh_config import DEFAULT_PORT, Hop, SshConfig
 
 T = TypeVar("T")
 
@@ -159,17 +161,15 @@ class Link:
         self._connections = []
 
     async def _connect(self) -> asyncssh.SSHClientConnection:
-        """Make the jump host's connection, if any, then the host's own."""
+        """Make the connections of the hosts on the way, if any, then the host's own."""
         self._abandon()
+        login, tunnel = self._login, None
         try:
-            if jump := self._login.jump:
-                self._connections.append(
-                    await self._dial(jump.host, jump.user or self._login.who, jump.port)
-                )
-            port = self._login.port if self._login.port != DEFAULT_PORT else None
-            self._connections.append(
-                await self._dial(self._address, self._login.user, port, *self._connections)
-            )
+            if jump := login.jump:
+                hop = Hop(jump.host, jump.user or login.who, jump.port)
+                tunnel = await self._dial(hop, login, self._keys)
+            port = login.port if login.port != DEFAULT_PORT else None
+            await self._dial(Hop(self._address, login.user, port), login, self._keys, tunnel)
         except BaseException:
             self._abandon()
             raise
@@ -178,27 +178,39 @@ class Link:
 
     async def _dial(
         self,
-        address: str,
-        user: str | None,
-        port: int | None,
+        to: Hop,
+        login: Login,
+        keys: HostKeys,
         tunnel: asyncssh.SSHClientConnection | None = None,
+        on_the_way_to: tuple[Hop, ...] = (),
     ) -> asyncssh.SSHClientConnection:
-        identities: tuple[Path, ...] = ()
+        """Connect to an SSH server, by way of those that ssh_config names, unless there is a way.
+
+        Args:
+            tunnel: a connection to go through.
+            on_the_way_to: the servers for which this one is needed.
+        """
+        config = SshConfig(())
         try:
-            config = ssh_config.read(address, user, port)
-            identities = config.identities
-            options = self._login.options(self.where, config) | self._keys.option(config)
-            options |= {"username": user} if user else {}
-            options |= {"port": port} if port else {}
-            options |= {"tunnel": tunnel} if tunnel else {}
+            config = ssh_config.read(to.address, to.user, to.port)
+            if tunnel is None:
+                for jump in config.jumps:
+                    tunnel = await self._jump(jump, tunnel, (*on_the_way_to, to))
+            options = login.options(self.where, config) | keys.option(config)
+            options |= {"username": to.user} if to.user else {}
+            options |= {"port": to.port} if to.port else {}
             options |= {} if config.names_ciphers else {"encryption_algs": FAST_CIPHERS}
-            return await asyncssh.connect(
-                address,
+            if config.proxy_command and not tunnel:
+                options["sock"] = await _connected_by(config.proxy_command)
+            connection = await asyncssh.connect(
+                to.address,
                 connect_timeout=self._connect_timeout,
                 login_timeout=self._connect_timeout,
                 keepalive_interval=KEEPALIVE_INTERVAL_S,
                 keepalive_count_max=KEEPALIVE_COUNT,
                 config=ssh_config.files(),
+                # asyncssh would go through hosts without looking at their settings.
+                tunnel=tunnel,
                 # A configuration may ask for these, for those who log in by hand.
                 request_pty=False,
                 command=None,
@@ -206,17 +218,32 @@ class Link:
                 **options,
             )
         except (asyncssh.Error, OSError, ValueError) as exc:
-            target = f"{address}:{port or self._login.port}"
-            raise self._cannot_connect(exc, target, identities) from None
+            raise self._cannot_connect(exc, to, login, keys, config) from None
+        self._connections.append(connection)
+        return connection
+
+    async def _jump(
+        self, to: Hop, tunnel: asyncssh.SSHClientConnection | None, on_the_way_to: tuple[Hop, ...]
+    ) -> asyncssh.SSHClientConnection:
+        """Connect to a server that ssh_config names on the way, with the user's own credentials."""
+        if to in on_the_way_to:
+            raise HostError(
+                f"ProxyJump of ssh_config leads from {to.address} to itself",
+                host=self.where,
+                hint=f"set `ProxyJump none` for it, before other lines (`Host {to.address}`)",
+            )
+        login = Login()
+        keys = HostKeys(f"{self.where}, on the way to it: {to.address}", login)
+        return await self._dial(to, login, keys, tunnel, on_the_way_to)
 
     def _cannot_connect(
-        self, exc: Exception, target: str, identities: tuple[Path, ...]
+        self, exc: Exception, to: Hop, login: Login, keys: HostKeys, config: SshConfig
     ) -> PdDeployError:
-        login = self._login
+        target = f"{to.address}:{to.port or login.port}"
         if isinstance(exc, asyncssh.HostKeyNotVerifiable):
-            return self._keys.error(exc.reason)
+            return keys.error(exc.reason)
         if isinstance(exc, asyncssh.PermissionDenied) or "authentication failures" in str(exc):
-            unread = [] if login.explicit else ssh_config.unreadable(identities)
+            unread = [] if login.explicit else ssh_config.unreadable(config.identities)
             but = f", but can't read {', '.join(unread)}" if unread else ""
             if "Too many authentication failures" in str(exc):
                 return AuthenticationFailed(
@@ -239,12 +266,42 @@ class Link:
                 hint="if it names the host key, add the host's current keys to known_hosts",
             )
         if isinstance(exc, ValueError) and not isinstance(exc, UnicodeError):
-            return HostError(f"invalid SSH options ({exc})", host=self.where)
+            return HostError(
+                f"invalid SSH options ({exc})",
+                host=self.where,
+                hint="change that line of ssh_config; a comment needs a line of its own",
+            )
         return HostUnreachable(
             f"no SSH connection to {target}: {_reason(exc, self._connect_timeout)}",
             host=self.where,
-            hint="check address, port, firewall and that sshd runs",
+            hint=f"`{self.command}` must work: ssh_config has a ProxyCommand for it"
+            if config.proxy_command
+            else "check address, port, firewall and that sshd runs",
         )
+
+
+async def _connected_by(command: str) -> socket.socket:
+    """Start what has a connection as its input and output, as `ssh` does; return our end.
+
+    asyncssh would take it without a shell, and what it prints to its error stream for the server's
+    words.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        shell = os.environ.get("SHELL") or "/bin/sh"
+        argv, end = [shell, "-c", f"exec {command}"], theirs.fileno()
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=end, stdout=end, start_new_session=True
+        )
+    # It ends with the connection.
+    process_end = asyncio.ensure_future(process.wait())
+    _proxies.add(process_end)
+    process_end.add_done_callback(_proxies.discard)
+    return ours
+
+
+_proxies = set[asyncio.Task[int]]()
+"""The ends of commands that carry connections: a task that nobody holds may vanish."""
 
 
 class _NotStarted(Exception):

@@ -3,7 +3,7 @@
 import getpass
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,9 @@ from typing import Any
 import asyncssh
 
 from pd_deploy.errors import AuthenticationFailed, HostKeyMismatch
-from pd_deploy.hosts.ssh_config import SshConfig, usable
+from pd_deploy.hosts.ssh_config import DEFAULT_PORT, SshConfig, usable
 
 log = logging.getLogger(__name__)
-
-DEFAULT_PORT = 22
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,10 @@ class Login:
             if config and config.identities:
                 keys = [str(path) for path in usable(config.identities)]
                 options |= {"client_keys": keys, "ignore_encrypted": True}
+            if config and config.certificates:
+                # `ssh` passes over those that it can't read, too.
+                readable = [str(path) for path in config.certificates if os.access(path, os.R_OK)]
+                options["client_certs"] = readable
             return options
         options |= {
             "client_keys": [self._key(where)] if self.private_key else None,
@@ -133,16 +135,19 @@ class HostKeys:
         self._config = SshConfig(())
 
     def option(self, config: SshConfig | None = None) -> dict[str, Any]:
-        """asyncssh's connect options for host keys.
+        """asyncssh's connect options for the keys of a host.
 
         Raises:
             HostKeyMismatch: the known_hosts text can't be read.
         """
         config = config or SshConfig(())
-        return {
-            "client_factory": self._client_factory(config),
-            "known_hosts": self._known(config),
-        }
+        known = self._known(config)
+        options = {"client_factory": self._client_factory(config), "known_hosts": known}
+        keys, authorities = _matching(known, *config.known_as)
+        if authorities and not keys and not config.names_host_key_algorithms:
+            # asyncssh would ask for certificates alone, and a host without one would hang up.
+            options["server_host_key_algs"] = "default"
+        return options
 
     def error(self, reason: str) -> HostKeyMismatch:
         """Make the error for the key that was refused last."""
@@ -219,8 +224,7 @@ class HostKeys:
         """Look up the host's keys as far as they are known: as asyncssh looks for them, too."""
         if pinned := self._pinned.get((host, port)):
             return [pinned]
-        known_hosts = self._known(config)
-        return list(known_hosts.match(host, address, port if port != DEFAULT_PORT else None)[0])
+        return list(_matching(self._known(config), host, port, address)[0])
 
     def _known(self, config: SshConfig) -> asyncssh.SSHKnownHosts:
         text = self._login.known_hosts
@@ -236,6 +240,14 @@ class HostKeys:
                 host=self._where,
                 hint="give lines as ssh-keyscan prints them",
             ) from None
+
+
+def _matching(
+    known: asyncssh.SSHKnownHosts, host: str, port: int, address: str = ""
+) -> tuple[Sequence[asyncssh.SSHKey], Sequence[asyncssh.SSHKey]]:
+    """Look up the keys of a host, and those of authorities that may vouch for it."""
+    keys, authorities, *_ = known.match(host, address, port if port != DEFAULT_PORT else None)
+    return keys, authorities
 
 
 def known_hosts_line(address: str, port: int, key: asyncssh.SSHKey) -> str:

@@ -21,8 +21,9 @@ def line(argv: Sequence[str]) -> str:
     """Return a command line that csh, fish and POSIX shells take alike: it prints `MARK` to both
     output streams, then runs the command."""
     script = f"echo {_WORD}; echo {_WORD} >&2; exec {shlex.join(argv)}"
-    plain = shlex.join(["sh", "-c", script])
+    # In place of the login shell, so that what its files leave for its end is not printed: `trap`.
+    plain = shlex.join(["exec", "sh", "-c", script])
     if not _MISREAD.search(plain):
         return plain
     encoded = base64.b64encode(script.encode()).decode()
-    return f"""sh -c 'eval "$(echo {encoded} | base64 -d)"'"""
+    return f"""exec sh -c 'eval "$(echo {encoded} | base64 -d)"'"""

@@ -31,6 +31,7 @@ from tests.host_contract import OURS, Create, create
 __all__ = ["create"]
 
 BASHRC = "/home/deployer/.bashrc"
+PRINTS = "echo Welcome to node 1; echo Beware >&2; trap 'echo Bye; echo Bye >&2' EXIT\n"
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 OTHER_PORT = 2222
 REGISTRY_PORT = 5999
@@ -455,7 +456,7 @@ class TestLoginShells:
         forwarded: bool,
     ) -> None:
         """To both streams; the SSH server's SFTP subsystem can't be used with it."""
-        box.run(["sh", "-c", f"cat >{BASHRC}"], input="echo Welcome to node 1; echo Beware >&2\n")
+        box.run(["sh", "-c", f"cat >{BASHRC}"], input=PRINTS)
         await self.works(connect(user if forwarded else replace(user, port=no_forwarding)))
 
     @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Commands on a host, through an SSH server in this process."""
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator
 
 import asyncssh
@@ -61,3 +62,15 @@ async def test_a_command_may_end_without_reading_its_input(
     async with asyncio.timeout(20):
         result = await host.run(["true"], input="x" * 100_000, check=False)
     assert (result.exit_status, result.stdout) == (3, "held")
+
+
+@pytest.mark.parametrize("argument", ["plain", "two\nlines"])
+@pytest.mark.parametrize("sh", ["sh", "bash"])
+def test_what_start_up_files_leave_for_the_end_of_the_shell_is_not_printed(
+    sh: str, argument: str
+) -> None:
+    """As those do that end the SSH agent which they have started."""
+    left = "trap 'echo bye; echo bye >&2' EXIT; sh() { echo mine; }\n"
+    command = [sh, "-c", left + shell.line(["printf", "%s", argument])]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (shell.MARK + argument.encode(), shell.MARK)

@@ -582,6 +582,31 @@ def test_a_number_that_would_be_given_on_as_another_text_is_refused(
     load_deployment(file)
 
 
+ALIASES = "".join(
+    f"a{n}: &a{n} {{{', '.join(f'k{k}: *a{n - 1}' for k in range(9))}}}\n" for n in range(1, 12)
+)
+MERGES = "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize("bomb", [ALIASES, MERGES], ids=["aliases", "merges"])
+@pytest.mark.parametrize("used", ["extends: *a11", "<<: *a11", "image: *a11", "{0}: {{1: *a11}}"])
+def test_aliases_of_aliases_are_refused_at_once(tmp_path: Path, bomb: str, used: str) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(f"a0: &a0 {{x: y}}\n{bomb}{used}\n")
+    with pytest.raises(InvalidInput, match=r"its aliases stand for .* values"):
+        load_deployment(file)
+
+
+@pytest.mark.parametrize("written", ["!!int x", "1" + "0" * 5000, "!!float ''", "!!bool maybe"])
+def test_a_value_that_is_none_of_its_kind_is_named_with_its_line(
+    tmp_path: Path, written: str
+) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(f"name: x\nany: {{a: [{written}]}}\n")
+    with pytest.raises(InvalidInput, match="not valid YAML: line 2: "):
+        load_deployment(file)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_a_file_in_a_closed_directory_is_told(tmp_path: Path) -> None:
     """As a user who may not look into it."""

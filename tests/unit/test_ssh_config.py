@@ -1,13 +1,14 @@
 """ssh_config counts as OpenSSH has it: the user's, and where that says nothing the system's."""
 
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncssh
 import pytest
 
-from pd_deploy.errors import AuthenticationFailed
+from pd_deploy.errors import AuthenticationFailed, HostError, HostKeyMismatch, HostUnreachable
 from pd_deploy.hosts import ssh_config
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.login import Login
@@ -16,7 +17,7 @@ CLIENT = Path("/usr/bin/ssh")
 
 
 class Server(asyncssh.SSHServer):
-    """An SSH server that lets everybody in and remembers whom."""
+    """An SSH server that lets everybody in, and on to others, and remembers whom."""
 
     def __init__(self, users: list[str]) -> None:
         self._users = users
@@ -24,6 +25,9 @@ class Server(asyncssh.SSHServer):
     def begin_auth(self, username: str) -> bool:
         self._users.append(username)
         return False
+
+    def connection_requested(self, *_: object) -> bool:
+        return True
 
 
 class Ciphers(asyncssh.SSHServer):
@@ -38,6 +42,23 @@ class Ciphers(asyncssh.SSHServer):
     def begin_auth(self, username: str) -> bool:
         self._ciphers.append(self._connection.get_extra_info("recv_cipher"))
         return False
+
+
+# Prints something, and nothing after it; then carries a connection.
+RELAY = """
+import os, socket, sys, threading
+os.write(2, b"Warning: new key")
+os.close(2)
+server = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+
+def copy(read, write):
+    while data := read():
+        write(data)
+
+to_us = lambda: server.recv(4096), lambda data: os.write(1, data)
+threading.Thread(target=copy, args=to_us, daemon=True).start()
+copy(lambda: os.read(0, 4096), server.sendall)
+"""
 
 
 def talk(process: "asyncssh.SSHServerProcess[str]") -> None:
@@ -121,6 +142,80 @@ async def test_the_cheapest_cipher_is_taken_unless_the_configuration_or_the_host
     await host.aclose()
     listener.close()
     assert ciphers == [expected]
+
+
+@pytest.mark.parametrize(
+    ("settings", "passed"),
+    [
+        ("ProxyJump jump", ["jumper"]),
+        ("ProxyJump ssh://me@jump:{port}", ["me"]),
+        ("ProxyJump far", ["jumper", "far"]),
+        ("ProxyJump me@127.0.0.1:{port},you@[127.0.0.1]:{port}", ["me", "you"]),
+        ("ProxyJump none", []),
+        ("ProxyCommand $RELAY %h %p || exit", []),
+    ],
+)
+async def test_ways_over_other_hosts_have_these_hosts_settings(
+    home: Path,
+    server: tuple[int, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: str,
+    passed: list[str],
+) -> None:
+    """Identities that are not there, keys that are not known yet, and further hosts to go over."""
+    port, users = server
+    (home / "relay.py").write_text(RELAY)
+    monkeypatch.setenv("RELAY", f"{sys.executable} {home}/relay.py")
+    (home / ".ssh/config").write_text(
+        f"Host node\nUser last\n{settings.format(port=port)}\n"
+        "Host jump\nUser jumper\nIdentityFile ~/.ssh/missing\n"
+        "Host far\nUser far\nProxyJump jump\nCertificateFile ~/.ssh/missing\n"
+        f"Host *\nHostName 127.0.0.1\nPort {port}\nUserKnownHostsFile ~/.ssh/new\n"
+        "StrictHostKeyChecking accept-new\n"
+    )
+    host = Host("a", "node", Login())
+    assert (await host.run(["env"])).stdout == ""
+    await host.aclose()
+    assert users == [*passed, "last"]
+    assert len((home / ".ssh/new").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "says"),
+    [
+        ("ProxyJump jump", HostKeyMismatch, r"a \(node\), on the way to it: jump: .*not known"),
+        ("ProxyJump node", HostError, "ProxyJump of ssh_config leads from node to itself"),
+        ("ProxyJump a b", HostError, r"config line 2: .*change that line of ssh_config"),
+        ("ProxyJump a:b:c", HostError, "expected `user@host:port` in ProxyJump, found 'a:b:c'"),
+        ("ProxyCommand exit 1", HostUnreachable, "`ssh -p 22 .*node` must work: .*ProxyCommand"),
+        ("HostName 127.0.0.1 # me", HostError, "a comment needs a line of its own"),
+    ],
+)
+async def test_ways_that_lead_nowhere_are_told(
+    home: Path, server: tuple[int, list[str]], settings: str, kind: type[HostError], says: str
+) -> None:
+    (home / ".ssh/config").write_text(
+        f"Host node\n{settings}\nHost jump\nHostName 127.0.0.1\nPort {server[0]}\n"
+    )
+    with pytest.raises(kind, match=says):
+        await Host("a", "node", Login()).run(["true"])
+
+
+async def test_an_authority_for_all_hosts_hides_no_host_that_has_no_certificate(
+    home: Path, server: tuple[int, list[str]]
+) -> None:
+    """Its key is not known, or known, as without the authority."""
+    authority = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
+    known = home / ".ssh/known_hosts"
+    known.write_text(f"@cert-authority * {authority}")
+    login = Login(port=server[0])
+    with pytest.raises(HostKeyMismatch, match="not known: found") as caught:
+        await Host("a", "127.0.0.1", login).run(["true"])
+    with known.open("a") as file:
+        file.write(str(caught.value.hint).rpartition("known_hosts: ")[2])
+    host = Host("a", "127.0.0.1", login)
+    assert (await host.run(["env"])).stdout == ""
+    await host.aclose()
 
 
 async def test_known_hosts_that_cannot_be_written_keep_nobody_out(
