@@ -1,5 +1,6 @@
 """What is said of an instance that ended by itself."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
@@ -51,7 +52,8 @@ async def no_fault(*_: Any) -> None: ...
 async def message_of(docker: Docker) -> str:
     of = rollout({})
     host = SimpleNamespace(docker=docker, where="a (10.0.0.1)", facts=SimpleNamespace(tail=tail))
-    of.session.hosts = Hosts.of({name: cast(Host, host) for name in of.session.deployment.hosts})
+    hosts = Hosts.of({name: cast(Host, host) for name in of.session.deployment.hosts})
+    of = replace(of, session=of.session.with_hosts(hosts))
     with mock.patch.object(host_faults, "of_instance", no_fault):
         return str(await containers.died(of, "p0"))
 
