@@ -101,6 +101,7 @@ def test_a_way_back_that_fails_leaves_nothing_that_serves_and_is_told(world: Wor
     assert told(world) == [events.DOWN]
     outcome = world.run(recover)
     assert "Nothing serves" in str(outcome.error)
+    assert "after the old generation stopped" not in str(outcome.error), "nothing was stopped"
     assert named(outcome) == outcomes.NOTHING_SERVES
     assert set(told(world)) == {events.DOWN}
     ports.clear()

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import pytest
 
-from pd_deploy.errors import Abandoned, InstanceDied, PortTaken, SeveralFaults
+from pd_deploy.errors import Abandoned, InstanceDied, PortTaken, SeveralFaults, headline
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.steps.barrier import Barrier
 
@@ -141,6 +141,7 @@ class TestFanOut:
             await soon(fan_out(Barrier(), map(fails, faults)))
         assert caught.value.faults == faults
         assert str(caught.value) == "2 steps failed:\n- 7000\n- exit code 1"
+        assert headline(caught.value) == "7000; exit code 1", "as releases and quarantine have it"
 
     async def test_the_same_fault_of_several_steps_is_reported_once(self) -> None:
         with pytest.raises(PortTaken):
