@@ -70,7 +70,9 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
         # At a normal exit Prefect offers each event of the run to the dead server, for minutes.
         os._exit(code)
     except (KeyboardInterrupt, asyncio.CancelledError, TerminationSignal):
-        hint = f"`pd-deploy recover {parameters['file']}` repairs what the run left"
+        hint = "run it again"
+        if flow.name in CHANGING:
+            hint = f"`pd-deploy recover {parameters['file']}` repairs what the run left"
         typer.echo(f"pd-deploy: interrupted → {hint}", err=True)
         return _interrupted(end) or 128 + signal.SIGINT
     finally:

@@ -7,10 +7,11 @@ from prefect import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from pd_deploy.errors import LeaseLost, PdDeployError, RollbackFailed, RolledBack, headline
+from pd_deploy.errors import PdDeployError, RollbackFailed, RolledBack, headline
 from pd_deploy.flows import events, publish
 from pd_deploy.flows.away import with_all_hosts
 from pd_deploy.flows.fan_out import fan_out
+from pd_deploy.flows.overtaken import leave
 from pd_deploy.flows.run import Run, page
 from pd_deploy.records.adopted import SHOWN, AdoptedContainer, AdoptedService
 from pd_deploy.steps import adopting, copies, timeline, waiting_room
@@ -67,6 +68,8 @@ async def take_back(
             session.hosts, session.deployment.gates.away, partial(serve_again, session, service)
         )
     except Exception as fault:
+        if lost := session.lease.lost:
+            await leave(failed, lost, error)
         events.down(failed, fault)
         raise RollbackFailed(
             f"{reason}; generation {SHOWN} does not come back either, because {headline(fault)}"
@@ -105,9 +108,9 @@ async def return_to(session: LockedSession, service: AdoptedService, run: Run) -
     downtime = Downtime()
     try:
         said = await _returned(session, service, run, downtime)
-    except LeaseLost:
-        raise
     except PdDeployError as fault:
+        if session.lease.lost:
+            raise session.lease.lost from fault
         if downtime.since:
             fault.nothing_serves = True
         raise

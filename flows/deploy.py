@@ -8,7 +8,7 @@ from pd_deploy.blocks.opening import open_former, open_session
 from pd_deploy.config.load import naming_lines
 from pd_deploy.errors import ImageNotFound, InvalidInput, PdDeployError, Problem, faults_of
 from pd_deploy.flows import deployment_file, publish, unknown
-from pd_deploy.flows.interrupts import interruptible
+from pd_deploy.flows.interrupts import GOES_BACK, interruptible
 from pd_deploy.flows.roll_out import OnFailure, roll_out
 from pd_deploy.flows.run import this_run
 from pd_deploy.flows.session import connected, locked_session, patient
@@ -25,7 +25,7 @@ from pd_deploy.registry.tags import NEWEST
     persist_result=False,
     on_crashed=[unknown.tell],
 )
-@interruptible(left="nothing that serves was touched")
+@interruptible(left="nothing that serves was touched", first=GOES_BACK)
 async def deploy(
     file: str,
     image: str | None = None,

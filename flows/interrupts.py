@@ -56,14 +56,14 @@ ending: ContextVar[Ending] = ContextVar("ending")
 
 
 def interruptible(
-    left: str, first: str = GOES_BACK, *, reports: bool = True
+    left: str, first: str = "", *, reports: bool = True
 ) -> Callable[[Runbook[P]], Runbook[P]]:
     """Have a flow's function end by itself when it is asked to end, as Cancelled, and under a name
     that tells what became of the service when it fails; and with a report, however it ends.
 
     Args:
         left: what became of the hosts when it ended in a part that undoes nothing.
-        first: what the first request does; `{remedy}` is the command that repairs the rest.
+        first: what the first request does, `GOES_BACK` or else; by default, it ends the run there.
         reports: whether it has a report.
     """
 
@@ -73,7 +73,7 @@ def interruptible(
             end = ending.get(Ending())
             page.set(Page(Path(runtime.flow_run.parameters.get("file", "")).stem))
             outlive_reader()
-            with _signals_cancel_this_task(end.signals, first):
+            with _signals_cancel_this_task(end.signals, *_told(left, first)):
                 try:
                     end.state = await runbook(*args, **kwargs)
                 except asyncio.CancelledError:
@@ -97,6 +97,13 @@ def interruptible(
         return run
 
     return decorate
+
+
+def _told(left: str, first: str) -> tuple[str, str]:
+    """Write what the first request to end a run does, and what a further one does."""
+    if first == GOES_BACK:
+        return first.format(remedy=remedy()), f"this run ends at once; then run {remedy()}"
+    return first or f"this run ends; {left}", f"this run ends at once; {left}"
 
 
 async def _report(end: State[None] | Exception, left: str) -> None:
@@ -134,7 +141,7 @@ def goes_on(lease: Lease, *, interrupted: bool) -> bool:
 
 
 @contextmanager
-def _signals_cancel_this_task(seen: list[int], first: str) -> Iterator[None]:
+def _signals_cancel_this_task(seen: list[int], first: str, again: str) -> Iterator[None]:
     """Have each signal cancel this task, and it alone, for as long as the body runs.
 
     Prefect's handler raises an exception wherever the process is just then: in the event loop it
@@ -143,19 +150,18 @@ def _signals_cancel_this_task(seen: list[int], first: str) -> Iterator[None]:
 
     Args:
         seen: gets the number of each.
-        first: see `interruptible`.
+        first, again: what the first one does, and what each further one does.
     """
     task, loop, logger = asyncio.current_task(), asyncio.get_running_loop(), get_run_logger()
     assert task is not None
-    hint = remedy()
 
     def interrupt(number: int) -> None:
         seen.append(number)
         name = signal.Signals(number).name
         if len(seen) == 1:
-            logger.warning("%s: %s", name, first.format(remedy=hint))
+            logger.warning("%s: %s", name, first)
         else:
-            logger.warning("%s again: this run ends at once; then run %s", name, hint)
+            logger.warning("%s again: %s", name, again)
         task.cancel()
 
     def handler(number: int, _: FrameType | None) -> None:

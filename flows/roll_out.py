@@ -15,6 +15,7 @@ from pd_deploy.flows.adopted import take_back
 from pd_deploy.flows.away import hosts_away, with_all_hosts
 from pd_deploy.flows.interrupts import goes_on
 from pd_deploy.flows.line import Line
+from pd_deploy.flows.overtaken import leave
 from pd_deploy.flows.run import Run, page, remedy
 from pd_deploy.flows.stages import prove_and_open, run_stages
 from pd_deploy.flows.survey import restore
@@ -136,6 +137,8 @@ async def abort(
     on_failure: OnFailure,
 ) -> None:
     """Stop what the run has started, record why, and go back if that is possible."""
+    if lost := rollout.locked.lease.lost:
+        await leave(rollout, lost, error)
     if on_failure == "keep":
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
         await waiting_room.dismiss(rollout)
@@ -191,6 +194,8 @@ async def roll_back(failed: Rollout, error: BaseException, generation: str, run:
             hosts, seconds, partial(_serve_again, failed, generation, attempts)
         )
     except Exception as fault:
+        if lease_lost := failed.locked.lease.lost:
+            await leave(failed, lease_lost, error)
         if attempts:
             await containers.stop_started(attempts[-1])
         await waiting_room.dismiss(failed)

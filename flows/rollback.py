@@ -19,7 +19,7 @@ from pd_deploy.errors import (
 from pd_deploy.flows import deployment_file, events, publish, unknown
 from pd_deploy.flows.adopted import return_to
 from pd_deploy.flows.away import with_all_hosts
-from pd_deploy.flows.interrupts import goes_on, interruptible
+from pd_deploy.flows.interrupts import GOES_BACK, goes_on, interruptible
 from pd_deploy.flows.roll_out import roll_out
 from pd_deploy.flows.run import Run, this_run
 from pd_deploy.flows.session import locked_session
@@ -39,7 +39,7 @@ from pd_deploy.tasks import stop_adopted
     persist_result=False,
     on_crashed=[unknown.tell],
 )
-@interruptible(left="nothing that serves was touched")
+@interruptible(left="nothing that serves was touched", first=GOES_BACK)
 async def rollback(
     file: str, generation: str | None = None, message: str | None = None
 ) -> State[None]:
@@ -162,6 +162,8 @@ async def _instead(
     try:
         back = await with_all_hosts(session.hosts, session.deployment.gates.away, serve)
     except Exception as fault:
+        if session.lease.lost:
+            raise session.lease.lost from fault
         if not (isinstance(fault, PdDeployError) and fault.nothing_serves):
             events.adopted_down(session.deployment, service, fault)
         raise RollbackFailed(

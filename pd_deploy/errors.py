@@ -276,7 +276,14 @@ class OnHold(PdDeployError):
 
 
 class LeaseLost(PdDeployError):
-    """Another run took this run's lease, or its file was deleted; this run changes nothing more."""
+    """Another run took this run's lease, or its file was deleted; this run changes nothing more.
+
+    `is_overtaken` tells which.
+    """
+
+    def __init__(self, message: str, *, is_overtaken: bool = True, **where: str | None) -> None:
+        super().__init__(message, **where)
+        self.is_overtaken = is_overtaken
 
 
 class SeveralFaults(PdDeployError):

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, PdDeployError, TransientError
+from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, TransientError
 from pd_deploy.hosts.files import disk_error
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.processes import machine, started
@@ -180,7 +180,7 @@ class Lease:
     dead: set[Owner] = field(default_factory=set)
     addresses_asked: set[str] = field(default_factory=set)
     watchers: list[Callable[[str], None]] = field(default_factory=list)
-    lost: PdDeployError | None = None
+    lost: LeaseLost | None = None
     renewing: "dict[Host, asyncio.Task[None]]" = field(default_factory=dict)
 
     async def take(
@@ -345,13 +345,14 @@ class Lease:
             )
         return result.stdout
 
-    def _lose(self, host: Host, content: str | None) -> PdDeployError:
+    def _lose(self, host: Host, content: str | None) -> LeaseLost:
         """Note that a lease is another's now, or None if its file is gone."""
         holder = _owner(content) if content else None
         nobody = "none" if content is not None else "that somebody deleted the file"
         self.lost = LeaseLost(
             f"expected this run's lease {self.root}/lease, found "
             + (f"that of {holder.run}" if holder else nobody),
+            is_overtaken=content is not None,
             host=host.where,
             hint="this run makes no more changes, because another run may be working there by now: "
             "check for one, then run again",

@@ -13,13 +13,13 @@ from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 
 from pd_deploy.cli import notify
-from pd_deploy.errors import PdDeployError
+from pd_deploy.errors import LeaseLost, PdDeployError
 from pd_deploy.flows import events, outcomes
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
 from pd_deploy.flows.rollback import rollback
 from tests.memory.programs import Faults
-from tests.memory.world import Outcome, World
+from tests.memory.world import ROOT, Outcome, World
 from tests.unit.test_host_faults import after_stop_of, once
 
 BLOCK = UUID(int=7)
@@ -124,6 +124,37 @@ def test_a_service_that_is_lost_during_a_run_that_fails_before_it_stops_anything
     assert "Nothing serves" in str(world.run(deploy, image=image).error)
     assert world.run(recover).completed
     world.assert_coherent()
+
+
+@pytest.mark.parametrize(
+    ("overtaken", "has_stopped", "down"),
+    [(True, False, False), (True, True, False), (False, False, False), (False, True, True)],
+    ids=["overtaken before the first stop", "after", "its lease deleted before", "after it"],
+)
+def test_a_run_that_lost_its_lease_says_only_what_it_knows(
+    world: World, overtaken: bool, has_stopped: bool, down: bool
+) -> None:
+    """Another one may have brought the service up; where nobody works on it, it may be down."""
+    world.deploy()
+    told(world)
+    image = world.push("20250724_1")
+
+    def lose() -> None:
+        for machine in world.machines.values():
+            disk, path = machine.disk, f"{ROOT}/lease"
+            number, token, owner, *rest = disk.read(path).split("\n")
+            lines = [str(int(number) + 1), f"{token}x", owner, *rest]
+            disk.put(path, "\n".join(lines).encode(), 0o600)
+            if not overtaken:
+                disk.remove(path)
+
+    stopped = after_stop_of(world, "d0")
+    moment = stopped if has_stopped else lambda _: world.record("b").closed is not None
+    outcome = world.run(deploy, image=image, watch=once(moment, lose))
+    assert isinstance(outcome.error, LeaseLost)
+    assert ("Nothing serves" in str(outcome.error)) is down
+    assert (named(outcome) == outcomes.NOTHING_SERVES) is down
+    assert told(world) == [events.DOWN] * down
 
 
 def named(outcome: Outcome) -> str:

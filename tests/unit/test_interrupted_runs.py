@@ -206,6 +206,19 @@ def test_a_signal_cancels_the_task_of_the_run_and_no_other(
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_says_what_it_does_to_a_run_of_this_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teardown brings nothing back, and is not to be recovered from."""
+    monkeypatch.setattr(interrupts, "remedy", lambda: "`pd-deploy recover x.yaml`")
+    first, again = interrupts._told("nothing was touched", interrupts.GOES_BACK)
+    assert "brings back what served before" in first
+    assert first.endswith("(then run `pd-deploy recover x.yaml`)")
+    assert again == "this run ends at once; then run `pd-deploy recover x.yaml`"
+    assert interrupts._told("what it removed is gone; run it again", "") == (
+        "this run ends; what it removed is gone; run it again",
+        "this run ends at once; what it removed is gone; run it again",
+    )
+
+
 @pytest.mark.parametrize("seconds", [0, 3600])
 def test_a_report_that_the_server_does_not_take_decides_nothing(
     tmp_path: Path, seconds: int

@@ -113,6 +113,8 @@ def test_a_deleted_lease_is_told_as_that(hosts: dict[str, MemoryHost]) -> None:
             hosts["b"].machine.disk.remove(f"{ROOT}/lease")
             await asyncio.sleep(2)
             assert "host b" in told[0]
+            assert lease.lost
+            assert not lease.lost.is_overtaken
             assert "somebody deleted the file" in told[0]
             with pytest.raises(LeaseLost):
                 await lease.check(hosts["a"])

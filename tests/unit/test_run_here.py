@@ -61,16 +61,27 @@ def test_a_lost_server_does_not_decide_how_a_run_ended(
     assert told in printed.out + printed.err
 
 
+REPAIRS = "`pd-deploy recover x.yaml` repairs what the run left"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, asyncio.CancelledError])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("pd-deploy", REPAIRS), ("pd-teardown", "run it again")]
+)
 def test_a_run_that_was_cut_off_says_what_to_run(
-    exits: list[int], capsys: pytest.CaptureFixture[str], error: type[BaseException]
+    exits: list[int],
+    capsys: pytest.CaptureFixture[str],
+    error: type[BaseException],
+    name: str,
+    hint: str,
 ) -> None:
     async def flow(**_: object) -> None:
         raise error
 
+    flow.name = name  # type: ignore[attr-defined]
     given: Any = flow
     assert run.here(given, file="x.yaml") == 130
-    assert "`pd-deploy recover x.yaml` repairs what the run left" in capsys.readouterr().err
+    assert f"interrupted → {hint}" in capsys.readouterr().err
     assert not exits
 
 
