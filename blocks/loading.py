@@ -124,9 +124,9 @@ async def _by_prefect(kind: type[F], name: str, key: str) -> F:
             return kind.model_validate({"value": str(secret.get())})
         blocks: list[type[Block]] = [SshCredentials, RegistryCredentials]
         block = await next(one for one in blocks if issubclass(one, kind)).aload(name)
-    except json.JSONDecodeError:
-        raise  # what answers is no Prefect server
     except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) or "proxy URL" in str(error):
+            raise  # what answers is no Prefect server, or there is no way to it
         by_command = f", or with `{kind.command} {name}`" if kind.command else ""
         message = (
             f"expected a block {kind.slug}/{name}, found none; create it in the UI under Blocks"

@@ -68,11 +68,19 @@ def spare_the_proxy(url: str | None) -> None:
     """Keep requests to this machine, and to a Prefect server nearby, from HTTP and SOCKS proxies
     that the environment names."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    near = [*LOOPBACK, *([httpx.URL(url).host] if url and _is_near(httpx.URL(url).host) else [])]
+    host = _host(url or "")
+    near = [*LOOPBACK, *([host] if host and _is_near(host) else [])]
     exempt = [part.strip() for part in given.split(",") if part.strip()]
     value = ",".join(dict.fromkeys([*exempt, *near]))
     # Programs differ in which of the names they read.
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = value
+
+
+def _host(url: str) -> str:
+    try:
+        return httpx.URL(url).host
+    except httpx.InvalidURL:
+        return ""  # whoever asks there says what is wrong with it
 
 
 def _is_near(host: str) -> bool:

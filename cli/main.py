@@ -942,7 +942,28 @@ def main() -> NoReturn:
         _fail(error, INVALID)
     except PdDeployError as error:
         _fail(error, FAILED)
+    except ValueError as error:
+        if (faults := _of_prefects_settings(error)) is None:
+            raise
+        _fail(faults, FAILED)
     sys.exit(0)
+
+
+def _of_prefects_settings(error: ValueError) -> str | None:
+    """Say what is wrong with Prefect's settings, if that is the error: it refuses to be loaded."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError) or not error.title.endswith("Settings"):
+        return None
+    # Without what was found: it may be a password.
+    faults = [
+        ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
+        for fault in error.errors(include_input=False)
+    ]
+    return (
+        f"Prefect can't use its settings: {'; '.join(faults)} → correct the environment's "
+        "PREFECT_… variables, or those of Prefect's profile (`prefect config view`)"
+    )
 
 
 def _refuse_invalid(file: Path, image: str | None = None) -> None:

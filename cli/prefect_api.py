@@ -20,6 +20,7 @@ from pd_deploy.errors import PdDeployError
 
 ANSWER_TIMEOUT_S = 10.0
 NO_SERVER = "run `prefect server start`, or unset PREFECT_API_URL for one of this machine"
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 STARTED = (
     "pd-deploy: started a Prefect server on this machine, for this and later commands; "
     "`pd-deploy server stop` ends it"
@@ -60,13 +61,12 @@ def reached() -> Iterator[None]:
         raise ServerRefuses(
             f"expected JSON from the Prefect server at {url}, found something else"
         ) from error
-    except (httpx.TransportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+    except (httpx.TransportError, httpx.InvalidURL, RuntimeError, ValueError) as error:
+        if not isinstance(error, httpx.TransportError | httpx.InvalidURL) and not any(
+            words in str(error) for words in ("Failed to reach API", "proxy URL")
+        ):
             raise
-        raise ServerLost(
-            f"expected a Prefect server at {get_current_settings().api.url}, found none",
-            hint=NO_SERVER,
-        ) from error
+        raise _lost(get_current_settings().api.url, error) from error
 
 
 @contextmanager
@@ -121,12 +121,21 @@ def require_server(url: str) -> None:
             "PREFECT_API_REQUEST_TIMEOUT, in seconds",
         ) from error
     except (httpx.TransportError, httpx.InvalidURL, OSError, ValueError) as error:
-        raise ServerLost(
-            f"expected a Prefect server at {url}, found none ({error})", hint=NO_SERVER
-        ) from error
+        raise _lost(url, error) from error
     is_json = "json" in answer.headers.get("content-type", "")
     if not answer.is_success or not is_json:
         raise _refusal(url, answer.status_code)
+
+
+def _lost(url: str | None, error: Exception) -> ServerLost:
+    """Make the error for a server that can't be reached; a proxy may be what can't be used."""
+    proxies = [name for name in os.environ if name.lower() in PROXIES]
+    also = f"; check {', '.join(proxies)}, too" if proxies else ""
+    why = " ".join(str(error).split())
+    return ServerLost(
+        f"expected a Prefect server at {url}, found none{f' ({why})' if why else ''}",
+        hint=NO_SERVER + also,
+    )
 
 
 def _refusal(url: str, status: int) -> ServerRefuses:

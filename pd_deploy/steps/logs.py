@@ -1,14 +1,15 @@
 """Collecting logs: what containers printed, and the files that they wrote."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from pd_deploy.config.fields import shown
 from pd_deploy.errors import (
     FactsError,
+    FileMissing,
     InvalidInput,
     NoSuchGeneration,
     PdDeployError,
@@ -27,6 +28,8 @@ from pd_deploy.steps.session import Session
 FOLLOW_S = 1.0
 FIRST_LINES = 10
 FIRST_BYTES = 2000
+MOST_AT_ONCE = 16 << 20
+"""How many bytes of a file are shown in one look: a file may be new and large."""
 
 
 def chosen(history: History, generation: str | None) -> str:
@@ -188,7 +191,8 @@ class _Follower:
             if size < begin:
                 begin = 0  # it was written anew
             if size > begin:
-                begin += await self._write_lines(inner, path, begin, cut=begin == at_first > 0)
+                with contextlib.suppress(FileMissing):  # it has gone since
+                    begin += await self._write_lines(inner, path, begin, cut=begin == at_first > 0)
             self._offsets[path] = begin
         self._begun.add(directory)
 
@@ -198,8 +202,14 @@ class _Follower:
         Args:
             cut: whether the first of them is only the end of a line.
         """
-        content = b"".join([part async for part in self._host.read_in_parts(path, begin)])
+        content = b""
+        async for part in self._host.read_in_parts(path, begin):
+            content += part
+            if len(content) >= MOST_AT_ONCE:
+                break  # the next look goes on there
         whole = content[: content.rfind(b"\n") + 1]
+        if not whole and len(content) >= MOST_AT_ONCE:
+            whole = content
         for line in whole.decode(errors="replace").splitlines()[1 if cut else 0 :]:
             self._write(f"{inner} | {line}")
         return len(whole)
@@ -235,14 +245,18 @@ async def _copy_tree(host: Host, source: str, to: Path, instances: Collection[st
         if instances and instance not in instances:
             continue
         target = local_path(host, to, path.removeprefix(f"{source}/"))
-        with _opened(target) as file:
-            async for part in host.read_in_parts(path):
-                file.write(part)
+        try:
+            with _opened(target) as file:
+                async for part in host.read_in_parts(path):
+                    file.write(part)
+        except FileMissing:
+            target.unlink()  # it has gone since, as logs do that are rotated
+            continue
         copied.append(target)
     return copied
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write, with the directories above it; its faults are ours."""
     try:

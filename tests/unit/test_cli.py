@@ -198,6 +198,22 @@ def test_invalid_file_is_2_with_all_problems_on_stderr(
     assert [text for text in says if text not in done.err] == []
 
 
+def test_settings_that_prefect_refuses_are_named_without_their_values(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises as soon as it is imported."""
+    from prefect.settings.models.api import APISettings
+
+    def refused(*_: object, **__: object) -> None:
+        APISettings(request_timeout="s3cret")
+
+    monkeypatch.setattr(cli, "app", refused)
+    done = call("follow")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("pd-deploy: Prefect can't use its settings: request_timeout: Input")
+    assert "s3cret" not in done.err
+
+
 def test_missing_file_is_2(call: Any, tmp_path: Path) -> None:
     done = call("check", tmp_path / "none.yaml")
     assert (done.code, done.out) == (2, "")

@@ -11,6 +11,8 @@ import pytest
 from pd_deploy.cli import execute, logs
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import ContainerMissing, FactsError, InvalidInput, PdDeployError
+from pd_deploy.hosts import host as hosts
+from pd_deploy.hosts.facts import Facts
 from pd_deploy.hosts.host import PART_BYTES, Host
 from pd_deploy.records import generations
 from pd_deploy.steps.logs import local_path
@@ -97,6 +99,46 @@ def test_what_cannot_be_written_here_is_told_without_a_traceback(
     (tmp_path / "logs" / taken).touch()
     with pytest.raises(PdDeployError, match=r"can't write .*with `--to`"):
         collected(world, tmp_path / "logs")
+
+
+def test_a_file_that_is_gone_once_it_is_read_keeps_none_of_the_others(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As logs do that are rotated; so it is for one whose name can't be read."""
+    directory = log_directory(world)
+    world.machines["a"].disk.put(f"{directory}/p0/server_0.log", b"here\n")
+    gone = f"{directory}/p0/a.log"
+
+    async def find_files(_: Host, directory: str) -> list[str]:
+        return [gone, f"{directory}/p0/server_0.log"]
+
+    async def sizes(_: Facts, directory: str) -> dict[str, int]:
+        return {gone: 7, f"{directory}/p0/server_0.log": 5}
+
+    monkeypatch.setattr(Host, "find_files", find_files)
+    monkeypatch.setattr(Facts, "sizes", sizes)
+    world.asked(logs._collect(load_deployment(world.path), None, tmp_path / "logs", ["p0"]))
+    logs_of_p0 = {path.name for path in (tmp_path / "logs/a/p0").iterdir()}
+    assert logs_of_p0 == {"docker.log", "server_0.log"}
+    lines = world.asked(follow(world, ["p0"], []))
+    assert "p0/server_0.log | here" in lines
+
+
+def test_a_large_file_that_is_followed_comes_in_parts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "PART_BYTES", 8)
+    monkeypatch.setattr(logs.logs, "MOST_AT_ONCE", 16)
+    path = f"{log_directory(world)}/p1/server_0.log"
+    content = [f"line {n}" for n in range(8)] + ["long " * 8, "last"]
+
+    def put() -> None:
+        world.machines["a"].disk.put(path, "\n".join([*content, ""]).encode())
+
+    lines = world.asked(follow(world, ["p1"], [put, *[lambda: None] * 3]))
+    shown = [line.partition(" | ")[2] for line in lines if line.startswith("p1/server_0.log")]
+    assert shown[:8] == content[:8]
+    assert "".join(shown[8:]) == "".join(content[8:])
 
 
 def test_only_the_logs_of_an_instance_come_if_it_is_named(world: World, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from prefect.blocks.core import Block
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, temporary_settings
 
+from pd_deploy.blocks import loading
 from pd_deploy.blocks.server import spare_the_proxy
 from pd_deploy.cli import prefect_api
 from pd_deploy.cli.prefect_api import ServerLost, ServerRefuses
@@ -74,6 +76,36 @@ def test_a_server_that_does_not_answer_is_told() -> None:
         prefect_api.served(),
     ):
         pytest.fail("nothing is asked of such a server")
+
+
+@pytest.mark.parametrize(
+    "error", [httpx.InvalidURL("Invalid port: 'x'"), ValueError("Unknown scheme for proxy URL x")]
+)
+async def test_a_way_to_the_server_that_cannot_be_gone_is_told_and_no_block_is_missed(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def load(cls: type[Block], name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(Block, "aload", classmethod(load))
+    monkeypatch.setenv("ALL_PROXY", "x")
+    with (
+        pytest.raises(ServerLost, match=rf"found none \({error}\).*; check .*ALL_PROXY, too"),
+        prefect_api.reached(),
+    ):
+        await loading.ssh("x", "ssh.credentials")
+    with pytest.raises(ValueError, match="not of ours"), prefect_api.reached():
+        raise ValueError("not of ours")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:x/api", "http://[::1", "", "x"])
+def test_a_url_that_is_none_is_left_to_those_who_ask_there(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    for key in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(key, "")
+    spare_the_proxy(url)
+    assert os.environ["NO_PROXY"].startswith("127.0.0.1,localhost,::1")
 
 
 def test_a_busy_server_is_waited_for(
