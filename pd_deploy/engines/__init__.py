@@ -1,10 +1,11 @@
-"""What an instance runs. An engine is a module that follows `base.Engine`."""
+"""What an instance runs. An engine is a module, or an object, that follows `base.Engine`."""
 
-from pd_deploy.engines import sglang, vllm
 from pd_deploy.engines.base import Engine
 from pd_deploy.engines.omniinfer import engine as omniinfer
+from pd_deploy.engines.sglang import Sglang
+from pd_deploy.engines.vllm import Vllm
 
-_ENGINES: dict[str, Engine] = {"omniinfer": omniinfer, "sglang": sglang, "vllm": vllm}
+_ENGINES: dict[str, Engine] = {"omniinfer": omniinfer, "sglang": Sglang(), "vllm": Vllm()}
 
 
 def get(name: str) -> Engine:

@@ -12,94 +12,26 @@ import shlex
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from typing import Any, Literal
 
 from pd_deploy.config.fields import Scalar
-from pd_deploy.config.models import Deployment, Settings, SglangOptions
-from pd_deploy.config.topology import Instance, Pod, Proxy, Topology
-from pd_deploy.engines import ascend, image_facts, routed
-from pd_deploy.engines.base import (
-    CodePlace,
-    Counter,
-    Counters,
-    Finding,
-    Member,
-    Service,
-)
-from pd_deploy.engines.common import flags, in_python, instance_of, longest_sequence, text
-from pd_deploy.engines.device_report import DeviceTools
+from pd_deploy.config.models import Deployment, SglangOptions
+from pd_deploy.config.topology import Instance, Pod, Topology
+from pd_deploy.engines import image_facts
+from pd_deploy.engines.base import Counter, Counters, Finding, Member, Service
+from pd_deploy.engines.common import flags, in_python
 from pd_deploy.engines.image_facts import ImageFacts
+from pd_deploy.engines.routed import RoutedEngine, code_findings, dashed, ratio
 from pd_deploy.engines.sglang_in_image import MARK, SERVER
 from pd_deploy.errors import Problem
-from pd_deploy.hosts.container_values import ContainerSpec
 
-BY_CONTRACT = False
-AT_ONCE = True
-HANDOVER_FIELDS = "bootstrap_host, bootstrap_port and bootstrap_room"
-TAKES_TOKEN_IDS = False
-STARTED = routed.STARTED
-PREPARED = routed.PREPARED
-OPEN = routed.OPEN
-PROVING = routed.PROVING
-OPENED = routed.OPENED
-OPEN_SIGNAL = routed.OPEN_SIGNAL
-DERIVED_PROXY_ENVIRONMENT = routed.DERIVED_PROXY_ENVIRONMENT
-read_addresses_command = routed.read_addresses_command
-parse_addresses = routed.parse_addresses
-check_facts = routed.check_facts
-ranktables = routed.ranktables
-restarts_with = routed.restarts_with
-shares_port = routed.shares_port
-starts_after = routed.starts_after
-device_users_command = routed.device_users_command
-device_users = routed.device_users
-device_health_command = routed.device_health_command
-faulty_devices = routed.faulty_devices
-for_image = routed.for_image
-proxy_metrics = routed.proxy_metrics
-# A decode takes no prompt without a room, so it computes none itself: all that it has served came
-# from a prefill. What was moved for that is counted where it was sent, in MiB.
-COUNTERS = Counters(
-    served=Counter("sglang:num_requests_total"),
-    kv_tokens=Counter("sglang:prompt_tokens_total"),
-    kv_bytes=Counter("sglang:kv_transfer_total_mb_sum", scale=1 << 20),
-    kv_bytes_of="prefill",
-)
-UNUSED_KEYS: tuple[str, ...] = (
-    *routed.UNUSED_KEYS, "decode.*.additional_config", "decode.*.ports.master",
-    "prefill.*.additional_config", "prefill.*.ports.master", "settings.*.additional_config", "vllm",
-)  # fmt: skip
-# With the other names that its parser has for some of them.
-DERIVED_ARGUMENTS = frozenset({
-    "base-gpu-id", "context-length", "device", "disaggregation-bootstrap-port",
-    "disaggregation-ib-device", "disaggregation-mode", "disaggregation-transfer-backend",
-    "dist-init-addr", "enable-metrics", "host", "mem-fraction-static", "model", "model-path",
-    "nccl-init-addr", "nnodes", "node-rank", "port", "served-model-name", "tensor-parallel-size",
-    "tp", "tp-size",
-})  # fmt: skip
-DERIVED_ENVIRONMENT = frozenset({
-    "ASCEND_MF_STORE_URL", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "SGLANG_HOST_IP",
-})  # fmt: skip
-DERIVED_PROXY_ARGUMENTS = frozenset({
-    "decode", "host", "pd-disaggregation", "policy", "port", "prefill", "prometheus-host",
-    "prometheus-port",
-})  # fmt: skip
 _SOURCE = resources.files(__package__).joinpath("sglang_in_image.py").read_text()
 _ASKED = (["python3"], ["python"], ["sglang"])  # what runs the server that was asked
 # Of each block of ports from an instance's zmq port on: the bootstrap server's, that of Ascend's
 # store, then those by which the processes of an instance find each other. With attention's data
 # parallelism these are seven, beginning with that of --dist-init-addr.
 _STORE, _DIST, _BLOCK = 1, 2, 9
-# What the file's own arguments of the proxy may replace. /health has a server generate a token.
-_ROUTER_TUNING: dict[str, Scalar] = {
-    "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
-    "worker-startup-check-interval": 1,
-    "health-check-interval-secs": 5,
-    "health-failure-threshold": 2,
-    "health-success-threshold": 1,
-}
 # Attention's data parallelism, as images have taken it at first, and as those of 2026 do.
 _DP_ATTENTION = ("enable-dp-attention", "attn-dp-size", "attention-data-parallel-size")
 _SAME_ON_BOTH_SIDES = ("page-size", "kv-cache-dtype")
@@ -131,176 +63,211 @@ _PLATFORMS = {
 }
 
 
-def findings(deployment: Deployment, topology: Topology) -> Iterator[Finding]:
-    """Demand whole copies of the model, a transfer backend of the device, and KV that fits."""
-    options = deployment.sglang
-    if options is None:
-        message = f"is missing; profile {deployment.profile} is not one of engine sglang"
-        yield "engine-keys", Problem("sglang", message)
-        return
-    yield from routed.code_findings(deployment)
-    backends = _PLATFORMS[options.device].backends
-    if options.transfer_backend not in backends:
-        message = (
-            f"expected one of {', '.join(backends)}, which {options.device} has; "
-            f"found {options.transfer_backend}"
+class Sglang(RoutedEngine):
+    """SGLang, and the router that has P and D meet in a room."""
+
+    PACKAGE = "sglang"
+    AT_ONCE = True
+    HANDOVER_FIELDS = "bootstrap_host, bootstrap_port and bootstrap_room"
+    TAKES_TOKEN_IDS = False
+    # A decode takes no prompt without a room, so it computes none itself: all that it has served
+    # came from a prefill. What was moved for that is counted where it was sent, in MiB.
+    COUNTERS = Counters(
+        served=Counter("sglang:num_requests_total"),
+        kv_tokens=Counter("sglang:prompt_tokens_total"),
+        kv_bytes=Counter("sglang:kv_transfer_total_mb_sum", scale=1 << 20),
+        kv_bytes_of="prefill",
+    )
+    UNUSED_KEYS: tuple[str, ...] = (
+        *RoutedEngine.UNUSED_KEYS, "decode.*.additional_config", "decode.*.ports.master",
+        "prefill.*.additional_config", "prefill.*.ports.master", "settings.*.additional_config",
+        "vllm",
+    )  # fmt: skip
+    # Round robin uses every prefill; the router's own default sends prompts that begin alike to
+    # one. /health has a server generate a token.
+    ROUTER_TUNING: Mapping[str, Scalar] = {
+        "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
+        "worker-startup-check-interval": 1,
+        "health-check-interval-secs": 5,
+        "health-failure-threshold": 2,
+        "health-success-threshold": 1,
+    }
+    # With the other names that its parser has for some of them.
+    DERIVED_ARGUMENTS = frozenset({
+        "base-gpu-id", "context-length", "device", "disaggregation-bootstrap-port",
+        "disaggregation-ib-device", "disaggregation-mode", "disaggregation-transfer-backend",
+        "dist-init-addr", "enable-metrics", "host", "mem-fraction-static", "model", "model-path",
+        "nccl-init-addr", "nnodes", "node-rank", "port", "served-model-name",
+        "tensor-parallel-size", "tp", "tp-size",
+    })  # fmt: skip
+    DERIVED_ENVIRONMENT = frozenset({
+        "ASCEND_MF_STORE_URL", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES",
+        "SGLANG_HOST_IP",
+    })  # fmt: skip
+    DERIVED_PROXY_ARGUMENTS = frozenset({
+        "decode", "host", "pd-disaggregation", "policy", "port", "prefill", "prometheus-host",
+        "prometheus-port",
+    })  # fmt: skip
+
+    def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
+        """Demand whole copies of the model, a transfer backend of the device, and KV that fits."""
+        options = deployment.sglang
+        if options is None:
+            message = f"is missing; profile {deployment.profile} is not one of engine sglang"
+            yield "engine-keys", Problem("sglang", message)
+            return
+        yield from code_findings(deployment)
+        backends = _PLATFORMS[options.device].backends
+        if options.transfer_backend not in backends:
+            message = (
+                f"expected one of {', '.join(backends)}, which {options.device} has; "
+                f"found {options.transfer_backend}"
+            )
+            yield "transfer-backend", Problem("sglang.transfer_backend", message)
+        for pod in topology.pods:
+            yield from _sizes(pod)
+        yield from ratio(topology)
+        yield from _layouts(topology)
+
+    def probe_command(self) -> list[str]:
+        """Return the command that prints, in a container of an image, which options its server
+        takes: names have changed between versions."""
+        return in_python(_SOURCE)
+
+    def parse_probe(self, output: str) -> ImageFacts:
+        """Parse what this command printed; see `image_facts.parse`."""
+        return image_facts.parse(output, MARK)
+
+    def image_findings(
+        self, deployment: Deployment, topology: Topology, facts: ImageFacts | None
+    ) -> Iterator[Finding]:
+        """Find arguments that the server in the image does not take, as it would end of them.
+
+        Not where it is another server: of the file's own source code, or of a Python of its own.
+        """
+        options = deployment.sglang
+        if facts is None or deployment.own_code or options is None:
+            return
+        known = facts.flags.get(SERVER, ())
+        if not known or shlex.split(options.command)[:1] not in _ASKED:
+            return
+        server = (
+            f"sglang {facts.packages['sglang']}" if "sglang" in facts.packages else "its sglang"
         )
-        yield "transfer-backend", Problem("sglang.transfer_backend", message)
-    for pod in topology.pods:
-        yield from _sizes(pod)
-    yield from routed.ratio(topology)
-    yield from _layouts(topology)
+        for pod in topology.pods:
+            for name, given in dashed(pod.master.settings.arguments).items():
+                # Its parser takes unambiguous beginnings of names, and `no-` of some.
+                words = (f"--{name}", f"--{name.removeprefix('no-')}")
+                if given is not False and not any(word.startswith(words) for word in known):
+                    near = difflib.get_close_matches(words[0], known, n=1)
+                    message = (
+                        f"expected an option that the image's server ({server}) takes, found none "
+                        "of this name" + (f"; is it {near[0].removeprefix('--')}?" if near else "")
+                    )
+                    yield "image-options", Problem(f"{pod.key}.arguments.{name}", message)
 
+    def tensor_parallel(self, role: Literal["prefill", "decode"], devices: Sequence[int]) -> int:
+        """Return all devices of a pod, on all of its hosts."""
+        return sum(devices)
 
-def probe_command() -> list[str]:
-    """Return the command that prints, in a container of an image, which options its server takes:
-    names have changed between versions."""
-    return in_python(_SOURCE)
+    def members(
+        self,
+        deployment: Deployment,
+        role: Literal["prefill", "decode"],
+        devices: Sequence[int],
+        tensor_parallel: int,
+    ) -> Sequence[Member]:
+        """Bring up one API server per pod, on its master; its other hosts only say that they are
+        well, on a port of their own."""
+        copies = max(1, sum(devices) // tensor_parallel)
+        master, other = Member(ranks=copies, servers=1, kv_ports=_BLOCK), Member(0, 0, 1)
+        return [other if index else master for index in range(len(devices))]
 
+    def zmq_step(self, deployment: Deployment) -> int:
+        """Return how many ports an instance takes from its zmq port on."""
+        return _BLOCK
 
-def parse_probe(output: str) -> ImageFacts:
-    """Parse what this command printed; see `image_facts.parse`."""
-    return image_facts.parse(output, MARK)
+    def prefill_request(
+        self, prefill: Instance, body: Mapping[str, Any], nonce: str
+    ) -> dict[str, Any]:
+        """Build what the router sends to both: the prompt, and the room in which they meet."""
+        return {
+            **body,
+            "bootstrap_host": prefill.address,
+            "bootstrap_port": prefill.zmq_port,
+            "bootstrap_room": uuid.UUID(nonce).int % (1 << 63),
+        }
 
+    def decode_request(self, body: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the same."""
+        return {**body}
 
-def image_findings(
-    deployment: Deployment, topology: Topology, facts: ImageFacts | None
-) -> Iterator[Finding]:
-    """Find arguments that the server in the image does not take, as it would end of them.
+    def _server_environment(self, service: Service, instance: Instance) -> dict[str, Scalar]:
+        options = _options(service)
+        platform = _PLATFORMS[options.device]
+        visible = {platform.visible: instance.device_list} if platform.visible else {}
+        return {
+            "PYTHONUNBUFFERED": 1,
+            # Without it, a prefill announces the address of its host's default route.
+            "SGLANG_HOST_IP": instance.address,
+            **visible,
+            **dict.fromkeys(platform.interface, service.facts[instance.host].interface),
+            **(_store(service.topology) if options.transfer_backend == "ascend" else {}),
+            **instance.settings.environment,
+        }
 
-    Not where it is another server: of the file's own source code, or of a Python of its own.
-    """
-    options = deployment.sglang
-    if facts is None or deployment.own_code or options is None:
-        return
-    known = facts.flags.get(SERVER, ())
-    if not known or shlex.split(options.command)[:1] not in _ASKED:
-        return
-    server = f"sglang {facts.packages['sglang']}" if "sglang" in facts.packages else "its sglang"
-    for pod in topology.pods:
-        for name, given in routed.dashed(pod.master.settings.arguments).items():
-            # Its parser takes unambiguous beginnings of names, and `no-` of some.
-            words = (f"--{name}", f"--{name.removeprefix('no-')}")
-            if given is not False and not any(word.startswith(words) for word in known):
-                near = difflib.get_close_matches(words[0], known, n=1)
-                message = (
-                    f"expected an option that the image's server ({server}) takes, found none of "
-                    "this name" + (f"; is it {near[0].removeprefix('--')}?" if near else "")
-                )
-                yield "image-options", Problem(f"{pod.key}.arguments.{name}", message)
+    def _server_command(self, service: Service, instance: Instance) -> list[str]:
+        model, settings, options = service.deployment.model, instance.settings, _options(service)
+        longest = model.max_len_prefill if instance.role == "prefill" else model.max_len_decode
+        pod = service.topology.pod_of(instance.name)
+        ib_device = ["--disaggregation-ib-device", options.ib_device] if options.ib_device else []
+        return [
+            *shlex.split(options.command),
+            "--model-path", model.path,
+            "--served-model-name", model.served_name,
+            "--host", instance.address,
+            "--port", str(instance.api_port if instance.is_master else instance.zmq_port),
+            "--context-length", str(longest),
+            "--device", options.device,
+            "--tp-size", str(instance.tensor_parallel),
+            *_copies(pod),
+            "--disaggregation-mode", instance.role,
+            "--disaggregation-transfer-backend", options.transfer_backend,
+            *ib_device,
+            *(["--disaggregation-bootstrap-port", str(pod.master.zmq_port)]
+              if instance.role == "prefill" else []),
+            *_nodes(instance, pod),
+            *(["--mem-fraction-static", str(settings.gpu_memory_utilization)]
+              if settings.gpu_memory_utilization is not None else []),
+            "--enable-metrics",
+            *_in_words(settings.arguments),
+        ]  # fmt: skip
 
+    def _router_program(self, service: Service) -> list[str]:
+        return shlex.split(_options(service).router)
 
-def code_place(deployment: Deployment) -> CodePlace:
-    """Return the file's place; see `routed.code_place`."""
-    return routed.code_place(deployment, "sglang")
+    def _backends(self, topology: Topology) -> list[str]:
+        prefill = [
+            word
+            for pod in topology.prefill
+            for server in pod.servers
+            for word in ("--prefill", f"http://{server}", str(pod.master.zmq_port))
+        ]
+        decode = [
+            word
+            for pod in topology.decode
+            for server in pod.servers
+            for word in ("--decode", f"http://{server}")
+        ]
+        return ["--pd-disaggregation", *prefill, *decode]
 
-
-def tensor_parallel(role: Literal["prefill", "decode"], devices: Sequence[int]) -> int:
-    """Return all devices of a pod, on all of its hosts."""
-    return sum(devices)
-
-
-def members(
-    deployment: Deployment,
-    role: Literal["prefill", "decode"],
-    devices: Sequence[int],
-    tensor_parallel: int,
-) -> Sequence[Member]:
-    """Bring up one API server per pod, on its master; its other hosts only say that they are well,
-    on a port of their own."""
-    copies = max(1, sum(devices) // tensor_parallel)
-    master, other = Member(ranks=copies, servers=1, kv_ports=_BLOCK), Member(0, 0, 1)
-    return [other if index else master for index in range(len(devices))]
-
-
-def zmq_step(deployment: Deployment) -> int:
-    """Return how many ports an instance takes from its zmq port on."""
-    return _BLOCK
-
-
-def further_ports(
-    deployment: Deployment,
-    role: Literal["prefill", "decode"],
-    devices: Sequence[int],
-    api_ports: Sequence[int],
-    settings: Settings,
-) -> Mapping[str, int]:
-    """Return none."""
-    return {}
-
-
-def prefill_request(prefill: Instance, body: Mapping[str, Any], nonce: str) -> dict[str, Any]:
-    """Build what the router sends to both: the prompt, and the room in which they meet."""
-    return {
-        **body,
-        "bootstrap_host": prefill.address,
-        "bootstrap_port": prefill.zmq_port,
-        "bootstrap_room": uuid.UUID(nonce).int % (1 << 63),
-    }
-
-
-def decode_request(body: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same."""
-    return {**body}
-
-
-def longest_prompt(deployment: Deployment, topology: Topology) -> int:
-    """Return the tokens of the longest prompt and its answer; a long prompt is read in chunks."""
-    return longest_sequence(deployment)
-
-
-def cache_busting_fields(nonce: str) -> dict[str, Any]:
-    """Return a salt of its own, which SGLang's prefix cache keeps apart from others."""
-    return {"cache_salt": nonce}
-
-
-def container(service: Service, name: str) -> ContainerSpec:
-    """Specify the container of an instance or of a proxy; see `routed.container`."""
-    return routed.container(service, name, has_device_files=_options(service).device == "npu")
-
-
-def start_script(service: Service, name: str) -> str:
-    """Write the script that is the container's main process."""
-    instance = instance_of(service, name)
-    if instance is None:
-        proxy, answered = service.topology.proxy(name), _answered(service.topology)
-        return routed.proxy_script(service, proxy, partial(_router, service, proxy), answered)
-    words = _serve(service, instance)
-    return routed.server_script(service, instance, environment(service, name), words)
-
-
-def device_tools(deployment: Deployment) -> DeviceTools | None:
-    """Return those of Ascend's NPUs, where it runs on them."""
-    return ascend if deployment.sglang and deployment.sglang.device == "npu" else None
-
-
-def command(service: Service, name: str) -> list[str]:
-    """Write the command of an instance's server, or of the router."""
-    if instance := instance_of(service, name):
-        return _serve(service, instance)
-    proxy = service.topology.proxy(name)
-    return routed.proxy_command(proxy, partial(_router, service, proxy))
-
-
-def environment(service: Service, name: str) -> dict[str, str]:
-    """Return the variables that the start script exports.
-
-    Without SGLANG_HOST_IP, a prefill announces the address of its host's default route.
-    """
-    instance, options = instance_of(service, name), _options(service)
-    if instance is None:
-        return routed.proxy_environment(service.topology.proxy(name))
-    platform = _PLATFORMS[options.device]
-    visible = {platform.visible: instance.device_list} if platform.visible else {}
-    values: dict[str, Scalar] = {
-        "PYTHONUNBUFFERED": 1,
-        "SGLANG_HOST_IP": instance.address,
-        **visible,
-        **dict.fromkeys(platform.interface, service.facts[instance.host].interface),
-        **(_store(service.topology) if options.transfer_backend == "ascend" else {}),
-        **instance.settings.environment,
-    }
-    return {key: text(value) for key, value in values.items()}
+    def _answered(self, topology: Topology) -> str:
+        """Read how many servers the router has: it says that it is ready with the first of each
+        kind, and its port is open before it has any."""
+        count = sum(len(pod.servers) for pod in topology.pods)
+        return f"""\
+    read -r -t 5 _ status _ <&3
+    timeout 5 grep -qE '"healthy_workers": ?{count}[,}}]' <&3 || status="""
 
 
 def _options(service: Service) -> SglangOptions:
@@ -312,7 +279,7 @@ def _options(service: Service) -> SglangOptions:
 def _sizes(pod: Pod) -> Iterator[Finding]:
     """Demand that tensor and pipeline parallelism take all devices of a pod, or, on one host, those
     of a copy of the model."""
-    arguments = routed.dashed(pod.master.settings.arguments)
+    arguments = dashed(pod.master.settings.arguments)
     stages = _number(arguments.get("pp-size", arguments.get("pipeline-parallel-size", 1)))
     copies, rest = divmod(pod.device_count, pod.tensor_parallel * stages)
     whole = len(pod.members) > 1 or _has_dp_attention(pod) or stages > 1
@@ -331,16 +298,16 @@ def _sizes(pod: Pod) -> Iterator[Finding]:
 
 
 def _has_dp_attention(pod: Pod) -> bool:
-    arguments = routed.dashed(pod.master.settings.arguments)
+    arguments = dashed(pod.master.settings.arguments)
     return any(arguments.get(name) for name in _DP_ATTENTION)
 
 
 def _layouts(topology: Topology) -> Iterator[Finding]:
     """Find pods whose KV a decode would refuse: it compares both when it first meets a prefill."""
     first = topology.pods[0]
-    expected = routed.dashed(first.master.settings.arguments)
+    expected = dashed(first.master.settings.arguments)
     for pod in topology.pods[1:]:
-        arguments = routed.dashed(pod.master.settings.arguments)
+        arguments = dashed(pod.master.settings.arguments)
         for name in _SAME_ON_BOTH_SIDES:
             if arguments.get(name) != expected.get(name):
                 message = (
@@ -364,37 +331,9 @@ def _store(topology: Topology) -> dict[str, Scalar]:
     return {"ASCEND_MF_STORE_URL": f"tcp://{first.address}:{first.zmq_port + _STORE}"}
 
 
-def _serve(service: Service, instance: Instance) -> list[str]:
-    model, settings, options = service.deployment.model, instance.settings, _options(service)
-    longest = model.max_len_prefill if instance.role == "prefill" else model.max_len_decode
-    pod = service.topology.pod_of(instance.name)
-    ib_device = ["--disaggregation-ib-device", options.ib_device] if options.ib_device else []
-    return [
-        *shlex.split(options.command),
-        "--model-path", model.path,
-        "--served-model-name", model.served_name,
-        "--host", instance.address,
-        "--port", str(instance.api_port if instance.is_master else instance.zmq_port),
-        "--context-length", str(longest),
-        "--device", options.device,
-        "--tp-size", str(instance.tensor_parallel),
-        *_copies(pod),
-        "--disaggregation-mode", instance.role,
-        "--disaggregation-transfer-backend", options.transfer_backend,
-        *ib_device,
-        *(["--disaggregation-bootstrap-port", str(pod.master.zmq_port)]
-          if instance.role == "prefill" else []),
-        *_nodes(instance, pod),
-        *(["--mem-fraction-static", str(settings.gpu_memory_utilization)]
-          if settings.gpu_memory_utilization is not None else []),
-        "--enable-metrics",
-        *_in_words(settings.arguments),
-    ]  # fmt: skip
-
-
 def _copies(pod: Pod) -> list[str]:
     """Say how many copies of the model there are, if they are not one, nor stages of one."""
-    arguments = routed.dashed(pod.master.settings.arguments)
+    arguments = dashed(pod.master.settings.arguments)
     is_one = pod.device_count <= pod.tensor_parallel or {"pp-size", "pipeline-parallel-size"} & (
         arguments.keys()
     )
@@ -416,45 +355,6 @@ def _nodes(instance: Instance, pod: Pod) -> list[str]:
 def _in_words(arguments: Mapping[str, Scalar]) -> list[str]:
     """Write arguments; one of several plain words has several values, as `--cuda-graph-bs 8 16`."""
     words = []
-    for word in flags(routed.dashed(arguments)):
+    for word in flags(dashed(arguments)):
         words += word.split() if _WORDS.fullmatch(word) else [word]
     return words
-
-
-def _router(service: Service, proxy: Proxy, host: str, port: str) -> list[str]:
-    """Write a router's command. Round robin uses every prefill; its own default sends prompts
-    that begin alike to one."""
-    topology, options = service.topology, _options(service)
-    prefill = [
-        word
-        for pod in topology.prefill
-        for server in pod.servers
-        for word in ("--prefill", f"http://{server}", str(pod.master.zmq_port))
-    ]
-    decode = [
-        word
-        for pod in topology.decode
-        for server in pod.servers
-        for word in ("--decode", f"http://{server}")
-    ]
-    return [
-        *shlex.split(options.router),
-        "--host", host,
-        "--port", port,
-        "--prometheus-host", proxy.address if options.router_metrics_open else "127.0.0.1",
-        "--prometheus-port", str(options.router_metrics_port),
-        "--pd-disaggregation",
-        *prefill,
-        *decode,
-        "--policy", options.router_policy,
-        *flags(_ROUTER_TUNING | routed.dashed(proxy.entry.arguments)),
-    ]  # fmt: skip
-
-
-def _answered(topology: Topology) -> str:
-    """Read how many servers the router has: it says that it is ready with the first of each kind,
-    and its port is open before it has any."""
-    count = sum(len(pod.servers) for pod in topology.pods)
-    return f"""\
-    read -r -t 5 _ status _ <&3
-    timeout 5 grep -qE '"healthy_workers": ?{count}[,}}]' <&3 || status="""

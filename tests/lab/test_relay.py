@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pd_deploy.cli.local_http import free_port
-from pd_deploy.engines import routed
+from pd_deploy.engines.routed import RoutedEngine
 from tests.e2e.patient_clients import REFUSED, PatientClients
 from tests.unit import example
 from tests.waiting_rooms import HERE, PATIENCE_S, room
@@ -36,7 +36,7 @@ class Proxy:
                 assert line, f"ended before it said {text!r}"
 
     async def goes_on(self, text: str) -> None:
-        self.process.send_signal(getattr(signal, routed.OPEN_SIGNAL))
+        self.process.send_signal(getattr(signal, RoutedEngine.OPEN_SIGNAL))
         await self.says(text)
 
     async def stops(self) -> int:
@@ -62,7 +62,7 @@ async def proxy(port: int, imports: float = 0) -> AsyncIterator[Proxy]:
     )  # fmt: skip
     made = Proxy(process)
     try:
-        await made.says(routed.PREPARED)
+        await made.says(RoutedEngine.PREPARED)
         yield made
     finally:
         if process.returncode is None:
@@ -74,15 +74,15 @@ async def test_a_router_that_is_slow_to_listen_is_replaced_and_nobody_is_refused
     with streams, of which some are under way."""
     port = free_port()
     async with proxy(port) as old, proxy(port, IMPORTS_S) as new, room(port=port) as held:
-        await old.goes_on(routed.PROVING)
-        await old.goes_on(routed.OPENED)
+        await old.goes_on(RoutedEngine.PROVING)
+        await old.goes_on(RoutedEngine.OPENED)
         with PatientClients(f"http://{HERE}:{port}") as clients:
             await answered(clients)
             await held.takes_port()
             assert await old.stops() == 0
-            await new.goes_on(routed.PROVING)
+            await new.goes_on(RoutedEngine.PROVING)
             held.tell("SIGUSR2")
-            await new.goes_on(routed.OPENED)
+            await new.goes_on(RoutedEngine.OPENED)
             counts = await held.counts()
             await answered(clients)
         assert await held.ended() == 0
@@ -111,10 +111,10 @@ async def test_it_is_open_to_the_smoke_test_alone_and_ends_with_either_part(part
     """So that the container ends, and is seen and started again as a whole."""
     port = free_port()
     async with proxy(port) as made:
-        await made.goes_on(routed.PROVING)
+        await made.goes_on(RoutedEngine.PROVING)
         with pytest.raises(OSError, match="Connect call failed"):
             await asyncio.open_connection(HERE, port)
-        await made.goes_on(routed.OPENED)
+        await made.goes_on(RoutedEngine.OPENED)
         router, relay = children_of(made.process.pid)
         os.kill({"router": router, "relay": relay}[part], signal.SIGKILL)
         await made.says("pd-deploy: the router ended")

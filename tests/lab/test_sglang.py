@@ -17,7 +17,7 @@ import pytest
 from pd_deploy import engines
 from pd_deploy.config import yaml_files
 from pd_deploy.config.load import parse_deployment
-from pd_deploy.engines import sglang as engine
+from pd_deploy.engines.routed import RoutedEngine
 from pd_deploy.errors import SmokeTestFailed
 from pd_deploy.lab import sglang
 from pd_deploy.lab.system import wait_until
@@ -117,9 +117,9 @@ def serving(session: Session, directory: Path) -> Iterator[None]:
             address, _, port = server.partition(":")
             url = f"http://{HERE[address]}:{port}/health"
             wait_until(server, lambda url=url: answers(url), 60)
-        for text in (engine.PROVING, engine.OPENED):
-            wait_until("the router", lambda: engine.PREPARED in logs["c0"].read_text(), 60)
-            process.send_signal(signal.Signals[engine.OPEN_SIGNAL])
+        for text in (RoutedEngine.PROVING, RoutedEngine.OPENED):
+            wait_until("the router", lambda: RoutedEngine.PREPARED in logs["c0"].read_text(), 60)
+            process.send_signal(signal.Signals[RoutedEngine.OPEN_SIGNAL])
             wait_until(text, lambda text=text: text in logs["c0"].read_text(), 60)
         yield
 

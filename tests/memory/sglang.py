@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from pd_deploy.engines import sglang as engine
+from pd_deploy.engines.routed import RoutedEngine
 from pd_deploy.lab import sglang as lab
 from tests.memory import programs
 from tests.memory.client import NotYet
@@ -33,7 +33,7 @@ class Server(programs.Server):
         self.rooms: dict[int, str] = {}
         """The prompts of requests that wait for decode, by room."""
         self.taken: set[int] = set()
-        self.say(f"{engine.STARTED} {self.role} {self.instance}")
+        self.say(f"{RoutedEngine.STARTED} {self.role} {self.instance}")
         argv = shlex.split(script.splitlines()[-1])
         said = io.StringIO()
         try:

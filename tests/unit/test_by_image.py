@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pd_deploy.engines import vllm
 from pd_deploy.engines.image_facts import QUESTIONS, ImageFacts, rows
 from pd_deploy.engines.omniinfer import by_image, in_image
 from pd_deploy.engines.omniinfer.in_image import MARK, look
+from pd_deploy.engines.vllm import Vllm
 from pd_deploy.errors import UnknownImage
 from pd_deploy.hosts.host import Hosts
 from pd_deploy.records.releases import Choice
@@ -212,4 +212,4 @@ def test_builds_that_follow_two_contracts_are_refused_by_the_architectures_they_
 
 
 def test_vllm_asks_no_image() -> None:
-    assert vllm.probe_command() == []
+    assert Vllm().probe_command() == []

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_deploy.engines import vllm
 from pd_deploy.engines.base import Counter
 from pd_deploy.engines.omniinfer import engine as omniinfer
+from pd_deploy.engines.vllm import Vllm
 from pd_deploy.steps.verify import metrics
 
 PAGE = """\
@@ -25,9 +25,9 @@ not_a_number x
 
 def test_samples_with_the_labels_of_a_counter_are_added_up() -> None:
     page = metrics.parse(PAGE)
-    assert metrics.total([page], vllm.COUNTERS.kv_tokens) == 42
-    assert metrics.total([page, page], vllm.COUNTERS.kv_tokens) == 84
-    assert metrics.total([page], vllm.COUNTERS.kv_bytes) == 8192
+    assert metrics.total([page], Vllm.COUNTERS.kv_tokens) == 42
+    assert metrics.total([page, page], Vllm.COUNTERS.kv_tokens) == 84
+    assert metrics.total([page], Vllm.COUNTERS.kv_bytes) == 8192
     assert metrics.total([page], Counter("up")) == 1
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pd_deploy.engines import vllm
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.engines.omniinfer import ranktable
+from pd_deploy.engines.vllm import Vllm
 from pd_deploy.errors import FactsError, InvalidInput
 from pd_deploy.hosts.host import Host, Hosts
 from pd_deploy.hosts.login import Login
@@ -195,7 +195,7 @@ def test_hosts_with_the_same_factory_addresses_are_refused_with_every_pair() -> 
     )
     assert "hccn_tool" in (caught.value.hint or "")
     facts = {name: HostFacts("eth0", of_device) for name, of_device in addresses.items()}
-    vllm.check_facts(example.service(), facts)  # has no use for them
+    Vllm().check_facts(example.service(), facts)  # has no use for them
 
 
 @given(

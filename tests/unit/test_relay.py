@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pd_deploy.engines import routed
+from pd_deploy.engines.vllm import Vllm
 from tests.unit import example
 
 GPU = example.ROOT / "deployments/sglang-gpu-2p1d.yaml"
@@ -28,5 +28,5 @@ def test_without_hold_the_router_has_the_port_itself() -> None:
         assert '--host 127.77.0.1 --port "$inner"' in relayed
         assert f"until_ready {host}" in relayed
         proxy = example.place().proxies[0]
-        assert not routed.shares_port(proxy, plain)
-        assert routed.shares_port(proxy, relayed)
+        assert not Vllm().shares_port(proxy, plain)
+        assert Vllm().shares_port(proxy, relayed)

@@ -9,8 +9,9 @@ import pytest
 
 from pd_deploy.config import yaml_files
 from pd_deploy.config.load import load_deployment, parse_deployment
-from pd_deploy.engines import sglang, sglang_in_image
+from pd_deploy.engines import sglang_in_image
 from pd_deploy.engines.base import PROVING_ADDRESS
+from pd_deploy.engines.sglang import Sglang
 from pd_deploy.lab import sglang as lab
 from pd_deploy.planning import placement
 from pd_deploy.records.benchmark import Load
@@ -182,12 +183,12 @@ def test_what_fits_is_accepted() -> None:
 
 def test_prefill_and_decode_are_asked_to_meet_in_one_room() -> None:
     of = placement.build(load_deployment(GPU))
-    asked = sglang.prefill_request(
+    asked = Sglang().prefill_request(
         of.prefill[1].master, {"prompt": "x"}, "ffffffff-ffff-4fff-bfff-ffffffffffff"
     )
     assert asked.pop("bootstrap_room") < 1 << 63
     assert asked == {"prompt": "x", "bootstrap_host": "10.0.5.1", "bootstrap_port": 9014}
-    assert sglang.decode_request(asked, {}) == asked
+    assert Sglang().decode_request(asked, {}) == asked
 
 
 def test_a_load_is_of_words_where_the_router_takes_no_token_ids() -> None:
@@ -200,7 +201,7 @@ def test_a_load_is_of_words_where_the_router_takes_no_token_ids() -> None:
 
 def test_what_was_moved_is_counted_in_bytes() -> None:
     page = metrics.parse('sglang:kv_transfer_total_mb_sum{tp_rank="0"} 0.5\n')
-    assert metrics.total([page], sglang.COUNTERS.kv_bytes) == 512 * 1024
+    assert metrics.total([page], Sglang.COUNTERS.kv_bytes) == 512 * 1024
 
 
 BY_CALLS = """
@@ -238,9 +239,9 @@ def test_the_standins_image_says_what_its_parser_takes(tmp_path: Path) -> None:
         (tmp_path / path).write_bytes(content)
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
     asked = subprocess.run(
-        sglang.probe_command(), env=environment, capture_output=True, text=True, check=True
+        Sglang().probe_command(), env=environment, capture_output=True, text=True, check=True
     )
-    assert sglang.parse_probe(asked.stdout) == sglang.parse_probe(answers.sglang())
+    assert Sglang().parse_probe(asked.stdout) == Sglang().parse_probe(answers.sglang())
 
 
 @pytest.mark.parametrize(
@@ -262,9 +263,9 @@ def test_the_standins_image_says_what_its_parser_takes(tmp_path: Path) -> None:
 def test_options_that_the_image_does_not_take_are_named(
     changes: dict[str, Any], named: set[str]
 ) -> None:
-    facts = sglang.parse_probe(answers.sglang())
+    facts = Sglang().parse_probe(answers.sglang())
     of = parse_deployment(yaml_files.merge(yaml_files.read(GPU), changes))
-    findings = list(sglang.image_findings(of, placement.derive(of), facts))
+    findings = list(Sglang().image_findings(of, placement.derive(of), facts))
     assert {rule for rule, _ in findings} <= {"image-options"}
     assert {problem.key for _, problem in findings} == named
-    assert list(sglang.image_findings(of, placement.derive(of), None)) == []
+    assert list(Sglang().image_findings(of, placement.derive(of), None)) == []

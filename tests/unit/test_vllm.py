@@ -12,7 +12,7 @@ from pd_deploy import engines
 from pd_deploy.cli import facts_file, show
 from pd_deploy.config import yaml_files
 from pd_deploy.config.load import load_deployment, parse_deployment
-from pd_deploy.engines import vllm
+from pd_deploy.engines.vllm import Vllm
 from pd_deploy.errors import InvalidInput
 from pd_deploy.hosts import docker_create
 from pd_deploy.planning import placement
@@ -68,10 +68,10 @@ class TestAll:
     def test_no_instance_waits_for_another(self, file: Path) -> None:
         of = load_deployment(file)
         placed = placement.build(of)
-        assert {vllm.starts_after(of, placed, name) for name in placed.names} == {()}
+        assert {Vllm().starts_after(of, placed, name) for name in placed.names} == {()}
         for pod in placed.pods:
             members = {member.name for member in pod.members}
-            assert all(vllm.restarts_with(of, placed, name) == members for name in members)
+            assert all(Vllm().restarts_with(of, placed, name) == members for name in members)
 
     def test_planning_offline_needs_no_device_address(self, tmp_path: Path) -> None:
         facts = tmp_path / "facts.json"
