@@ -21,7 +21,8 @@ PRIVATE = 0o600
 
 @dataclass(frozen=True)
 class Counted:
-    """What an instance had counted; `run` is which run of which container."""
+    """What an instance had counted, as far as it said so; `run` is which run of which container,
+    empty if its host did not answer."""
 
     run: str
     requests: float | None
@@ -48,16 +49,21 @@ def of(instances: Iterable[InstanceLook], when: datetime) -> LastLook:
     """Keep of a look what the next one needs."""
     return LastLook(
         when,
-        {i.name: Counted(i.run, i.requests, i.kv_tokens) for i in instances if i.run},
+        {
+            i.name: Counted(i.run, i.requests, i.kv_tokens)
+            for i in instances
+            if i.run or not i.container
+        },
     )
 
 
 def since(last: LastLook | None, instance: InstanceLook) -> Since:
-    """Tell what an instance has served since the last look: from zero, if it started after it."""
+    """Tell what an instance has served since the last look: from zero, if it started after it, and
+    nothing if it did not say then what it had served."""
     if last is None:
         return Since()
     before = last.counted.get(instance.name)
-    if before is None or before.run != instance.run:
+    if before is None or before.run not in ("", instance.run):
         before = Counted(instance.run, 0, 0)
     return Since(
         _grown(instance.requests, before.requests), _grown(instance.kv_tokens, before.kv_tokens)
@@ -65,9 +71,7 @@ def since(last: LastLook | None, instance: InstanceLook) -> Since:
 
 
 def _grown(now: float | None, before: float | None) -> int | None:
-    if now is None or now < (before or 0):
-        return None
-    return int(now - (before or 0))
+    return None if now is None or before is None or now < before else int(now - before)
 
 
 def path_of(deployment: str, file: Path) -> Path:

@@ -22,6 +22,10 @@ async def told(deployment: str) -> str:
             answer = await client.post(f"{url}/flow_runs/filter", json=_question(deployment))
             runs = answer.raise_for_status().json()
             due = datetime.fromisoformat(runs[0]["expected_start_time"]) if runs else None
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        hint = ": check PREFECT_API_AUTH_STRING, or PREFECT_API_KEY" if status in (401, 403) else ""
+        return f"not known, as {url} answers with status {status}{hint}"
     except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError):
         return f"not known, as no Prefect server answered at {url}"
     return f"{due.astimezone():%Y-%m-%d %H:%M}" if due else "none: its schedule is off"

@@ -326,4 +326,8 @@ def _reason(exc: Exception, timeout: float) -> str:
         return f"no answer within {timeout:g} s"
     if isinstance(exc, asyncssh.Error):
         return exc.reason
+    if isinstance(exc, OSError) and exc.errno:
+        # asyncio says which call failed in place of why; a name that is not known has no such why.
+        why = os.strerror(exc.errno) if exc.errno > 0 else exc.strerror or ""
+        return why.lower()
     return str(exc) or type(exc).__name__

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from docker import errors as sdk
 
 from pd_deploy import errors
 from pd_deploy.errors import CommandFailed, InvalidInput, PdDeployError, Problem, is_transient
-from pd_deploy.hosts import docker_create, login
+from pd_deploy.hosts import docker_create, link, login
 from pd_deploy.hosts.container_values import (
     ContainerSpec,
     Mount,
@@ -460,6 +461,20 @@ class TestFacts:
         assert parse_disk_free(output) == 400 * 1024
         with pytest.raises(errors.FactsError, match="df -P -k"):
             parse_disk_free("df: no", WHERE)
+
+
+@pytest.mark.parametrize(
+    ("exc", "why"),
+    [
+        (OSError(113, "Connect call failed ('10.0.0.1', 22)"), "no route to host"),
+        (ConnectionRefusedError(111, "Connect call failed"), "connection refused"),
+        (socket.gaierror(-2, "Name or service not known"), "name or service not known"),
+        (OSError("Multiple exceptions: a, b"), "Multiple exceptions: a, b"),
+        (TimeoutError(), "no answer within 5 s"),
+    ],
+)
+def test_why_there_is_no_connection_is_said_in_words(exc: Exception, why: str) -> None:
+    assert link._reason(exc, 5) == why
 
 
 class TestThreads:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pd_deploy.errors import HostUnreachable
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.records.releases import Release
 from pd_deploy.records.status import Status, Verdict
-from pd_deploy.steps.verify.looking import HEALTHY
+from pd_deploy.steps.verify.looking import HEALTHY, InstanceLook
 from tests.memory.calls import Moment
 from tests.memory.programs import Proxy, Server
 from tests.memory.world import ROOT, World
@@ -178,6 +179,24 @@ def test_an_unreachable_host_has_its_row_and_the_others_theirs(world: World) -> 
     assert "not known: no answer from b" in rows["drift"]
 
 
+def test_a_host_that_hangs_keeps_nobody_waiting_for_long(world: World) -> None:
+    """Its SSH server answers, and its Docker engine does not."""
+    world.run(deploy)
+    clock = world.cluster.clock
+
+    async def tell() -> showing.Told:
+        async with open_session(load_deployment(world.path)) as session:
+            session.hosts["b"].calls.hangs = lambda m: (m.host, m.way) == ("b", "docker")  # type: ignore[attr-defined]
+            return await showing.tell(session, None)
+
+    before = clock.seconds()
+    text = showing.text(world.asked(tell()))
+    assert clock.seconds() - before < 40
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert HEALTHY in rows["p0"]
+    assert "no answer: it did not say within 30 s what runs there" in rows["b"]
+
+
 @pytest.mark.parametrize(
     ("damage", "result", "last"),
     [
@@ -228,6 +247,28 @@ def test_a_server_that_started_since_is_counted_from_zero(world: World) -> None:
     d0 = next(i for i in after.look.instances if i.name == "d0")
     assert d0.was_restarted
     assert after.since["d0"].requests == d0.requests
+
+
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+RUNS = InstanceLook("d0", "decode", "b", container="running", run="1", requests=5, kv_tokens=50)
+
+
+@pytest.mark.parametrize(
+    ("before", "since"),
+    [
+        (replace(RUNS, requests=2, kv_tokens=20), (3, 30)),
+        (replace(RUNS, run="0", requests=9, kv_tokens=90), (5, 50)),
+        (replace(RUNS, run="", container="gone", requests=None, kv_tokens=None), (5, 50)),
+        (replace(RUNS, health="does not answer", requests=None, kv_tokens=None), (None, None)),
+        (replace(RUNS, run="", container="", requests=None, kv_tokens=None), (None, None)),
+    ],
+    ids=["the same run", "another run", "none", "one that hung", "a host that was away"],
+)
+def test_what_was_not_counted_at_the_last_look_is_not_told_as_served_since(
+    before: InstanceLook, since: tuple[int | None, int | None]
+) -> None:
+    told = looks.since(looks.of([before], AT), RUNS)
+    assert (told.requests, told.kv_tokens) == since
 
 
 def test_the_last_look_is_kept_and_a_damaged_one_is_none(world: World) -> None:
@@ -332,20 +373,26 @@ class TestNightly:
         )
 
     @pytest.mark.parametrize(
-        ("runs", "said"),
+        ("status", "runs", "said"),
         [
-            ([], "none: its schedule is off"),
-            ([{"expected_start_time": "2025-07-24T03:12:00+00:00"}], "2025-07-2"),
+            (200, [], "none: its schedule is off"),
+            (200, [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], "2025-07-2"),
+            (
+                401,
+                [],
+                "not known, as http://prefect.example/api answers with status 401: check "
+                "PREFECT_API_AUTH_STRING",
+            ),
         ],
     )
     def test_the_server_is_asked_for_the_next_run(
-        self, monkeypatch: pytest.MonkeyPatch, runs: list[dict[str, str]], said: str
+        self, monkeypatch: pytest.MonkeyPatch, status: int, runs: list[dict[str, str]], said: str
     ) -> None:
         asked: list[httpx.Request] = []
 
         def answer(request: httpx.Request) -> httpx.Response:
             asked.append(request)
-            return httpx.Response(200, json=runs)
+            return httpx.Response(status, json=runs)
 
         client = httpx.AsyncClient
         monkeypatch.setattr(

@@ -5,6 +5,7 @@ Per host: two sessions, one for what a survey reads and one for lease and device
 its Docker engine; per server: its health and its counters. All hosts are asked at the same time.
 """
 
+import asyncio
 from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
-from pd_deploy.errors import PdDeployError
+from pd_deploy.errors import PdDeployError, TimedOut
 from pd_deploy.hosts import lease
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState
@@ -34,6 +35,9 @@ from pd_deploy.steps.verify import metrics
 T = TypeVar("T")
 
 ANSWER_TIMEOUT_S = 3.0
+HOST_TIMEOUT_S = 20.0
+"""What a host has for saying what it has, once it is connected: its Docker engine, or its disk, may
+hang, and the others are not to wait for it. Its tools for devices have longer, as they need it."""
 HEALTHY = "healthy"
 Cause = Literal["", "late", "silent", "refused", "status"]
 """Why a port's answer is not as it should be: the way there was lost, or took too long; the port is
@@ -181,7 +185,7 @@ async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
     reading = engine.read_addresses_command(session.deployment, devices) if devices else []
     commands = [lease.look_command(root), *filter(None, (health, reading))]
     state, printed = await _both(
-        _or_error(surveying.survey(session, name)), _or_error(host.outputs(*commands))
+        _or_error(_surveyed(session, name)), _or_error(host.outputs(*commands))
     )
     if isinstance(state, PdDeployError):
         return state
@@ -203,6 +207,25 @@ async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
         except PdDeployError as error:
             entry = HostLook(name, host.address, devices=error.message, lease=holding)
     return _HostAnswer(host, state, entry, addresses)
+
+
+async def _surveyed(session: Session, name: str) -> HostState:
+    """Survey a host, for as long as one may be waited for.
+
+    Raises:
+        TimedOut: it did not answer, though it may be there.
+    """
+    limit = session.deployment.gates.connect + HOST_TIMEOUT_S
+    try:
+        async with asyncio.timeout(limit):
+            return await surveying.survey(session, name)
+    except TimeoutError:
+        raise TimedOut(
+            f"it did not say within {limit:g} s what runs there: its Docker engine or its disk may "
+            "hang",
+            host=session.host(name).where,
+            hint="look at `systemctl status docker` and at the kernel's log there",
+        ) from None
 
 
 async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
