@@ -53,11 +53,11 @@ class RoutedEngine(ABC):
 
     Attributes:
         PACKAGE: what its servers import of its source code.
-        ROUTER_TUNING: arguments of the router that the file may replace.
+        ROUTER_CHECKS_EVERY_S: seconds between two of the router's looks at a server.
     """
 
     PACKAGE: str
-    ROUTER_TUNING: Mapping[str, Scalar]
+    ROUTER_CHECKS_EVERY_S: int
     BY_CONTRACT = False
     STARTED = "pd-deploy: starting"
     PREPARED = "pd-deploy: proxy prepared"
@@ -255,9 +255,21 @@ class RoutedEngine(ABC):
         return _proxy_command(proxy, partial(self._router_command, service, proxy))
 
     def _router_command(self, service: Service, proxy: Proxy, host: str, port: str) -> list[str]:
-        """Write the command of a router that listens there."""
+        """Write the command of a router that listens there.
+
+        The policy is in the file: round robin uses every prefill, while the routers' own default
+        may send all prompts, or those that begin alike, to one.
+        """
         options = service.deployment.router
         assert options is not None, "the rule engine-keys demands it"
+        # What the file's own arguments of the proxy may replace.
+        tuning: dict[str, Scalar] = {
+            "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
+            "worker-startup-check-interval": 1,
+            "health-check-interval-secs": self.ROUTER_CHECKS_EVERY_S,
+            "health-failure-threshold": 2,
+            "health-success-threshold": 1,
+        }
         return [
             *self._router_program(service),
             "--host", host,
@@ -266,7 +278,7 @@ class RoutedEngine(ABC):
             "--prometheus-port", str(options.router_metrics_port),
             *self._backends(service.topology),
             "--policy", options.router_policy,
-            *flags({**self.ROUTER_TUNING, **dashed(proxy.entry.arguments)}),
+            *flags(tuning | dashed(proxy.entry.arguments)),
         ]  # fmt: skip
 
     def environment(self, service: Service, name: str) -> dict[str, str]:

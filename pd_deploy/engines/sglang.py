@@ -83,15 +83,7 @@ class Sglang(RoutedEngine):
         "prefill.*.additional_config", "prefill.*.ports.master", "settings.*.additional_config",
         "vllm",
     )  # fmt: skip
-    # Round robin uses every prefill; the router's own default sends prompts that begin alike to
-    # one. /health has a server generate a token.
-    ROUTER_TUNING: Mapping[str, Scalar] = {
-        "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
-        "worker-startup-check-interval": 1,
-        "health-check-interval-secs": 5,
-        "health-failure-threshold": 2,
-        "health-success-threshold": 1,
-    }
+    ROUTER_CHECKS_EVERY_S = 5  # /health has a server generate a token
     # With the other names that its parser has for some of them.
     DERIVED_ARGUMENTS = frozenset({
         "base-gpu-id", "context-length", "device", "disaggregation-bootstrap-port",

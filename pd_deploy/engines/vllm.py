@@ -53,15 +53,9 @@ class Vllm(RoutedEngine):
     HANDOVER_FIELDS = "kv_transfer_params"
     TAKES_TOKEN_IDS = True
     UNUSED_KEYS = (*RoutedEngine.UNUSED_KEYS, "sglang")
-    # Round robin uses every prefill; the router's own default may send all to one. A dead server is
-    # left out within 4 s; until then requests to it fail, because the router does not retry.
-    ROUTER_TUNING: Mapping[str, Scalar] = {
-        "worker-startup-timeout-secs": 50,  # servers are ready before the router starts
-        "worker-startup-check-interval": 1,
-        "health-check-interval-secs": 2,
-        "health-failure-threshold": 2,
-        "health-success-threshold": 1,
-    }
+    # A dead server is left out after two; until then requests to it fail, as the router does not
+    # retry.
+    ROUTER_CHECKS_EVERY_S = 2
     COUNTERS = Counters(
         served=Counter("vllm:request_success_total"),
         kv_tokens=Counter(
