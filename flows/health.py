@@ -193,7 +193,7 @@ async def _note(session: Session, run: Run, change: Callable[[Record], Record]) 
 
 def _ended(checked: Checked, why: str) -> State[None]:
     """End a check that restarts nothing, named after its verdict."""
-    return Completed(name=checked.word.title(), message=f"{checked.told}. {why}")
+    return Completed(name=checked.word.title(), message=f"{checked.told}; {why}")
 
 
 def now() -> datetime:

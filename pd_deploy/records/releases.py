@@ -273,6 +273,15 @@ class Record(_Frozen):
         )
         return self._changed(serving=generation, outcomes=outcomes, attempts=attempts)
 
+    def restarted(
+        self, instances: Iterable[str], when: datetime, by: str, image: str = ""
+    ) -> "Record":
+        """Add a run that started instances of what serves again, if it did."""
+        if not (names := ", ".join(sorted(instances))) or self.serving is None:
+            return self
+        good = Outcome(result="good", when=when, by=by, reason=f"restarted {names}")
+        return self._changed(attempts=self._with(good, self.serving, image))
+
     def on(self, accesses: Iterable[HostAccess]) -> "Record":
         """Add hosts on which something of the deployment is about to be."""
         hosts = {**self.hosts, **{access.address: access for access in accesses}}

@@ -72,8 +72,10 @@ async def promote(rollout: Rollout, by: str) -> Report:
     names = await all_ended(_keep_or_tell(rollout, name) for name in rollout.plan.hosts)
     unkept = ", ".join(filter(None, names))
     before = rollout.history.record
-    image = rollout.release.chosen_image
-    record = before.promoted(generation, datetime.now(UTC), by, image)
+    image, when = rollout.release.chosen_image, datetime.now(UTC)
+    record = before.promoted(generation, when, by, image)
+    if record is before:
+        record = record.restarted(rollout.attempt.started, when, by, image)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()
     record = record.well() if rollout.attempt.is_mend else record.rested()
     record = record.measured(rollout.attempt.figures)

@@ -389,7 +389,7 @@ def test_a_failed_generation_that_is_kept_for_inspection_is_left_alone(world: Wo
 
 def test_nothing_is_checked_before_anything_was_promoted(tmp_path: Path) -> None:
     outcome = World(tmp_path).run(health)
-    assert outcome.message == "nothing is deployed. nothing was ever promoted"
+    assert outcome.message == "nothing is deployed; nothing was ever promoted"
 
 
 def test_attempts_come_ever_later_and_end_with_one_event(world: World) -> None:

@@ -9,6 +9,7 @@ from pd_deploy.cli import hosts, show
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import ImageNotFound
 from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.health import health
 from pd_deploy.flows.rollback import rollback
 from pd_deploy.records import releases
 from pd_deploy.records.releases import ATTEMPTS, Attempt, Outcome, Record
@@ -59,6 +60,18 @@ def test_failures_and_ways_back_are_listed_each_once(world: World) -> None:
     assert made[0]["changed"] == "image daily_omniinfer:20250722_26 → daily_omniinfer:20250724_1"
     assert [result for result, _ in results(world)] == ["good", "good", "failed", "failed", "good"]
     assert "smoke test" in attempts(world)[2].reason
+
+
+def test_a_restart_of_what_serves_is_listed(world: World) -> None:
+    """By health or by hand; a run with nothing to do is not."""
+    d0 = world.running()["d0"]
+    world.machines["b"].end(d0, 137)
+    assert world.run(health).word == "Mended"
+    assert world.run(deploy).completed
+    assert [result for result, _ in results(world)] == ["good", "good"]
+    restart, first = attempts(world)
+    assert (restart.generation, restart.image) == (first.generation, first.image)
+    assert restart.reason == "restarted c0, d0, p0, p1, p2"
 
 
 def test_a_run_that_failed_before_it_had_planned_is_listed(world: World) -> None:

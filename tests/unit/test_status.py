@@ -305,7 +305,7 @@ def test_a_file_that_was_changed_on_a_host_is_drift(world: World) -> None:
     disk = world.machines["b"].disk
     path = f"{ROOT}/{world.serving()}/d0/start.sh"
     disk.put(path, b"exit 1", 0o700)
-    assert told(world).look.drift == f"a run would b: write {path}"
+    assert told(world).look.drift == f"a run would write {path} on b"
 
 
 def test_other_ports_in_the_file_do_not_make_what_serves_unwell(world: World) -> None:

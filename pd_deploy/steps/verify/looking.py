@@ -263,7 +263,7 @@ def _drift(
     if rollout.plan.generation != history.serving.generation:
         return "the file makes another generation than the one that serves", ""
     hosts = rollout.with_actions(STAGES).hosts.items()
-    changes = [f"{name}: {a.verb} {a.subject}" for name, host in hosts for a in host.actions]
+    changes = [f"{a.verb} {a.subject} on {name}" for name, host in hosts for a in host.actions]
     more = f" and {count} more" if (count := len(changes[SHOWN:])) else ""
     return (f"a run would {', '.join(changes[:SHOWN])}{more}" if changes else ""), ""
 
