@@ -159,12 +159,17 @@ class Facts:
         """Find those of the ports that the kernel may give to an outbound connection."""
         return parse_ephemeral(await self._host.output(["sh", "-c", EPHEMERAL]), ports)
 
-    async def ports_taken(self, ports: Sequence[int]) -> dict[int, str]:
-        """Find those of the ports that no server could bind now, each with its holder's name."""
+    async def ports_taken(self, ports: Sequence[int], *, reused: bool = True) -> dict[int, str]:
+        """Find those of the ports that no server could bind now, each with its holder's name.
+
+        Args:
+            reused: whether it binds with SO_REUSEADDR. Without it, connections keep it away that
+                are over, for a minute (TIME_WAIT).
+        """
         if not ports:
             return {}
         output = await self._host.output(["sh", "-c", TAKEN, "sh", *map(str, ports)])
-        return parse_taken(output, ports, self._host.where)
+        return parse_taken(output, ports, self._host.where, reused=reused)
 
     async def connections(self, port: int) -> list[int]:
         """List the connections that clients have to a port: of each the process that has it."""
@@ -291,7 +296,9 @@ def parse_listeners(output: str, where: str = "") -> dict[int, str]:
     return listeners
 
 
-def parse_taken(output: str, ports: Sequence[int], where: str = "") -> dict[int, str]:
+def parse_taken(
+    output: str, ports: Sequence[int], where: str = "", *, reused: bool = True
+) -> dict[int, str]:
     """Parse port → holder in what `TAKEN` prints: all sockets, and ports that can't be bound."""
     lines = output.splitlines()
     listening = "\n".join(line for line in lines if line.startswith("LISTEN"))
@@ -306,6 +313,8 @@ def parse_taken(output: str, ports: Sequence[int], where: str = "") -> dict[int,
             taken[int(socket[1])] = _holder(socket[2]) or "an outbound connection"
         elif bound := re.fullmatch(r"BOUND (\d+)", line):
             taken.setdefault(int(bound[1]), "")
+        elif not reused and (over := re.match(r"[A-Z0-9-]+\s+\d+\s+\d+\s+\S+:(\d+)\s", line)):
+            taken.setdefault(int(over[1]), "connections that are over (TIME_WAIT)")
     return {port: taken[port] for port in ports if port in taken}
 
 

@@ -406,9 +406,10 @@ async def start(session: LockedSession, service: AdoptedService, name: str) -> R
 
 async def _until_free(session: Session, host: Host, container: AdoptedContainer) -> None:
     """Wait until nobody has a container's ports: the launcher takes none on which connections of
-    the server before are still in TIME_WAIT, which lasts a minute."""
+    the server before are still in TIME_WAIT, which lasts a minute; nginx does."""
     limit, begin = session.deployment.gates.free, time.monotonic()
-    while taken := await host.facts.ports_taken(container.ports):
+    is_proxy = container.role == "proxy"
+    while taken := await host.facts.ports_taken(container.ports, reused=is_proxy):
         if time.monotonic() - begin >= limit:
             shown = ", ".join(f"port {p} with {who}" for p, who in sorted(taken.items()))
             raise InUse(

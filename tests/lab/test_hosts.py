@@ -669,6 +669,8 @@ class TestPorts:
             taken = await host.facts.ports_taken([7391, 7392, 7393])
             assert (taken[7391], taken[7392].partition(" ")[0]) == ("", "python3")
             assert 7393 not in taken
+            over = await host.facts.ports_taken([7393, 7394], reused=False)
+            assert list(over) == [7393], "for who binds without SO_REUSEADDR"
         finally:
             holding.kill()
             holding.wait()

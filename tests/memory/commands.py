@@ -298,6 +298,12 @@ def _listeners(machine: Machine, *_: object) -> str:
     )
 
 
+def _taken(machine: Machine, *_: object) -> str:
+    lingering = filter(machine.lingers, machine.lingering)
+    over = (f"TIME-WAIT 0 0 {machine.address}:{port} 10.9.9.9:40000\n" for port in lingering)
+    return _listeners(machine) + "".join(over)
+
+
 def _connections(machine: Machine, arguments: Sequence[str], _: str) -> str:
     port = int(arguments[0].removeprefix("sport = :"))
     return "".join(
@@ -553,7 +559,7 @@ TABLE = (
     Command("addresses", tuple(facts.ADDRESSES), _addresses),
     Command("listeners", ("ss", "-Hltnp"), _listeners),
     Command("route", tuple(facts.ROUTE), _route),
-    _script("ports taken", facts.TAKEN, _listeners),
+    _script("ports taken", facts.TAKEN, _taken),
     Command("port range", ("sh", "-c", facts.EPHEMERAL), lambda *_: "32768\t60999\n\n"),
     Command("connections", tuple(facts.CONNECTIONS), _connections),
     Command("npu-smi", tuple(npu_smi.COMMAND), _npus),

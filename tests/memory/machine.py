@@ -116,6 +116,7 @@ class Machine:
         held_devices, held_ports: what processes outside of any container have, by name.
         answers_after: seconds that each command takes.
         pulls_for: seconds that a pull takes, or a load.
+        lingers_for: seconds for which connections of a program that has ended are in TIME_WAIT.
         silence: seconds after which a connection without an answer counts as lost.
         unplugged_until: when its cable is plugged in again, by the clock's seconds.
         health: what npu-smi says of devices that are not OK.
@@ -145,6 +146,8 @@ class Machine:
         self.held_ports: dict[int, str] = {}
         self.answers_after = 0.0
         self.pulls_for = 0.0
+        self.lingers_for = 0.0
+        self.lingering: dict[int, float] = {}
         self.silence = 15.0
         self.unplugged_until = 0.0
         self.health: dict[int, str] = {}
@@ -198,7 +201,14 @@ class Machine:
         container.oom_killed = oom_killed
         container.exit_code = exit_code
         container.finished_at = self.clock.date()
+        if container.program and self.lingers_for:
+            until = self.clock.seconds() + self.lingers_for
+            self.lingering |= {port: until for _, port in container.program.bound()}
         container.program = None
+
+    def lingers(self, port: int) -> bool:
+        """Whether connections of a server that ended are in TIME_WAIT on a port."""
+        return self.clock.seconds() < self.lingering.get(port, 0.0)
 
     def reboot(self) -> None:
         """Power goes and comes, or Docker starts again: nothing runs."""

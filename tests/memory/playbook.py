@@ -132,6 +132,8 @@ class Workbench(_Process):
             serve = (*serve, "--served-model-name", "qwen")
             children = [Executed(self._pids + 1, self._pids, serve, environment, directory, output)]
         taken = {port for _, port, *_ in self.machine.listeners()} & ports
+        if "start_api_servers.py" in argv:  # bound without SO_REUSEADDR
+            taken |= set(filter(self.machine.lingers, ports))
         if taken or devices & self.machine.device_users().keys():
             return
         root = Executed(

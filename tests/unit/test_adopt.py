@@ -305,8 +305,10 @@ def test_a_first_deployment_that_fails_brings_the_old_service_back_as_it_was(
 ) -> None:
     adopted(world)
     before = commands(old)
+    for machine in world.machines.values():
+        machine.lingers_for = 60.0
     failed = world.run(deploy, image=world.push("20250723_1", {"d0": Faults(garbage=True)}))
-    assert isinstance(failed.error, RolledBack)
+    assert isinstance(failed.error, RolledBack), failed.error
     assert "The service is back on generation 0 (adopted), down for" in str(failed.error)
     assert serves(world, old)
     after = commands(old)

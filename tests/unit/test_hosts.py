@@ -418,6 +418,8 @@ class TestFacts:
             9002: "an outbound connection",
             9006: "",
         }
+        over = dict.fromkeys((9003, 9004), "connections that are over (TIME_WAIT)")
+        assert parse_taken(output, [9003, 9004, 9007], reused=False) == over
 
     def test_links(self, tmp_path: Path) -> None:
         """Of a directory as caches of models have it; and where a link to all of it leads."""
