@@ -39,7 +39,7 @@ class Links:
     Attributes:
         links: by path, where each leads in the end, "" for nowhere.
         paths: the same of other paths.
-        closed: files in the directory that root may not read.
+        closed: files and directories in it, or itself, that root may not read.
     """
 
     links: dict[str, str]
@@ -83,13 +83,16 @@ LISTENERS = ["ss", "-Hltnp"]
 ROUTE = ["sh", "-c", "ip -j -4 route get 8.8.8.8 2>/dev/null; true"]
 # Paths go as arguments and come back ended by NUL, so that any name is safe.
 MISSING = r"""for p; do [ -e "$p" ] || printf '%s\0' "$p"; done"""
-# Links in a directory with where they lead, the directory's own path among them; files there that
-# root may not read, as on a network file system; and where further paths lead.
+# Links in a directory with where they lead, the directory's own path among them; what is there, or
+# where links lead, that root may not read, as on a network file system; and where further paths
+# lead.
 LINKS = r"""to=$(readlink -f -- "$1"); [ "$to" = "$1" ] || printf 'link\0%s\0%s\0' "$1" "$to"
 find "$1/" -maxdepth 2 -type l -exec sh -c 'for link; do
   printf "link\0%s\0%s\0" "$link" "$(readlink -f -- "$link")"; done' sh {} + 2>/dev/null
 [ "$(id -u)" != 0 ] ||
-  find "$1/" -maxdepth 2 -type f ! -readable -printf 'closed\0%p\0\0' 2>/dev/null
+  find -L "$1/" -maxdepth 2 -path "$1/?*" \( -name '.*' -o -name lost+found \) -prune -o \
+    \( -type f ! -readable -o -type d ! \( -readable -executable \) \) \
+    -printf 'closed\0%p\0\0' 2>/dev/null
 shift; for p; do printf 'path\0%s\0%s\0' "$p" "$(readlink -f -- "$p")"; done"""
 EPHEMERAL = """cat /proc/sys/net/ipv4/ip_local_port_range
 cat /proc/sys/net/ipv4/ip_local_reserved_ports 2>/dev/null; true"""
@@ -150,8 +153,8 @@ class Facts:
         return output.split("\0")[:-1]
 
     async def links(self, directory: str, paths: Sequence[str]) -> Links:
-        """Find the links in a directory and the files there that root may not read, and where
-        further paths lead."""
+        """Find the links in a directory and what is there that root may not read, and where further
+        paths lead."""
         output = await self._host.output(["sh", "-c", LINKS, "sh", directory, *paths])
         return parse_links(output)
 

@@ -237,7 +237,8 @@ async def _model(rollout: Rollout, host: Host, name: str) -> list[HostError]:
             )
         )
     if model_links.closed:
-        message = f"expected files that root can read, found {', '.join(model_links.closed[:5])}"
+        closed = ", ".join(model_links.closed[:5])
+        message = f"expected files and directories that root can read, found {closed}"
         hint = "check their owner and the file system's root_squash option"
         faults.append(FileDenied(message, host=host.where, hint=hint))
     return faults

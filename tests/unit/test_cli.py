@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pd_deploy.cli import execute, planned, shell
@@ -276,6 +278,32 @@ def test_no_content_leaves_its_file_in_a_printed_script(tmp_path: Path, content:
     )
     assert (done.stdout, done.stderr) == ("", "")
     assert path.read_text().rstrip("\n") == content.rstrip("\n")
+
+
+ANY = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+HOSTILE = st.one_of(ANY, st.text("-='\"\\$`\n\r\t;&|<>#!*~(){}[] ax", max_size=8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(argv=st.lists(HOSTILE, max_size=8), ended=st.booleans())
+def test_any_values_reach_the_commands_of_a_printed_script_as_they_are(
+    argv: list[str], ended: bool
+) -> None:
+    """As words of a command, and as the content and the name of a file."""
+    content = "\n".join([*argv, shell._END, *argv]) + "\n" * ended
+    file = PlannedFile(path="".join(argv), content=content, mode="600")
+    lines = [
+        "docker() { printf '%s\\0' docker \"$@\"; }",
+        "install() { printf '%s\\0' \"$4\"; cat; }",
+        shell._wrapped(["docker", "create", *argv]),
+        *shell._write(file),
+    ]
+    script = "\n".join(lines).encode()
+    done = subprocess.run(["sh", "-eu"], input=script, capture_output=True, check=True)
+    assert done.stderr == b""
+    *words, written = done.stdout.decode().split("\0")
+    assert words == ["docker", "create", *argv, file.path]
+    assert written == content.removesuffix("\n") + "\n"
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/dev/zero", "/none", "/" + "x" * 5000])

@@ -1,10 +1,12 @@
 """What the hosts layer says and reads, without a host."""
 
 import json
+import os
 import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -439,6 +441,30 @@ class TestFacts:
             str(by_link / "gone"): "",
         }
         assert found.paths == {str(tmp_path / "short"): str(tmp_path / "hub")}
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+    @pytest.mark.parametrize("closed", ["", "sub", "sub/weights", "blob"])
+    def test_what_root_may_not_read(self, closed: str) -> None:
+        """As nobody, whom `id` calls root: that is what a network file system may make of root."""
+        with tempfile.TemporaryDirectory() as name:
+            place, model = Path(name), Path(name) / "model"
+            (model / "sub").mkdir(parents=True)
+            (place / "id").write_text("#!/bin/sh\necho 0\n")
+            (place / "blob").touch()
+            (model / "sub/weights").touch()
+            for unused in (".snapshot", "lost+found"):
+                (model / unused).mkdir(mode=0o700)
+            (model / "config").symlink_to("../blob")
+            (place / "id").chmod(0o755)
+            place.chmod(0o755)
+            (place if closed == "blob" else model).joinpath(closed).chmod(0o700)
+            done = subprocess.run(
+                ["sh", "-c", LINKS, "sh", str(model)],
+                capture_output=True, text=True, check=True, user=65534, group=65534,
+                env={"PATH": f"{place}:{os.environ['PATH']}"},
+            )  # fmt: skip
+            named = model / ("config" if closed == "blob" else closed)
+            assert parse_links(done.stdout).closed == [str(named)]
 
     @pytest.mark.parametrize(
         ("output", "ports"),

@@ -97,7 +97,10 @@ def test_links_of_the_model_that_lead_out_of_the_mounts(world: World) -> None:
     a.closed = [f"{model}/model.safetensors"]
     said = refused(world)
     assert f"found {model}/config.json → /opt/hf/blobs/0123, and 1 more" in said
-    assert f"expected files that root can read, found {model}/model.safetensors" in said
+    assert (
+        f"expected files and directories that root can read, found {model}/model.safetensors"
+        in said
+    )
     assert "tokenizer" not in said
     assert "→ mount /opt/hf/blobs at the same path" in said
     assert "root_squash" in said
