@@ -31,7 +31,7 @@ def run(
     written, away = list[Path](), list[str]()
     for name, document in captured.items():
         if isinstance(document, PdDeployError):
-            away.append(document.headline)
+            away.append(document.unanswered)
             continue
         written.append(to / f"capture-{name}.json")
         written[-1].write_text(json.dumps(document, indent=1) + "\n")

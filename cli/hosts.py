@@ -88,10 +88,10 @@ async def past(deployment: Deployment) -> Past:
                 away[host.address] = answer
             else:
                 states[host.address] = answer
-    headlines = {address: error.headline for address, error in away.items()}
+    told = {address: error.unanswered for address, error in away.items()}
     running = [s for host in states.values() for s in host if s.status in generations.RUNNING]
-    judged = judge(deployment.name, reached.history, states, headlines)
-    return Past(reached.history, running, judged, list(headlines.values()))
+    judged = judge(deployment.name, reached.history, states, told)
+    return Past(reached.history, running, judged, list(told.values()))
 
 
 def read_statuses(deployments: Iterable[Deployment]) -> list[Status | PdDeployError]:

@@ -22,7 +22,7 @@ async def status(deployment: Deployment) -> str:
         hosts = reached.session.hosts.values()
         looked = await together(_holder(reached, name) for name in reached.session.hosts)
         lines = [f"{host.where}: {who}" for host, who in zip(hosts, looked, strict=True)]
-        lines += [f"no answer from {error.headline}" for error in reached.away.values()]
+        lines += [error.unanswered for error in reached.away.values()]
         hold = reached.history.record.hold
         return "\n".join([*lines, f"held by {hold}" if hold else "not held"])
 

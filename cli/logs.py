@@ -45,7 +45,7 @@ async def followed(
         logs.require_instances(session, instances)
         chosen = logs.chosen(history, generation)
         for why in _away(reached):
-            typer.echo(f"pd-deploy: no answer from {why}", err=True)
+            typer.echo(f"pd-deploy: {why}", err=True)
         await together(
             logs.follow(session, name, history, chosen, instances, typer.echo)
             for name in session.hosts
@@ -71,4 +71,4 @@ async def _collect(
 
 
 def _away(reached: Reached) -> list[str]:
-    return [error.headline for error in reached.away.values()]
+    return [error.unanswered for error in reached.away.values()]

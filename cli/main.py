@@ -974,8 +974,8 @@ def _refuse_invalid(file: Path, image: str | None = None) -> None:
 
 
 def _tell_away(why: Iterable[str]) -> None:
-    for host in why:
-        typer.echo(f"pd-deploy: no answer from {host}", err=True)
+    for line in why:
+        typer.echo(f"pd-deploy: {line}", err=True)
 
 
 def _fail(error: PdDeployError | str, code: int) -> NoReturn:

@@ -88,7 +88,7 @@ class Planned:
         """Each host that does not answer, with the cause; then what to do, the same once."""
         hints = dict.fromkeys(error.hint for error in self.away.values() if error.hint)
         return [
-            *(f"no answer from {error.headline}" for error in self.away.values()),
+            *(error.unanswered for error in self.away.values()),
             *(f"→ {hint}" for hint in hints),
         ]
 

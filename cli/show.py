@@ -16,7 +16,7 @@ def release_table(past: Past) -> str:
         {state.labels.get(generations.GENERATION, "") for state in running},
         past.status.serves,
     )
-    away = [f"no answer from {why}" for why in past.away]
+    away = past.away
     if not rows and running:
         names = ", ".join(f"{state.name} of image {state.image}" for state in running)
         lost = f"no host knows what was deployed, but these containers run: {names}"
@@ -34,7 +34,7 @@ def release_table(past: Past) -> str:
 def attempt_table(past: Past) -> str:
     """Print the runs that changed what serves or failed as a table, the latest first."""
     attempts = releases.attempts(past.history)
-    away = [f"no answer from {why}" for why in past.away]
+    away = past.away
     if not attempts:
         return "\n".join(["no run has changed or tried anything yet", *away])
     rows = [("when", "result", "generation", "image", "by", "why")]

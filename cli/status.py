@@ -214,7 +214,7 @@ def _where(host: HostLook) -> str:
 
 
 def _devices(host: HostLook) -> str:
-    return f"no answer: {host.away}" if host.away else host.devices or "not told by this engine"
+    return host.away or host.devices or "not told by this engine"
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

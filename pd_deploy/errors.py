@@ -118,6 +118,12 @@ class PdDeployError(Exception):
         first = self.message.partition("\n")[0]
         return f"{where}: {first}" if where else first
 
+    @property
+    def unanswered(self) -> str:
+        """Say in a line why its host can't be looked at: it gives no answer, or another one than is
+        expected."""
+        return self.headline
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own __reduce__ calls the class with `args`, which lack keyword arguments.
         return _rebuild, (type(self), self.args, self.__dict__.copy())
@@ -375,6 +381,11 @@ class RollbackFailed(NothingServes):
 
 class TransientError(PdDeployError):
     """A fault that may be gone on the next try."""
+
+    @property
+    def unanswered(self) -> str:
+        """Say in a line that its host gave no answer, and why."""
+        return f"no answer from {self.headline}"
 
 
 class HostUnreachable(TransientError):

@@ -87,25 +87,26 @@ def told_of_silence(silent: Mapping[str, Silence], options: Health) -> str:
 
 def told(mending: Mending | None, options: Health, now: datetime) -> str:
     """Say for people what health holds back; empty if nothing."""
-    if mending is None:
-        return ""
-    if mending.gave_up:
-        return _gave_up(mending)
-    recent = lately(mending, options, now)
-    if not recent or mending.failed is None:
+    if mending is None or mending.gave_up:
+        return _gave_up(mending) if mending else ""
+    if not (recent := lately(mending, options, now)):
         return told_of_silence(mending.silent, options)
-    if len(recent) >= options.attempts:
-        attempts = "1 attempt" if len(recent) == 1 else f"{len(recent)} attempts"
-        return (
-            f"{attempts} at a restart failed or did not last, and `health.attempts` is "
-            f"{options.attempts}, so nothing more is tried"
-        )
     due = _due(mending, recent, options)
     assert due
-    return (
-        f"{len(recent)} of {options.attempts} attempts at a restart failed or did not last; "
-        f"the next one is due at {due.astimezone():%Y-%m-%d %H:%M:%S}"
+    is_last, until = len(recent) >= options.attempts, f"{due.astimezone():%Y-%m-%d %H:%M:%S}"
+    if mending.failed is None and due <= now and not is_last:
+        return told_of_silence(mending.silent, options)
+    if mending.failed is None:
+        times = f"{len(recent)} times" if len(recent) > 1 else "once"
+        then = "no further restart" + ("" if is_last else f" before {until}")
+        return f"restarted {times} in {_minutes(options.within)}; {then}"
+    then = (
+        f"`health.attempts` is {options.attempts}, so nothing more is tried"
+        if is_last
+        else f"the next one is due at {until}"
     )
+    attempts = f"{len(recent)} of {max(options.attempts, len(recent))} attempts"
+    return f"{attempts} at a restart failed or did not last; {then}"
 
 
 def _gave_up(mending: Mending) -> str:

@@ -115,7 +115,7 @@ def status(
     Args:
         history: what the hosts that answered know of the deployment's past.
         containers: all containers of each host that answered, by its address.
-        away: the hosts that did not answer, by address: name, address and why.
+        away: the hosts that could not be looked at, by address: name, address and why.
         unhealthy: instances that run and do not answer as they should, and what was found, if they
             were asked.
     """
@@ -124,7 +124,7 @@ def status(
         for address, listed in containers.items()
     }
     release, record = history.serving, history.record
-    troubles = [f"no answer from {why}" for why in away.values()]
+    troubles = [*away.values()]
     if service := record.adopted_serving:
         return _of_adopted(deployment, service, history, containers, away, unhealthy)
     if release is None:
@@ -175,7 +175,7 @@ def _of_adopted(
         )
         for c in service.containers
     ]
-    troubles = [f"no answer from {why}" for why in away.values()]
+    troubles = [*away.values()]
     troubles += [
         f"{p.name} on {p.host}: {p.trouble}" for p in parts if p.trouble and p.host not in away
     ]

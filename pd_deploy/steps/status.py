@@ -27,7 +27,7 @@ async def status(session: Session, listed: Listing | None = None) -> Status:
     records, containers, away = [], {}, {}
     for host, answer in zip(asked, answers, strict=True):
         if isinstance(answer, PdDeployError):
-            away[host.address] = answer.headline
+            away[host.address] = answer.unanswered
         else:
             records.append(answer[0])
             containers[host.address] = answer[1]

@@ -1,5 +1,6 @@
 """pd-health on hosts in memory: what it finds, what it restarts, and what it leaves alone."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -454,11 +455,21 @@ def test_status_and_checks_go_by_the_same_file(world: World) -> None:
     assert "1 of 4 attempts at a restart" in status(world)
     world.change(health={"attempts": 1}, settings={"decode": {"environment": {"EXAMPLE": "1"}}})
     assert "drift         the file makes another generation" in status(world)
-    assert (
-        "1 attempt at a restart failed or did not last, and `health.attempts` is 1, so"
-        in status(world)
-    )
+    assert "failed or did not last; `health.attempts` is 1, so nothing more" in status(world)
     assert "it was restarted once in 60 min" in untouched(world).message
+
+
+def test_status_says_why_nothing_is_restarted_after_restarts_that_helped(world: World) -> None:
+    kill(world, "p1")
+    assert checked(world, 1) == ["Mended"]
+    assert "\nhealth" not in status(world)
+    kill(world, "p1")
+    assert checked(world, 1) == ["Mended"]
+    kill(world, "p1")
+    assert world.run(health).word == "Degraded"
+    said = re.search(r"^health +(.*)$", status(world), re.M)
+    assert said
+    assert said[1].startswith("restarted 2 times in 60 min; no further restart before 2026-")
 
 
 def test_it_only_tells_where_the_file_allows_no_attempt(world: World) -> None:
@@ -493,7 +504,7 @@ def test_when_it_may_try_again(before: Mending | None, goes: bool) -> None:
     assert (decision == Decision()) is goes
     assert decision.gives_up is (before == Mending(attempts=ago(30, 20, 10, 5)))
     said = mending.told(before, Health(), NOW)
-    assert bool(said) is bool(before and (before.failed or before.gave_up))
+    assert bool(said) is not goes
 
 
 class _Server:

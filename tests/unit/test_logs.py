@@ -49,7 +49,7 @@ def test_each_hosts_files_are_copied_whole(world: World, tmp_path: Path) -> None
 def test_a_host_that_is_away_is_told_and_the_others_logs_come(world: World, tmp_path: Path) -> None:
     world.machines["b"].unplug()
     _, away = world.asked(logs._collect(load_deployment(world.path), None, tmp_path / "logs"))
-    assert [why.partition(": ")[0] for why in away] == ["host b (10.0.0.2)"]
+    assert [why.partition(": ")[0] for why in away] == ["no answer from host b (10.0.0.2)"]
     hosts = {path.name for path in (tmp_path / "logs").iterdir()}
     assert hosts == {"a"}
 

@@ -176,7 +176,20 @@ def test_an_unreachable_host_has_its_row_and_the_others_theirs(world: World) -> 
     assert HEALTHY in rows["p0"]
     assert HEALTHY not in rows["d0"]
     assert "no answer: no SSH connection" in rows["b"]
-    assert "not known: no answer from b" in rows["drift"]
+    assert "not known: b could not be looked at" in rows["drift"]
+
+
+def test_a_host_that_answers_otherwise_than_expected_is_not_called_silent(world: World) -> None:
+    world.run(deploy)
+    world.machines["b"].disk.put(f"{ROOT}/record.json", b"{", 0o600)
+    text = showing.text(told(world))
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert "no answer" not in text
+    assert (
+        f": host b (10.0.0.2): expected {ROOT}/record.json as pd-deploy wrote it"
+        in rows["qwq-3p1d:"]
+    )
+    assert f"(10.0.0.2)  expected {ROOT}/record.json as pd-deploy wrote it" in rows["b"]
 
 
 def test_a_host_that_hangs_keeps_nobody_waiting_for_long(world: World) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
-from pd_deploy.errors import PdDeployError, TimedOut
+from pd_deploy.errors import PdDeployError, TimedOut, is_transient
 from pd_deploy.hosts import lease
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState
@@ -84,7 +84,7 @@ class HostLook:
     """A host as it is.
 
     Attributes:
-        away: why it did not answer; empty if it did.
+        away: why it could not be looked at; empty if it was.
         devices: the state of the devices that the service uses there; empty where nothing tells it.
         lease: who works there, if anybody does.
     """
@@ -152,7 +152,7 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
         session.deployment.name,
         history,
         {a.host.address: [*a.state.containers, *a.state.unlabelled] for a in here.values()},
-        {session.host(name).address: error.headline for name, error in away.items()},
+        {session.host(name).address: error.unanswered for name, error in away.items()},
         {i.name: i.health for i in instances if i.health not in ("", HEALTHY)},
     )
     hosts = [_host(session, name, answer) for name, answer in answers.items()]
@@ -174,7 +174,8 @@ def _others(answers: Iterable["_HostAnswer"], serving: Release | None) -> list[s
 def _host(session: Session, name: str, answer: "_HostAnswer | PdDeployError") -> HostLook:
     if isinstance(answer, _HostAnswer):
         return answer.look
-    return HostLook(name, session.deployment.hosts[name].address, away=answer.message)
+    away = f"no answer: {answer.message}" if is_transient(answer) else answer.message
+    return HostLook(name, session.deployment.hosts[name].address, away=away)
 
 
 async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
@@ -253,7 +254,7 @@ def _drift(
     if choice.digest != history.serving.digest:
         return f"the file has another image, {choice.chosen_image}", ""
     if away:
-        return None, f"no answer from {', '.join(away)}"
+        return None, f"{', '.join(away)} could not be looked at"
     image = ResolvedImage(choice, history.serving.pinned_image)
     addresses = [answer.addresses for answer in here.values()]
     try:
