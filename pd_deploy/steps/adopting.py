@@ -421,6 +421,16 @@ async def _until_free(session: Session, host: Host, container: AdoptedContainer)
         await asyncio.sleep(POLL_S)
 
 
+async def missing_of(session: Session, container: AdoptedContainer) -> FactsError | None:
+    """Find out what a container that runs would lack to be brought back after it was stopped."""
+    try:
+        await _kept(session, container)
+    except FactsError as fault:
+        fault.hint = "it still runs: enter it again by `pd-deploy adopt FILE --yes`"
+        return fault
+    return None
+
+
 async def _kept(session: Session, container: AdoptedContainer) -> list[Process]:
     """Read what was started in a container.
 

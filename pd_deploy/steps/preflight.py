@@ -16,7 +16,7 @@ from pd_deploy.hosts.lease import Owner
 from pd_deploy.planning import flaws, peers
 from pd_deploy.planning.flaws import Flaw, HostAnswers
 from pd_deploy.records import generations
-from pd_deploy.steps import images, inspecting
+from pd_deploy.steps import adopting, images, inspecting
 from pd_deploy.steps.host_faults import Holder, holders
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
@@ -79,7 +79,7 @@ async def faults_of(rollout: Rollout, name: str) -> list[HostError]:
     # When nothing serves, `until_free` waits for devices and ports as long as it may, and there is
     # nothing that a disk with little room left would put at risk.
     if not rollout.is_last_resort:
-        checks += [_model, _disk, _held]
+        checks += [_model, _disk, _held, _way_back]
     by_check = await together(check(rollout, host, name) for check in checks)
     faults = [fault for of_check in by_check for fault in of_check]
     return faults + [*_of_other_deployments(rollout, host, name)] * (not rollout.is_last_resort)
@@ -182,6 +182,18 @@ def _not_free(rollout: Rollout, host: Host, busy: Iterable[Holder], limit: str, 
         host=host.where,
         hint=f"stop what uses them, {hint}",
     )
+
+
+async def _way_back(rollout: Rollout, host: Host, name: str) -> list[HostError]:
+    """Find what an adopted service that serves would lack to come back, should this fail."""
+    if not rollout.history.record.adopted_serving:
+        return []
+    missing = await together(
+        adopting.missing_of(rollout.session, container)
+        for _, container in rollout.leaving
+        if container.host == host.address
+    )
+    return [fault for fault in missing if fault]
 
 
 async def _paths(rollout: Rollout, host: Host, name: str) -> list[HostError]:

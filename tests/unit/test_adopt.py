@@ -341,6 +341,20 @@ def test_what_a_killed_run_leaves_is_put_right_by_recovery(
     assert serves(world, old)
 
 
+def test_what_the_way_back_needs_is_missed_before_anything_stops(
+    world: World, old: dict[str, Container]
+) -> None:
+    """A host has lost what was kept of the processes; they still run, so it can be had again."""
+    adopted(world)
+    world.machines["b"].disk.remove(ROOT)
+    refused = world.run(deploy)
+    assert "adopted/omni-infer-decode_d0.json as `pd-deploy adopt` wrote" in str(refused.error)
+    assert "it still runs: enter it again by `pd-deploy adopt FILE --yes`" in str(refused.error)
+    assert serves(world, old)
+    adopted(world)
+    assert world.run(deploy).completed
+
+
 @pytest.fixture
 def taken_over(world: World, old: dict[str, Container]) -> World:
     """A generation of ours serves, and the adopted service lacks what it needs to come back."""
