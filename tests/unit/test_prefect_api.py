@@ -12,9 +12,13 @@ from prefect.blocks.core import Block
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_API_URL, temporary_settings
 
 from pd_deploy.blocks import loading
+from pd_deploy.blocks import server as blocks_server
 from pd_deploy.blocks.server import spare_the_proxy
 from pd_deploy.cli import prefect_api
+from pd_deploy.cli.hosts import asking
+from pd_deploy.cli.local_http import is_healthy
 from pd_deploy.cli.prefect_api import ServerLost, ServerRefuses
+from tests.unit import example
 
 NAMES = ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY")
 
@@ -151,6 +155,25 @@ def test_no_proxy_is_asked_for_this_machine(
         assert httpx.get(url.replace("127.0.0.1", "localhost")).is_success
     assert answers.asked == 2
     assert all(value in os.environ["no_proxy"].split(",") for value in exempt.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_nor_by_commands_that_do_without_prefect(
+    server: tuple[str, type[Answers]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for each in NAMES:
+        monkeypatch.delenv(each, raising=False)
+    for each in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(each, "")
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    url, _ = server
+    assert is_healthy(f"{url}/api")
+    async with blocks_server.client({"PREFECT_API_URL": url}) as client:
+        assert (await client.get(url)).is_success
+    # Its blocks may be read by Prefect itself.
+    monkeypatch.setenv("PREFECT_API_URL", "http://10.1.2.3:4200/api")
+    with asking([example.service({"ssh": {"credentials": "x"}})]):
+        assert os.environ["no_proxy"] == "127.0.0.1,localhost,::1,10.1.2.3"
 
 
 @pytest.mark.parametrize(

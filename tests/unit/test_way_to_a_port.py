@@ -49,6 +49,15 @@ class Way:
             connection.abort()
 
 
+@pytest.fixture(autouse=True)
+def proxies_that_answer_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request to a host goes through them."""
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+
+
 @pytest.fixture
 async def way() -> AsyncIterator[Way]:
     way = Way()
