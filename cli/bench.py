@@ -4,6 +4,7 @@ import asyncio
 import getpass
 import json
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
@@ -13,6 +14,7 @@ from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Benchmark, Deployment
 from pd_deploy.errors import NothingServes, OutOfOrder
+from pd_deploy.records import vllm_bench
 from pd_deploy.records.adopted import SHOWN
 from pd_deploy.records.benchmark import Figures, shown
 from pd_deploy.records.releases import History
@@ -22,28 +24,35 @@ from pd_deploy.steps.verify import benchmark
 from pd_deploy.steps.verify.benchmark import Benchmarked
 
 
-def run(deployment: Deployment, file: Path, *, as_json: bool, save: bool) -> int:
-    """Measure what serves, and print the figures; return the exit code."""
+def run(
+    deployment: Deployment, file: Path, *, as_json: bool, save: bool, result_file: Path | None
+) -> int:
+    """Measure what serves, or read what was measured; print the figures, return the exit code."""
+    given = result_file.read_text() if result_file else None
     with asking([deployment]):
-        history, result = asyncio.run(measured(deployment, save=save))
+        history, result = asyncio.run(measured(deployment, save=save, result=given))
     typer.echo(as_document(result) if as_json else text(history, result, file, save=save))
     return FAILED if result.failed else 0
 
 
-async def measured(deployment: Deployment, *, save: bool) -> tuple[History, Benchmarked]:
+async def measured(
+    deployment: Deployment, *, save: bool, result: str | None = None
+) -> tuple[History, Benchmarked]:
     """Measure what serves; return what was known before, and the figures.
 
     Args:
         save: add them to the record on the hosts.
+        result: what another load generator wrote; nothing is measured then.
 
     Raises:
+        InvalidInput: the result is of another load than the file's.
         NothingServes: clients can't connect.
         OutOfOrder: an adopted service serves.
         LeaseHeld: they are to be saved while a run works on the deployment.
     """
     given = deployment.gates.benchmark or Benchmark()
     by = f"{getpass.getuser()} on {socket.gethostname()}"
-    async with connected(deployment, with_key=True) as reached:
+    async with connected(deployment, with_key=result is None) as reached:
         if reached.history.record.adopted_serving:
             raise OutOfOrder(
                 f"expected a generation of {deployment.name} to measure, found that generation "
@@ -58,15 +67,20 @@ async def measured(deployment: Deployment, *, save: bool) -> tuple[History, Benc
         asked = {proxy.host for proxy in reached.session.topology.proxies}
         if save or not asked.issubset(reached.session.hosts):
             reached.require_all()
-        result = await benchmark.measure(reached.session, reached.history, given, by)
+        if result is None:
+            judged = await benchmark.measure(reached.session, reached.history, given, by)
+        else:
+            serving, now = reached.history.record.serving, datetime.now(UTC)
+            read = vllm_bench.figures(result, given, generation=serving, when=now, by=by)
+            judged = benchmark.read(reached.history, given, read)
         if save:
             taken = locking.lease_for(
                 reached.session, "`pd-deploy bench --save`", "", reached.history.lease
             )
             locked = LockedSession.of(reached.session, taken)
             async with taken.held(locked.hosts):
-                await locking.save_figures(locked, result.figures, _say)
-        return reached.history, result
+                await locking.save_figures(locked, judged.figures, _say)
+        return reached.history, judged
 
 
 def text(history: History, result: Benchmarked, file: Path, *, save: bool) -> str:
@@ -81,8 +95,9 @@ def text(history: History, result: Benchmarked, file: Path, *, save: bool) -> st
     means = [f"failed: {fault}" for fault in result.faults]
     means += [f"worse: {fault}" for fault in result.judgement.faults]
     means += [f"note: {remark}" for remark in result.judgement.remarks]
-    means.append("note: what clients asked for meanwhile is in these figures")
-    if not save and not result.failed:
+    if not figures.load.generator:
+        means.append("note: what clients asked for meanwhile is in these figures")
+    if not save and not result.failed and not figures.load.generator:
         means.append(f"Next: pd-deploy bench {file} --save keeps them for comparison")
     return "\n".join([str(figures.load), *aligned(rows), *means])
 

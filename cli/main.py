@@ -660,6 +660,15 @@ def bench(
             "--save", help="Keep the figures on the hosts, for new generations to be compared with."
         ),
     ] = False,
+    result: Annotated[
+        Path | None,
+        typer.Option(
+            "--result",
+            exists=True,
+            dir_okay=False,
+            help="Measure nothing; judge what `vllm bench serve --save-result` wrote.",
+        ),
+    ] = None,
 ) -> None:
     """Measure what serves: time to the first token, time per token, and throughput.
 
@@ -675,7 +684,9 @@ def bench(
     deployment = load(file)
     from pd_deploy.cli import bench as measuring
 
-    raise typer.Exit(measuring.run(deployment, file, as_json=as_json, save=save))
+    raise typer.Exit(
+        measuring.run(deployment, file, as_json=as_json, save=save, result_file=result)
+    )
 
 
 @app.command()

@@ -45,12 +45,17 @@ class _Frozen(BaseModel):
 
 
 class Load(_Frozen):
-    """What was asked: figures of different loads can't be compared. Lengths are in tokens."""
+    """What was asked: figures of different loads can't be compared. Lengths are in tokens.
+
+    Attributes:
+        generator: what asked; empty for pd-deploy's own load generator.
+    """
 
     requests: int
     concurrency: int
     input_length: int
     output_length: int
+    generator: str = ""
 
     @classmethod
     def of(cls, benchmark: Benchmark) -> "Load":
@@ -60,7 +65,7 @@ class Load(_Frozen):
     def __str__(self) -> str:
         return (
             f"{self.requests} requests, {self.concurrency} at a time, of {self.input_length} tokens"
-            f" for {self.output_length}"
+            f" for {self.output_length}" + (f", by {self.generator}" if self.generator else "")
         )
 
 

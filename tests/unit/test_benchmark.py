@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from pd_deploy.cli import bench
 from pd_deploy.config.load import load_deployment
-from pd_deploy.config.models import Benchmark
-from pd_deploy.errors import HostUnreachable
+from pd_deploy.config.models import Benchmark, BenchmarkLimits
+from pd_deploy.errors import HostUnreachable, InvalidInput
 from pd_deploy.flows.deploy import deploy
-from pd_deploy.records import benchmark
+from pd_deploy.records import benchmark, vllm_bench
 from pd_deploy.records.benchmark import (
     ENOUGH,
     KEPT,
@@ -281,6 +281,62 @@ async def test_what_is_under_way_when_the_time_is_over_is_cut() -> None:
     assert all(s.cut and not s.fault for s in measured.samples)
 
 
+# What `vllm bench serve --save-result` writes, as far as it is read, and some of the rest.
+VLLM = {
+    "date": "20261128-023700", "backend": "openai", "request_rate": "inf", "burstiness": 1.0,
+    "num_prompts": 20, "max_concurrency": 4, "duration": 6.25, "completed": 20, "failed": 0,
+    "total_input_tokens": 163, "total_output_tokens": 160, "request_throughput": 3.2,
+    "output_throughput": 25.6, "mean_ttft_ms": 41.0, "median_ttft_ms": 40.0, "p95_ttft_ms": 75.5,
+    "p99_ttft_ms": 80.0, "mean_tpot_ms": 21.0, "median_tpot_ms": 20.0, "p99_tpot_ms": 30.0,
+}  # fmt: skip
+VLLM_LOAD = Benchmark(requests=20, concurrency=4, input_length=8, output_length=8)
+
+
+def of_vllm(given: Benchmark = VLLM_LOAD, **changes: Any) -> Figures:
+    return vllm_bench.figures(
+        json.dumps(VLLM | changes), given, generation="1-a", when=datetime.now(UTC), by="me"
+    )
+
+
+def test_figures_of_vllms_own_generator_are_read_and_compared_with_its_own_alone() -> None:
+    figures = of_vllm()
+    assert (figures.ttft, figures.ttft_p95, figures.tpot, figures.tpot_p95) == (
+        0.04, 0.0755, 0.02, None,
+    )  # fmt: skip
+    assert (figures.throughput, figures.answered, figures.failed) == (25.6, 20, 0)
+    fewer = {"completed": 18, "total_input_tokens": 146, "total_output_tokens": 144}
+    assert of_vllm(**fewer).failed == 2
+    assert str(figures.load).endswith(", by vllm bench")
+    ours = figures.model_copy(update={"load": Load.of(VLLM_LOAD), "tpot": 0.001})
+    assert not judge(figures, VLLM_LOAD, [ours], ["1-a"]).faults
+    faster = figures.model_copy(update={"tpot": 0.001})
+    assert judge(figures, VLLM_LOAD, [faster], ["1-a"]).faults
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_prompts": 30}, "--num-prompts: expected 20, as gates.benchmark.requests says"),
+        ({"max_concurrency": None}, "--max-concurrency: expected 4"),
+        ({"total_input_tokens": 400}, "--random-input-len: expected 8"),
+        ({"total_output_tokens": 100}, "--random-output-len: expected 8"),
+        ({"median_ttft_ms": None}, "expected what `vllm bench serve --save-result` writes"),
+    ],
+)
+def test_a_result_of_another_load_is_refused_with_the_option(
+    changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        of_vllm(**changes)
+    assert says in str(refused.value)
+
+
+def test_limits_for_95_percent_need_that_percentile() -> None:
+    limited = VLLM_LOAD.model_copy(update={"limits": BenchmarkLimits(tpot=1)})
+    with pytest.raises(InvalidInput, match="--metric-percentiles: expected 95"):
+        of_vllm(limited)
+
+
 SPEED = {"gates": {"benchmark": {
     "requests": 20, "concurrency": 4, "input_length": 8, "output_length": 8,
 }}}  # fmt: skip
@@ -298,6 +354,11 @@ def test_a_slower_build_is_rolled_back_and_its_image_to_blame_where_only_that_is
     assert result.figures.load.requests == 20
     assert "now, saved" in bench.text(history, result, world.path, save=True)
     document = json.loads(bench.as_document(result))
+    given = json.dumps(VLLM | {"median_tpot_ms": 5000.0})
+    asked = bench.measured(load_deployment(world.path), save=False, result=given)
+    history, read = world.asked(asked)
+    assert (read.figures.generation, read.figures.tpot, read.failed) == (first, 5.0, False)
+    assert "nothing to compare with" in bench.text(history, read, world.path, save=False)
     assert (document["tpot"], document["worse"], document["passed"]) == (0.5, [], True)
     said = str(world.run(deploy, image=world.push("20250724_1", SLOW)).error)
     assert "failed at `benchmark` because" in said

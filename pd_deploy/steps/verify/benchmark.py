@@ -83,6 +83,13 @@ async def measure(session: Session, history: History, given: Benchmark, by: str)
     return _judged(history, serving, by, given, measured)
 
 
+def read(history: History, given: Benchmark, figures: Figures) -> Benchmarked:
+    """Judge figures that another load generator has measured of what serves."""
+    return _judgement(
+        history, given, figures, [f"{figures.failed} failed"] if figures.failed else []
+    )
+
+
 async def _carried(
     session: Session, entrances: Sequence[tuple[Proxy, str]], given: Benchmark
 ) -> Measured:
@@ -122,11 +129,17 @@ def _judged(
         delays=measured.delays,
         busy=measured.busy,
     )
-    judgement = benchmark.judge(figures, given, history.record.figures, history.good)
     faults = Counter(sample.fault for sample in measured.samples if sample.fault)
-    listed = tuple(f"{count} × {fault}" for fault, count in faults.most_common(SHOWN_FAULTS))
-    passed = not (listed or judgement.faults)
-    return Benchmarked(figures.model_copy(update={"passed": passed}), judgement, listed)
+    listed = [f"{count} × {fault}" for fault, count in faults.most_common(SHOWN_FAULTS)]
+    return _judgement(history, given, figures, listed)
+
+
+def _judgement(
+    history: History, given: Benchmark, figures: Figures, faults: Sequence[str]
+) -> Benchmarked:
+    judgement = benchmark.judge(figures, given, history.record.figures, history.good)
+    passed = not (faults or judgement.faults)
+    return Benchmarked(figures.model_copy(update={"passed": passed}), judgement, tuple(faults))
 
 
 def _failure(session: Session, result: Benchmarked) -> BenchmarkFailed:
