@@ -6,9 +6,13 @@ import os
 import shutil
 import tempfile
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 PREFIX = "pd-deploy-scratch-"
+SHORT = Path("/tmp")  # noqa: S108 - what is made there is made as elsewhere
+SOCKET_BYTES = 107
+"""How long the path of a UNIX socket may be."""
 
 
 class Scratch:
@@ -16,11 +20,18 @@ class Scratch:
 
     What a killed process leaves, the next one removes. It tells the dead from the living by a lock,
     because process ids say nothing between containers that share the place for temporary files.
+
+    Args:
+        socket: the name of a UNIX socket to be made in it; where TMPDIR is too long for one, the
+            directory is in /tmp.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, socket: str = "") -> None:
         _remove_those_of_the_dead()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+        place = Path(tempfile.gettempdir()).resolve()
+        if socket and len(os.fsencode(place / f"{PREFIX}12345678" / socket)) > SOCKET_BYTES:
+            place = SHORT
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place)).resolve()
         self._lock = _lock(self.path)
 
     def close(self) -> None:
@@ -47,7 +58,8 @@ def _lock(directory: Path) -> int | None:
 
 @cache  # once for each process
 def _remove_those_of_the_dead() -> None:
-    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    places = {Path(tempfile.gettempdir()), SHORT}
+    for directory in chain.from_iterable(place.glob(f"{PREFIX}*") for place in places):
         with contextlib.suppress(OSError):
             # An empty one is just being made, and not locked yet.
             if directory.stat().st_uid == os.getuid() and any(directory.iterdir()):

@@ -11,6 +11,7 @@ import asyncssh
 from pd_deploy.errors import PdDeployError
 from pd_deploy.hosts.scratch import Scratch
 
+SOCKET = "engine.sock"
 CHUNK = 65536  # bytes; more than an SSH packet carries
 
 
@@ -69,8 +70,8 @@ class Tunnel:
     async def start(self) -> str:
         """Listen; return the socket's path."""
         # Nobody else may enter: the socket gives root on the host to whoever can connect.
-        self._scratch = Scratch()
-        path = self._scratch.path / "engine.sock"
+        self._scratch = Scratch(SOCKET)
+        path = self._scratch.path / SOCKET
         self._server = await asyncio.start_unix_server(self._accept, path)
         return str(path)
 

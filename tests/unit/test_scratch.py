@@ -1,5 +1,6 @@
 """Directories for temporary files: closed, killed and living processes' ones."""
 
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,3 +61,18 @@ def test_what_a_killed_process_leaves_the_next_one_removes_and_nothing_else(plac
     scratch._remove_those_of_the_dead.cache_clear()
     Scratch().close()
     assert set(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("length", [67, 68, 69, 107, 250])
+def test_a_socket_fits_in_however_long_the_place_for_temporary_files_is_called(
+    monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    with tempfile.TemporaryDirectory(dir=scratch.SHORT) as short:
+        long = Path(short, "x" * (length - len(short) - 1))
+        long.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        made = Scratch("engine.sock")
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(made.path / "engine.sock"))
+        assert (made.path.parent == scratch.SHORT) is (len(str(long)) > 68)
+        made.close()
