@@ -82,7 +82,7 @@ def _on_hosts(
     complete = not look.away
     if format == "text":
         shown = planned.text(deployment.name, look, full=full)
-        return Written(_text(file, shown, full=full), complete=complete)
+        return Written(_text(file, shown, full=full, complete=complete), complete=complete)
     # Scripts are for all hosts at the same time, and of what hosts say now.
     made = look.require_plan(of_all=format == "shell")
     away = () if complete else (look.reservation, *look.rows)
@@ -104,12 +104,14 @@ def _for_programs(
     return "\n".join(shell.script(deployment, placed, made, name) for name in names)
 
 
-def _text(file: Path, shown: str, *, full: bool) -> str:
-    return f"{shown}\n" if full else f"{shown}\n\n{_next(file)}\n"
+def _text(file: Path, shown: str, *, full: bool, complete: bool = True) -> str:
+    return f"{shown}\n" if full else f"{shown}\n\n{_next(file, complete=complete)}\n"
 
 
-def _next(file: Path) -> str:
+def _next(file: Path, *, complete: bool) -> str:
+    # A run refuses to begin before all hosts answer.
+    then = f"deploy {file}" if complete else f"status {file} (until all hosts answer)"
     return (
         f"`pd-deploy plan {file} --full` prints containers, commands and files, "
-        f"`pd-deploy diff {file}` what differs from what serves. Next: pd-deploy deploy {file}"
+        f"`pd-deploy diff {file}` what differs from what serves. Next: pd-deploy {then}"
     )

@@ -86,16 +86,18 @@ def told_of_silence(silent: Mapping[str, Silence], options: Health) -> str:
 
 
 def told(mending: Mending | None, options: Health, now: datetime) -> str:
-    """Say for people what health holds back; empty if nothing."""
+    """Say for people what health holds back; empty if nothing, or nothing of late."""
     if mending is None or mending.gave_up:
         return _gave_up(mending) if mending else ""
+    within = timedelta(seconds=options.within)
+    silent = {name: s for name, s in mending.silent.items() if now - s.last < within}
     if not (recent := lately(mending, options, now)):
-        return told_of_silence(mending.silent, options)
+        return told_of_silence(silent, options)
     due = _due(mending, recent, options)
     assert due
     is_last, until = len(recent) >= options.attempts, f"{due.astimezone():%Y-%m-%d %H:%M:%S}"
     if mending.failed is None and due <= now and not is_last:
-        return told_of_silence(mending.silent, options)
+        return told_of_silence(silent, options)
     if mending.failed is None:
         times = f"{len(recent)} times" if len(recent) > 1 else "once"
         then = "no further restart" + ("" if is_last else f" before {until}")

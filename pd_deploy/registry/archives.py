@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pd_deploy.errors import InvalidInput, Problem
+from pd_deploy.errors import InvalidInput, Problem, headline
 from pd_deploy.hosts.threads import in_thread
 
 MANIFEST = "manifest.json"
@@ -84,7 +84,7 @@ def _read(path: Path) -> Archive:
             return _read_once(path, stat.st_size, (stat.st_mtime_ns, stat.st_ino))
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
-        found = f"found that it can't be read: {reason or error or type(error).__name__}"
+        found = f"found that it can't be read: {reason or headline(error)}"
         raise _invalid(path, found) from error
 
 

@@ -88,3 +88,23 @@ async def test_no_connection_is_no_answer() -> None:
     async with httpx.AsyncClient(trust_env=False) as client:
         with pytest.raises(NoAnswer, match="no answer"):
             await ask(client, f"http://127.0.0.1:1{COMPLETIONS}", {}, timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (httpx.ReadTimeout(""), "no answer within 1 s"),
+        (httpx.ReadError(""), "no answer (ReadError)"),
+        (httpx.ConnectError("refused"), "no answer (refused)"),
+    ],
+)
+async def test_what_came_in_place_of_an_answer_is_said(error: httpx.HTTPError, says: str) -> None:
+    """Errors of httpx often have no text of their own."""
+
+    def fail(_: httpx.Request) -> httpx.Response:
+        raise error
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(fail)) as client:
+        with pytest.raises(NoAnswer) as told:
+            await ask(client, f"http://server:1{COMPLETIONS}", {}, timeout=1)
+    assert str(told.value) == says

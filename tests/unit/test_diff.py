@@ -188,6 +188,8 @@ def test_the_exit_code_says_whether_hosts_were_left_out(
     assert (1 if isinstance(error, HostUnreachable) else done.exit_code) == code, error
     told = f"{done.stderr}{error if code == 1 else ''}{'' if 'json' in words else done.stdout}"
     assert ("no answer from host b (10.0.0.2): no SSH connection" in told) is away
+    if words == ["plan"]:
+        assert ("Next: pd-deploy deploy" in done.stdout) is not away  # a run would be refused
     if "json" in words:
         assert list(json.loads(done.stdout)["hosts"]) == ["a"]
 

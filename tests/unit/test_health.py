@@ -229,7 +229,7 @@ def test_what_hangs_for_many_checks_is_restarted_by_the_rules_of_what_failed(
     assert untouched(world).word in ("Degraded", "Down")
     outcome = world.run(health)
     assert outcome.word == "Mended", outcome
-    assert f"{hung} on a (10.0.0.1): does not answer" in outcome.message
+    assert f"{hung} on a (10.0.0.1): does not answer within 3 s" in outcome.message
     world.assert_coherent()
     assert {name for name, run in world.runs().items() if run != before[name]} == restarted
     assert told(world) == [events.DEGRADED]
@@ -266,6 +266,7 @@ def test_checks_count_in_a_row_and_for_the_same_run(minutes: float, run: str, ch
     never = Health(hung_after=0)
     assert mending.hung(counted, never) == {}
     assert mending.told_of_silence(counted, never).endswith("(never restarted for it)")
+    assert bool(mending.told(before, Health(), NOW)) is (minutes < 60)
 
 
 def test_one_look_at_which_a_server_does_not_answer_says_nothing(

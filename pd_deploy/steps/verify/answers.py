@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from pd_deploy.errors import headline
 from pd_deploy.steps.verify.requests import CHAT
 
 SHOWN = 300
@@ -95,7 +96,14 @@ async def _posted(
         except (httpx.NetworkError, httpx.RemoteProtocolError):
             return await send()
     except httpx.HTTPError as error:
-        raise NoAnswer(f"no answer ({error or type(error).__name__})") from error
+        raise NoAnswer(no_answer(error, timeout)) from error
+
+
+def no_answer(error: httpx.HTTPError, seconds: float) -> str:
+    """Say what came in place of an answer that might take so long."""
+    if isinstance(error, httpx.TimeoutException):
+        return f"no answer within {seconds:g} s"
+    return f"no answer ({headline(error)})"
 
 
 def whole(text: str, chat: bool, seconds: float) -> Answer:

@@ -457,6 +457,8 @@ def _no_answer(error: Exception, *, is_open: bool) -> tuple[str, Cause]:
     """
     found = error.message if isinstance(error, PdDeployError) else str(error)
     told = f"does not answer ({found or type(error).__name__})"
+    if isinstance(error, httpx.TimeoutException):
+        told = f"does not answer within {ANSWER_TIMEOUT_S:g} s"
     if isinstance(error, httpx.TimeoutException) and is_open:
         return f"{told}, although its port is open", "silent"
     is_late = isinstance(error, PdDeployError | httpx.TimeoutException)

@@ -17,7 +17,7 @@ from pd_deploy.hosts.concurrent import together
 from pd_deploy.steps.patience import patiently
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.verify import metrics
-from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask
+from pd_deploy.steps.verify.answers import Answer, NoAnswer, ask, no_answer
 from pd_deploy.steps.verify.requests import COMPLETIONS
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class Server:
             url = f"{self.url}/metrics"
             answer = await patiently(partial(self.client.get, url, timeout=METRICS_TIMEOUT_S))
         except httpx.HTTPError as error:
-            found = f"no answer ({error or type(error).__name__})"
+            found = no_answer(error, METRICS_TIMEOUT_S)
             raise self.failed(
                 f"expected counters from {self.url}/metrics, found {found}"
             ) from error
