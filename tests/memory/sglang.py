@@ -6,6 +6,7 @@ Prefill and decode are asked at the same time and wait for each other in a room,
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import shlex
 from argparse import ArgumentParser
@@ -23,6 +24,8 @@ from tests.memory.machine import Container, Machine
 
 IMPORTS_S = 5.0
 """From the router's start until it listens."""
+ROOMS = itertools.count(1)
+"""The router draws them at random: none comes twice, also after it was started again."""
 
 
 class Server(programs.Server):
@@ -145,7 +148,7 @@ class Router(programs.Proxy):
             **body,
             "bootstrap_host": prefill.partition(":")[0],
             "bootstrap_port": port,
-            "bootstrap_room": self.asked,
+            "bootstrap_room": next(ROOMS),
         }
         with contextlib.suppress(NotYet):
             return self._ask([prefill], path, met)  # at once only where it refuses

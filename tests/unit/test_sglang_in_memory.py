@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.health import health
 from pd_deploy.flows.rollback import rollback
 from tests.memory import answers
 from tests.memory.machine import Faults
@@ -95,3 +96,12 @@ def test_a_router_from_before_the_key_leaves_its_port_and_takes_it_again(world: 
     assert "The service is back" in str(outcome.error)
     assert watch.answers == ["proxy", "room", "nobody", "proxy"]
     world.assert_coherent()
+
+
+def test_a_router_that_ended_is_brought_back_alone(world: World) -> None:
+    world.deploy()
+    before, router = world.runs(), world.running()["c0"]
+    world.machines["a"].end(router, 137)
+    assert world.run(health).word == "Mended"
+    world.assert_coherent()
+    assert {name for name, run in world.runs().items() if run != before[name]} == {"c0"}
