@@ -27,7 +27,6 @@ from prefect.context import FlowRunContext
 from prefect.logging import disable_run_logger
 
 from pd_deploy.blocks import opening
-from pd_deploy.config import yaml_files
 from pd_deploy.config.fields import split_image
 from pd_deploy.config.models import Deployment
 from pd_deploy.config.yaml_files import merge
@@ -637,7 +636,6 @@ def _without_prefect(
             (time, "monotonic", world.cluster.clock.seconds),
             (surveying, "reach", reaching(world.cluster)),
             (archives, "in_thread", _in_place),
-            (yaml_files, "_parse", _parsed),
         ):
             stack.enter_context(mock.patch.object(target, attribute, replacement))
         stack.enter_context(disable_run_logger())
@@ -647,19 +645,6 @@ def _without_prefect(
 async def _in_place(call: Callable[[], T], _: str) -> T:
     """What a thread would do: the hosts' time does not wait for one."""
     return call()
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    """A YAML file's document; each content is parsed once, as that is slow."""
-    return copy.deepcopy(_document(path, path.read_bytes()))
-
-
-_parse = yaml_files._parse
-
-
-@cache
-def _document(path: Path, _content: bytes) -> dict[str, Any]:
-    return _parse(path)
 
 
 async def _run_in_place(task: Any, *args: Any, wait_for: object = None, **kwargs: Any) -> Any:

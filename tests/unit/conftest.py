@@ -1,10 +1,16 @@
 """What all unit tests share."""
 
+import copy
 import gc
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from pd_deploy.config import yaml_files
 
 # A machine that is busy with something else is no fault of a test.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -16,6 +22,27 @@ def imported_for_good() -> None:
     """Keep the collector off what has been imported: most of all objects, and they stay."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def parsed_once() -> Iterator[None]:
+    """Parse each content of a deployment file once, as that is slow."""
+    parse = yaml_files._parse
+
+    @cache
+    def document(path: Path, _content: bytes) -> dict[str, Any]:
+        return parse(path)
+
+    def parsed(path: Path) -> dict[str, Any]:
+        try:
+            content = path.read_bytes() if path.is_file() else None
+        except OSError:
+            content = None
+        return parse(path) if content is None else copy.deepcopy(document(path, content))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml_files, "_parse", parsed)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
