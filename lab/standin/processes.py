@@ -81,7 +81,7 @@ class Instance:
         """Stop the launcher and its server.
 
         A launcher that is killed, or interrupted while it starts its server, leaves the server
-        behind, so the rest of its process group is killed too.
+        behind, so the rest of its process group is killed too. Its port is closed afterwards.
         """
         if self.process is None:
             return
@@ -90,6 +90,9 @@ class Instance:
             self.process.wait(TIMEOUT_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            while not self.refuses_connections() and time.monotonic() < deadline:
+                time.sleep(0.01)  # a killed process still has its sockets for a moment
 
     def kill_server(self) -> None:
         """Kill the server process itself."""
