@@ -313,6 +313,19 @@ def test_figures_of_vllms_own_generator_are_read_and_compared_with_its_own_alone
     assert judge(figures, VLLM_LOAD, [faster], ["1-a"]).faults
 
 
+def test_a_result_of_vllm_0_32_is_read() -> None:
+    """`vllm bench serve` wrote it, of a 1P1D on CPUs."""
+    result = (example.ROOT / "tests/data/vllm-bench.json").read_text()
+    load = Benchmark(requests=20, concurrency=2, input_length=64, output_length=16)
+    figures = vllm_bench.figures(
+        result, load, generation="1-a", when=datetime.now(UTC), by="somebody"
+    )
+    assert (figures.answered, figures.failed) == (20, 0)
+    assert figures.ttft == pytest.approx(0.0593, abs=1e-4)
+    assert figures.tpot_p95 == pytest.approx(0.00395, abs=1e-5)
+    assert figures.throughput == pytest.approx(279.9, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
