@@ -19,9 +19,11 @@ settings.load_profile("busy")
 
 @pytest.fixture(autouse=True, scope="session")
 def imported_for_good() -> None:
-    """Keep the collector off what has been imported: most of all objects, and they stay."""
+    """Keep the collector off what has been imported: most of all objects, and they stay. It comes
+    seldom, as nearly all that tests make is gone without it."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,12 +5,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 from prefect.events.schemas.automations import AutomationCore
-from prefect.server.events.schemas.automations import EventTrigger
-from prefect.server.events.schemas.events import ReceivedEvent
 
 from pd_deploy.cli import notify
 from pd_deploy.errors import LeaseLost, PdDeployError
@@ -187,40 +185,3 @@ def test_each_automation_is_one_that_prefect_takes(automation: dict[str, Any]) -
     assert made.enabled
     expected = set(automation["trigger"]["expect"])
     assert expected <= EVERY or all(name.startswith("prefect.flow-run.") for name in expected)
-
-
-def test_each_automation_tells_of_the_events_of_every_service() -> None:
-    """And of no other event; what goes well is told by none."""
-    reactive = [one for one in AUTOMATIONS if one["trigger"]["posture"] == "Reactive"]
-    for name in EVERY | {"pd-deploy.another"}:
-        event = ReceivedEvent(
-            id=uuid4(),
-            occurred=datetime.now(UTC),
-            event=name,
-            resource={"prefect.resource.id": "pd-deploy.deployment.any-name"},
-        )
-        triggers = [EventTrigger.model_validate(one["trigger"]) for one in reactive]
-        covered = [t for t in triggers if t.covers(event) and t.expects(name)]
-        silent = name in (events.PROMOTED, events.QUARANTINED, "pd-deploy.another")
-        assert len(covered) == (not silent), name
-
-
-def test_a_run_that_stays_late_is_waited_for_by_the_name_of_its_flow() -> None:
-    (late,) = (one for one in AUTOMATIONS if one["trigger"]["posture"] == "Proactive")
-    trigger = EventTrigger.model_validate(late["trigger"])
-    for flow, waited_for in (("pd-deploy", True), ("pd-fleet", True), ("another", False)):
-        event = ReceivedEvent(
-            id=uuid4(),
-            occurred=datetime.now(UTC),
-            event="prefect.flow-run.Late",
-            resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
-            related=[
-                {
-                    "prefect.resource.id": f"prefect.flow.{uuid4()}",
-                    "prefect.resource.role": "flow",
-                    "prefect.resource.name": flow,
-                }
-            ],
-        )
-        assert trigger.starts_after(event.event)
-        assert trigger.covers(event) is waited_for

@@ -1,25 +1,17 @@
 """prefect.yaml: what its deployments, schedules and automations rest on."""
 
 import importlib
-import re
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from string import Template
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import yaml
 from prefect.blocks.core import Block
-from prefect.client.schemas.objects import FlowRun
-from prefect.flow_engine import FlowRunEngine
-from prefect.server.events.schemas.automations import EventTrigger
-from prefect.server.events.schemas.events import ReceivedEvent
-from prefect.server.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 from pd_deploy.flows import catalogue, fleet, nights
-from pd_deploy.flows.deploy import deploy
-from pd_deploy.flows.rollback import rollback
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = ROOT / "blocks"
@@ -38,7 +30,6 @@ DEPLOYMENTS: list[dict[str, Any]] = [*PRODUCTION, *document(LAB)["deployments"]]
 NIGHTLY = [one for one in DEPLOYMENTS if one["name"].endswith("-nightly")]
 HEALTH = [one for one in DEPLOYMENTS if one["name"].endswith("-health")]
 (FLEET,) = (one for one in DEPLOYMENTS if one["entrypoint"].endswith(".fleet"))
-FLOWS = {"deploy": deploy, "rollback": rollback}
 RECOVER = [one for one in DEPLOYMENTS if "recover" in one["entrypoint"]]
 
 
@@ -162,48 +153,6 @@ def test_every_deployment_has_its_service_as_a_tag_of_its_own() -> None:
         assert one["name"].startswith(service)
         others = [d for d in DEPLOYMENTS if d["tags"][0] != service]
         assert not any(service in other["tags"] for other in others)
-
-
-@pytest.mark.parametrize(
-    ("cron", "after", "due"),
-    [
-        ("30 2 * * *", "2027-03-27T12:00Z", ["03-28T01:30+0100", "03-29T02:30+0200"]),
-        ("30 2 * * *", "2026-10-24T12:00Z", ["10-25T02:30+0200", "10-26T02:30+0100"]),
-        ("0 3 * * *", "2027-03-27T12:00Z", ["03-28T03:00+0200", "03-29T03:00+0200"]),
-    ],
-    ids=["skipped", "repeated", "neither"],
-)
-async def test_a_time_that_the_clock_skips_or_repeats_comes_once(
-    cron: str, after: str, due: list[str]
-) -> None:
-    """As docs/generations.md says; it is Prefect that counts."""
-    schedule = CronSchedule(cron=cron, timezone="Europe/Berlin")
-    dates = await schedule.get_dates(2, start=datetime.fromisoformat(after))
-    assert [f"{date:%m-%dT%H:%M%z}" for date in dates] == due
-
-
-@pytest.mark.parametrize("recover", RECOVER, ids=lambda one: one["name"])
-def test_heartbeats_of_the_service_and_of_no_other_are_waited_for(recover: dict[str, Any]) -> None:
-    """As Prefect's engine makes them and as its server matches them."""
-    (silent,) = (t for t in recover["triggers"] if t["posture"] == "Proactive")
-    fields = {name: value for name, value in silent.items() if name in EventTrigger.model_fields}
-    trigger = EventTrigger.model_validate(fields)
-    watched = [(one, FLOWS.get(re.split(r"[:.]", one["entrypoint"])[-1])) for one in DEPLOYMENTS]
-    assert sum(flow is not None for _, flow in watched) > len(RECOVER)
-    for one, flow in watched:
-        if flow is None:
-            continue
-        run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), tags=one["tags"])
-        resource, related = FlowRunEngine(flow=flow, flow_run=run)._build_heartbeat_event_template()
-        heartbeat = ReceivedEvent(
-            id=uuid4(),
-            occurred=datetime.now(UTC),
-            event="prefect.flow-run.heartbeat",
-            resource=resource,
-            related=[dict(resource) for resource in related],
-        )
-        is_its = one["tags"][0] == recover["tags"][0]
-        assert trigger.covers(heartbeat) is is_its, one["name"]
 
 
 def flow_of(one: dict[str, Any]) -> str:

@@ -398,8 +398,16 @@ class TestStreams:
         outcome = world.run(flow, **parameters)
         return outcome.message or str(outcome.error)
 
-    @pytest.mark.parametrize("way", ["upgrade", "rolled back", "teardown"])
-    @pytest.mark.parametrize(("streams", "count"), [([60, 60, 2], 2), ([9], 1), ([4.8, 1], 0)])
+    @pytest.mark.parametrize(
+        ("way", "streams", "count"),
+        [
+            ("upgrade", [60, 60, 2], 2),
+            ("upgrade", [9], 1),
+            ("upgrade", [4.8, 1], 0),
+            ("rolled back", [60, 60, 2], 2),
+            ("teardown", [9], 1),
+        ],
+    )
     def test_those_that_are_cut_are_counted_and_told(
         self, world: World, way: str, streams: list[float], count: int
     ) -> None:
