@@ -66,6 +66,9 @@ class RoutedEngine(ABC):
     OPENED = f"{OPEN} to clients"
     OPEN_SIGNAL = "SIGUSR1"
     DERIVED_PROXY_ENVIRONMENT = frozenset({"PYTHONUNBUFFERED"})
+    DERIVED_PROXY_ARGUMENTS = frozenset({
+        "decode", "host", "policy", "port", "prefill", "prometheus-host", "prometheus-port",
+    })  # fmt: skip
     UNUSED_KEYS: tuple[str, ...] = (
         "code.install", "compat", "contract", "decode_engine_id", "http_proxy",
         "kv_connector_extra_config", "kv_parallel_size", "ports.ray", "proxy.*.core_num",

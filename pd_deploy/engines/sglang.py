@@ -96,10 +96,7 @@ class Sglang(RoutedEngine):
         "ASCEND_MF_STORE_URL", "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES",
         "SGLANG_HOST_IP",
     })  # fmt: skip
-    DERIVED_PROXY_ARGUMENTS = frozenset({
-        "decode", "host", "pd-disaggregation", "policy", "port", "prefill", "prometheus-host",
-        "prometheus-port",
-    })  # fmt: skip
+    DERIVED_PROXY_ARGUMENTS = RoutedEngine.DERIVED_PROXY_ARGUMENTS | {"pd-disaggregation"}
 
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         """Demand whole copies of the model, a transfer backend of the device, and KV that fits."""

@@ -73,10 +73,7 @@ class Vllm(RoutedEngine):
         "ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "HCCL_IF_IP", "VLLM_HOST_IP",
         "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT",
     })  # fmt: skip
-    DERIVED_PROXY_ARGUMENTS = frozenset({
-        "decode", "host", "policy", "port", "prefill", "prometheus-host", "prometheus-port",
-        "vllm-pd-disaggregation",
-    })  # fmt: skip
+    DERIVED_PROXY_ARGUMENTS = RoutedEngine.DERIVED_PROXY_ARGUMENTS | {"vllm-pd-disaggregation"}
 
     def findings(self, deployment: Deployment, topology: Topology) -> Iterator[Finding]:
         """Demand whole copies of the model per host, and sizes of which the larger is a multiple of
