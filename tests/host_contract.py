@@ -635,8 +635,7 @@ class TestContainers:
             err.append(complained)
 
         id = await create()
-        # The SDK loses what comes together with the headers of the engine's answer: a known fault.
-        command = ["sh", "-c", "sleep 0.2; echo here; echo there >&2; exit 3"]
+        command = ["sh", "-c", "echo here; echo there >&2; exit 3"]
         with pytest.raises(errors.DockerRefused, match="is not running"):
             await docker.execute(id, command, write, deployment=OURS)
         await docker.start(id)

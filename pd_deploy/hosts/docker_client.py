@@ -60,6 +60,7 @@ from pd_deploy.hosts.docker_errors import (
     pull_error,
 )
 from pd_deploy.hosts.docker_socket import DockerSocket
+from pd_deploy.hosts.docker_stream import WholeStreams
 from pd_deploy.hosts.settled import settled
 from pd_deploy.hosts.threads import in_thread
 from pd_deploy.hosts.tunnel import Tunnel
@@ -683,7 +684,7 @@ def name_taken(container: ListedContainer, deployment: str, where: str) -> NameT
 
 
 def _new_client(path: str, version: str) -> APIClient:
-    return APIClient(f"unix://{path}", version=version, timeout=CALL_TIMEOUT_S)
+    return WholeStreams(f"unix://{path}", version=version, timeout=CALL_TIMEOUT_S)
 
 
 def _with_client(path: str, version: str, call: Callable[[APIClient], T]) -> T:
