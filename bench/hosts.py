@@ -144,7 +144,7 @@ class Fleet:
         run = self._prefect.ask("POST", "flow_runs/filter", newest)[0]
         of_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
         completed = of_run | {"task_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-        last = of_run | {"task_runs": {"name": {"any_": ["promote"]}}}
+        last = of_run | {"task_runs": {"name": {"any_": ["serve: promote"]}}}
         deadline = time.monotonic() + RECORDED_WITHIN_S
         while True:
             count, done, ended = (

@@ -15,7 +15,7 @@ import httpx
 from bench.client import Client
 from bench.lab_service import CONTAINERS, LabService, write_file
 from bench.prefect_server import PrefectServer
-from bench.timeline import Measured, Span, measure
+from bench.timeline import READY, Measured, Span, measure, part_of
 from pd_deploy.config.load import load_deployment
 from pd_deploy.lab import Lab
 from pd_deploy.lab.lifecycle import take_down
@@ -87,7 +87,7 @@ class Service:
             self._deploy()
             client.served_again()
         _, tasks = self._records()
-        ready = max(span.end for name, span in tasks if name.startswith("ready"))
+        ready = max(span.end for name, span in tasks if part_of(name) == READY)
         return Upgrade(client.gap, (ready - self._last_start()).total_seconds())
 
     def _deploy(self) -> None:
@@ -114,7 +114,7 @@ class Service:
             # Prefect records task runs from events, some of which arrive after the run's end.
             tasks = self._ask("task_runs", of_the_run)
             if all(task["end_time"] for task in tasks) and any(
-                task["name"].startswith("smoke test") for task in tasks
+                part_of(task["name"]) == "smoke test" for task in tasks
             ):
                 return _span(run), [(task["name"], _span(task)) for task in tasks]
             if time.monotonic() > deadline:

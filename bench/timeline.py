@@ -97,7 +97,7 @@ def part_of(task_run: str) -> str:
     Raises:
         ValueError: `PARTS` has none for it.
     """
-    name = task_run.rpartition(": ")[2]  # gates begin with their phase, others with the way back
+    name = task_run.rpartition(": ")[2]  # the names of most begin with their phase
     for words, part in PARTS.items():
         if name.startswith(words):
             return part

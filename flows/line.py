@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Iterable
 from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.steps.barrier import Barrier
 from pd_deploy.steps.report import Report
+from pd_deploy.steps.timeline import Timeline
 from pd_deploy.tasks import gate
 from pd_deploy.tasks.step import Result
 
@@ -15,12 +16,12 @@ class Line:
     Attributes:
         reports: of all steps so far.
         ends: results of the last steps: what those that come next wait for.
-        prefix: what the names of gates begin with.
+        timeline: of the run, whose phase the names of gates begin with.
     """
 
-    def __init__(self, barrier: Barrier, *after: Result, prefix: str = "") -> None:
+    def __init__(self, barrier: Barrier, timeline: Timeline, *after: Result) -> None:
         self.barrier = barrier
-        self.prefix = prefix
+        self.timeline = timeline
         self.reports: list[Report] = []
         self.ends: tuple[Result, ...] = after
 
@@ -38,7 +39,7 @@ class Line:
 
     def branch(self, *after: Result) -> "Line":
         """Start a line where this one is now, and after further steps."""
-        return Line(self.barrier, *self.ends, *after, prefix=self.prefix)
+        return Line(self.barrier, self.timeline, *self.ends, *after)
 
     async def joined(self, name: str) -> None:
         """Join the ends in one gate, so that N steps after N others have N + N edges, not N x N.
@@ -47,4 +48,4 @@ class Line:
             name: what is so from there on, as the UI shows it.
         """
         if len(self.ends) > 1:
-            self.ends = (await gate.after(*self.ends)(f"{self.prefix}{name}"),)
+            self.ends = (await gate.after(*self.ends)(f"{self.timeline.prefix}{name}"),)

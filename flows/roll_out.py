@@ -50,7 +50,8 @@ async def roll_out(
         RollbackFailed: it failed, and so did the way back.
         PdDeployError: it failed before anything that served was stopped.
     """
-    line, completion = Line(rollout.session.barrier, rollout), None
+    session = rollout.session
+    line, completion = Line(session.barrier, session.timeline, rollout), None
     if of_run := page.get(None):
         of_run.acts = True
     rollout.attempt.connects = {name: host.connects for name, host in rollout.session.hosts.items()}
@@ -246,7 +247,7 @@ async def _serve_again(
         back.attempt.stopped = True
     attempts.append(back)
     back.attempt.downtime.benchmark = failed.attempt.downtime.benchmark
-    line = Line(back.session.barrier, back, prefix=back.session.timeline.prefix)
+    line = Line(back.session.barrier, back.session.timeline, back)
     await run_stages(line, back, list(STAGES))
     return back, line, await prove_and_open(line, back)
 

@@ -52,14 +52,14 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
     await line.together([compare_hosts.after(*line.ends)(rollout, line.reports[-len(hosts) :])])
     if "cleanup" in stages or "launch" in stages:
         await line.together(pull_image.after(*line.ends)(rollout, host) for host in hosts)
-        await line.joined("prepare: image on all hosts")
+        await line.joined("image on all hosts")
     if "launch" in stages and any(map(rollout.code_on, hosts)):
         await line.together(bring_code.after(*line.ends)(rollout, host) for host in hosts)
-        await line.joined("prepare: code on all hosts")
+        await line.joined("code on all hosts")
     if "launch" in stages:
         await promotion.note_hosts(rollout)
     await line.branches(create(line.branch(), rollout, host, stages) for host in hosts)
-    await line.joined("prepare: containers and files made")
+    await line.joined("containers and files made")
     proxies, steps = rollout.session.topology.proxies, []
     if "launch" in stages and "proxy" in stages:
         early = [proxy.name for proxy in proxies if rollout.may_prepare_early(proxy.name)]
@@ -97,9 +97,9 @@ async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
     if (rollout.stopping or rollout.leaving) and not rollout.stays_open:
         await promotion.note_closing(rollout)
     await line.together(clean_up.after(*line.ends)(rollout, proxy) for proxy in proxies)
-    await line.joined("cut-over: proxies stopped")
+    await line.joined("proxies stopped")
     await line.together(clean_up.after(*line.ends)(rollout, server) for server in servers)
-    await line.joined("cut-over: old generation stopped")
+    await line.joined("old generation stopped")
 
 
 async def serve_all(line: Line, rollout: Rollout) -> None:
@@ -107,7 +107,7 @@ async def serve_all(line: Line, rollout: Rollout) -> None:
     rollout.session.timeline.enter(timeline.SERVE)
     busy = [host for host in rollout.plan.hosts if rollout.to_start(host)]
     await line.together(until_free.after(*line.ends)(rollout, host) for host in busy)
-    await line.joined("serve: devices and ports free")
+    await line.joined("devices and ports free")
     session = rollout.session
     topology, starts_after = session.topology, session.engine.starts_after
     first = {i.name: starts_after(session.deployment, topology, i.name) for i in topology.instances}
@@ -139,7 +139,7 @@ async def time_loading(line: Line, servers: list[str]) -> Line:
 async def all_started(line: Line, gate: str, servers: tuple[str, ...]) -> Line:
     """Open one gate for all instances that start after the same servers."""
     passed = await line.barrier.passed(servers)
-    join = Line(line.barrier, *passed, prefix=line.prefix)
+    join = Line(line.barrier, line.timeline, *passed)
     await join.joined(gate)
     line.barrier.open(gate, join.ends[0])
     return join
@@ -147,7 +147,7 @@ async def all_started(line: Line, gate: str, servers: tuple[str, ...]) -> Line:
 
 def _started(topology: Topology, servers: tuple[str, ...]) -> str:
     roles = dict.fromkeys(i.role for i in map(topology.instance, servers) if i)
-    return f"serve: {' and '.join(roles)} started"
+    return f"{' and '.join(roles)} started"
 
 
 async def prove_and_open(line: Line, rollout: Rollout) -> Completion:

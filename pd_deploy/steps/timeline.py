@@ -61,8 +61,9 @@ class Timeline:
 
     @property
     def prefix(self) -> str:
-        """What the names of tasks begin with, so that the way back is told from the attempt."""
-        return f"{WAY_BACK}: " if self.is_way_back else ""
+        """What the names of tasks begin with, so that those of a phase are found together in the
+        UI, and the way back is told from the attempt; nothing until a phase begins."""
+        return "" if self.phase == LOOK else f"{self.phase}: "
 
     def phases(self) -> dict[str, list[Took]]:
         """Return the steps of each phase, in the order in which they began."""

@@ -90,7 +90,7 @@ class Site:
         self.change(settings={"all": {"environment": {"EXAMPLE": str(self.generation)}}})
         self.service.faults("p1", load_seconds=load)
         run = self.deploy()
-        until(lambda: self.has_done(run, "start server p1"), PATIENCE_S)
+        until(lambda: self.has_done(run, "serve: start server p1"), PATIENCE_S)
         return run
 
     def deploy(self) -> str:

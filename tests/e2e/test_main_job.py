@@ -29,7 +29,7 @@ async def test_deployment_run_ends_with_a_verified_service(
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", output)
     assert flow_run
     followed = prefect("pd-deploy", "follow", flow_run[0])
-    assert "✓ start server p1" in followed
+    assert "✓ serve: start server p1" in followed
     assert "Completed: Generation 1-" in followed
 
     assert set(service.containers(running=True)) == INSTANCES
@@ -44,7 +44,14 @@ async def test_deployment_run_ends_with_a_verified_service(
         tasks = await client.read_task_runs(flow_run_filter=chosen)
         artifacts = await client.read_artifacts(flow_run_filter=chosen)
     names = {task.name for task in tasks}
-    assert {"survey a", "launch d0", "ranktable b", "prepare proxy c0", "ready p2"} <= names
+    assert {
+        "survey a",
+        "prepare: launch d0",
+        "prepare: ranktable b",
+        "serve: prepare proxy c0",
+        "serve: ready p2",
+        "serve: promote",
+    } <= names
     of_id = {task.id: task.name for task in tasks}
     before = {
         task.name: {of_id[edge.id] for edges in task.task_inputs.values() for edge in edges}
@@ -54,15 +61,18 @@ async def test_deployment_run_ends_with_a_verified_service(
     for task, others in {
         "identify image": {"resolve image"},
         "plan": {"identify image", "device addresses a", "device addresses b"},
-        "preflight a": {"plan"},
-        "compare hosts": {"preflight a", "preflight b"},
-        "launch p1": {"save a"},
-        "prepare: containers and files made": {"ranktable a", "ranktable b"},
-        "cut-over: old generation stopped": {f"clean up {i}" for i in INSTANCES - {"c0"}},
-        "free a": {"cut-over: old generation stopped"},
-        "start server p1": {"serve: devices and ports free", "start server d0"},
-        "smoke test": {*(f"ready {i}" for i in INSTANCES - {"c0"}), "prepare proxy c0"},
-        "prune b": {"promote"},
+        "prepare: preflight a": {"plan"},
+        "prepare: compare hosts": {"prepare: preflight a", "prepare: preflight b"},
+        "prepare: launch p1": {"prepare: save a"},
+        "prepare: containers and files made": {"prepare: ranktable a", "prepare: ranktable b"},
+        "cut-over: old generation stopped": {f"cut-over: clean up {i}" for i in INSTANCES - {"c0"}},
+        "serve: free a": {"cut-over: old generation stopped"},
+        "serve: start server p1": {"serve: devices and ports free", "serve: start server d0"},
+        "serve: smoke test": {
+            *(f"serve: ready {i}" for i in INSTANCES - {"c0"}),
+            "serve: prepare proxy c0",
+        },
+        "tidy up: prune b": {"serve: promote"},
     }.items():
         assert others <= before[task]
     assert sum(map(len, before.values())) < 2 * len(tasks)

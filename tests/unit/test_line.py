@@ -13,6 +13,7 @@ from prefect.utilities.engine import collect_task_run_inputs_sync
 from pd_deploy.flows.line import Line
 from pd_deploy.steps.barrier import Barrier
 from pd_deploy.steps.report import Gate, Report
+from pd_deploy.steps.timeline import Timeline
 from pd_deploy.tasks.step import step
 
 
@@ -89,7 +90,7 @@ async def test_prefect_searches_neither_what_a_step_is_given_nor_what_it_waits_f
 @pytest.mark.parametrize("hosts", [2, 48])
 async def test_stages_of_many_hosts_are_joined_by_one_gate(seen: Seen, hosts: int) -> None:
     names = [f"h{number}" for number in range(hosts)]
-    line = Line(Barrier())
+    line = Line(Barrier(), Timeline())
     for stage in range(3):
         await line.together(work.after(*line.ends)(None, name) for name in names)
         await line.joined(f"stage {stage} done")
@@ -101,7 +102,7 @@ async def test_stages_of_many_hosts_are_joined_by_one_gate(seen: Seen, hosts: in
 async def test_a_stage_of_one_host_needs_no_gate_and_an_empty_one_changes_nothing(
     seen: Seen,
 ) -> None:
-    line = Line(Barrier())
+    line = Line(Barrier(), Timeline())
     await line.together([work(None, "a")])
     await line.joined("done")
     await line.together([])
@@ -119,7 +120,7 @@ async def test_branches_go_on_from_where_the_line_is_and_end_in_it(seen: Seen) -
     async def none(branch: Line) -> Line:
         return branch
 
-    line = Line(Barrier())
+    line = Line(Barrier(), Timeline())
     await line.together([work(None, "begin")])
     await line.branches([two(line.branch(), "a"), two(line.branch(), "b"), none(line.branch())])
     assert [end.subject for end in line.ends if isinstance(end, Report)] == ["a second", "b second"]

@@ -20,7 +20,7 @@ GATES = [
     for path in sorted((ROOT / "flows").glob("*.py"))
     for name in re.findall(r'\.joined\("([^"]+)"\)', path.read_text())
 ]
-STARTED = ["serve: decode started", "way back: serve: prefill started"]
+STARTED = ["serve: decode started", "way back: prefill started"]
 
 
 @pytest.mark.parametrize("name", [*STEPS, *GATES, *STARTED])

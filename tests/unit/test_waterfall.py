@@ -55,8 +55,11 @@ def test_each_phase_has_a_table_of_its_steps_and_why_they_failed() -> None:
     assert "| ready | p0 |  | **failed:** died \\| badly | 10.0 |" in lines
 
 
-def test_the_way_back_is_one_phase() -> None:
+def test_tasks_are_named_after_their_phase_and_the_way_back_is_one_phase() -> None:
     timeline = Timeline()
+    assert timeline.prefix == ""
+    timeline.enter(SERVE)
+    assert timeline.prefix == "serve: "
     timeline.enter(WAY_BACK)
     timeline.enter(SERVE)
     assert (timeline.phase, timeline.prefix) == (WAY_BACK, "way back: ")
