@@ -185,6 +185,7 @@ def _instances(told: Told) -> Iterator[tuple[str, ...]]:
         "container",
         "health",
         "since",
+        "restarts",
         f"requests{ago}",
         f"KV tokens{ago}",
     )
@@ -197,10 +198,19 @@ def _instances(told: Told) -> Iterator[tuple[str, ...]]:
             ranges(i.devices),
             i.container,
             i.health,
-            (_time(i.since) + (", restarted" if i.was_restarted else "")) if i.since else "",
+            _time(i.since) if i.since else "",
+            _restarts(i),
             _count(since.requests, i, told),
             _count(since.kv_tokens, i, told),
         )
+
+
+def _restarts(instance: InstanceLook) -> str:
+    if not instance.run:
+        return ""
+    if instance.restarts is None:
+        return "not counted"
+    return f"{instance.restarts}{', last outside' if instance.started_outside else ''}"
 
 
 def _count(number: int | None, instance: InstanceLook, told: Told) -> str:

@@ -102,6 +102,11 @@ class ContainerState:
         """Whether its main process runs."""
         return self.status in ("running", "paused")
 
+    @property
+    def run(self) -> str:
+        """Tells this run of the container, or its last, from all others."""
+        return f"{self.id} {self.started_at}"
+
 
 @dataclass(frozen=True)
 class ListedContainer:

@@ -204,6 +204,28 @@ class Mending(_Frozen):
     silent: dict[str, Silence] = {}
 
 
+class Starts(_Frozen):
+    """How often the container of an instance was started again since its generation was promoted.
+
+    Attributes:
+        again: how often, as far as runs know.
+        run: its run that they know of; empty if they don't.
+    """
+
+    again: int = 0
+    run: str = ""
+
+    def is_outside(self, run: str) -> bool:
+        """Tell whether a run of its container was started by nobody who counts: by hand, or by a
+        run that was killed."""
+        return bool(self.run) and run != self.run
+
+    def restarts(self, run: str) -> int:
+        """Return how often it was started again, if this is its run: several starts outside can't
+        be told from one."""
+        return self.again + self.is_outside(run)
+
+
 class Record(_Frozen):
     """What became of the releases.
 
@@ -217,6 +239,8 @@ class Record(_Frozen):
         closed: since when clients can't connect; None while the service is up.
         hold: who keeps runs from working on it; None if nobody does.
         attempts: the last runs that changed what serves or failed, the latest last.
+        starts: by instance of what serves, how often it was started again; older versions counted
+            nothing.
         mending: what health has tried since it was deployed; None for nothing.
         figures: those of the last benchmarks, the latest last.
         adopted: a service of somebody else's that this one takes over; it serves for as long as
@@ -232,6 +256,7 @@ class Record(_Frozen):
     closed: datetime | None = None
     hold: Hold | None = None
     attempts: tuple[Attempt, ...] = ()
+    starts: dict[str, Starts] = {}
     mending: Mending | None = None
     figures: tuple[Figures, ...] = ()
     adopted: AdoptedService | None = None
@@ -256,7 +281,8 @@ class Record(_Frozen):
             return self.opened()
         good = Outcome(result="good", when=when, by=by)
         image = self.adopted.image if self.adopted else ""
-        return self._changed(serving=None, closed=None, attempts=self._with(good, ADOPTED, image))
+        attempts = self._with(good, ADOPTED, image)
+        return self._changed(serving=None, closed=None, starts={}, attempts=attempts)
 
     def promoted(self, generation: str, when: datetime, by: str, image: str = "") -> "Record":
         """Make a generation that passed all gates the one that serves, unless it is already.
@@ -281,6 +307,36 @@ class Record(_Frozen):
             return self
         good = Outcome(result="good", when=when, by=by, reason=f"restarted {names}")
         return self._changed(attempts=self._with(good, self.serving, image))
+
+    def counting(self, runs: Mapping[str, str], started: Collection[str]) -> "Record":
+        """Begin to count how often the instances of what was promoted now are started again.
+
+        Args:
+            runs: which run of its container each is; empty where that is not known.
+            started: those that were started for it; others go on to be counted.
+        """
+        others = {name: s for name, s in self.starts.items() if name not in started}
+        starts = {name: others.get(name) or Starts(run=run) for name, run in runs.items()}
+        return self if starts == self.starts else self._changed(starts=starts)
+
+    def counted(
+        self, started: Mapping[str, int], before: Mapping[str, str], now: Mapping[str, str]
+    ) -> "Record":
+        """Count starts of what serves; what was not counted from its promotion on never is.
+
+        Args:
+            started: how often each instance was started.
+            before: which run of its container each was before that, if it had one.
+            now: which one it is since; left out where that is not known.
+        """
+        counted = {
+            name: Starts(
+                again=known.restarts(before.get(name, known.run)) + times, run=now.get(name, "")
+            )
+            for name, times in started.items()
+            if (known := self.starts.get(name))
+        }
+        return self._changed(starts={**self.starts, **counted}) if counted else self
 
     def on(self, accesses: Iterable[HostAccess]) -> "Record":
         """Add hosts on which something of the deployment is about to be."""

@@ -1,5 +1,6 @@
 """What one run has done with a generation so far; all else about a rollout is fixed."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -56,6 +57,7 @@ class Attempt:
         record: the deployment's record as it was read, or as this run has last written it.
         downtime: since when clients can't connect, and until when.
         started: instances that this run has started, and not stopped again.
+        starts: how often this run has started each instance, also if it has stopped it again.
         log_ends: by id of each container that this run has started, or opened further: where its
             log ended before.
         was_down: whether clients could not connect before this run stopped anything.
@@ -74,6 +76,7 @@ class Attempt:
     record: Record
     downtime: Downtime
     started: set[str] = field(default_factory=set)
+    starts: Counter[str] = field(default_factory=Counter)
     log_ends: dict[str, str] = field(default_factory=dict)
     was_down: bool = False
     stopped: bool = False

@@ -420,6 +420,7 @@ async def _start(rollout: Rollout, instance: str, state: ContainerState) -> None
     rollout.attempt.log_ends[state.id] = await host.docker.log_end(state.id)
     await rollout.locked.may_change(host)
     rollout.attempt.started.add(instance)
+    rollout.attempt.starts[instance] += 1
     await host.docker.start(state.id)
 
 

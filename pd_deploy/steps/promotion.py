@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from functools import partial
 
@@ -76,6 +76,10 @@ async def promote(rollout: Rollout, by: str) -> Report:
     record = before.promoted(generation, when, by, image)
     if record is before:
         record = record.restarted(rollout.attempt.started, when, by, image)
+        record = await _counted(rollout, record)
+    else:
+        runs = await _runs(rollout, session.topology.names)
+        record = record.counting(runs, rollout.attempt.starts)
     record = record.released(digest_of(rollout.plan.pinned_image)).opened()
     record = record.well() if rollout.attempt.is_mend else record.rested()
     record = record.measured(rollout.attempt.figures)
@@ -93,7 +97,7 @@ async def promote(rollout: Rollout, by: str) -> Report:
 async def note_back(rollout: Rollout, by: str) -> None:
     """Record that the generation before serves again, also where the other was promoted already."""
     if rollout.history.record.serving == rollout.plan.generation:
-        await write(rollout, rollout.history.record.opened())
+        await write(rollout, await _counted(rollout, rollout.history.record.opened()))
     else:
         await promote(rollout, by)
 
@@ -112,6 +116,9 @@ async def note_failure(rollout: Rollout, error: BaseException, by: str) -> None:
     )
     image = rollout.release.chosen_image
     record = rollout.history.record.ended(rollout.plan.generation, outcome, image)
+    if rollout.history.record.serving == rollout.plan.generation:
+        # What it started was stopped again, or is left for people to look at.
+        record = record.counted(rollout.attempt.starts, rollout.runs, {})
     record = record.measured(rollout.attempt.figures)
     if not rollout.attempt.stopped and not rollout.attempt.was_down:
         lost = await _lost_meanwhile(rollout)
@@ -214,6 +221,25 @@ async def write(
     uncopied = await copies.write_record(session, hosts, record)
     rollout.attempt.record = record
     return uncopied
+
+
+async def _counted(rollout: Rollout, record: Record) -> Record:
+    """Count what a run has started of the generation that served before, too."""
+    starts = rollout.attempt.starts
+    return record.counted(starts, rollout.runs, await _runs(rollout, starts))
+
+
+async def _runs(rollout: Rollout, names: Iterable[str]) -> dict[str, str]:
+    """Tell which run of its container each instance is; empty where its host does not say."""
+    names = list(names)
+    return dict(zip(names, await together(_run(rollout, name) for name in names), strict=True))
+
+
+async def _run(rollout: Rollout, name: str) -> str:
+    try:
+        return (await containers.require(rollout, name)).run
+    except PdDeployError:
+        return ""
 
 
 async def _keep_or_tell(rollout: Rollout, name: str) -> str:

@@ -202,6 +202,13 @@ class Rollout:
         """The deployment's containers by host."""
         return {name: state.containers for name, state in self.states.items()}
 
+    @property
+    def runs(self) -> dict[str, str]:
+        """Which run of its container each instance of the plan was when the hosts were surveyed."""
+        instances = {container: name for name, container in self.plan.container_names.items()}
+        listed = [state for states in self.containers.values() for state in states]
+        return {instances[s.name]: s.run for s in listed if s.name in instances}
+
     @cached_property
     def stopping(self) -> list[tuple[str, ContainerState]]:
         """Containers, with their host, that cleanup has to stop."""

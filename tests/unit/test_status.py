@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,14 +20,17 @@ from pd_deploy.cli import exit_codes, looks, next_nightly, show
 from pd_deploy.cli import hosts as asking
 from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
-from pd_deploy.errors import HostUnreachable
+from pd_deploy.errors import HostUnreachable, InstanceDied, RolledBack
 from pd_deploy.flows.deploy import deploy
+from pd_deploy.flows.health import health
+from pd_deploy.flows.recover import recover
+from pd_deploy.flows.rollback import rollback
 from pd_deploy.records.releases import Release
 from pd_deploy.records.status import Status, Verdict
 from pd_deploy.steps.verify.looking import HEALTHY, InstanceLook
 from tests.memory.calls import Moment
 from tests.memory.programs import Proxy, Server
-from tests.memory.world import ROOT, World
+from tests.memory.world import ROOT, Faults, World
 
 
 @pytest.fixture
@@ -258,8 +262,108 @@ def test_a_server_that_started_since_is_counted_from_zero(world: World) -> None:
     assert world.completes()
     after = told(world, last)
     d0 = next(i for i in after.look.instances if i.name == "d0")
-    assert d0.was_restarted
     assert after.since["d0"].requests == d0.requests
+
+
+def started_outside(world: World, instance: str) -> None:
+    """What `docker restart` of somebody's does."""
+    container = world.running()[instance]
+    ended(instance)(world)
+    world.pass_by(1)
+
+    async def start() -> None:
+        async with open_session(load_deployment(world.path)) as session:
+            await session.host_of(instance).docker.start(container.id)
+
+    world.asked(start())
+
+
+def restarts(world: World) -> dict[str, tuple[int | None, bool]]:
+    """How often what was touched was started again, and whether somebody else did it last."""
+    instances = told(world).look.instances
+    return {
+        i.name: (i.restarts, i.started_outside)
+        for i in instances
+        if i.restarts != 0 or i.started_outside
+    }
+
+
+def test_each_restart_is_counted_whoever_makes_it(world: World) -> None:
+    world.deploy()
+    assert restarts(world) == {}
+    every = ("p0", "p1", "p2", "d0", "c0")  # servers link, so all start again as one set
+    for times, again in enumerate((health, health, deploy, recover), 1):
+        ended("p1")(world)
+        assert world.run(again).completed
+        assert restarts(world) == dict.fromkeys(every, (times, False))
+        world.pass_by(600)  # health waits ever longer before the next one
+    ended("c0")(world)
+    assert world.run(health).completed
+    assert restarts(world) == dict.fromkeys(every, (4, False)) | {"c0": (5, False)}
+    listed = json.loads(showing.as_document(told(world)))["instances"]
+    assert [i["restarts"] for i in listed] == [4, 4, 4, 4, 5]
+
+
+def test_restarts_are_those_since_the_generation_was_promoted(world: World) -> None:
+    world.deploy()
+    ended("p1")(world)
+    assert world.run(health).completed
+    assert world.run(deploy, image=world.push("20250725_1")).completed
+    assert restarts(world) == {}
+    assert world.run(rollback).completed  # its containers are started for the second time
+    assert restarts(world) == {}
+    bad = world.push("20250726_1", faults={"p1": Faults(dies=1)})
+    assert isinstance(world.run(deploy, image=bad).error, RolledBack)
+    assert restarts(world) == dict.fromkeys(("p0", "p1", "p2", "d0", "c0"), (1, False))
+
+
+def test_servers_that_a_change_of_the_proxy_leaves_alone_go_on_to_be_counted(world: World) -> None:
+    world.deploy()
+    ended("p1")(world)
+    assert world.run(health).completed
+    world.change(proxy={"c0": {"arguments": {"client-body-buffer-size": "2048K"}}})
+    before = world.runs()
+    assert world.run(deploy).completed
+    assert {name for name, run in world.runs().items() if run != before[name]} == {"c0"}
+    assert restarts(world) == dict.fromkeys(("p0", "p1", "p2", "d0"), (1, False))
+
+
+def test_a_restart_that_fails_its_gates_is_counted_too(world: World) -> None:
+    world.deploy()
+    world.cluster.faults["p1"] = Faults(dies=1)
+    ended("p1")(world)
+    assert isinstance(world.run(deploy).error, InstanceDied)
+    counted = restarts(world)
+    assert counted["p1"] == (1, False)
+    world.cluster.faults.clear()
+    assert world.run(recover).completed
+    assert restarts(world)["p1"] == (2, False)
+
+
+def test_a_restart_by_other_hands_is_told_and_counted_with_the_next(world: World) -> None:
+    world.deploy()
+    started_outside(world, "p1")
+    assert restarts(world) == {"p1": (1, True)}
+    assert re.search(r"^p1 .* 1, last outside", showing.text(told(world)), re.M)
+    ended("p1")(world)
+    assert world.run(health).completed
+    assert restarts(world)["p1"] == (2, False)
+    assert restarts(world)["p0"] == (1, False)
+
+
+def test_what_an_older_version_has_not_counted_is_not_told_as_a_number(world: World) -> None:
+    world.deploy()
+    for machine in world.machines.values():
+        record = json.loads(machine.disk.read(f"{ROOT}/record.json"))
+        del record["starts"]
+        machine.disk.put(f"{ROOT}/record.json", json.dumps(record).encode(), 0o600)
+    assert restarts(world) == {}  # Docker says that none was
+    ended("p1")(world)
+    assert world.run(health).completed
+    assert restarts(world)["p1"] == (None, False)
+    assert re.search(r"^p1 .* not counted", showing.text(told(world)), re.M)
+    assert world.run(deploy, image=world.push("20250725_1")).completed
+    assert restarts(world) == {}
 
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)

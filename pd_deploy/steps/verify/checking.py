@@ -186,7 +186,7 @@ def to_restart(rollout: Rollout, checked: Checked, tried: bool) -> frozenset[str
     servers can be left, and all does where that was tried.
     """
     runs = {
-        state.labels[generations.INSTANCE]: looking.run_of(state)
+        state.labels[generations.INSTANCE]: state.run
         for states in rollout.containers.values()
         for state in states
         if state.name in rollout.plan.roles

@@ -24,7 +24,7 @@ from pd_deploy.records import releases
 from pd_deploy.records import status as statuses
 from pd_deploy.records.adopted import UNCOMPARED, AdoptedContainer, AdoptedService
 from pd_deploy.records.generations import GENERATION, RUNNING
-from pd_deploy.records.releases import History, Release
+from pd_deploy.records.releases import History, Release, Starts
 from pd_deploy.records.status import Status
 from pd_deploy.steps import host_records, surveying
 from pd_deploy.steps.rollout import HostState
@@ -58,8 +58,11 @@ class InstanceLook:
         health: `healthy`, or what is wrong with its answer; empty if it was not asked.
         cause: the kind of that.
         since: when its container was started last or, if it has ended, when it ended.
-        was_restarted: whether its container has been started more than once. Docker counts only
-            what it restarts by itself, which pd-deploy does not let it do.
+        restarts: how often its container was started again since its generation was promoted, at
+            least; None where it was, and nobody has counted. Docker counts only what it restarts by
+            itself, which pd-deploy does not let it do.
+        started_outside: whether its last start is by nobody who counts: by hand, or by a run that
+            was killed.
         run: tells this run of its container from all others.
         requests: completed requests that its servers count; None where they don't.
         kv_tokens: prompt tokens whose KV it got from a prefill; None where it does not count them.
@@ -73,7 +76,8 @@ class InstanceLook:
     health: str = ""
     cause: Cause = ""
     since: datetime | None = None
-    was_restarted: bool = False
+    restarts: int | None = None
+    started_outside: bool = False
     run: str = ""
     requests: float | None = None
     kv_tokens: float | None = None
@@ -146,7 +150,7 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
         session = await _as_deployed(session, here, history.serving)
     service = history.record.adopted_serving
     instances = await (
-        _adopted(session, here, service) if service else _instances(session, here, history.serving)
+        _adopted(session, here, service) if service else _instances(session, here, history)
     )
     status = statuses.status(
         session.deployment.name,
@@ -282,9 +286,10 @@ async def _as_deployed(
 
 
 async def _instances(
-    session: Session, here: Mapping[str, _HostAnswer], serving: Release | None
+    session: Session, here: Mapping[str, _HostAnswer], history: History
 ) -> list[InstanceLook]:
     """Look at all instances and proxies: at their containers, and if they run, by their port."""
+    serving, starts = history.serving, history.record.starts
     states: dict[str, ContainerState] = {}
     for answer in here.values():
         if serving:
@@ -297,6 +302,7 @@ async def _instances(
             session,
             name,
             states.get(name),
+            starts.get(name),
             _absent(session, name, here, serving),
             _listening(here.get(session.topology.host_of(name))),
         )
@@ -319,6 +325,7 @@ async def _instance(
     session: Session,
     name: str,
     state: ContainerState | None,
+    starts: Starts | None,
     absent: str,
     listening: Collection[int],
 ) -> InstanceLook:
@@ -327,7 +334,7 @@ async def _instance(
     entry = InstanceLook(name, role, topology.host_of(name), devices)
     if state is None:
         return replace(entry, container=absent)
-    entry, host = _of_container(entry, state), session.host_of(name)
+    entry, host = _of_container(entry, state, starts), session.host_of(name)
     if not state.running:
         return entry
     if member is None:
@@ -378,14 +385,19 @@ async def _adopted_instance(
     return replace(entry, health=silent, cause="refused")
 
 
-def _of_container(entry: InstanceLook, state: ContainerState) -> InstanceLook:
-    """Add what Docker says of an instance's container."""
+def _of_container(
+    entry: InstanceLook, state: ContainerState, starts: Starts | None = None
+) -> InstanceLook:
+    """Add what Docker says of an instance's container, and the record of its starts."""
+    started_again = state.running and state.finished_at is not None
+    uncounted = None if started_again else 0
     return replace(
         entry,
         container=state.status,
         since=state.started_at if state.running else state.finished_at,
-        was_restarted=state.running and state.finished_at is not None,
-        run=run_of(state),
+        restarts=starts.restarts(state.run) if starts else uncounted,
+        started_outside=bool(starts and starts.is_outside(state.run)),
+        run=state.run,
     )
 
 
@@ -413,11 +425,6 @@ async def _of_servers(
         requests=metrics.total(pages, counters.served),
         kv_tokens=metrics.total(pages, counters.kv_tokens) if entry.role == "decode" else None,
     )
-
-
-def run_of(state: ContainerState) -> str:
-    """Tell this run of a container from all others."""
-    return f"{state.id} {state.started_at}"
 
 
 async def _server(
