@@ -9,7 +9,7 @@ N ?= 200
 # Python may keep what it has compiled: tests start our command hundreds of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-vllm demo-fleet demo-ha demo-down test test-all test-unit coverage lint bench bench-hosts bench-prompt soak lock ready ready-dev clean
+.PHONY: help demo demo-vllm demo-fleet demo-ha demo-down test test-all test-unit coverage lint bench bench-hosts bench-prompt bench-health soak lock ready ready-dev clean
 
 help:           ## Show this.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,9 @@ bench-hosts: ready ## What runs on 2, 8, 24 and 48 simulated hosts cost; takes 1
 
 bench-prompt: ready ## What a user waits for from the prompt, and how much of it is Prefect's.
 	@$(BIN)/python -m bench.prompt
+
+bench-health: ready ## How soon a killed server and a rebooted host are seen by a check, and serve again.
+	@$(BIN)/python -m bench.health
 
 soak: ready     ## N=200 upgrades in a row with traffic and faults; fails if any does, or if anything grows.
 	@$(BIN)/python -m bench.soak --count $(N)
