@@ -408,12 +408,12 @@ def preflight(
         found, what = checking.offline(deployment), "without asking hosts"
     else:
         found = checking.run(deployment, image, full_hashes=full_hashes)
-        what = f"{len(deployment.hosts)} hosts"
+        what = f"{len(found.answers)} of {len(deployment.hosts)} hosts answered"
     if as_json:
         typer.echo(checking.as_json(deployment, found))
     else:
         typer.echo(checking.as_text(deployment, found, what))
-    raise typer.Exit(FAILED if any(flaw.is_error for flaw in found) else 0)
+    raise typer.Exit(FAILED if any(flaw.is_error for flaw in found.flaws) else 0)
 
 
 @app.command()

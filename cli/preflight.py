@@ -15,17 +15,19 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.errors import PdDeployError
 from pd_deploy.planning import peers, placement
 from pd_deploy.planning.flaws import Flaw
+from pd_deploy.planning.host_facts import facts_of
 from pd_deploy.steps import full_preflight
+from pd_deploy.steps.full_preflight import Findings
 
 EPHEMERAL = range(32768, 61000)
 """Ports that Linux gives to outbound connections, unless it is told otherwise."""
 
 
-def run(deployment: Deployment, image: str | None, *, full_hashes: bool) -> list[Flaw]:
+def run(deployment: Deployment, image: str | None, *, full_hashes: bool) -> Findings:
     """Check the hosts of a deployment, outside of any flow run."""
     from pd_deploy.flows import preflight
 
-    async def check() -> list[Flaw]:
+    async def check() -> Findings:
         async with open_session(deployment) as session:
             return await preflight.find_flaws(session, image, "a look", full_hashes, _tell)
 
@@ -33,7 +35,7 @@ def run(deployment: Deployment, image: str | None, *, full_hashes: bool) -> list
         return asyncio.run(check())
 
 
-def offline(deployment: Deployment) -> list[Flaw]:
+def offline(deployment: Deployment) -> Findings:
     """Check what can be known without any host; the file itself is valid already."""
     from pd_deploy.registry import archives
 
@@ -56,23 +58,33 @@ def offline(deployment: Deployment) -> list[Flaw]:
             asyncio.run(archives.read(archive))
         except PdDeployError as error:
             found.append(full_preflight.flaw_of(error))
-    return found
+    return Findings(found)
 
 
-def as_json(deployment: Deployment, found: Sequence[Flaw]) -> str:
-    """Format problems for programs."""
-    return json.dumps({"deployment": deployment.name, "problems": [*map(asdict, found)]}, indent=2)
+def as_json(deployment: Deployment, found: Findings) -> str:
+    """Format problems, and what hosts said, for programs."""
+    document = {
+        "deployment": deployment.name,
+        "problems": [*map(asdict, found.flaws)],
+        "hosts": {answers.name: facts_of(answers) for answers in found.answers},
+    }
+    return json.dumps(document, indent=2)
 
 
-def as_text(deployment: Deployment, found: Sequence[Flaw], what: str) -> str:
-    """Format problems as a table for people, with a line that counts them."""
-    rows = [("", "check", "host", "problem", "what to do")]
-    rows += [
-        ("error" if f.is_error else "warning", f.check, f.host, _line(f.message), _line(f.hint))
-        for f in found
+def as_text(deployment: Deployment, found: Findings, what: str) -> str:
+    """Format what hosts said, and problems, as tables for people, with a line that counts them."""
+    said = [
+        (a.where, "; ".join(f"{name} {value}" for name, value in facts_of(a).items()))
+        for a in found.answers
     ]
-    table = [*aligned(rows), ""] if found else []
-    return "\n".join([*table, f"{deployment.name}: {summary(found)} ({what})"])
+    problems = [
+        ("error" if f.is_error else "warning", f.check, f.host, _line(f"{f.message} → {f.hint}"))
+        for f in found.flaws
+    ]
+    lines = [*aligned([("host", "found"), *said]), ""] if said else []
+    if problems:
+        lines += [*aligned([("", "check", "host", "problem → what to do"), *problems]), ""]
+    return "\n".join([*lines, f"{deployment.name}: {summary(found.flaws)} ({what})"])
 
 
 def _tell(progress: str) -> None:

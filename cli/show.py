@@ -1,11 +1,15 @@
 """Plans and releases as the command prints them for people to read."""
 
 import json
+from collections.abc import Mapping, Sequence
 
 from pd_deploy.cli.hosts import Past
 from pd_deploy.cli.tables import aligned
 from pd_deploy.planning.plans import HostPlan, Plan, PlannedFile
 from pd_deploy.records import generations, releases
+
+_BELOW = ("started by", "changed", "cause", "benchmark")
+"""What is told of a release below its row, because it may be long."""
 
 
 def release_table(past: Past) -> str:
@@ -23,12 +27,27 @@ def release_table(past: Past) -> str:
         return "\n".join([lost, *away])
     if not rows:
         return "\n".join(["nothing has been deployed yet", *away])
-    lines = aligned([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    lines = _releases(rows)
     for digest, entry in history.record.quarantine.items():
         lines.append(f"in quarantine: {entry.image} ({digest[:19]}): {entry.reason}")
     if past.status.verdict and not past.status.serves:
         lines.append(f"{past.status.verdict}: {past.status.state}")
     return "\n".join(lines)
+
+
+def _releases(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    columns = [name for name in rows[0] if name not in _BELOW]
+    short = [{**row, "image": _name(row["image"])} for row in rows]
+    heading, *lines = aligned([tuple(columns), *(tuple(row[c] for c in columns) for row in short)])
+    listed = [heading]
+    for row, line in zip(rows, lines, strict=True):
+        listed.append(line)
+        listed += [f"  {name}: {row[name]}" for name in _BELOW if row.get(name)]
+    return listed
+
+
+def _name(image: str) -> str:
+    return image.rpartition("/")[2]
 
 
 def attempt_table(past: Past) -> str:
@@ -37,13 +56,13 @@ def attempt_table(past: Past) -> str:
     away = past.away
     if not attempts:
         return "\n".join(["no run has changed or tried anything yet", *away])
-    rows = [("when", "result", "generation", "image", "by", "why")]
+    rows = [("when", "result", "generation", "image", "started by", "cause")]
     rows += [
         (
             f"{a.when.astimezone():%Y-%m-%d %H:%M:%S}",
             a.result,
             a.generation,
-            a.image.rpartition("/")[2],
+            _name(a.image),
             a.by,
             a.reason,
         )

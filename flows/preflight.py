@@ -12,8 +12,8 @@ from pd_deploy.flows.fan_out import fan_out
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.run import this_run
 from pd_deploy.planning import flaws
-from pd_deploy.planning.flaws import Flaw
 from pd_deploy.steps import full_preflight
+from pd_deploy.steps.full_preflight import Findings
 from pd_deploy.steps.session import Session
 from pd_deploy.tasks import check_plan, compare_all, inspect_host, ping_devices, try_ports
 
@@ -41,12 +41,12 @@ async def preflight(file: str, image: str | None = None, full_hashes: bool = Fal
         found = await find_flaws(
             session, image, str(this_run()), full_hashes, get_run_logger().info
         )
-    errors = [flaw for flaw in found if flaw.is_error]
-    await publish.flaws(deployment.name, found)
+    errors = [flaw for flaw in found.flaws if flaw.is_error]
+    await publish.findings(deployment.name, found)
     if errors:
         faults = [HostError(f.message, host=f.host or None, hint=f.hint or None) for f in errors]
         raise faults[0] if len(faults) == 1 else SeveralFaults(faults)
-    return publish.checked(found, len(deployment.hosts))
+    return publish.checked(found.flaws, len(deployment.hosts))
 
 
 async def find_flaws(
@@ -55,8 +55,8 @@ async def find_flaws(
     run: str,
     full_hashes: bool = False,
     on_progress: Callable[[str], None] = lambda _: None,
-) -> list[Flaw]:
-    """Check everything that can be checked, with the hosts that answer; errors come first.
+) -> Findings:
+    """Check everything that can be checked, with the hosts that answer.
 
     Args:
         image: the image that the run names.
@@ -83,4 +83,5 @@ async def find_flaws(
             faults = [fault for fault in faults_of(error) if isinstance(fault, PdDeployError)]
             found += map(full_preflight.flaw_of, faults)
     told = flaws.allowed(dict.fromkeys(found), session.deployment.allow)
-    return sorted(told, key=lambda flaw: not flaw.is_error)
+    answers = [one.answers for one in inspected if one.answers]
+    return Findings(sorted(told, key=lambda flaw: not flaw.is_error), answers)

@@ -20,10 +20,12 @@ from pd_deploy.flows import events
 from pd_deploy.flows.run import Run, page, remedy, this_run
 from pd_deploy.planning import actions
 from pd_deploy.planning.flaws import Flaw
+from pd_deploy.planning.host_facts import facts_of
 from pd_deploy.planning.plans import STAGES
 from pd_deploy.records import benchmark, releases
 from pd_deploy.records.releases import History, Record
 from pd_deploy.steps import stopping, timeline
+from pd_deploy.steps.full_preflight import Findings
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
@@ -236,9 +238,9 @@ async def listing(deployment: str, history: History) -> None:
     await if_the_server_takes_it(_listing(deployment, history))
 
 
-async def flaws(deployment: str, found: Sequence[Flaw]) -> None:
-    """Publish what a preflight found; log it, too."""
-    for flaw in found:
+async def findings(deployment: str, found: Findings) -> None:
+    """Publish what a preflight found, and what the hosts said; log what is wrong, too."""
+    for flaw in found.flaws:
         level = logging.ERROR if flaw.is_error else logging.WARNING
         where = f"host {flaw.host}: " if flaw.host else ""
         get_run_logger().log(level, "%s: %s%s → %s", flaw.check, where, flaw.message, flaw.hint)
@@ -247,10 +249,15 @@ async def flaws(deployment: str, found: Sequence[Flaw]) -> None:
             "": "error" if flaw.is_error else "warning",
             "check": flaw.check,
             "host": flaw.host,
-            "problem": flaw.message,
+            "what": flaw.message,
             "what to do": flaw.hint,
         }
-        for flaw in found
+        for flaw in found.flaws
+    ]
+    rows += [
+        {"": "found", "check": name, "host": a.where, "what": value, "what to do": ""}
+        for a in found.answers
+        for name, value in facts_of(a).items()
     ]
     artifact = acreate_table_artifact(
         key=f"{deployment}-preflight", table=rows, description=f"Last preflight of {_file()}"
@@ -260,7 +267,8 @@ async def flaws(deployment: str, found: Sequence[Flaw]) -> None:
 
 def checked(found: Sequence[Flaw], hosts: int) -> State[None]:
     """End a preflight without errors."""
-    warnings = f"{len(found)} warnings, no errors" if found else "no problems"
+    count = len(found)
+    warnings = f"{count} warning{'s' * (count != 1)}, no errors" if found else "no problems"
     return Completed(message=f"{warnings} on {hosts} hosts")
 
 

@@ -113,8 +113,14 @@ def seed_switch(directory: Path, *, registry: str) -> None:
 
 
 def _hccn_conf(octet: str) -> str:
-    addresses = [f"address_{i}=192.168.{octet}.{100 + i}" for i in range(NPUS)]
-    return "\n".join([*addresses, *(f"netmask_{i}=255.255.255.0" for i in range(NPUS)), ""])
+    values = {"address": "192.168.{octet}.{last}", "netmask": "255.255.255.0",
+              "gateway": "192.168.{octet}.1"}  # fmt: skip
+    lines = [
+        f"{key}_{i}={value.format(octet=octet, last=100 + i)}"
+        for key, value in values.items()
+        for i in range(NPUS)
+    ]
+    return "\n".join([*lines, ""])
 
 
 def _hosts_file(names: Mapping[str, str]) -> str:

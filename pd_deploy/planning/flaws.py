@@ -194,21 +194,21 @@ def _of_machine(answers: HostAnswers) -> Iterator[Flaw]:
     if memory and machine.available is not None and machine.available < memory / 10:
         yield Flaw(
             "memory", where,
-            f"expected a tenth of the memory to be free, found {_gib(machine.available)} "
-            f"of {_gib(memory)}", "see what uses it (`ps aux --sort -rss`)", is_error=False,
+            f"expected a tenth of the memory to be free, found {gib(machine.available)} "
+            f"of {gib(memory)}", "see what uses it (`ps aux --sort -rss`)", is_error=False,
         )  # fmt: skip
     if memory and (machine.huge_pages or 0) > memory / 2:
         yield Flaw(
             "huge-pages", where,
             f"expected at most half of the memory to be kept for huge pages, found "
-            f"{_gib(machine.huge_pages or 0)} of {_gib(memory)}",
+            f"{gib(machine.huge_pages or 0)} of {gib(memory)}",
             "lower vm.nr_hugepages: servers can't use that memory", is_error=False,
         )  # fmt: skip
     if memory and (machine.shared_memory or 0) > memory / 10:
         yield Flaw(
             "shared-memory", where,
             "expected little in /dev/shm, which is memory, "
-            f"found {_gib(machine.shared_memory or 0)}",
+            f"found {gib(machine.shared_memory or 0)}",
             "remove what ended processes have left there", is_error=False,
         )  # fmt: skip
     # These drivers choose a frequency by load under the name `powersave`.
@@ -436,5 +436,6 @@ def _listed(values: Mapping[int, str]) -> str:
     return "; ".join(texts[:SHOWN]) + more
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Write a size, given in bytes."""
     return f"{size / GIB:.1f} GiB"

@@ -630,7 +630,7 @@ def _adopted_rows(record: Record, is_whole: bool) -> list[Mapping[str, str]]:
             "started by": f"somebody else; adopted by {service.by}",
             "result": result,
             "ended": "",
-            "why": "",
+            "cause": "",
         }
     ]
 
@@ -684,7 +684,7 @@ def _row(
         "started by": release.started_by,
         "result": result,
         "ended": f"{outcome.when:%Y-%m-%d %H:%M:%S}" if outcome else "",
-        "why": _first_line(outcome.reason) if outcome else "",
+        "cause": _first_line(outcome.reason) if outcome else "",
     }
     if history.record.figures:
         figures = benchmark.of_generation(history.record.figures, release.generation)

@@ -27,6 +27,14 @@ class Inspected:
     flaws: tuple[Flaw, ...] = ()
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a preflight found: what is wrong, errors first, and what hosts that answered said."""
+
+    flaws: Sequence[Flaw]
+    answers: Sequence[HostAnswers] = ()
+
+
 async def inspect_host(session: Session, name: str) -> Inspected:
     """Ask a host what it is like, and judge it alone."""
     try:

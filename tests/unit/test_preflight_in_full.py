@@ -1,6 +1,7 @@
 """`pd-deploy preflight` on hosts in memory: what it tells, and by which exit code."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import main
 from pd_deploy.cli import preflight as cli
 from pd_deploy.config.load import load_deployment
+from pd_deploy.engines.device_report import DeviceReport
 from pd_deploy.flows import preflight
-from pd_deploy.planning.flaws import Flaw
+from pd_deploy.hosts.machine import Machine
+from pd_deploy.planning.flaws import Flaw, HostAnswers
+from pd_deploy.steps.full_preflight import Findings
 from tests.memory.machine import Build
 from tests.memory.world import FIRST, MODEL, World
 
@@ -23,10 +27,10 @@ def world(tmp_path: Path) -> World:
 
 def flaws(
     world: World, *, full_hashes: bool = False, progress: list[str] | None = None
-) -> list[Flaw]:
+) -> Sequence[Flaw]:
     """What a preflight at a prompt finds; it changes no host."""
 
-    async def look() -> list[Flaw]:
+    async def look() -> Findings:
         async with open_session(load_deployment(world.path)) as session:
             told = (progress if progress is not None else []).append
             return await preflight.find_flaws(session, None, "a look", full_hashes, told)
@@ -34,7 +38,7 @@ def flaws(
     before = world.state()
     found = world.asked(look())
     assert world.state() == before
-    return found
+    return found.flaws
 
 
 def test_sound_hosts_pass_before_a_first_deploy_and_while_they_serve(world: World) -> None:
@@ -105,9 +109,16 @@ def test_weights_are_read_whole_on_request(world: World) -> None:
 def test_as_a_flow_warnings_complete(world: World) -> None:
     assert world.run(preflight.preflight).message == "no problems on 2 hosts"
     world.machines["b"].driver = "25.2.0"
-    assert world.run(preflight.preflight).message == "1 warnings, no errors on 2 hosts"
+    assert world.run(preflight.preflight).message == "1 warning, no errors on 2 hosts"
 
 
+ANSWERS = HostAnswers(
+    "a",
+    "a (10.0.0.1)",
+    Machine(mtu=1500),
+    DeviceReport(driver="24.1.rc2"),
+    clock=(0.1, 0.3),
+)
 FLAWS = [
     Flaw("device-tls", "b (10.0.0.2)", "expected 0, found 1", "switch it"),
     Flaw("clock", "a (10.0.0.1)", "expected\nthe same", "start it", is_error=False),
@@ -119,22 +130,31 @@ def test_the_table_counts_and_the_exit_code_says_whether_there_are_errors(
 ) -> None:
     runner, file = CliRunner(), str(world.path)
     for found, code, counted in (
-        (FLAWS, 1, "1 error, 1 warning (2 hosts)"),
-        (FLAWS[1:], 0, "1 warning (2 hosts)"),
-        ([], 0, "no problems (2 hosts)"),
+        (FLAWS, 1, "1 error, 1 warning (1 of 2 hosts answered)"),
+        (FLAWS[1:], 0, "1 warning (1 of 2 hosts answered)"),
+        ([], 0, "no problems (1 of 2 hosts answered)"),
     ):
-        monkeypatch.setattr(cli, "run", lambda *_, found=found, **__: found)
+        monkeypatch.setattr(cli, "run", lambda *_, found=found, **__: Findings(found, [ANSWERS]))
         done = runner.invoke(main.app, ["preflight", file])
         assert done.exit_code == code, done.output
         assert done.output.splitlines()[-1] == f"qwq-3p1d: {counted}"
-    assert cli.as_text(load_deployment(world.path), FLAWS, "").splitlines()[:3] == [
-        "         check       host          problem              what to do",
-        "error    device-tls  b (10.0.0.2)  expected 0, found 1  switch it",
-        "warning  clock       a (10.0.0.1)  expected the same    start it",
+    assert cli.as_text(
+        load_deployment(world.path), Findings(FLAWS, [ANSWERS]), ""
+    ).splitlines() == [
+        "host          found",
+        "a (10.0.0.1)  driver 24.1.rc2; MTU 1500; clock +0.2 s from here",
+        "",
+        "         check       host          problem → what to do",
+        "error    device-tls  b (10.0.0.2)  expected 0, found 1 → switch it",
+        "warning  clock       a (10.0.0.1)  expected the same → start it",
+        "",
+        "qwq-3p1d: 1 error, 1 warning ()",
     ]
-    monkeypatch.setattr(cli, "run", lambda *_, **__: FLAWS)
+    monkeypatch.setattr(cli, "run", lambda *_, **__: Findings(FLAWS, [ANSWERS]))
     done = runner.invoke(main.app, ["preflight", file, "--json"])
-    assert [p["check"] for p in json.loads(done.output)["problems"]] == ["device-tls", "clock"]
+    document = json.loads(done.output)
+    assert [p["check"] for p in document["problems"]] == ["device-tls", "clock"]
+    assert document["hosts"]["a"]["driver"] == "24.1.rc2"
 
 
 def test_what_needs_no_host_is_checked_without_one(world: World) -> None:

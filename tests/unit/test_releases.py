@@ -282,7 +282,7 @@ class TestTable:
         past = history(release(ONE), release(TWO), release(THREE), serving=ONE, g1=outcome(),
                        g2=outcome("failed", 5, "ready d0: it  died\nits last lines:"))  # fmt: skip
         three, two, one = releases.table(past)
-        assert (three["result"], three["ended"], three["why"]) == ("unfinished", "", "")
+        assert (three["result"], three["ended"], three["cause"]) == ("unfinished", "", "")
         assert two == {
             "generation": TWO,
             "created": "2026-01-01 12:00:00",
@@ -293,7 +293,7 @@ class TestTable:
             "started by": "a run",
             "result": "failed",
             "ended": "2026-01-01 12:05:00",
-            "why": "ready d0: it died",
+            "cause": "ready d0: it died",
         }
         assert one["result"] == "serving"
 
@@ -325,7 +325,7 @@ class TestTable:
 
     def test_a_long_reason_is_cut(self) -> None:
         (row,) = releases.table(history(release(ONE), g1=outcome("failed", reason="x" * 500)))
-        assert row["why"] == "x" * 199 + "…"
+        assert row["cause"] == "x" * 199 + "…"
 
 
 PROXY = {"proxy": {"c0": {"core_num": 2}}}
