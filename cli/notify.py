@@ -70,8 +70,10 @@ async def _send(block: str) -> None:
         except ObjectNotFound as error:
             raise PdDeployError(
                 f"expected a notification block {block}, found none on the Prefect server",
-                hint="`prefect block register -m prefect.blocks.notifications`, then "
-                f"`prefect block create {slug}` opens its form; `prefect block ls` lists all",
+                hint="`prefect block ls` lists those that there are; to make one, `prefect block "
+                "register -m prefect.blocks.notifications`, then `prefect block create TYPE` opens "
+                "its form: types are slack-webhook, ms-teams-webhook, email-server, custom-webhook "
+                "and others",
             ) from error
         schema = document.block_schema
         if not schema or "notify" not in schema.capabilities:

@@ -11,8 +11,9 @@ from typing import Any
 import typer
 
 from pd_deploy.blocks.opening import open_session
-from pd_deploy.cli import exit_codes, hosts, looks, next_nightly
+from pd_deploy.cli import exit_codes, hosts, looks, next_runs
 from pd_deploy.cli.looks import LastLook, Since
+from pd_deploy.cli.next_runs import NextRuns
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Deployment, Health
 from pd_deploy.records import mending
@@ -31,14 +32,14 @@ class Told:
 
     Attributes:
         options: what the file lets `pd-health` do; its next check goes by that, too.
-        nightly: when the next one is due, in words.
+        next: when the next scheduled runs are due.
         last: when the last look was; None if there was none.
         since: by instance, what it has served since then.
     """
 
     look: Look
     options: Health
-    nightly: str
+    next: NextRuns
     when: datetime
     last: datetime | None
     since: dict[str, Since]
@@ -67,15 +68,15 @@ async def _show(deployment: Deployment, file: Path, *, as_json: bool, watch: boo
 
 
 async def tell(session: Session, last: LastLook | None) -> Told:
-    """Look at a service, and ask for its next nightly at the same time."""
-    nightly = asyncio.ensure_future(next_nightly.told(session.deployment.name))
+    """Look at a service, and ask for its next scheduled runs at the same time."""
+    due = asyncio.ensure_future(next_runs.told(session.deployment.name))
     try:
         look = await looking.look(session)
         since = {i.name: looks.since(last, i) for i in look.instances}
         options, when = session.deployment.health, datetime.now(UTC)
-        return Told(look, options, await nightly, when, last.when if last else None, since)
+        return Told(look, options, await due, when, last.when if last else None, since)
     finally:
-        nightly.cancel()
+        due.cancel()
 
 
 def as_document(told: Told) -> str:
@@ -112,7 +113,8 @@ def as_document(told: Told) -> str:
         "hold": record.hold and record.hold.model_dump(mode="json"),
         "mending": record.mending and record.mending.model_dump(mode="json"),
         "quarantine": {k: q.model_dump(mode="json") for k, q in record.quarantine.items()},
-        "next_nightly": told.nightly,
+        "next_nightly": told.next.nightly,
+        "next_check": told.next.check,
         "looked": told.when,
         "last_look": told.last,
     }
@@ -172,7 +174,8 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
     yield "drift", drift
     listed = (f"{q.image} ({digest[:19]})" for digest, q in record.quarantine.items())
     yield "quarantine", ", ".join(listed) or "none"
-    yield "next nightly", told.nightly
+    yield "next nightly", told.next.nightly
+    yield "next check", told.next.check
 
 
 def _instances(told: Told) -> Iterator[tuple[str, ...]]:

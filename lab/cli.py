@@ -141,7 +141,9 @@ def push(
         faults = dict(_fault(text) for text in fault or [])
         lab = Lab.load(name)
         digest = lab.push_build(tag, contract, faults)
-    _say(f"pushed {lab.image.rpartition(':')[0]}:{tag}  {digest[:19]}")
+    image = f"{lab.image.rpartition(':')[0]}:{tag}"
+    _say(f"pushed {image}  {digest[:19]}")
+    _say(f"Next: pd-deploy deploy FILE --image {tag}")
 
 
 @app.command("exec", context_settings={"allow_interspersed_args": False})

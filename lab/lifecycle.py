@@ -187,8 +187,12 @@ class Lab(BaseModel):
             faults: of its engines, by the names that the stand-in's README lists.
 
         Raises:
-            LabError: there is no such contract.
+            LabError: there is no such contract, or no image can have such a tag.
         """
+        if not re.fullmatch(r"\w[\w.-]{0,127}", tag, re.ASCII):
+            raise LabError(
+                f"expected a tag, up to 128 letters, digits, `_`, `.` and `-`, found {tag!r}"
+            )
         return self.push_variant(tag, contracts.build(contract, tag, faults or {}))
 
     def push_packages(

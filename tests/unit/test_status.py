@@ -16,9 +16,10 @@ import pytest
 
 from pd_deploy.blocks import server
 from pd_deploy.blocks.opening import open_session
-from pd_deploy.cli import exit_codes, looks, next_nightly, show
+from pd_deploy.cli import exit_codes, looks, next_runs, show
 from pd_deploy.cli import hosts as asking
 from pd_deploy.cli import status as showing
+from pd_deploy.cli.next_runs import NextRuns
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import HostUnreachable, InstanceDied, RolledBack
 from pd_deploy.flows.deploy import deploy
@@ -474,7 +475,7 @@ def test_json_has_all_of_it(world: World) -> None:
     assert document["hosts"][0]["lease"] is None
 
 
-class TestNightly:
+class TestNextRuns:
     @pytest.fixture(autouse=True)
     def environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE"):
@@ -485,8 +486,8 @@ class TestNightly:
         (tmp_path / "profiles.toml").write_text(
             'active = "x"\n[profiles.x]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n'
         )
-        assert asyncio.run(next_nightly.told("qwq-3p1d")) == (
-            "not known, as no Prefect server answered at http://127.0.0.1:9/api"
+        assert asyncio.run(next_runs.told("qwq-3p1d")) == NextRuns(
+            *["not known, as no Prefect server answered at http://127.0.0.1:9/api"] * 2
         )
 
     @pytest.mark.parametrize(
@@ -519,11 +520,19 @@ class TestNightly:
         )
         monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
         monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:secret")
-        assert asyncio.run(next_nightly.told("qwq-3p1d")).startswith(said)
-        (request,) = asked
-        assert request.url.path == "/api/flow_runs/filter"
-        assert request.headers["Authorization"].startswith("Basic ")
-        assert json.loads(request.content)["deployments"]["tags"] == {"all_": ["qwq-3p1d"]}
+        due = asyncio.run(next_runs.told("qwq-3p1d"))
+        assert due.nightly.startswith(said)
+        assert due.check.startswith(said)
+        for request, flow in zip(asked, ("pd-deploy", "pd-health"), strict=True):
+            ending = {"pd-deploy": "-nightly", "pd-health": "-health"}[flow]
+            assert request.url.path == "/api/flow_runs/filter"
+            assert request.headers["Authorization"].startswith("Basic ")
+            question = json.loads(request.content)
+            assert question["flows"] == {"name": {"any_": [flow]}}
+            assert question["deployments"] == {
+                "tags": {"all_": ["qwq-3p1d"]},
+                "name": {"like_": ending},
+            }
 
     @pytest.mark.parametrize(
         ("settings", "sent"),
@@ -562,7 +571,7 @@ class TestNightly:
         monkeypatch.setenv("PREFECT_API_URL", "https://127.0.0.1/api")
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        assert asyncio.run(next_nightly.told("qwq-3p1d")) == "none: its schedule is off"
+        assert asyncio.run(next_runs.told("qwq-3p1d")) == NextRuns(next_runs.OFF, next_runs.OFF)
         assert asked[0].headers.get("Authorization", "").startswith(sent or "")
         assert made["trust_env"] is False
         if "PREFECT_API_SSL_CERT_FILE" in settings:
