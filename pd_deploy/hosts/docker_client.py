@@ -71,6 +71,7 @@ LogWait = Literal["seen", "ended", "timeout"]
 # Short calls at once per host; each has a thread while it runs.
 MAX_CALLS = 8
 CALL_TIMEOUT_S = 60  # the SDK's own; an engine that removes large containers is slow to answer
+FIRST_ANSWER_S = 20  # for its version, which a busy engine says at once, and one that hangs never
 POLL_S = 0.5
 LOG_POLL_S = 0.25  # a start is over soon
 LOG_LINES = 100  # more than come between two looks, as a rule
@@ -610,10 +611,13 @@ class DockerClient:
                 tunnel = Tunnel(self._socket.stream)
                 try:
                     path = await tunnel.start()
-                    with self._errors("greeting", tunnel):
+                    what = "ask for its version"
+                    with self._errors(what, tunnel, timeout=FIRST_ANSWER_S):
                         client = await in_thread(
-                            lambda: _new_client(path, "auto"), f"{self._where}: greeting"
+                            lambda: _new_client(path, "auto", FIRST_ANSWER_S),
+                            f"{self._where}: {what}",
                         )
+                        client.timeout = CALL_TIMEOUT_S
                 except BaseException:
                     await tunnel.aclose()
                     raise
@@ -634,19 +638,21 @@ class DockerClient:
         what: str,
         tunnel: Tunnel,
         refused: Callable[[sdk.APIError], PdDeployError] | None = None,
+        timeout: int = CALL_TIMEOUT_S,
     ) -> Iterator[None]:
         try:
             yield
         except sdk.APIError as exc:
             error = refused(exc) if refused else container_error(exc, what, self._where)
             raise error from None
-        except requests.exceptions.ReadTimeout:
-            raise TimedOut(
-                f"{what}: Docker did not answer within {CALL_TIMEOUT_S} s",
-                host=self._where,
-                hint="check Docker's log (`journalctl -u docker`) and the host's load",
-            ) from None
         except (*_BROKEN, sdk.DockerException) as exc:
+            # The SDK wraps what happens while it asks for the version.
+            if isinstance(exc.__cause__ or exc, requests.exceptions.ReadTimeout):
+                raise TimedOut(
+                    f"{what}: Docker did not answer within {timeout} s",
+                    host=self._where,
+                    hint="check Docker's log (`journalctl -u docker`) and the host's load",
+                ) from None
             raise self._broken(exc, what, tunnel) from None
 
     def _broken(self, exc: Exception, what: str, tunnel: Tunnel) -> PdDeployError:
@@ -683,8 +689,8 @@ def name_taken(container: ListedContainer, deployment: str, where: str) -> NameT
     )
 
 
-def _new_client(path: str, version: str) -> APIClient:
-    return WholeStreams(f"unix://{path}", version=version, timeout=CALL_TIMEOUT_S)
+def _new_client(path: str, version: str, timeout: int = CALL_TIMEOUT_S) -> APIClient:
+    return WholeStreams(f"unix://{path}", version=version, timeout=timeout)
 
 
 def _with_client(path: str, version: str, call: Callable[[APIClient], T]) -> T:
