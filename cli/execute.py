@@ -4,13 +4,14 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
-from pd_deploy.cli.hosts import Reached, asking, connected
+from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import ContainerMissing
 from pd_deploy.hosts.container_values import Owner
-from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations
+from pd_deploy.records.adopted import AdoptedService
 from pd_deploy.steps import logs
+from pd_deploy.steps.session import Session
 
 
 def run(deployment: Deployment, instance: str, argv: Sequence[str]) -> int:
@@ -32,13 +33,18 @@ async def executed(
         InvalidInput: there is no such instance.
         ContainerMissing: it does not run.
     """
-    async with connected(deployment) as reached:
-        logs.require_instances(reached.session, [instance])
-        if running := await _running(reached, instance):
-            host, container, owner = running
-            return await host.docker.execute(container, argv, write, deployment=owner)
-        if reached.away:
-            reached.require_all()
+    async with connected(deployment) as connection:
+        session, service = connection.session, connection.history.record.adopted_serving
+        logs.require_instances(session, [instance])
+        answers, reached = await connection.ask(
+            lambda name: _running(session, name, instance, service)
+        )
+        for name, running in answers.items():
+            if running:
+                container, owner = running
+                docker = session.host(name).docker
+                return await docker.execute(container, argv, write, deployment=owner)
+        reached.require_all()
         raise ContainerMissing(
             f"expected a running container of {instance}, found none on any host",
             instance=instance,
@@ -46,20 +52,20 @@ async def executed(
         )
 
 
-async def _running(reached: Reached, instance: str) -> tuple[Host, str, Owner] | None:
-    """Find an instance's container that runs, and whose it is: the deployment's, or that of the
-    adopted service which serves."""
-    name, hosts = reached.session.deployment.name, reached.session.hosts.values()
+async def _running(
+    session: Session, host_name: str, instance: str, service: AdoptedService | None
+) -> tuple[str, Owner] | None:
+    """Find an instance's container that runs on a host, and whose it is: the deployment's, or that
+    of the adopted service which serves."""
+    host, name = session.host(host_name), session.deployment.name
     label = {generations.DEPLOYMENT: name, generations.INSTANCE: instance}
-    for host in hosts:
-        for state in await host.docker.containers(label):
-            if state.running:
-                return host, state.id, name
-    service = reached.history.record.adopted_serving
-    of_instance = [c for c in service.containers if c.instance == instance] if service else []
-    for host, one in ((h, c) for c in of_instance for h in hosts if h.address == c.host):
-        if any(state.running for state in await host.docker.states([one.id])):
-            return host, one.id, one.handle
+    for state in await host.docker.containers(label):
+        if state.running:
+            return state.id, name
+    for one in service.containers if service else ():
+        is_it = (one.instance, one.host) == (instance, host.address)
+        if is_it and any(state.running for state in await host.docker.states([one.id])):
+            return one.id, one.handle
     return None
 
 

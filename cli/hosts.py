@@ -2,9 +2,18 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from pd_deploy.blocks import server
 from pd_deploy.blocks.opening import names_blocks, open_former, open_session, session_on
@@ -18,9 +27,12 @@ from pd_deploy.records.releases import History, HostAccess
 from pd_deploy.records.status import Status
 from pd_deploy.records.status import status as judge
 from pd_deploy.steps import host_records
+from pd_deploy.steps.asking import answer_of, promptly
 from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.status import status
+
+T = TypeVar("T")
 
 AT_ONCE = 32  # deployments whose hosts are asked at the same time
 
@@ -71,24 +83,17 @@ async def past(deployment: Deployment) -> Past:
     """Read a deployment's past from the hosts that answer; see `read_past`."""
     label = {generations.DEPLOYMENT: deployment.name}
 
-    async def containers(host: Host) -> list[ContainerState] | PdDeployError:
-        adopted = reached.history.record.adopted
-        ids = [c.id for c in adopted.containers if c.host == host.address] if adopted else []
-        try:
-            return [*await host.docker.containers(label), *await host.docker.states(ids)]
-        except PdDeployError as error:
-            return error
+    async with connected(deployment) as connection:
+        adopted = connection.history.record.adopted
 
-    async with connected(deployment) as reached:
-        asked = list(reached.session.hosts.values())
-        answers = await together(map(containers, asked))
-        states, away = dict[str, list[ContainerState]](), dict(reached.away)
-        for host, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, PdDeployError):
-                away[host.address] = answer
-            else:
-                states[host.address] = answer
-    told = {address: error.unanswered for address, error in away.items()}
+        async def containers(name: str) -> list[ContainerState]:
+            host = connection.session.host(name)
+            ids = [c.id for c in adopted.containers if c.host == host.address] if adopted else []
+            return [*await host.docker.containers(label), *await host.docker.states(ids)]
+
+        answers, reached = await connection.ask(containers)
+        states = {reached.session.host(name).address: answer for name, answer in answers.items()}
+    told = {address: error.unanswered for address, error in reached.away.items()}
     running = [s for host in states.values() for s in host if s.status in generations.RUNNING]
     judged = judge(deployment.name, reached.history, states, told)
     return Past(reached.history, running, judged, list(told.values()))
@@ -113,8 +118,9 @@ async def statuses(deployments: Iterable[Deployment]) -> list[Status | PdDeployE
 
     async def listed(host: Host) -> list[ListedContainer]:
         if host not in listings:
-            listings[host] = asyncio.ensure_future(host.docker.listed())
-        return await listings[host]
+            listings[host] = asyncio.ensure_future(promptly(host, host.docker.listed()))
+        # Those who stop waiting for it leave it to the others.
+        return await asyncio.shield(listings[host])
 
     async def asked(deployment: Deployment) -> Status | PdDeployError:
         async with turns:
@@ -143,6 +149,23 @@ class Reached:
     session: Session
     history: History
     away: Mapping[str, PdDeployError]
+
+    async def ask(
+        self, question: Callable[[str], Coroutine[Any, Any, T]]
+    ) -> tuple[dict[str, T], "Reached"]:
+        """Ask all of its hosts at the same time, each by its name.
+
+        Returns:
+            What they answer, and the hosts that do; the others are away.
+        """
+        hosts = self.session.hosts
+        asked = (answer_of(host, question(name)) for name, host in hosts.items())
+        both = dict(zip(hosts, await together(asked), strict=True))
+        answers = {name: a for name, a in both.items() if not isinstance(a, PdDeployError)}
+        away = {hosts[n].address: a for n, a in both.items() if isinstance(a, PdDeployError)}
+        here = Hosts.of({name: hosts[name] for name in answers})
+        reached = replace(self, session=self.session.with_hosts(here), away={**self.away, **away})
+        return answers, reached
 
     def require_all(self) -> None:
         """Refuse to go on without a host; tell of each one whether it answers.
@@ -192,10 +215,8 @@ async def _records(
     session: Session, names: Iterable[str]
 ) -> dict[str, HostRecords | PdDeployError]:
     async def read(name: str) -> HostRecords | PdDeployError:
-        try:
-            return await host_records.read(session.host(name), session.root)
-        except PdDeployError as error:
-            return error
+        host = session.host(name)
+        return await answer_of(host, host_records.read(host, session.root))
 
     names = list(names)
     return dict(zip(names, await together(map(read, names)), strict=True))

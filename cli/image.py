@@ -14,6 +14,7 @@ from pd_deploy.hosts.concurrent import together
 from pd_deploy.records.releases import Choice, digest_of
 from pd_deploy.registry.tags import NEWEST
 from pd_deploy.steps import identifying, surveying
+from pd_deploy.steps.asking import promptly
 from pd_deploy.steps.rollout import HostState
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import ResolvedImage
@@ -50,16 +51,18 @@ def read(deployment: Deployment, image: str | None, on: str | None) -> Shown:
 
 async def asked(deployment: Deployment, image: str | None, on: str | None) -> Shown:
     """Ask an image what it is; see `read`."""
-    async with hosts.connected(deployment) as reached:
-        reached.require_all()
-        session = reached.session
+    async with hosts.connected(deployment) as connection:
+        connection.require_all()
+        session = connection.session
         names = [on] if on else list(deployment.hosts)
-        states = await together(surveying.survey(session, name) for name in names)
+        states = await together(
+            promptly(session.host(name), surveying.survey(session, name)) for name in names
+        )
         choice = Choice(deployment.image, None, "the file's own")
         if image == NEWEST:
             choice = await surveying.choose(session, states, NEWEST)
         resolved = await surveying.resolve_image(session, choice)
-        facts = dict(reached.history.record.facts_of(digest_of(resolved.pinned_image)))
+        facts = dict(connection.history.record.facts_of(digest_of(resolved.pinned_image)))
         asking = identifying.unasked(session, states, resolved, again=True)
         answers = await together(_answer(session, state, resolved) for state in asking)
         facts |= {s.architecture: said for s, said in zip(asking, answers, strict=True)}

@@ -6,11 +6,9 @@ from pathlib import Path
 import typer
 
 from pd_deploy.cli.check import load
-from pd_deploy.cli.hosts import Reached, asking, connected
+from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.config.models import Deployment
-from pd_deploy.errors import PdDeployError
 from pd_deploy.hosts import lease
-from pd_deploy.hosts.concurrent import together
 from pd_deploy.records.releases import Hold
 from pd_deploy.steps import locking
 from pd_deploy.steps.session import LockedSession
@@ -18,21 +16,17 @@ from pd_deploy.steps.session import LockedSession
 
 async def status(deployment: Deployment) -> str:
     """Say who works on each host, and who holds the deployment."""
-    async with connected(deployment) as reached:
-        hosts = reached.session.hosts.values()
-        looked = await together(_holder(reached, name) for name in reached.session.hosts)
-        lines = [f"{host.where}: {who}" for host, who in zip(hosts, looked, strict=True)]
+    async with connected(deployment) as connection:
+        session = connection.session
+        command = lease.look_command(session.root)
+        printed, reached = await connection.ask(lambda name: session.host(name).output(command))
+        lines = [
+            f"{session.host(name).where}: {lease.parse_look(text) or 'free'}"
+            for name, text in printed.items()
+        ]
         lines += [error.unanswered for error in reached.away.values()]
         hold = reached.history.record.hold
         return "\n".join([*lines, f"held by {hold}" if hold else "not held"])
-
-
-async def _holder(reached: Reached, name: str) -> str:
-    try:
-        printed = await reached.session.host(name).output(lease.look_command(reached.session.root))
-    except PdDeployError as error:
-        return error.message
-    return str(lease.parse_look(printed) or "free")
 
 
 def change(file: Path, hold: Hold | None) -> None:

@@ -58,14 +58,17 @@ async def _collect(
     to: Path | None,
     instances: Collection[str] = (),
 ) -> tuple[Path, list[str]]:
-    async with connected(deployment) as reached:
-        session, history = reached.session, reached.history
+    async with connected(deployment) as connection:
+        session, history = connection.session, connection.history
         logs.require_instances(session, instances)
         chosen = logs.chosen(history, generation)
         target = to or Path(f"{deployment.name}-{chosen}-logs")
+        containers, reached = await connection.ask(
+            lambda name: logs.containers(session, name, history, chosen)
+        )
         await together(
-            logs.collect(session, name, history, chosen, target, instances)
-            for name in session.hosts
+            logs.collect(session, name, history, chosen, listed, target, instances)
+            for name, listed in containers.items()
         )
         return target, _away(reached)
 

@@ -617,7 +617,11 @@ def metrics(
     from pd_deploy.cli import metrics
     from pd_deploy.planning import scraping
 
-    groups = metrics.of_what_serves(deployment) if serving else metrics.of_file(deployment)
+    if serving:
+        groups, away = metrics.of_what_serves(deployment)
+        _tell_away(away)
+    else:
+        groups = metrics.of_file(deployment)
     if output:
         metrics.write(output, groups)
         typer.echo(f"wrote {len(groups)} targets to {output}")

@@ -14,25 +14,27 @@ def of_file(deployment: Deployment) -> list[dict[str, Any]]:
     return scraping.groups(deployment, placement.build(deployment))
 
 
-def of_what_serves(deployment: Deployment) -> list[dict[str, Any]]:
-    """List what is to be scraped of the generation that serves; nothing if none does."""
+def of_what_serves(deployment: Deployment) -> tuple[list[dict[str, Any]], list[str]]:
+    """List what is to be scraped of the generation that serves, nothing if none does; and why hosts
+    did not answer."""
     from pd_deploy.cli.hosts import asking
 
     with asking([deployment]):
         return asyncio.run(_of_what_serves(deployment))
 
 
-async def _of_what_serves(deployment: Deployment) -> list[dict[str, Any]]:
+async def _of_what_serves(deployment: Deployment) -> tuple[list[dict[str, Any]], list[str]]:
     from pd_deploy.cli.hosts import connected
     from pd_deploy.steps import host_records
 
     async with connected(deployment) as reached:
         serving, session = reached.history.serving, reached.session
+        away = [error.unanswered for error in reached.away.values()]
         if serving is None:
-            return []
+            return [], away
         saved = await host_records.load(session.hosts, session.root, serving.generation)
     topology = placement.derive(saved.deployment)
-    return scraping.groups(saved.deployment, topology, serving.generation)
+    return scraping.groups(saved.deployment, topology, serving.generation), away
 
 
 def write(path: Path, groups: list[dict[str, Any]]) -> None:

@@ -5,14 +5,12 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pd_deploy.cli import show
-from pd_deploy.cli.hosts import Reached, asking, connected
+from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.config.models import Deployment
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import FactsUnknown, HostUnreachable, NoSuchGeneration, PdDeployError
 from pd_deploy.flows import survey
-from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState
-from pd_deploy.hosts.host import Hosts
 from pd_deploy.planning.plans import STAGES, HostPlan, Plan
 from pd_deploy.records import generations
 from pd_deploy.records.adopted import UNCOMPARED
@@ -116,7 +114,9 @@ def of(deployment: Deployment, image: str | None) -> Planned:
 async def look(deployment: Deployment, image: str | None) -> Planned:
     """Plan what a run would do; see `of`."""
     async with connected(deployment) as connection:
-        states, reached = await _surveyed(connection)
+        session = connection.session
+        answers, reached = await connection.ask(lambda name: surveying.survey(session, name))
+        states = [*answers.values()]
         if not reached.session.present:
             reached.require_all()
         history = surveying.history_of(states)
@@ -153,29 +153,6 @@ def text(name: str, look: Planned, *, full: bool = False) -> str:
         runs = f"runs {', '.join(running)}" if running else "nothing of the deployment runs there"
         lines += ["", f"== host {state.host}", runs]
     return "\n".join([*lines, "", *look.rows])
-
-
-async def _surveyed(reached: Reached) -> tuple[list[HostState], Reached]:
-    """Survey the hosts that were reached; those that can't be surveyed are away, too."""
-    session = reached.session
-
-    async def surveyed(name: str) -> HostState | PdDeployError:
-        try:
-            return await surveying.survey(session, name)
-        except PdDeployError as error:
-            return error
-
-    names = list(session.hosts)
-    answers = dict(zip(names, await together(map(surveyed, names)), strict=True))
-    failed = {
-        session.host(name).address: answer
-        for name, answer in answers.items()
-        if isinstance(answer, PdDeployError)
-    }
-    states = [answer for answer in answers.values() if isinstance(answer, HostState)]
-    hosts = Hosts.of({state.host: session.host(state.host) for state in states})
-    away = {**reached.away, **failed}
-    return states, Reached(session.with_hosts(hosts), reached.history, away)
 
 
 async def _saved(session: Session, history: History) -> tuple[Saved | None, str]:

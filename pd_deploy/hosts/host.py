@@ -88,7 +88,7 @@ class Host:
         self.address = address
         self.login = login
         self._ssh_address = ssh_address or address
-        self._connect_timeout = connect_timeout
+        self.connect_timeout = connect_timeout
         self._keys = HostKeys(self.where, login)
         self._link = self._new_link()
         self._link_for_files = self._link
@@ -280,7 +280,7 @@ class Host:
             await self._link.aclose()
 
     def _new_link(self) -> Link:
-        return Link(self.where, self._ssh_address, self.login, self._keys, self._connect_timeout)
+        return Link(self.where, self._ssh_address, self.login, self._keys, self.connect_timeout)
 
     @contextlib.asynccontextmanager
     async def _tcp(self, address: str, port: int) -> AsyncIterator[Stream]:

@@ -35,6 +35,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.records import adopted
 from pd_deploy.records.adopted import AdoptedContainer, AdoptedService
 from pd_deploy.steps import copies, host_records
+from pd_deploy.steps.asking import promptly
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.session import LockedSession, Session, host_accesses
 from pd_deploy.steps.stopping import told_of
@@ -116,7 +117,7 @@ async def look(session: Session, named: Mapping[str, Collection[str]] | None = N
     """
     names = implied(session.deployment, session.topology)
     looks = await together(
-        _look(session, host, of_host, (named or {}).get(host, ()))
+        promptly(session.host(host), _look(session, host, of_host, (named or {}).get(host, ())))
         for host, of_host in names.items()
     )
     seen = [each for of_host in looks for each in of_host]

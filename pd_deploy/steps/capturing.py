@@ -7,6 +7,7 @@ from pd_deploy.engines.device_report import DeviceTools
 from pd_deploy.hosts import batch, facts, machine
 from pd_deploy.hosts.batch import Lane
 from pd_deploy.hosts.redaction import Redaction
+from pd_deploy.steps.asking import promptly
 from pd_deploy.steps.inspecting import devices_on
 from pd_deploy.steps.session import Session
 
@@ -39,6 +40,8 @@ async def capture(session: Session, name: str, *, keep_addresses: bool = False) 
         keep_addresses: whether public addresses stay.
     """
     host, tools = session.host(name), session.engine.device_tools(session.deployment)
+    # Its tools may take long, so whether it answers at all is tried before.
+    await promptly(host, host.output(NAME))
     first, lanes = _device_lanes(tools, devices_on(session, name))
     command = batch.command([*COMMANDS, *first], lanes, LIMIT_S)
     done = await host.run(command, check=False, timeout=LIMIT_S + 20)

@@ -7,13 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pd_deploy.config.fields import archive_of
-from pd_deploy.errors import PdDeployError, WrongArchitecture, faults_of
+from pd_deploy.errors import (
+    ConnectionDropped,
+    HostUnreachable,
+    PdDeployError,
+    TimedOut,
+    WrongArchitecture,
+    faults_of,
+)
 from pd_deploy.hosts import lease
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.planning import flaws, peers
 from pd_deploy.planning.flaws import Flaw, HostAnswers
 from pd_deploy.registry import archives
-from pd_deploy.steps import inspecting, preflight
+from pd_deploy.steps import host_records, inspecting, preflight
+from pd_deploy.steps.asking import answer_of
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
 
@@ -36,11 +44,19 @@ class Findings:
 
 
 async def inspect_host(session: Session, name: str) -> Inspected:
-    """Ask a host what it is like, and judge it alone."""
+    """Ask a host what it is like, and judge it alone.
+
+    Its tools may take long, so whether it answers at all is tried before.
+    """
+    host = session.host(name)
+    quick = together((host_records.read(host, session.root), host.docker.listed()))
+    fault = await answer_of(host, quick)
+    if isinstance(fault, TimedOut | HostUnreachable | ConnectionDropped):
+        return Inspected(name, None, (flaw_of(fault, host.where),))
     try:
         answers = await inspecting.inspect(session, name, full=True)
     except PdDeployError as error:
-        return Inspected(name, None, (flaw_of(error, session.host(name).where),))
+        return Inspected(name, None, (flaw_of(error, host.where),))
     tools, devices = session.engine.device_tools(session.deployment), answers.devices
     needed = sorted(devices.devices) if devices else []
     return Inspected(name, answers, tuple(flaws.of_host(answers, tools, needed)))

@@ -23,6 +23,7 @@ from pd_deploy.records import generations
 from pd_deploy.records.adopted import GENERATION as ADOPTED
 from pd_deploy.records.adopted import SHOWN
 from pd_deploy.records.releases import History
+from pd_deploy.steps.asking import promptly
 from pd_deploy.steps.session import Session
 
 FOLLOW_S = 1.0
@@ -75,6 +76,7 @@ async def collect(
     name: str,
     history: History,
     generation: str,
+    containers: Iterable[ContainerState],
     to: Path,
     instances: Collection[str] = (),
 ) -> list[Path]:
@@ -84,6 +86,7 @@ async def collect(
     servers of another has their logs there.
 
     Args:
+        containers: what of the generation the host has.
         instances: copy the logs of these alone.
 
     Raises:
@@ -93,15 +96,17 @@ async def collect(
     """
     host = session.host(name)
     to = local_path(host, to, name)
-    wanted, ours = (
-        _wanted(history, generation),
-        await _containers(session, host, history, generation),
-    )
-    ours = [c for c in ours if not instances or c.labels.get(generations.INSTANCE) in instances]
+    ours = [
+        c for c in containers if not instances or c.labels.get(generations.INSTANCE) in instances
+    ]
     printed = {local_path(host, to, c.labels.get(generations.INSTANCE, "")): c.id for c in ours}
     await together(_copy_output(host, id, to / "docker.log") for to, id in printed.items())
     written = [to / "docker.log" for to in printed]
-    releases = [history.releases[known] for known in sorted(wanted) if known in history.releases]
+    releases = [
+        history.releases[known]
+        for known in sorted(_wanted(history, generation))
+        if known in history.releases
+    ]
     for release in releases:
         release.log_root(session.deployment.name)
         written += await _copy_tree(host, release.logs, to, instances)
@@ -114,12 +119,14 @@ def _wanted(history: History, generation: str) -> set[str]:
     return {generation, release.servers} if release else {generation}
 
 
-async def _containers(
-    session: Session, host: Host, history: History, generation: str
+async def containers(
+    session: Session, name: str, history: History, generation: str
 ) -> list[ContainerState]:
-    containers = await host.docker.containers({generations.DEPLOYMENT: session.deployment.name})
+    """List what a host has of a generation, and of the one whose servers it runs."""
+    labels = {generations.DEPLOYMENT: session.deployment.name}
+    listed = await session.host(name).docker.containers(labels)
     wanted = _wanted(history, generation)
-    return [c for c in containers if c.labels.get(generations.GENERATION) in wanted]
+    return [c for c in listed if c.labels.get(generations.GENERATION) in wanted]
 
 
 async def follow(
@@ -138,13 +145,15 @@ async def follow(
     Args:
         instances: those whose logs to follow; all if empty.
     """
-    follower = _Follower(session.host(name), instances, write)
+    host = session.host(name)
+    follower = _Follower(host, instances, write)
     places = [
         history.releases[g].logs for g in _wanted(history, generation) & history.releases.keys()
     ]
     while True:
         try:
-            await follower.look(await _containers(session, session.host(name), history, generation))
+            listed = containers(session, name, history, generation)
+            await follower.look(await promptly(host, listed))
             for place in places:
                 await follower.look_at_files(place)
         except TransientError as error:

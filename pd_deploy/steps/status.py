@@ -9,6 +9,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.records import status as statuses
 from pd_deploy.records.status import Status
 from pd_deploy.steps import host_records
+from pd_deploy.steps.asking import answer_of
 from pd_deploy.steps.host_records import HostRecords
 from pd_deploy.steps.session import Session
 
@@ -23,7 +24,9 @@ async def status(session: Session, listed: Listing | None = None) -> Status:
         listed: lists all containers of a host; by default, by asking its engine.
     """
     asked = list(session.hosts.values())
-    answers = await together(_answer(session, host, listed or _listed) for host in asked)
+    answers = await together(
+        answer_of(host, _answer(session, host, listed or _listed)) for host in asked
+    )
     records, containers, away = [], {}, {}
     for host, answer in zip(asked, answers, strict=True):
         if isinstance(answer, PdDeployError):
@@ -35,11 +38,8 @@ async def status(session: Session, listed: Listing | None = None) -> Status:
     return statuses.status(session.deployment.name, past, containers, away)
 
 
-async def _answer(session: Session, host: Host, listed: Listing) -> Answer | PdDeployError:
-    try:
-        return await host_records.read(host, session.root), await listed(host)
-    except PdDeployError as error:
-        return error
+async def _answer(session: Session, host: Host, listed: Listing) -> Answer:
+    return await host_records.read(host, session.root), await listed(host)
 
 
 async def _listed(host: Host) -> Sequence[ListedContainer]:

@@ -72,5 +72,10 @@ class Calls:
         self.moments.append(Moment(len(self.moments) + 1, host, what, changes, after, way))
         self.watch(self.moments[-1])
         if self.hangs(self.moments[-1]):
-            await asyncio.sleep(HANG_S)
-            raise TimedOut(f"no answer within {HANG_S} s", host=host)
+            await hang(host)
+
+
+async def hang(host: str) -> None:
+    """Wait for an answer that never comes, until it is given up."""
+    await asyncio.sleep(HANG_S)
+    raise TimedOut(f"no answer within {HANG_S} s", host=host)

@@ -18,7 +18,7 @@ from pd_deploy.hosts.login import Login
 from pd_deploy.hosts.sftp import SftpSession
 from pd_deploy.hosts.tunnel import Tunnel
 from tests.memory import commands
-from tests.memory.calls import Calls, Way
+from tests.memory.calls import Calls, Way, hang
 from tests.memory.client import MemoryClient, NotYet
 from tests.memory.machine import Machine
 from tests.memory.sftp import MemorySftp
@@ -57,6 +57,8 @@ class MemoryHost(Host):
         await self.reached(what)
         async with self.calls.passing(self.machine.name, what, changes=changes, way=way):
             await self.reached(what)
+            if way in self.machine.hanging:
+                await hang(self.where)
             yield
         await self.reached(what)
 
@@ -68,7 +70,7 @@ class MemoryHost(Host):
             HostUnreachable: so it did, without a connection.
         """
         now = self.machine.clock.seconds
-        deadline = now() + (self.machine.silence if self._connected else self._connect_timeout)
+        deadline = now() + (self.machine.silence if self._connected else self.connect_timeout)
         while self.machine.unplugged:
             if now() >= deadline:
                 if not self._connected:

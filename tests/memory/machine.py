@@ -3,12 +3,13 @@
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from tests.memory import answers
+from tests.memory.calls import Way
 from tests.memory.clock import Clock
 from tests.memory.disk import Disk
 
@@ -132,6 +133,7 @@ class Machine:
         captured: what commands printed on a host that it stands for, by command.
         route_address: its own on the default route; "" without such a route.
         docker_since: when its Docker started, by the clock's seconds.
+        hanging: the ways whose calls it never answers: its Docker engine hangs, or its disk.
         security_options: what the engine says of its security.
     """
 
@@ -150,6 +152,7 @@ class Machine:
         self.lingering: dict[int, float] = {}
         self.silence = 15.0
         self.unplugged_until = 0.0
+        self.hanging: Collection[Way] = ()
         self.health: dict[int, str] = {}
         self.ports_down: set[int] = set()
         self.driver = "24.1.rc3.5"

@@ -91,13 +91,13 @@ def test_what_serves_has_its_generation_and_the_ports_that_it_was_deployed_with(
 ) -> None:
     world = World(tmp_path)
     deployment = load_deployment(world.path)
-    assert world.asked(metrics._of_what_serves(deployment)) == []
+    assert world.asked(metrics._of_what_serves(deployment)) == ([], [])
     assert world.run(deploy).completed
     of_file = metrics.of_file(deployment)
     world.change(ports={"api": 9500})
     changed = load_deployment(world.path)
     assert metrics.of_file(changed) != of_file
-    serving = world.asked(metrics._of_what_serves(changed))
+    serving, _ = world.asked(metrics._of_what_serves(changed))
     assert {group["labels"].pop("generation") for group in serving} == {world.serving()}
     assert serving == of_file
 

@@ -197,24 +197,6 @@ def test_a_host_that_answers_otherwise_than_expected_is_not_called_silent(world:
     assert f"(10.0.0.2)  expected {ROOT}/record.json as pd-deploy wrote it" in rows["b"]
 
 
-def test_a_host_that_hangs_keeps_nobody_waiting_for_long(world: World) -> None:
-    """Its SSH server answers, and its Docker engine does not."""
-    world.run(deploy)
-    clock = world.cluster.clock
-
-    async def tell() -> showing.Told:
-        async with open_session(load_deployment(world.path)) as session:
-            session.hosts["b"].calls.hangs = lambda m: (m.host, m.way) == ("b", "docker")  # type: ignore[attr-defined]
-            return await showing.tell(session, None)
-
-    before = clock.seconds()
-    text = showing.text(world.asked(tell()))
-    assert clock.seconds() - before < 40
-    rows = {line.split()[0]: line for line in text.splitlines() if line}
-    assert HEALTHY in rows["p0"]
-    assert "no answer: it did not say within 30 s what runs there" in rows["b"]
-
-
 @pytest.mark.parametrize(
     ("damage", "result", "last"),
     [

@@ -6,14 +6,14 @@ its Docker engine; per server: its health and its counters. All hosts are asked 
 """
 
 import asyncio
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import httpx
 
-from pd_deploy.errors import PdDeployError, TimedOut, is_transient
+from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.hosts import lease
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.container_values import ContainerState
@@ -27,17 +27,13 @@ from pd_deploy.records.generations import GENERATION, RUNNING
 from pd_deploy.records.releases import History, Release, Starts
 from pd_deploy.records.status import Status
 from pd_deploy.steps import host_records, surveying
+from pd_deploy.steps.asking import answer_of, or_error
 from pd_deploy.steps.rollout import HostState
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
 from pd_deploy.steps.verify import metrics
 
-T = TypeVar("T")
-
 ANSWER_TIMEOUT_S = 3.0
-HOST_TIMEOUT_S = 20.0
-"""What a host has for saying what it has, once it is connected: its Docker engine, or its disk, may
-hang, and the others are not to wait for it. Its tools for devices have longer, as they need it."""
 HEALTHY = "healthy"
 Cause = Literal["", "late", "silent", "refused", "status"]
 """Why a port's answer is not as it should be: the way there was lost, or took too long; the port is
@@ -189,11 +185,15 @@ async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
     health = engine.device_health_command(devices) if devices else []
     reading = engine.read_addresses_command(session.deployment, devices) if devices else []
     commands = [lease.look_command(root), *filter(None, (health, reading))]
-    state, printed = await _both(
-        _or_error(_surveyed(session, name)), _or_error(host.outputs(*commands))
-    )
-    if isinstance(state, PdDeployError):
-        return state
+    printing = asyncio.ensure_future(or_error(host.outputs(*commands)))
+    try:
+        state = await answer_of(host, surveying.survey(session, name))
+        if isinstance(state, PdDeployError):
+            return state
+        # Tools for devices need longer than others.
+        printed = await printing
+    finally:
+        printing.cancel()
     entry = HostLook(name, host.address)
     if isinstance(printed, PdDeployError):
         unread = HostLook(name, host.address, devices=f"{NOT_KNOWN}: {printed.message}")
@@ -212,37 +212,6 @@ async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
         except PdDeployError as error:
             entry = HostLook(name, host.address, devices=error.message, lease=holding)
     return _HostAnswer(host, state, entry, addresses)
-
-
-async def _surveyed(session: Session, name: str) -> HostState:
-    """Survey a host, for as long as one may be waited for.
-
-    Raises:
-        TimedOut: it did not answer, though it may be there.
-    """
-    limit = session.deployment.gates.connect + HOST_TIMEOUT_S
-    try:
-        async with asyncio.timeout(limit):
-            return await surveying.survey(session, name)
-    except TimeoutError:
-        raise TimedOut(
-            f"it did not say within {limit:g} s what runs there: its Docker engine or its disk may "
-            "hang",
-            host=session.host(name).where,
-            hint="look at `systemctl status docker` and at the kernel's log there",
-        ) from None
-
-
-async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
-    first, second = await together((one, other))
-    return first, second
-
-
-async def _or_error(call: Coroutine[Any, Any, T]) -> T | PdDeployError:
-    try:
-        return await call
-    except PdDeployError as error:
-        return error
 
 
 def _drift(
@@ -370,7 +339,7 @@ async def _adopted_instance(
     if answer is None:
         return entry
     host, listening = answer.host, answer.state.listening
-    states = await _or_error(host.docker.states([one.id]))
+    states = await or_error(host.docker.states([one.id]))
     if isinstance(states, PdDeployError):
         return replace(entry, health=f"{NOT_KNOWN}: {states.message}", cause="late")
     entry = _of_container(entry, states[0]) if states else replace(entry, container=statuses.GONE)
