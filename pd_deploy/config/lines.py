@@ -35,21 +35,19 @@ def named(file: Path, shipped: Path, *, without: Parts = ()) -> Iterator[None]:
         # A file that it extends, or its profile, may be the one that is wrong.
         source = error.source if error.source and is_path(error.source) else str(file)
         layers = _layers(Path(source))
-        profile = _profile(layers, shipped)
+        places = _Places(layers, _profile(layers, shipped))
         problems = [
-            problem
-            if problem.place or problem.key in without
-            else _placed(problem, layers, profile)
+            problem if problem.place or problem.key in without else _placed(problem, places)
             for problem in error.problems
         ]
         raise InvalidInput(problems, source=source, hint=error.hint) from error
 
 
-def _placed(problem: Problem, layers: Layers, profile: Layers) -> Problem:
-    place = _find(problem.key, layers, profile) if problem.key else None
+def _placed(problem: Problem, places: "_Places") -> Problem:
+    place = places.find(problem.key) if problem.key else None
     if place is None:
         return problem
-    (path, _), (found, line) = layers[0], place
+    (path, _), (found, line) = places.layers[0], place
     words = f"line {line}" if found == path else f"{_relative(found, path)}, line {line}"
     return replace(problem, key=problem.key.removeprefix(_OF_PROFILE), place=words)
 
@@ -96,46 +94,78 @@ def _text_of(key: str, layers: Layers) -> tuple[Path, str] | None:
     return None
 
 
-def _find(key: str, layers: Layers, profile: Layers) -> tuple[Path, int] | None:
-    """Find the file and line that a key's value comes from; of an absent key, what it is part of.
+class _Places:
+    """The files and lines that keys' values come from.
 
-    A value of an instance may come from the settings of its role or of all; see `settings_of`.
+    Each mapping is gone through once, however many of its keys are looked up.
+
+    Args:
+        layers: the deployment file and those that it extends.
+        profile: the file's profile, and those below it.
     """
-    parts = tuple(key.split("."))
-    if key.startswith(_OF_PROFILE):
-        layers, parts = profile, parts[1:]
-        ways = [(layer, parts) for layer in profile]
-    elif parts[0] in _ROLES:
-        levels = [(parts[0], *parts[2:]), ("all", *parts[2:])] if len(parts) > 2 else []
-        ways = [(layer, parts) for layer in layers]
-        ways += [(layer, ("settings", *level)) for level in levels for layer in layers]
-        ways += [(layer, level) for level in levels for layer in profile]
-    else:
-        ways = [(layer, parts) for layer in layers + profile]
-    best: tuple[int, Path, int] | None = None
-    for (file, root), way in ways:
-        depth, line = _follow(root, way)
-        if depth == len(way):
-            return file, line
-        if way == parts and depth and (best is None or depth > best[0]):
-            best = depth, file, line
-    return best[1:] if best else None
 
+    def __init__(self, layers: Layers, profile: Layers) -> None:
+        self.layers = layers
+        self._profile = profile
+        self._mappings: dict[yaml.Node, _Mapping] = {}
 
-def _follow(node: yaml.Node, parts: Parts, line: int = 0) -> tuple[int, int]:
-    """Follow a path as far as it leads; return how many of its parts, and the line of the last."""
-    best = 0, line
-    if isinstance(node, yaml.SequenceNode) and parts and parts[0].isdecimal():
-        for item in node.value[int(parts[0]) :][:1]:
-            depth, line = _follow(item, parts[1:], item.start_mark.line + 1)
-            return depth + 1, line
-    for name, value in _pairs(node):
-        # A key may have dots of its own, as a variable's name may.
-        size = 1 + str(name.value).count(".")
-        if _plain(".".join(parts[:size])) == _plain(str(name.value)):
-            depth, line = _follow(value, parts[size:], name.start_mark.line + 1)
+    def find(self, key: str) -> tuple[Path, int] | None:
+        """Find the file and line of a key's value; of an absent key, of what it is part of.
+
+        A value of an instance may come from the settings of its role or of all; see `settings_of`.
+        """
+        parts, layers, profile = tuple(key.split(".")), self.layers, self._profile
+        if key.startswith(_OF_PROFILE):
+            parts = parts[1:]
+            ways = [(layer, parts) for layer in profile]
+        elif parts[0] in _ROLES:
+            levels = [(parts[0], *parts[2:]), ("all", *parts[2:])] if len(parts) > 2 else []
+            ways = [(layer, parts) for layer in layers]
+            ways += [(layer, ("settings", *level)) for level in levels for layer in layers]
+            ways += [(layer, level) for level in levels for layer in profile]
+        else:
+            ways = [(layer, parts) for layer in layers + profile]
+        best: tuple[int, Path, int] | None = None
+        for (file, root), way in ways:
+            depth, line = self._follow(root, way)
+            if depth == len(way):
+                return file, line
+            if way == parts and depth and (best is None or depth > best[0]):
+                best = depth, file, line
+        return best[1:] if best else None
+
+    def _follow(self, node: yaml.Node, parts: Parts, line: int = 0) -> tuple[int, int]:
+        """Follow a path as far as it leads; return how many of its parts, and the line of the
+        last."""
+        best = 0, line
+        if isinstance(node, yaml.SequenceNode) and parts and parts[0].isdecimal():
+            for item in node.value[int(parts[0]) :][:1]:
+                depth, line = self._follow(item, parts[1:], item.start_mark.line + 1)
+                return depth + 1, line
+        if node not in self._mappings:
+            self._mappings[node] = _Mapping(node)
+        for size, name, value in self._mappings[node].begin(parts):
+            depth, line = self._follow(value, parts[size:], name.start_mark.line + 1)
             best = max(best, (depth + size, line))
-    return best
+        return best
+
+
+class _Mapping:
+    """A mapping's keys and values, by the parts of a path that they stand for."""
+
+    def __init__(self, node: yaml.Node) -> None:
+        self._entries: dict[Parts, list[tuple[yaml.Node, yaml.Node]]] = {}
+        for name, value in _pairs(node):
+            # A key may have dots of its own, as a variable's name may.
+            key = tuple(_plain(str(name.value)).split("."))
+            self._entries.setdefault(key, []).append((name, value))
+        self._sizes = {len(key) for key in self._entries}
+
+    def begin(self, parts: Parts) -> Iterator[tuple[int, yaml.Node, yaml.Node]]:
+        """List the entries with which a path may begin, and how many of its parts each is."""
+        for size in self._sizes:
+            for name, value in self._entries.get(tuple(map(_plain, parts[:size])), ()):
+                yield size, name, value
 
 
 def _pairs(

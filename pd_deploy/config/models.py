@@ -556,9 +556,11 @@ class Smoke(Model):
 
 
 class RouterOptions(Model):
-    """What the routers of engines have in common. `router_metrics_open` shows the router's metrics
-    at the proxy's address, not on its host alone."""
+    """What engines behind a router have in common: what their servers run on, and the router's
+    options. `router_metrics_open` shows its metrics at the proxy's address, not on its host alone.
+    """
 
+    device: Literal["cpu", "cuda", "npu"]
     router_policy: Literal["round_robin", "random", "cache_aware", "power_of_two"] = "round_robin"
     router_metrics_port: Port = 29000
     router_metrics_open: bool = False
@@ -571,7 +573,6 @@ class VllmOptions(RouterOptions):
     `command` and `router` are programs in the image, by name or path.
     """
 
-    device: Literal["cpu", "cuda", "npu"]
     connector: Literal["NixlConnector", "MooncakeConnectorV1", "MooncakeHybridConnector"]
     kv_buffer_device: Literal["cpu", "cuda", "npu"] | None = None
     kv_connector_extra_config: Annotated[dict[str, Any], BeforeValidator(parse_json)] = {}
@@ -586,7 +587,6 @@ class SglangOptions(RouterOptions):
     `command` and `router` are command lines in the image, such as `sglang serve`.
     """
 
-    device: Literal["cpu", "cuda", "npu"]
     transfer_backend: Literal["mooncake", "mooncake_tcp", "nixl", "ascend", "mori"]
     ib_device: Text | None = None
     command: Text = "python3 -m sglang.launch_server"
@@ -757,7 +757,7 @@ class Deployment(Model):
 
     @property
     def router(self) -> RouterOptions | None:
-        """The options of its router, where the engine has one."""
+        """The options of an engine behind a router, if it is one."""
         return self.vllm or self.sglang
 
     @property

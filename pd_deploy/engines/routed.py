@@ -330,8 +330,7 @@ def dashed(arguments: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def _has_device_files(deployment: Deployment) -> bool:
     """Tell whether devices are files of Ascend's driver."""
-    options = deployment.vllm or deployment.sglang
-    return options is not None and options.device == "npu"
+    return deployment.router is not None and deployment.router.device == "npu"
 
 
 def _proxy_environment(proxy: Proxy) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Problems of a deployment file say where the value stands: which file and which line."""
 
+from cProfile import Profile
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,43 @@ def test_every_key_of_the_example_is_where_it_is_looked_up(tmp_path: Path) -> No
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(example.document(), sort_keys=False))
     written = path.read_text().splitlines()
-    layers = lines._layers(path)
+    places = lines._Places(lines._layers(path), [])
     for key, ends in leaves(example.document()):
-        place = lines._find(key, layers, [])
+        place = places.find(key)
         assert place
         assert place[0] == path
         assert ends in written[place[1] - 1], key
     assert lines._layers(PROFILES / "qwq-32b-a3.yaml")
+
+
+@pytest.mark.parametrize(
+    ("before", "key"),
+    [
+        ("", "wrong"),
+        ("hosts:\n", "  h"),
+        ("settings:\n  decode:\n    environment:\n", "      W."),
+    ],
+    ids=["top", "deeper", "with dots of their own"],
+)
+def test_lines_of_many_wrong_keys_cost_as_much_each_as_those_of_few(
+    tmp_path: Path, before: str, key: str
+) -> None:
+    """Counted, not timed: calls of Python's functions while the places are looked up."""
+    path = tmp_path / "wrong.yaml"
+
+    def calls(count: int) -> int:
+        path.write_text(before + "".join(f"{key}{n}: x\n" for n in range(count)))
+        above = before.replace(":\n", ".").replace(" ", "")
+        layers = lines._layers(path)
+        profile = Profile()
+        profile.enable()
+        places = lines._Places(layers, [])
+        found = {places.find(f"{above}{key.strip()}{n}") for n in range(count)}
+        profile.disable()
+        assert len(found) == count
+        return sum(entry.callcount for entry in profile.getstats())
+
+    assert calls(400) < 2.1 * calls(200)
 
 
 def leaves(part: Any, key: str = "") -> list[tuple[str, str]]:
