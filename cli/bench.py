@@ -14,7 +14,7 @@ from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Benchmark, Deployment
 from pd_deploy.errors import NothingServes, OutOfOrder
-from pd_deploy.records import vllm_bench
+from pd_deploy.records import load_results
 from pd_deploy.records.adopted import SHOWN
 from pd_deploy.records.benchmark import Figures, shown
 from pd_deploy.records.releases import History
@@ -71,7 +71,7 @@ async def measured(
             judged = await benchmark.measure(reached.session, reached.history, given, by)
         else:
             serving, now = reached.history.record.serving, datetime.now(UTC)
-            read = vllm_bench.figures(result, given, generation=serving, when=now, by=by)
+            read = load_results.figures(result, given, generation=serving, when=now, by=by)
             judged = benchmark.read(reached.history, given, read)
         if save:
             taken = locking.lease_for(
@@ -95,9 +95,9 @@ def text(history: History, result: Benchmarked, file: Path, *, save: bool) -> st
     means = [f"failed: {fault}" for fault in result.faults]
     means += [f"worse: {fault}" for fault in result.judgement.faults]
     means += [f"note: {remark}" for remark in result.judgement.remarks]
-    if not figures.load.generator:
+    if not result.read:
         means.append("note: what clients asked for meanwhile is in these figures")
-    if not save and not result.failed and not figures.load.generator:
+    if not save and not result.failed and not result.read:
         means.append(f"Next: pd-deploy bench {file} --save keeps them for comparison")
     return "\n".join([str(figures.load), *aligned(rows), *means])
 

@@ -87,6 +87,7 @@ _EDITABLE_OF_V0 = f"{_PACKAGES}/__editable__.omni_infer.pth"
 _PROJECT_OF_V0 = f"{_SOURCES}/setup.py"
 _SOURCES_OF_NPU = f"{_SOURCES}/components/omni-npu/src"
 _PROXY = "later/omni_proxy.sh"
+_LATER_BENCH = {f"{_PACKAGES}/vllm/benchmarks/serve.py": "later/vllm_bench.py"}
 _MODULES = {"usr/local/nginx/modules/ngx_http_omni_proxy_module.so": "of the stand-in: unread\n"}
 _BUILT_NGINX = "usr/local/nginx/nginx"  # an RPM's is /usr/sbin/nginx
 _CONNECTORS_OF_V0 = f"{_SOURCES}/omni/accelerators/pd/__init__.py"
@@ -138,7 +139,10 @@ CONTRACTS = {
         versions={"omni_infer": "1.2.1", **_V1_VERSIONS, "torch-npu": "2.9.0.post3"},
         cann="8.5.0",
         commit="c29cdcda00000000000000000000000000000003",
-        copied={f"{_SOURCES}/components/omni-proxy/omni_proxy/omni_proxy.sh": _PROXY},
+        copied={
+            f"{_SOURCES}/components/omni-proxy/omni_proxy/omni_proxy.sh": _PROXY,
+            **_LATER_BENCH,
+        },
         written={
             **_MODULES,
             f"{_PACKAGES}/omni_npu/__init__.py": _plugin(
@@ -161,6 +165,7 @@ CONTRACTS = {
         cann="8.5.0",
         commit="41da2e3f00000000000000000000000000000004",
         copied={
+            **_LATER_BENCH,
             f"{_SOURCES}/components/omni-proxy/omni_proxy/omni_proxy.sh": _PROXY,
             f"{_SOURCES}/tools/deploy/start_server/start_api_servers.py": f"image/{_LAUNCHER}",
         },

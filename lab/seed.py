@@ -41,6 +41,7 @@ MODEL = {
     "torch_dtype": "bfloat16",
     "vocab_size": 152064,
 }
+TOKENIZER = {"model_max_length": 131072, "tokenizer_class": "Qwen2Tokenizer"}
 SSHD_CONFIG = """\
 ListenAddress {address}
 HostKey /etc/ssh/ssh_host_ed25519_key
@@ -101,6 +102,8 @@ def seed_host(
     _write(directory, "/etc/ssh/ssh_host_ed25519_key.pub", host_key.public)
     _write(directory, "/etc/docker/daemon.json", json.dumps(_engine(registry, cgroup), indent=1))
     _write(directory, "/data/models/QwQ-32B/config.json", json.dumps(MODEL, indent=1))
+    tokenizer = json.dumps(TOKENIZER, indent=1)
+    _write(directory, "/data/models/QwQ-32B/tokenizer_config.json", tokenizer)
     for user in USERS:
         _authorize(directory, user, client_key)
 

@@ -647,6 +647,7 @@ class TestContainers:
         assert absent in (126, 127)
         with pytest.raises(errors.ContainerMissing):
             await docker.execute("no-such", command, write, deployment=OURS)
+        assert await docker.execute(id, command, write, deployment=OURS, attended=True) == 3
 
     async def test_a_container_of_somebody_else_that_was_adopted(
         self, host: Host, create: Create

@@ -8,11 +8,12 @@ and no package beyond Python's own. The router is in vLLM's directory, which hos
 import json
 from pathlib import Path
 
-from pd_deploy.lab import Lab, images, vllm
+from pd_deploy.lab import Lab, contracts, images, vllm
 
 IMAGE, IMAGE_TAG = "sglang", "v0.5.23"
 STANDIN = Path(__file__).with_name("standin")
 ROUTER = vllm.HOME / "sglang-router"
+_LOAD = contracts.STANDIN / "image/usr/local/Ascend/latest/standin/load.py"
 _PACKAGES = "usr/local/lib/python3.11/dist-packages"
 
 
@@ -24,6 +25,7 @@ def sources() -> dict[str, bytes]:
         for path in sorted(STANDIN.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
+    files[f"{IMAGE}/benchmark/load.py"] = _LOAD.read_bytes()
     version = IMAGE_TAG.removeprefix("v")
     described = f"Metadata-Version: 2.1\nName: {IMAGE}\nVersion: {version}\n"
     files[f"{IMAGE}-{version}.dist-info/METADATA"] = described.encode()

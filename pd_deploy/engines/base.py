@@ -8,6 +8,7 @@ from pd_deploy.config.models import Deployment, Settings
 from pd_deploy.config.topology import Instance, Proxy, Topology
 from pd_deploy.engines.device_report import DeviceTools
 from pd_deploy.engines.image_facts import ImageFacts
+from pd_deploy.engines.load_generator import LoadGenerator
 from pd_deploy.errors import Problem
 from pd_deploy.hosts.container_values import ContainerSpec
 
@@ -314,6 +315,9 @@ class Engine(Protocol):
         """Build the request that has decode answer a completion with the KV that prefill's `answer`
         offers; return None if it offers none. Where both are asked `AT_ONCE`, `body` is prefill's
         request, and `answer` is empty."""
+
+    def load_generator(self, deployment: Deployment, topology: Topology) -> LoadGenerator:
+        """Return the load generator that its images bring, for benchmarks."""
 
     def longest_prompt(self, deployment: Deployment, topology: Topology) -> int:
         """Return how many tokens a prompt and its answer may have together."""

@@ -22,9 +22,6 @@ one_step_on() {
 """Shell function of a proxy's script: waits for the next signal; one that comes early counts."""
 
 
-# As the start scripts do it: ~/.bashrc says which Python that is.
-_BASHRC = "source ~/.bashrc >/dev/null 2>&1\n"
-_PYTHON = 'exec "$(command -v python || command -v python3)" "$@"'
 ENVIRONMENT_FILE = "/run/pd-deploy-environment"
 """Where containers see the file `container.environment_file`."""
 NOT_READ = "TREE"
@@ -85,12 +82,6 @@ def code_setup(place: CodePlace, *, installs: bool) -> str:
     commands = (copy, *(place.install if installs else ()))
     failed = '{ echo "pd-deploy: the source code could not be installed"; exit 1; }'
     return "".join(f"{command} || {failed}\n" for command in commands)
-
-
-def in_python(source: str, *arguments: str, setup: str = "") -> list[str]:
-    """Return the command that runs a program's source in the Python of an image, after the lines of
-    `setup`."""
-    return ["bash", "-c", f"{_BASHRC}{setup}{_PYTHON}", "bash", "-c", source, *arguments]
 
 
 def flags(arguments: Mapping[str, Scalar]) -> list[str]:

@@ -20,8 +20,10 @@ from pd_deploy.config.models import Deployment, SglangOptions
 from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import image_facts
 from pd_deploy.engines.base import Counter, Counters, Finding, Member, Service
-from pd_deploy.engines.common import flags, in_python
+from pd_deploy.engines.common import flags
 from pd_deploy.engines.image_facts import ImageFacts
+from pd_deploy.engines.load_generator import LoadGenerator, sglang_bench
+from pd_deploy.engines.python import in_python
 from pd_deploy.engines.routed import RoutedEngine, code_findings, dashed, ratio
 from pd_deploy.engines.sglang_in_image import MARK, SERVER
 from pd_deploy.errors import Problem
@@ -175,6 +177,11 @@ class Sglang(RoutedEngine):
     def zmq_step(self, deployment: Deployment) -> int:
         """Return how many ports an instance takes from its zmq port on."""
         return _BLOCK
+
+    def load_generator(self, deployment: Deployment, topology: Topology) -> LoadGenerator:
+        """Return SGLang's, by the Python that its servers run in, where the file names one."""
+        words = shlex.split(deployment.sglang.command) if deployment.sglang else []
+        return sglang_bench(words[0] if "-m" in words[1:2] else "python3")
 
     def prefill_request(
         self, prefill: Instance, body: Mapping[str, Any], nonce: str

@@ -16,6 +16,7 @@ from pd_deploy.config.topology import Instance, Pod, Topology
 from pd_deploy.engines import common
 from pd_deploy.engines.base import Counter, Counters, Finding, Member, Service
 from pd_deploy.engines.common import flags
+from pd_deploy.engines.load_generator import LoadGenerator, trusts_code, vllm_bench
 from pd_deploy.engines.routed import RoutedEngine, code_findings, ratio
 from pd_deploy.errors import Problem
 
@@ -115,6 +116,11 @@ class Vllm(RoutedEngine):
             )
             for index, copies in enumerate(ranks)
         ]
+
+    def load_generator(self, deployment: Deployment, topology: Topology) -> LoadGenerator:
+        """Return vLLM's, by the program that its servers are."""
+        program = deployment.vllm.command if deployment.vllm else "vllm"
+        return vllm_bench(program, trusts_code=trusts_code(topology))
 
     def prefill_request(
         self, prefill: Instance, body: Mapping[str, Any], nonce: str

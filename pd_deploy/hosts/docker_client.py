@@ -410,13 +410,18 @@ class DockerClient:
         write: Callable[[bytes, bytes], object],
         *,
         deployment: Owner,
+        environment: Mapping[str, str] | None = None,
+        attended: bool = False,
     ) -> int:
         """Run a command in a container of the deployment; return its exit code.
 
-        If the call is cut, the command runs on: Docker has no means to end it.
+        If the call is cut, the command runs on: Docker has no means to end it. Its standard input
+        is at its end from the start, or with `attended` once the call is over or cut: a command
+        that looks there can end itself.
 
         Args:
             write: given its standard output and standard error bit by bit, on a thread.
+            environment: over that of the container; it is in no process's arguments.
 
         Raises:
             NotOurs: it does not carry the deployment's label.
@@ -425,7 +430,9 @@ class DockerClient:
         state = await self._own(container, deployment)
 
         def run(client: APIClient) -> int:
-            made = client.exec_create(state.id, list(argv))
+            made = client.exec_create(
+                state.id, list(argv), stdin=attended, environment=dict(environment or {})
+            )
             for out, err in client.exec_start(made["Id"], stream=True, demux=True):
                 write(out or b"", err or b"")
             return int(client.exec_inspect(made["Id"])["ExitCode"])

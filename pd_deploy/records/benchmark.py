@@ -21,8 +21,6 @@ KEPT = 20
 """Figures that a record keeps: the record is read and written at each run."""
 ENOUGH = 20
 """Answers from which on a 95th percentile is more than the slowest answer."""
-BUSY = 0.9
-"""Share of one core from which on the load generator, not the service, may be the limit."""
 UNLEARNED, LEAST, MOST = 0.2, 0.05, 0.5
 LEARNS_FROM = 3
 """Differences between successive figures from which on a tolerance is learned."""
@@ -30,6 +28,7 @@ LEARNS_FROM = 3
 # of two figures, that is what a new one differs by. Three of these are rarely exceeded by chance.
 SPREADS = 3 * 1.4826
 BAR = 24
+FORMER_GENERATOR = "pd-deploy's former load generator"
 
 Metric = Literal["ttft", "tpot", "throughput"]
 NAMES: dict[Metric, str] = {"ttft": "TTFT", "tpot": "TPOT", "throughput": "throughput"}
@@ -48,7 +47,7 @@ class Load(_Frozen):
     """What was asked: figures of different loads can't be compared. Lengths are in tokens.
 
     Attributes:
-        generator: what asked; empty for pd-deploy's own load generator.
+        generator: what asked; empty in records of older versions, which had one of their own.
     """
 
     requests: int
@@ -58,14 +57,15 @@ class Load(_Frozen):
     generator: str = ""
 
     @classmethod
-    def of(cls, benchmark: Benchmark) -> "Load":
+    def of(cls, benchmark: Benchmark, generator: str) -> "Load":
         """Take the load out of the file's benchmark."""
-        return cls(**benchmark.model_dump(include=set(cls.model_fields)))
+        asked = benchmark.model_dump(include=set(cls.model_fields))
+        return cls(**asked, generator=generator)
 
     def __str__(self) -> str:
         return (
             f"{self.requests} requests, {self.concurrency} at a time, of {self.input_length} tokens"
-            f" for {self.output_length}" + (f", by {self.generator}" if self.generator else "")
+            f" for {self.output_length}, by {self.generator or FORMER_GENERATOR}"
         )
 
 
@@ -77,14 +77,12 @@ class Sample:
         ttft: None if no token came.
         tpot: None if there were not two tokens.
         fault: why it failed; empty if it was answered.
-        cut: whether it was given up because the benchmark's time was over.
     """
 
     tokens: int
     ttft: float | None = None
     tpot: float | None = None
     fault: str = ""
-    cut: bool = False
 
 
 class Figures(_Frozen):
@@ -92,13 +90,13 @@ class Figures(_Frozen):
 
     Attributes:
         by: what measured it.
-        answered: requests that were; the others failed, or were cut when the time was over.
+        version: that of the load generator; empty where it is not known.
+        answered: requests that were; none of a load that did not end in time.
         seconds: how long the load took.
+        ended: whether it ended in time; if not, its throughput was lower than what is here.
         ttft, tpot: medians; None if there were none.
         ttft_p95, tpot_p95: what 95 % of the requests were within.
         throughput: output tokens per second, of all requests together.
-        delay: by how much the load generator itself noticed events late, 95th percentile.
-        busy: share of a core that it used.
         passed: whether the generation was let through.
     """
 
@@ -114,8 +112,8 @@ class Figures(_Frozen):
     tpot: float | None = None
     tpot_p95: float | None = None
     throughput: float
-    delay: float = 0.0
-    busy: float = 0.0
+    version: str = ""
+    ended: bool = True
     passed: bool = True
 
     def __str__(self) -> str:
@@ -136,24 +134,8 @@ class Figures(_Frozen):
 
     @property
     def steady(self) -> bool:
-        """Whether others can be compared with them: enough answers, no failure, and a load
-        generator that was not the limit."""
-        return self.answered >= ENOUGH and not self.failed and self.busy < BUSY
-
-    @property
-    def at_best(self) -> "Figures":
-        """The figures less all that the load generator's own delay can explain of them."""
-        tokens = self.load.output_length
-        rounds = self.answered / self.load.concurrency
-        working = max(self.seconds - rounds * self.delay, self.seconds / 2)
-        less = {
-            "ttft": _less(self.ttft, self.delay),
-            "ttft_p95": _less(self.ttft_p95, self.delay),
-            "tpot": _less(self.tpot, self.delay / max(tokens - 1, 1)),
-            "tpot_p95": _less(self.tpot_p95, self.delay / max(tokens - 1, 1)),
-            "throughput": self.throughput * self.seconds / working if working else self.throughput,
-        }
-        return self.model_copy(update=less)
+        """Whether others can be compared with them: enough answers, and no failure."""
+        return self.answered >= ENOUGH and not self.failed
 
 
 def summed_up(
@@ -164,11 +146,10 @@ def summed_up(
     when: datetime,
     by: str,
     seconds: float,
-    delays: Sequence[float] = (),
-    busy: float = 0.0,
+    version: str = "",
 ) -> Figures:
     """Sum up what a load's requests found."""
-    answered = [s for s in samples if not s.fault and not s.cut]
+    answered = [s for s in samples if not s.fault]
     ttft = [s.ttft for s in answered if s.ttft is not None]
     tpot = [s.tpot for s in answered if s.tpot is not None]
     latencies = {
@@ -185,10 +166,41 @@ def summed_up(
         answered=len(answered),
         failed=sum(bool(s.fault) for s in samples),
         seconds=_short(seconds),
-        throughput=_short(sum(s.tokens for s in samples if not s.fault) / max(seconds, 1e-9)),
-        delay=_short(percentile(delays, 95) or 0.0),
-        busy=_short(busy),
+        throughput=_short(sum(s.tokens for s in answered) / max(seconds, 1e-9)),
+        version=version,
     ).model_copy(update={n: _short(value) for n, value in latencies.items() if value is not None})
+
+
+def unended(
+    load: Load, *, generation: str, when: datetime, by: str, seconds: float, version: str = ""
+) -> Figures:
+    """Return what is known of a load that did not end in so many seconds."""
+    return Figures(
+        generation=generation,
+        when=when,
+        by=by,
+        load=load,
+        answered=0,
+        failed=0,
+        seconds=seconds,
+        throughput=_short(load.requests * load.output_length / seconds),
+        version=version,
+        ended=False,
+    )
+
+
+def shares(benchmark: Benchmark, count: int) -> list[Benchmark]:
+    """Divide a load among so many proxies, or among as many as there are requests at a time."""
+    count = min(count, benchmark.requests, benchmark.concurrency)
+    return [
+        benchmark.model_copy(
+            update={
+                key: (getattr(benchmark, key) + number) // count
+                for key in ("requests", "concurrency")
+            }
+        )
+        for number in range(count)
+    ]
 
 
 def percentile(values: Sequence[float], percent: int) -> float | None:
@@ -242,34 +254,30 @@ def judge(
     """
     same = [f for f in kept if f.load == figures.load and f.passed and f.steady]
     before = _last(same, good)
-    remarks = _unjudged(figures, before)
-    over = _over_limits(figures, benchmark.limits, before)
-    found = [*over, *_worse(figures, benchmark, same, before)]
-    if not figures.answered and not figures.failed:
-        found = [(f"no request was answered in {figures.seconds:.0f} s", bool(before))]
-    faults = tuple(text for text, _ in found)
-    if figures.busy >= BUSY:
-        said = f"; otherwise it would count that {' and '.join(faults)}" if faults else ""
-        remark = (
-            f"not judged: pd-deploy itself used {figures.busy:.0%} of a core, so the load, not the "
-            f"service, may have been the limit{said}. Lower `concurrency`, or run it on a faster "
-            "machine"
-        )
-        return Judgement(remarks=(remark, *remarks))
+    found = [*_over_limits(figures, benchmark.limits, before)]
+    found += _worse(figures, benchmark, same, before)
+    if not figures.ended:
+        found = [_late(figures, benchmark, same, before)]
     did_better = bool(before) if figures.failed else any(better for _, better in found)
-    return Judgement(faults, remarks, did_better)
+    faults = tuple(text for text, _ in found)
+    return Judgement(faults, tuple(_remarks(figures, before)), did_better)
 
 
-def _unjudged(figures: Figures, before: Sequence[Figures]) -> tuple[str, ...]:
-    remarks = []
-    if figures.answered < ENOUGH:
-        remarks.append(
-            f"TTFT and TPOT not judged: only {figures.answered} requests were answered in "
-            f"{figures.seconds:.0f} s, and {ENOUGH} are needed"
+def _remarks(figures: Figures, before: Sequence[Figures]) -> Iterable[str]:
+    if figures.ended and figures.answered < ENOUGH:
+        yield (
+            f"TTFT and TPOT not judged: only {figures.answered} requests were answered, and "
+            f"{ENOUGH} are needed"
         )
     if not before:
-        remarks.append("nothing to compare with: no good generation has figures of this load")
-    return tuple(remarks)
+        yield "nothing to compare with: no good generation has figures of this load"
+    others = {f.version for f in before if f.version} - {figures.version}
+    if figures.version and others:
+        yield (
+            f"{figures.load.generator} is {figures.version} now, and was "
+            f"{' or '.join(sorted(others))} for generation {before[0].generation}: it may be what "
+            "made a difference"
+        )
 
 
 def _last(same: Sequence[Figures], good: Sequence[str]) -> list[Figures]:
@@ -286,16 +294,14 @@ def _worse(
     """List what is worse than the generation before had, by more than the tolerance."""
     for metric, name in NAMES.items():
         old = _median(f.value(metric) for f in before)
-        now, found = figures.at_best.value(metric), figures.value(metric)
-        if old is None or now is None or found is None or not _is_judged(metric, figures):
+        now = figures.value(metric)
+        if old is None or now is None or not _is_judged(metric, figures):
             continue
-        share = benchmark.tolerance
-        if share == "learned":
-            share = tolerance([v for f in same if (v := f.value(metric)) is not None])
+        share = _tolerance(metric, benchmark, same)
         bound = old / (1 + share) if metric == HIGHER_IS_BETTER else old * (1 + share)
         if not _keeps(metric, now, bound):
             yield (
-                f"{name} is {shown(metric, found)} instead of {shown(metric, old)} with generation "
+                f"{name} is {shown(metric, now)} instead of {shown(metric, old)} with generation "
                 f"{before[0].generation} ({_bound(metric, bound)} by a tolerance of {share:.0%})",
                 True,
             )
@@ -308,18 +314,39 @@ def _over_limits(
     did not keep them either."""
     for metric, name in NAMES.items():
         limit: float | None = getattr(limits, metric)
-        now, found = figures.at_best.promised(metric), figures.promised(metric)
-        if limit is None or now is None or found is None or not _is_judged(metric, figures):
+        now = figures.promised(metric)
+        if limit is None or now is None or not _is_judged(metric, figures):
             continue
         if not _keeps(metric, now, limit):
             of = "" if metric == HIGHER_IS_BETTER else " for 95 % of the requests"
             old = _median(f.promised(metric) for f in before)
             was = f"; generation {before[0].generation} had {shown(metric, old)}" if old else ""
             yield (
-                f"{name}{of} is {shown(metric, found)} ({_bound(metric, limit)} by "
+                f"{name}{of} is {shown(metric, now)} ({_bound(metric, limit)} by "
                 f"gates.benchmark.limits.{metric}{was})",
                 old is not None and _keeps(metric, old, limit),
             )
+
+
+def _late(
+    figures: Figures, benchmark: Benchmark, same: Sequence[Figures], before: Sequence[Figures]
+) -> Fault:
+    """Say what a load that did not end in time proves: how high its throughput can be at most."""
+    most, metric = figures.throughput, HIGHER_IS_BETTER
+    said = f"it did not end in {figures.seconds:g} s, so throughput is below {shown(metric, most)}"
+    old = _median(f.throughput for f in before)
+    if old is None:
+        return said, False
+    share = _tolerance(metric, benchmark, same)
+    was = f"; generation {before[0].generation} had {shown(metric, old)}"
+    return said + was, most < old / (1 + share)
+
+
+def _tolerance(metric: Metric, benchmark: Benchmark, same: Sequence[Figures]) -> float:
+    """Return the file's tolerance, or what is learned of all figures of this load."""
+    if benchmark.tolerance != "learned":
+        return benchmark.tolerance
+    return tolerance([value for f in same if (value := f.value(metric)) is not None])
 
 
 def _is_judged(metric: Metric, figures: Figures) -> bool:
@@ -372,10 +399,6 @@ def as_markdown(kept: Sequence[Figures]) -> list[str]:
 def _median(values: Iterable[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return statistics.median(present) if present else None
-
-
-def _less(value: float | None, delay: float) -> float | None:
-    return None if value is None else max(value - delay, 0.0)
 
 
 def _short(value: float) -> float:

@@ -17,7 +17,8 @@ from pd_deploy.code.reading import Source
 from pd_deploy.code.tree import Entry, Tree
 from pd_deploy.config.models import CodeTree
 from pd_deploy.engines.base import CodePlace, Layout
-from pd_deploy.engines.common import code_setup, in_python
+from pd_deploy.engines.common import code_setup
+from pd_deploy.engines.python import in_python
 from pd_deploy.errors import CodeRefused, CommandFailed, NoSuchGeneration
 from pd_deploy.hosts.container_values import PullProgress
 from pd_deploy.hosts.files import disk_error

@@ -336,9 +336,6 @@ class TestRollback:
         """What lives of it goes on living; the next run puts things right. A build that is only
         slower is rolled back as well, by the figures of the one that serves."""
         service.change(gates={"benchmark": LOAD})
-        service.faults(
-            "d0", slow=0.25
-        )  # or pd-deploy itself would be the limit, and nothing judged
         first = await run(deploy, service)
         assert "nothing to compare with" in str(first.message)
         image = service.push_bad("20250724_4", garbage=True)
@@ -351,6 +348,9 @@ class TestRollback:
         message = str((await run(deploy, service, image=slow)).message)
         kept = service.record()["figures"]
         assert [(f["generation"][:1], f["passed"]) for f in kept] == [("1", True), ("3", False)]
+        assert {(f["load"]["generator"], f["version"]) for f in kept} == {
+            ("vllm bench", "0.9.0+empty")
+        }
         assert kept[1]["tpot"] > 0.14 > kept[0]["tpot"]
         assert "failed at `benchmark` because" in message
         assert re.search(r"TPOT is \d{3} ms instead of [\d.e-]+ ms with generation 1-", message)

@@ -15,11 +15,13 @@ from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.teardown import teardown
 from pd_deploy.lab import Lab, vllm
 from tests.e2e.conftest import ROOT, Service
+from tests.samples import ALL
 
 PORT = 7001
 FAULTY_ROUTER = Path(__file__).with_name("dropping_router.py")
 PROMPT = "Decode writes the answer, one token after the other, and so on. How are you?"
 MAX_TOKENS = 24
+BENCHMARK = {"requests": 20, "concurrency": 2, "input_length": 64, "output_length": 16}
 ANSWERED_ALONE = f"""
 from vllm import LLM, SamplingParams
 one = LLM({str(vllm.MODEL)!r}, max_model_len=512, dtype="bfloat16", block_size=32,
@@ -88,8 +90,16 @@ async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     pair: Service, answered_alone: list[int], worker: None, prefect: Callable[..., str]
 ) -> None:
     """In one test, because loading takes most of the time."""
+    if ALL:  # half a minute: vLLM is imported once more
+        pair.change(gates={"ready": 300, "benchmark": BENCHMARK})
     flow_run = run(prefect, pair)
     followed = prefect("pd-deploy", "follow", flow_run)
+    assert bool(re.search(r"benchmark.* TTFT .*, TPOT .*, throughput ", followed)) is ALL
+    if ALL:
+        (figures,) = pair.record()["figures"]
+        assert (figures["load"]["generator"], figures["answered"]) == ("vllm bench", 20)
+        assert figures["version"] == metadata_of_vllm()
+        pair.change(gates={"ready": 300})
     assert "KV transfer proven by the servers' counters: p0 (a) → d0 (b)" in followed
     assert not re.search("ranktable|device addresses", followed)
     assert await answer(pair) == answered_alone
@@ -126,6 +136,12 @@ async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     state = await teardown(pair.file, "lab-vllm-1p1d", return_state=True)
     assert state.is_completed(), state.message
     assert pair.containers() == {}
+
+
+def metadata_of_vllm() -> str:
+    """The version of vLLM that is installed for the lab."""
+    (record,) = vllm.ENGINE.glob("lib/python3.11/site-packages/vllm-*.dist-info")
+    return record.name.removeprefix("vllm-").removesuffix(".dist-info")
 
 
 def run(prefect: Callable[..., str], service: Service) -> str:

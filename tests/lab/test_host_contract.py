@@ -1,5 +1,6 @@
 """The lab's hosts, reached by SSH, keep the contract that hosts in memory are held to."""
 
+import asyncio
 import shlex
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.login import Login
 from pd_deploy.lab import Lab, LabHost
 from tests.host_contract import *  # noqa: F403  all of its tests, and their fixtures
+from tests.host_contract import OURS, Create
 
 LISTEN = """
 import signal, socket
@@ -18,6 +20,39 @@ listener = socket.create_server(("", {}))
 print("listens", flush=True)
 signal.pause()
 """
+
+
+ATTENDED = """
+echo $$ >/tmp/attended
+sleep 600 & sleeping=$!
+cat >/dev/null
+kill $sleeping
+rm /tmp/attended
+"""
+
+
+async def test_an_attended_command_sees_the_end_of_its_call(host: Host, create: Create) -> None:
+    """However that ends: what looks at its standard input does not stay behind."""
+    docker = host.docker
+    id = await create()
+    await docker.start(id)
+
+    async def is_there() -> bool:
+        look = ["test", "-e", "/tmp/attended"]
+        return not await docker.execute(id, look, lambda *_: None, deployment=OURS)
+
+    command = ["sh", "-c", ATTENDED]
+    call = asyncio.ensure_future(
+        docker.execute(id, command, lambda *_: None, deployment=OURS, attended=True)
+    )
+    async with asyncio.timeout(30):
+        while not await is_there():
+            assert not call.done()
+        call.cancel()
+        while await is_there():
+            pass
+    with pytest.raises(asyncio.CancelledError):
+        await call
 
 
 class Console:

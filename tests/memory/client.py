@@ -12,7 +12,7 @@ from typing import Any
 import requests
 from docker import errors as sdk
 
-from tests.memory import programs
+from tests.memory import load, programs
 from tests.memory.machine import Build, Container, LocalImage, Machine
 from tests.memory.playbook import Workbench
 
@@ -64,6 +64,8 @@ class MemoryClient:
         self._stopping: dict[str, float] = {}
         self._pulling: dict[str, float] = {}
         self._executions: dict[str, _Execution] = {}
+        self._loads: dict[str, tuple[str, float]] = {}
+        """By what is asked: what is printed of it, and when."""
 
     def info(self) -> dict[str, Any]:
         return {
@@ -267,6 +269,7 @@ class MemoryClient:
         argv: list[str],
         environment: Mapping[str, str] | None = None,
         workdir: str | None = None,
+        stdin: bool = False,
     ) -> dict[str, str]:
         one = self._find(name)
         if not one.running:
@@ -279,13 +282,30 @@ class MemoryClient:
         self, id: str, *, stream: bool = False, demux: bool = False, detach: bool = False
     ) -> Iterator[tuple[bytes | None, bytes | None]]:
         """In a container of the playbook's what it makes of it; elsewhere `sh -c` with some of
-        `echo`, `echo … >&2` and `exit`. No other program is there."""
+        `echo`, `echo … >&2` and `exit`, and the engine's load generator. No other program is
+        there."""
         assert detach or (stream and demux)
         execution = self._executions[id]
+        if load.is_asked(execution.argv):
+            return iter([(self._load(execution).encode(), None)])
         return iter(list(execution.run()))
 
     def exec_inspect(self, id: str) -> dict[str, int]:
         return {"ExitCode": self._executions[id].code}
+
+    def _load(self, asked: _Execution) -> str:
+        """What a load generator prints, once it has ended."""
+        key, now = asked.argv[-1], self._machine.clock.seconds()
+        if key not in self._loads:
+            said, seconds = load.carried(
+                self._machine, asked.container, asked.argv, asked.environment
+            )
+            self._loads[key] = said, now + seconds
+        said, ends = self._loads[key]
+        if now < ends and asked.container.running:
+            raise NotYet
+        del self._loads[key]
+        return said if asked.container.running else ""
 
     def _take_time(self, what: str) -> None:
         """What brings an image takes as long as the machine says."""

@@ -52,13 +52,15 @@ class Faults:
 class Build:
     """An image in the registry: its digest, what is wrong with it, by instance or `*`, the machines
     that it is for, and what it prints when it is asked what it is; None if it never answers. One
-    without Python can't hold requests."""
+    without Python can't hold requests. `load_generator` is the version of the engine's own; empty
+    if it has none."""
 
     digest: str
     faults: Mapping[str, Faults] = field(default_factory=dict)
     architecture: str = "arm64"
     answer: str | None = answers.of("by its tag")
     has_python: bool = True
+    load_generator: str = "0.9.0"
 
 
 @dataclass

@@ -426,11 +426,11 @@ class TokenByToken(httpx.AsyncByteStream):
 
     def __init__(self, tokens: int, seconds: float) -> None:
         self._tokens = tokens
-        self._seconds = seconds
+        self.seconds = seconds
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for number in range(1, self._tokens + 1):
-            await asyncio.sleep(self._seconds)
+            await asyncio.sleep(self.seconds)
             reason = "length" if number == self._tokens else None
             yield _event({"choices": [{"index": 0, "text": " sun", "finish_reason": reason}]})
         yield _event({"choices": [], "usage": {"completion_tokens": self._tokens}})

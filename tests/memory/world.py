@@ -187,13 +187,17 @@ class World:
         architecture: str = "arm64",
         repository: str = "",
         answer: str | None = OF_EXAMPLE,
+        load_generator: str = "0.9.0",
     ) -> str:
         """Push an image whose engines misbehave so, and that says this of itself, by default what
         the example's says; return its name for a run."""
         ref = f"{repository or split_image(self.example.image).name}:{tag}"
         digest = f"sha256:{len(self.cluster.registry) + 1:064x}"
         answer = self.example.answer if answer == OF_EXAMPLE else answer
-        self.cluster.push(ref, Build(digest, dict(faults or {}), architecture, answer))
+        build = Build(
+            digest, dict(faults or {}), architecture, answer, load_generator=load_generator
+        )
+        self.cluster.push(ref, build)
         return ref
 
     def twin(self) -> "World":

@@ -1,15 +1,12 @@
 """Figures of a load, the tolerance that is learned from them, and what counts as worse."""
 
-import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,9 +14,9 @@ from hypothesis import strategies as st
 from pd_deploy.cli import bench
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Benchmark, BenchmarkLimits
-from pd_deploy.errors import HostUnreachable, InvalidInput
+from pd_deploy.errors import InvalidInput
 from pd_deploy.flows.deploy import deploy
-from pd_deploy.records import benchmark, vllm_bench
+from pd_deploy.records import benchmark, load_results
 from pd_deploy.records.benchmark import (
     ENOUGH,
     KEPT,
@@ -33,14 +30,15 @@ from pd_deploy.records.benchmark import (
     percentile,
     summed_up,
     tolerance,
+    unended,
 )
 from pd_deploy.records.releases import Record
-from pd_deploy.steps.verify.load import Measured, carried
+from tests.memory import answers
 from tests.memory.machine import Faults
 from tests.memory.world import World
 from tests.unit import example
 
-LOAD = Load(requests=40, concurrency=4, input_length=64, output_length=16)
+LOAD = Load(requests=40, concurrency=4, input_length=64, output_length=16, generator="vllm bench")
 GIVEN = Benchmark(requests=40, concurrency=4, input_length=64, output_length=16)
 FEW = settings(max_examples=40)
 FIGURE = st.floats(1e-4, 1e4)
@@ -129,9 +127,9 @@ def test_a_regression_says_both_figures_and_the_generations() -> None:
         ([figures("1-a", passed=False)], ["1-a"]),
         ([figures("1-a", failed=1)], ["1-a"]),
         ([figures("1-a", answered=ENOUGH - 1)], ["1-a"]),
-        ([figures("1-a", busy=0.95)], ["1-a"]),
+        ([figures("1-a", load=LOAD.model_copy(update={"generator": "sglang bench"}))], ["1-a"]),
     ],
-    ids=["none", "not good", "another load", "refused", "failures", "too few", "client busy"],
+    ids=["none", "not good", "another load", "refused", "failures", "too few", "not its own"],
 )
 def test_without_figures_to_rely_on_a_load_is_only_recorded(
     kept: list[Figures], good: list[str]
@@ -161,14 +159,26 @@ def test_limits_are_for_95_percent_and_blame_no_image_that_the_one_before_did_no
     assert judge(figures(), given_, [better], ["1-a"]).of_the_generation
 
 
-def test_what_the_load_generator_itself_may_have_caused_is_no_regression_but_said() -> None:
-    kept, good, slow = [figures("1-a")], ["1-a"], {"ttft": 0.5, "ttft_p95": 0.6}
-    assert judge(figures(**slow), GIVEN, kept, good).faults
-    assert not judge(figures(**slow, delay=0.3), GIVEN, kept, good).faults
-    busy = judge(figures(**slow, busy=0.97), GIVEN, kept, good)
-    assert not busy.faults
-    assert "not judged: pd-deploy itself used 97% of a core" in busy.remarks[0]
-    assert "TTFT is 500 ms instead of 200 ms" in busy.remarks[0]
+def test_another_version_of_the_generator_is_compared_and_said() -> None:
+    kept = [figures("1-a", version="0.9.0")]
+    judged = judge(figures(version="0.14.0", ttft=0.5), GIVEN, kept, ["1-a"])
+    assert judged.faults
+    assert judged.remarks == (
+        "vllm bench is 0.14.0 now, and was 0.9.0 for generation 1-a: it may be what made a "
+        "difference",
+    )
+    assert not judge(figures(version="0.9.0"), GIVEN, kept, ["1-a"]).remarks
+
+
+def test_figures_that_an_older_version_has_kept_are_read_but_never_compared() -> None:
+    """It had a load generator of its own."""
+    former = figures("1-a", tpot=0.001).model_dump(mode="json")
+    former |= {"delay": 0.004, "busy": 0.3, "load": LOAD.model_dump(exclude={"generator"})}
+    record = Record.model_validate_json(json.dumps({"figures": [former]}))
+    assert str(record.figures[0].load).endswith(", by pd-deploy's former load generator")
+    judged = judge(figures(), GIVEN, record.figures, ["1-a"])
+    assert (judged.faults, judged.of_the_generation) == ((), False)
+    assert "nothing to compare with" in judged.remarks[0]
 
 
 def test_too_few_answers_are_judged_by_throughput_alone_and_said() -> None:
@@ -176,26 +186,46 @@ def test_too_few_answers_are_judged_by_throughput_alone_and_said() -> None:
     judged = judge(now, GIVEN, [figures("1-a")], ["1-a"])
     assert [fault.partition(" ")[0] for fault in judged.faults] == ["throughput"]
     assert judged.remarks == (
-        "TTFT and TPOT not judged: only 3 requests were answered in 60 s, and 20 are needed",
+        "TTFT and TPOT not judged: only 3 requests were answered, and 20 are needed",
     )
 
 
-def test_a_service_that_answers_nothing_in_time_is_refused_even_without_a_figure_to_compare(
-) -> None:  # fmt: skip
-    now = figures(answered=0, ttft=None, tpot=None, throughput=2.0, seconds=60)
-    assert judge(now, GIVEN, [], []).faults == ("no request was answered in 60 s",)
+@pytest.mark.parametrize(
+    ("kept", "said", "is_to_blame"),
+    [
+        ([], "", False),
+        ([figures("1-a")], "; generation 1-a had 100 tokens/s", True),
+        ([figures("1-a", throughput=11.0)], "; generation 1-a had 11 tokens/s", False),
+    ],
+    ids=["first", "faster before", "as slow before"],
+)
+def test_a_load_that_does_not_end_in_time_fails_by_what_that_proves(
+    kept: list[Figures], said: str, is_to_blame: bool
+) -> None:
+    now = unended(LOAD, generation="2-b", when=datetime.now(UTC), by="", seconds=64)
+    judged = judge(now, GIVEN, kept, ["1-a"])
+    assert judged.faults == (f"it did not end in 64 s, so throughput is below 10 tokens/s{said}",)
+    assert judged.of_the_generation == is_to_blame
+    assert not now.steady
 
 
-def test_failed_requests_are_no_samples_and_cut_ones_count_for_throughput_alone() -> None:
-    samples = [
-        Sample(16, ttft=0.2, tpot=0.01), Sample(0, fault="status 500"), Sample(4, cut=True)
-    ]  # fmt: skip
-    summed = summed_up(
-        samples, LOAD, generation="1-a", when=datetime.now(UTC), by="", seconds=2.0, delays=[0.1]
-    )
-    assert (summed.answered, summed.failed, summed.throughput) == (1, 1, 10.0)
-    assert (summed.ttft, summed.tpot, summed.delay) == (0.2, 0.01, 0.1)
-    assert str(summed) == "TTFT 200 ms, TPOT 10 ms, throughput 10 tokens/s"
+def test_failed_requests_are_no_samples() -> None:
+    samples = [Sample(16, ttft=0.2, tpot=0.01), Sample(0, fault="status 500")]
+    summed = summed_up(samples, LOAD, generation="1-a", when=datetime.now(UTC), by="", seconds=2.0)
+    assert (summed.answered, summed.failed, summed.throughput) == (1, 1, 8.0)
+    assert (summed.ttft, summed.tpot) == (0.2, 0.01)
+    assert str(summed) == "TTFT 200 ms, TPOT 10 ms, throughput 8 tokens/s"
+
+
+@FEW
+@given(st.integers(20, 1000), st.integers(1, 40), st.integers(1, 6))
+def test_proxies_share_a_load(requests: int, concurrency: int, proxies: int) -> None:
+    load = GIVEN.model_copy(update={"requests": requests, "concurrency": concurrency})
+    shares = benchmark.shares(load, proxies)
+    assert sum(share.requests for share in shares) == requests
+    assert sum(share.concurrency for share in shares) == concurrency
+    assert all(share.requests and share.concurrency for share in shares)
+    assert len(shares) == min(proxies, concurrency)
 
 
 def test_a_record_keeps_the_last_figures_and_is_small() -> None:
@@ -210,77 +240,6 @@ def test_a_record_keeps_the_last_figures_and_is_small() -> None:
     assert sum("█" in line for line in drawn) == KEPT
 
 
-Answer = Callable[[dict[str, Any]], httpx.Response]
-
-
-async def load_on(answer: Answer, limit: float = 20, **changes: int) -> tuple[Measured, list[Any]]:
-    """What a load on a service that answers so finds, and what was asked."""
-    asked: list[Any] = []
-
-    def handle(request: httpx.Request) -> httpx.Response:
-        asked.append(json.loads(request.content))
-        return answer(asked[-1])
-
-    load = LOAD.model_copy(update=changes)
-    async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as client:
-        url = "http://127.77.0.1:7000/v1/completions"
-        measured = await carried([(client, url)], example.service(), load, {}, limit=limit)
-    return measured, asked
-
-
-def event(**content: Any) -> str:
-    return f"data: {json.dumps(content)}\n\n"
-
-
-def streamed(body: dict[str, Any], per_event: int = 2) -> str:
-    """Tokens in events of several, as an engine sends them that guesses ahead."""
-    chunks = event(choices=[{"text": " sun"}]) * (body["max_tokens"] // per_event)
-    usage = event(choices=[], usage={"completion_tokens": body["max_tokens"]})
-    return f"{chunks}{usage}data: [DONE]\n\n"
-
-
-async def test_each_request_is_of_the_size_asked_for_and_no_prompt_comes_twice() -> None:
-    measured, asked = await load_on(lambda body: httpx.Response(200, text=streamed(body)))
-    assert [s.tokens for s in measured.samples] == [16] * 40
-    assert all(s.ttft is not None and not s.fault for s in measured.samples)
-    assert len(asked) == 40 + 4, "the warm-up does not count"
-    assert {(len(b["prompt"]), b["ignore_eos"]) for b in asked} == {(64, True)}
-    assert len({tuple(b["prompt"][:16]) for b in asked}) == len(asked)
-
-
-@pytest.mark.parametrize(
-    ("answer", "fault"),
-    [
-        (lambda _: httpx.Response(503, text="overloaded"), "status 503: 'overloaded'"),
-        (lambda _: httpx.Response(200, text=event(error="KV lost")), 'data: {"error": "KV lost"}'),
-        (lambda b: httpx.Response(200, text=streamed(b)[:-16]), "ended without [DONE]"),
-        (lambda _: httpx.Response(200, text="garbage"), "0 events that ended without [DONE]"),
-    ],
-)
-async def test_a_failed_request_says_why(answer: Answer, fault: str) -> None:
-    measured, _ = await load_on(answer, requests=20)
-    assert len(measured.samples) == 20
-    assert all(fault in s.fault for s in measured.samples)
-
-
-async def test_a_lost_way_to_the_host_is_no_failed_request() -> None:
-    def lost(_: object) -> httpx.Response:
-        raise HostUnreachable("expected host a to answer")
-
-    with pytest.raises(HostUnreachable):
-        await load_on(lost)
-
-
-async def test_what_is_under_way_when_the_time_is_over_is_cut() -> None:
-    class Endless(httpx.AsyncByteStream):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            yield event(choices=[{"text": " sun"}]).encode()
-            await asyncio.Event().wait()
-
-    measured, _ = await load_on(lambda _: httpx.Response(200, stream=Endless()), limit=0.2)
-    assert all(s.cut and not s.fault for s in measured.samples)
-
-
 # What `vllm bench serve --save-result` writes, as far as it is read, and some of the rest.
 VLLM = {
     "date": "20261128-023700", "backend": "openai", "request_rate": "inf", "burstiness": 1.0,
@@ -293,7 +252,7 @@ VLLM_LOAD = Benchmark(requests=20, concurrency=4, input_length=8, output_length=
 
 
 def of_vllm(given: Benchmark = VLLM_LOAD, **changes: Any) -> Figures:
-    return vllm_bench.figures(
+    return load_results.figures(
         json.dumps(VLLM | changes), given, generation="1-a", when=datetime.now(UTC), by="me"
     )
 
@@ -307,23 +266,46 @@ def test_figures_of_vllms_own_generator_are_read_and_compared_with_its_own_alone
     fewer = {"completed": 18, "total_input_tokens": 146, "total_output_tokens": 144}
     assert of_vllm(**fewer).failed == 2
     assert str(figures.load).endswith(", by vllm bench")
-    ours = figures.model_copy(update={"load": Load.of(VLLM_LOAD), "tpot": 0.001})
+    ours = figures.model_copy(update={"load": Load.of(VLLM_LOAD, ""), "tpot": 0.001})
     assert not judge(figures, VLLM_LOAD, [ours], ["1-a"]).faults
     faster = figures.model_copy(update={"tpot": 0.001})
     assert judge(figures, VLLM_LOAD, [faster], ["1-a"]).faults
 
 
-def test_a_result_of_vllm_0_32_is_read() -> None:
-    """`vllm bench serve` wrote it, of a 1P1D on CPUs."""
-    result = (example.ROOT / "tests/data/vllm-bench.json").read_text()
-    load = Benchmark(requests=20, concurrency=2, input_length=64, output_length=16)
-    figures = vllm_bench.figures(
-        result, load, generation="1-a", when=datetime.now(UTC), by="somebody"
+REAL = (example.ROOT / "tests/data/vllm-bench.json").read_text()
+"""`vllm bench serve` of vLLM 0.32 wrote it, of a 1P1D on CPUs; texts are cut."""
+REAL_LOAD = Benchmark(requests=20, concurrency=2, input_length=64, output_length=16)
+BY_REQUEST = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
+
+
+@pytest.mark.parametrize("left_out", [(), BY_REQUEST], ids=["--save-detailed", "without"])
+def test_a_result_of_vllm_0_32_is_read(left_out: tuple[str, ...]) -> None:
+    """What follows from each request is what vLLM itself makes of all of them."""
+    result = {key: value for key, value in json.loads(REAL).items() if key not in left_out}
+    figures = load_results.figures(
+        json.dumps(result), REAL_LOAD, generation="1-a", when=datetime.now(UTC), by="somebody"
     )
     assert (figures.answered, figures.failed) == (20, 0)
-    assert figures.ttft == pytest.approx(0.0593, abs=1e-4)
-    assert figures.tpot_p95 == pytest.approx(0.00395, abs=1e-5)
-    assert figures.throughput == pytest.approx(279.9, abs=0.1)
+    assert figures.ttft == pytest.approx(result["median_ttft_ms"] / 1000, rel=1e-3)
+    assert figures.tpot == pytest.approx(result["median_tpot_ms"] / 1000, rel=1e-3)
+    assert figures.throughput == pytest.approx(result["output_throughput"], rel=1e-3)
+    assert (figures.tpot_p95 is None) is bool(left_out)
+
+
+def test_a_request_that_failed_says_why_and_is_no_sample() -> None:
+    """As vLLM says it: with a traceback, with the reason of a status, or without a word."""
+    result = {
+        "duration": 2.0, "ttfts": [0.1, 0.2, 0.0, 0.0], "itls": [[0.01, 0.03], [0.01], [], []],
+        "output_lens": [3, 0, 0, 0], "errors": ["", "File\nBroken: end", "Bad Gateway", ""],
+    }  # fmt: skip
+    samples, seconds = load_results.samples(result)
+    assert seconds == 2
+    assert [s.fault for s in samples] == ["", "Broken: end", "Bad Gateway", "no answer"]
+    assert samples[0] == Sample(3, 0.1, 0.02)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        load_results.samples({**result, "errors": []})
+    with pytest.raises(ValueError, match="validation error"):
+        load_results.samples({})
 
 
 @pytest.mark.parametrize(
@@ -370,8 +352,10 @@ def test_a_slower_build_is_rolled_back_and_its_image_to_blame_where_only_that_is
     given = json.dumps(VLLM | {"median_tpot_ms": 5000.0})
     asked = bench.measured(load_deployment(world.path), save=False, result=given)
     history, read = world.asked(asked)
-    assert (read.figures.generation, read.figures.tpot, read.failed) == (first, 5.0, False)
-    assert "nothing to compare with" in bench.text(history, read, world.path, save=False)
+    assert (read.figures.generation, read.figures.tpot, read.failed) == (first, 5.0, True)
+    assert "worse: TPOT is 5.00 s instead of 500 ms" in bench.text(
+        history, read, world.path, save=False
+    )
     assert (document["tpot"], document["worse"], document["passed"]) == (0.5, [], True)
     said = str(world.run(deploy, image=world.push("20250724_1", SLOW)).error)
     assert "failed at `benchmark` because" in said
@@ -388,3 +372,49 @@ def test_a_slower_build_is_rolled_back_and_its_image_to_blame_where_only_that_is
     assert len(world.record().quarantine) == 1, "the file was changed as well"
     assert world.serving() == first
     world.assert_coherent()
+
+
+def test_a_load_that_does_not_end_in_time_is_rolled_back_with_what_to_change(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    world.change(gates={"benchmark": SPEED["gates"]["benchmark"] | {"seconds": 30}})
+    assert world.run(deploy, image=world.push("20250723_1", FAST)).completed
+    said = str(world.run(deploy, image=world.push("20250724_1", SLOW)).error)
+    assert "it did not end in 30 s, so throughput is below 5.3 tokens/s" in said
+    assert "lower `gates.benchmark.requests`, or raise its `seconds`" in said
+    assert [f.ended for f in world.record().figures] == [True, False]
+
+
+def test_an_image_without_a_load_generator_is_rolled_back_but_not_put_into_quarantine(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    world.change(**SPEED)
+    assert world.run(deploy).completed
+    first = world.serving()
+    outcome = world.run(deploy, image=world.push("20250724_1", load_generator=""))
+    assert (
+        "expected `vllm bench serve`, the image's own load generator, to measure the service; the "
+        "image does not have it: package vllm 0.8.0 has no benchmarks/serve.py"
+    ) in str(outcome.error)
+    assert "This says nothing about its speed" in str(outcome.error)
+    assert world.serving() == first
+    assert not world.record().quarantine
+
+
+@pytest.mark.parametrize(("version", "is_refused"), [("0.8.4+empty", True), ("0.9.0+empty", False)])
+def test_an_image_too_old_for_a_benchmark_is_refused_before_anything_is_stopped(
+    tmp_path: Path, version: str, is_refused: bool
+) -> None:
+    world = World(tmp_path)
+    world.change(**SPEED)
+    assert world.run(deploy).completed
+    before = world.runs()
+    said = answers.of("v0").replace('"0.9.0"', json.dumps(version))
+    outcome = world.run(deploy, image=world.push("20260801_1", answer=said))
+    assert outcome.completed is not is_refused
+    if is_refused:
+        assert "expected an image with vLLM 0.9.0 or later" in str(outcome.error)
+        assert "found 0.8.4+empty (rule benchmark-generator)" in str(outcome.error)
+        assert world.runs() == before

@@ -14,8 +14,7 @@ from pd_deploy.engines.base import PROVING_ADDRESS
 from pd_deploy.engines.sglang import Sglang
 from pd_deploy.lab import sglang as lab
 from pd_deploy.planning import placement
-from pd_deploy.records.benchmark import Load
-from pd_deploy.steps.verify import metrics, requests
+from pd_deploy.steps.verify import metrics
 from tests.memory import answers
 from tests.memory import sglang as sglang_in_memory
 from tests.unit import example
@@ -189,14 +188,6 @@ def test_prefill_and_decode_are_asked_to_meet_in_one_room() -> None:
     assert asked.pop("bootstrap_room") < 1 << 63
     assert asked == {"prompt": "x", "bootstrap_host": "10.0.5.1", "bootstrap_port": 9014}
     assert Sglang().decode_request(asked, {}) == asked
-
-
-def test_a_load_is_of_words_where_the_router_takes_no_token_ids() -> None:
-    load = Load(requests=1, concurrency=1, input_length=50, output_length=4)
-    of, seeds = load_deployment(GPU), ("1", "2")
-    prompts = [requests.of_load(of, load, seed, token_ids=False)["prompt"] for seed in seeds]
-    assert [len(prompt.split()) for prompt in prompts] == [50, 50]
-    assert prompts[0] != prompts[1]
 
 
 def test_what_was_moved_is_counted_in_bytes() -> None:

@@ -14,6 +14,7 @@ from pd_deploy.engines import ascend, common
 from pd_deploy.engines.base import CodePlace, Counter, Counters, HostFacts, Member, Service
 from pd_deploy.engines.common import code_mounts, instance_of, longest_sequence, mount, mounts
 from pd_deploy.engines.device_report import DeviceTools
+from pd_deploy.engines.load_generator import LoadGenerator, vllm_bench
 from pd_deploy.engines.omniinfer import (
     by_image,
     kv,
@@ -157,6 +158,11 @@ def longest_prompt(deployment: Deployment, topology: Topology) -> int:
 def cache_busting_fields(nonce: str) -> dict[str, Any]:
     """Return none: prefix caching is off in the profiles."""
     return {}
+
+
+def load_generator(deployment: Deployment, topology: Topology) -> LoadGenerator:
+    """Return vLLM's. The launcher lets servers run code that lies beside the model, always."""
+    return vllm_bench("vllm", trusts_code=True)
 
 
 def container(service: Service, name: str) -> ContainerSpec:

@@ -8,7 +8,6 @@ from typing import Any
 
 from pd_deploy.config.models import Deployment, SmokeCheck
 from pd_deploy.config.topology import Proxy
-from pd_deploy.records.benchmark import Load
 
 HANDOVER_TOKENS = 8
 """Tokens that a prefill and a decode are asked for directly. Prefill makes the first one; from the
@@ -17,8 +16,6 @@ COMPARED = ("The capital of France is", "Once upon a time, there was")
 """Prompts that are asked beside `smoke.prompt` where no check says what the right answer is."""
 _LOWEST_ID, _IDS = 100, 128
 """Token ids that every vocabulary has, and that are special tokens in none of today's models."""
-
-_WORDS = ("the", "of", "and", "to", "in", "is", "it", "on", "as", "at", "by", "we", "or", "an")
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -74,30 +71,6 @@ def of_check(deployment: Deployment, check: SmokeCheck, longest: int, seed: str)
     return Question(
         COMPLETIONS, {**body, "prompt": _ids(count, seed)}, f"a prompt of {count} tokens"
     )
-
-
-def of_load(
-    deployment: Deployment, load: Load, seed: str, *, token_ids: bool = True
-) -> dict[str, Any]:
-    """Build the body of one request of a load.
-
-    Its prompt is of token ids, which make it as long as it has to be without the model's tokenizer,
-    and as `ignore_eos` makes the answer, the same work for every image.
-
-    Args:
-        seed: makes the prompt another one each time, so that no cache has it.
-        token_ids: whether the proxy takes them; else the prompt is of words that are a token each.
-    """
-    ids = _ids(load.input_length, seed)
-    return {
-        "model": deployment.model.served_name,
-        "prompt": ids if token_ids else " ".join(_WORDS[i % len(_WORDS)] for i in ids),
-        "max_tokens": load.output_length,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
 
 
 def _ids(count: int, seed: str) -> list[int]:

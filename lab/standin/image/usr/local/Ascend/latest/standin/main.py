@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from standin import age, death, npu, ondemand, options, plugin, wire
+from standin import age, bench, death, npu, ondemand, options, plugin, wire
 from standin.api import Api
 from standin.engine import Engine
 from standin.environment import Environment
@@ -25,7 +25,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the server; exit code 2 for a wrong command line, 1 for a refusal."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
-    arguments = options.parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["bench", "serve"]:
+        bench.main(argv[2:])
+        return
+    arguments = options.parse(argv)
     try:
         # vLLM itself is the image's; all that follows goes by the code that is imported.
         config = arguments.kv_transfer_config
