@@ -677,7 +677,8 @@ def bench(
     """Measure what serves: time to the first token, time per token, and throughput.
 
     Sends the load of `gates.benchmark` (by default 100 requests, 8 at a time, of 1024 tokens for
-    128) to where clients ask, each proxy in turn, and compares the figures with those on the hosts.
+    128) to where clients ask, by the load generator that the image brings, on the proxies' hosts,
+    and compares the figures with those on the hosts.
 
     The exit code is 1 if they are worse than the file allows, or if requests failed.
 
