@@ -188,6 +188,8 @@ def sglang_bench(python: str) -> LoadGenerator:
         # Since 0.5.x the first only leads to the second.
         sources=("benchmark/serving.py", "bench_serving.py"),
         arguments=arguments,
+        # Where it has the option, it would wait for /v1/models, which not all routers have.
+        if_known=((("--ready-check-timeout-sec", "0"),),),
     )
 
 

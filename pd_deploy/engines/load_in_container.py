@@ -23,6 +23,7 @@ from typing import Any
 MARK = "pd-deploy: the load generator "
 PLACE = "{directory}"
 """In an argument: the directory that is removed at the end."""
+READ = ("duration", "ttfts", "output_lens", "errors")
 MOST_SAID = 2000  # characters of what the generator printed last
 # Where the generator finds its package, asked of its own Python; it imports nothing of it.
 LOOK = """
@@ -36,9 +37,15 @@ print(json.dumps([spec.origin if spec else None, version]))
 """
 LOOK_S = 60
 # Requests to a loopback address must not go through a proxy that an image or its host has set, nor
-# may a tokenizer be looked for anywhere but in the model's directory.
+# may a tokenizer be looked for anywhere but in the model's directory. Unbuffered, what it printed
+# last is what it said last, also where that are errors.
 UNSET = ("http_proxy", "https_proxy", "all_proxy")
-SET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+SET = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def run(told: dict[str, Any]) -> dict[str, Any]:
@@ -144,9 +151,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def slimmed(result: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of a result what is long and not needed: texts, and each token's own time."""
-    kept = {key: value for key, value in result.items() if not key.startswith("generated_text")}
-    return {**kept, "itls": [[sum(t)] if t else [] for t in kept.get("itls") or []]}
+    """Keep of a result what is read: SGLang's has all that servers say of themselves, and each
+    token's own time is long."""
+    kept = {key: result[key] for key in READ if key in result}
+    return {**kept, "itls": [[sum(times)] if times else [] for times in result.get("itls") or []]}
 
 
 if __name__ == "__main__":

@@ -94,7 +94,6 @@ async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
         pair.change(gates={"ready": 300, "benchmark": BENCHMARK})
     flow_run = run(prefect, pair)
     followed = prefect("pd-deploy", "follow", flow_run)
-    assert bool(re.search(r"benchmark.* TTFT .*, TPOT .*, throughput ", followed)) is ALL
     if ALL:
         (figures,) = pair.record()["figures"]
         assert (figures["load"]["generator"], figures["answered"]) == ("vllm bench", 20)

@@ -418,3 +418,14 @@ def test_an_image_too_old_for_a_benchmark_is_refused_before_anything_is_stopped(
         assert "expected an image with vLLM 0.9.0 or later" in str(outcome.error)
         assert "found 0.8.4+empty (rule benchmark-generator)" in str(outcome.error)
         assert world.runs() == before
+
+
+def test_each_proxy_carries_its_share_and_the_figures_are_of_all(tmp_path: Path) -> None:
+    """Each is asked on its own host, at its own address, by a generator of its own."""
+    world = World(tmp_path)
+    world.change(proxy={"c1": {"host": "b"}}, **SPEED)
+    assert world.run(deploy, image=world.push("20250723_1", FAST)).completed
+    (kept,) = world.record().figures
+    assert (kept.answered, kept.failed, kept.load.requests) == (20, 0, 20)
+    # 5 times 8 tokens of half a second each, one after the other; 4 at a time at both together.
+    assert (kept.seconds, kept.throughput, kept.version) == (20, 8, "0.9.0")

@@ -15,6 +15,7 @@ def cli_main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark the online serving throughput.")
     parser.add_argument("--backend", default="sglang", choices=["sglang", "sglang-oai", "vllm"])
     parser.add_argument("--base-url")
+    parser.add_argument("--ready-check-timeout-sec", type=int, default=60)
     parser.add_argument(
         "--dataset-name", default="sharegpt", choices=["sharegpt", "random", "random-ids"]
     )
@@ -38,6 +39,8 @@ def cli_main() -> None:
         sys.exit("the stand-in's router knows no /generate")
     if args.random_range_ratio != 1.0:
         sys.exit("the stand-in makes prompts of one length only")
+    if args.ready_check_timeout_sec:
+        sys.exit(f"Server at {args.base_url}/v1/models is not ready. Exiting.")
     load.require_tokenizer(args.tokenizer or args.model)
     texts = load.prompts(args.num_prompts, args.random_input_len, args.seed)
     bodies = [body(args, text, args.random_output_len) for text in texts]
