@@ -21,6 +21,7 @@ PORT = 7001
 FAULTY_ROUTER = Path(__file__).with_name("dropping_router.py")
 PROMPT = "Decode writes the answer, one token after the other, and so on. How are you?"
 MAX_TOKENS = 24
+RECORD = "/var/lib/pd-deploy/lab-vllm-1p1d/record.json"
 BENCHMARK = {"requests": 20, "concurrency": 2, "input_length": 64, "output_length": 16}
 ANSWERED_ALONE = f"""
 from vllm import LLM, SamplingParams
@@ -95,7 +96,8 @@ async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     flow_run = run(prefect, pair)
     followed = prefect("pd-deploy", "follow", flow_run)
     if ALL:
-        (figures,) = pair.record()["figures"]
+        record = pair.lab.hosts["a"].run(["cat", RECORD]).stdout
+        (figures,) = json.loads(record)["figures"]
         assert (figures["load"]["generator"], figures["answered"]) == ("vllm bench", 20)
         assert figures["version"] == metadata_of_vllm()
         pair.change(gates={"ready": 300})
