@@ -9,7 +9,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from pd_deploy.blocks.opening import open_session
-from pd_deploy.errors import LeaseHeld, LeaseLost, OnHold, PdDeployError
+from pd_deploy.errors import LeaseHeld, LeaseLost, OnHold, PdDeployError, headline
 from pd_deploy.flows import deployment_file, events, outcomes, past_checks, publish, unknown
 from pd_deploy.flows.interrupts import interruptible
 from pd_deploy.flows.roll_out import roll_out
@@ -161,22 +161,25 @@ async def _mended(unlocked: Session, checked: Checked, run: Run) -> State[None]:
             state = await roll_out(rollout, run)
         except LeaseLost:
             raise
-        except PdDeployError:
-            await _note_failure(session, checked, began)
+        except PdDeployError as error:
+            await _note_failure(session, checked, began, error)
             raise
     if not state.is_completed():
         return state
     return Completed(name=past_checks.MENDED, message=f"{checked.told}. Mended: {state.message}")
 
 
-async def _note_failure(session: LockedSession, checked: Checked, began: datetime) -> None:
+async def _note_failure(
+    session: LockedSession, checked: Checked, began: datetime, error: PdDeployError
+) -> None:
     """Record that an attempt failed, and give up if it was the last one."""
     try:
         record = await copies.change_record(session, lambda record: record.not_mended(began, now()))
         decision = mending.decide(record.mending, session.deployment.health, now())
         if decision.gives_up:
             await copies.change_record(session, lambda record: record.gave_up(now()))
-            events.gave_up(session.deployment, checked, decision.why)
+            why = f"{decision.why}; the last attempt failed because {headline(error)}"
+            events.gave_up(session.deployment, checked, why)
     except PdDeployError as fault:
         get_run_logger().warning("that it failed could not be recorded: %s", fault)
 

@@ -95,20 +95,23 @@ def told(mending: Mending | None, options: Health, now: datetime) -> str:
         return told_of_silence(silent, options)
     due = _due(mending, recent, options)
     assert due
-    is_last, until = len(recent) >= options.attempts, f"{due.astimezone():%Y-%m-%d %H:%M:%S}"
+    is_last = len(recent) >= options.attempts
     if mending.failed is None and due <= now and not is_last:
         return told_of_silence(silent, options)
-    if mending.failed is None:
-        times = f"{len(recent)} times" if len(recent) > 1 else "once"
-        then = "no further restart" + ("" if is_last else f" before {until}")
-        return f"restarted {times} in {_minutes(options.within)}; {then}"
-    then = (
-        f"`health.attempts` is {options.attempts}, so nothing more is tried"
-        if is_last
-        else f"the next one is due at {until}"
-    )
-    attempts = f"{len(recent)} of {max(options.attempts, len(recent))} attempts"
-    return f"{attempts} at a restart failed or did not last; {then}"
+    times = f"{len(recent)} times" if len(recent) > 1 else "once"
+    failed = ", and the last attempt failed" if mending.failed else ""
+    if is_last and (failed or not options.attempts):
+        then = f"`health.attempts` is {options.attempts}, so nothing more is tried"
+    elif is_last:
+        oldest = recent[len(recent) - options.attempts]
+        then = f"health gives up if it fails again before {_local(oldest + within)}"
+    else:
+        then = f"the next restart is due at {_local(due)} at the earliest"
+    return f"restarted {times} in {_minutes(options.within)}{failed}; {then}"
+
+
+def _local(when: datetime) -> str:
+    return f"{when.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _gave_up(mending: Mending) -> str:

@@ -405,6 +405,7 @@ def test_attempts_come_ever_later_and_end_with_one_event(world: World) -> None:
     assert record.mending.gave_up
     begun = [when - record.mending.attempts[0] for when in record.mending.attempts]
     assert [round(since.total_seconds() / 60) for since in begun] == [0, 2, 6, 16]
+    assert "the last attempt failed because" in world.events[-1]["payload"]["message"]
     assert told(world) == [events.DEGRADED, events.DOWN, events.GAVE_UP]
     assert record.serving == first
     assert not record.quarantine
@@ -453,10 +454,10 @@ def test_status_and_checks_go_by_the_same_file(world: World) -> None:
     world.cluster.faults["p1"] = Faults(dies=1)
     kill(world, "p1")
     assert checked(world, 1) == ["NothingServes"]
-    assert "1 of 4 attempts at a restart" in status(world)
+    assert "restarted once in 60 min, and the last attempt failed; the next" in status(world)
     world.change(health={"attempts": 1}, settings={"decode": {"environment": {"EXAMPLE": "1"}}})
     assert "drift         the file makes another generation" in status(world)
-    assert "failed or did not last; `health.attempts` is 1, so nothing more" in status(world)
+    assert "and the last attempt failed; `health.attempts` is 1, so nothing more" in status(world)
     assert "it was restarted once in 60 min" in untouched(world).message
 
 
@@ -470,7 +471,9 @@ def test_status_says_why_nothing_is_restarted_after_restarts_that_helped(world: 
     assert world.run(health).word == "Degraded"
     said = re.search(r"^health +(.*)$", status(world), re.M)
     assert said
-    assert said[1].startswith("restarted 2 times in 60 min; no further restart before 2026-")
+    assert said[1].startswith("restarted 2 times in 60 min; the next restart is due at 2026-")
+    world.change(health={"attempts": 2})
+    assert "60 min; health gives up if it fails again before 2026-" in status(world)
 
 
 def test_it_only_tells_where_the_file_allows_no_attempt(world: World) -> None:
