@@ -143,14 +143,21 @@ def text(told: Told) -> str:
 
 
 def _verdict(look: Look) -> str:
-    assert look.status.verdict is not None
-    words = [str(look.status.verdict)]
+    words = [str(look.status.verdict or "not known")]
     if not look.status.serves:
         words.append(look.status.state)
     return "; ".join(filter(None, (": ".join(words), look.status.remark)))
 
 
 def _facts(told: Told) -> Iterator[tuple[str, str]]:
+    if told.look.status.verdict:
+        yield from _of_hosts(told)
+    yield "next nightly", told.next.nightly
+    yield "next check", told.next.check
+
+
+def _of_hosts(told: Told) -> Iterator[tuple[str, str]]:
+    """List what is on the hosts, of which at least one answered."""
     look, release, record = told.look, told.look.release, told.look.history.record
     if service := record.adopted_serving:
         yield "generation", f"{SHOWN}, since {_time(service.when)} by {service.by}"
@@ -174,8 +181,6 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
     yield "drift", drift
     listed = (f"{q.image} ({digest[:19]})" for digest, q in record.quarantine.items())
     yield "quarantine", ", ".join(listed) or "none"
-    yield "next nightly", told.next.nightly
-    yield "next check", told.next.check
 
 
 def _instances(told: Told) -> Iterator[tuple[str, ...]]:

@@ -5,7 +5,7 @@ import logging
 from prefect.logging import get_run_logger
 
 from pd_deploy.code.reading import Source
-from pd_deploy.errors import Abandoned, PdDeployError, headline, is_transient
+from pd_deploy.errors import Abandoned, PdDeployError, faults_of, headline, is_transient
 from pd_deploy.records.releases import Choice
 from pd_deploy.steps.identifying import Identified
 from pd_deploy.steps.report import Report
@@ -38,7 +38,8 @@ class _Story(logging.Filter):
             self._tell_once(record, record.args)
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, PdDeployError):
-            if error.logged:
+            # Of several faults, each was logged by the step that had it.
+            if all(getattr(fault, "logged", False) for fault in faults_of(error)):
                 return False
             error.logged = True
             record.msg, record.args = str(error), ()

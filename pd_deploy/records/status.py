@@ -86,7 +86,7 @@ class Status:
         state: `SERVES`, or what is not as it should be.
         remark: what else people want to know.
         verdict: whether clients get answers, as far as can be seen from here; None if no host was
-            asked.
+            asked, or none answered.
     """
 
     deployment: str
@@ -125,6 +125,8 @@ def status(
     }
     release, record = history.serving, history.record
     troubles = [*away.values()]
+    if not containers:
+        return Status(deployment, state="; ".join(troubles))
     if service := record.adopted_serving:
         return _of_adopted(deployment, service, history, containers, away, unhealthy)
     if release is None:

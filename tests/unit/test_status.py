@@ -224,6 +224,18 @@ def test_without_any_host_the_past_is_not_told_as_empty(world: World) -> None:
         world.asked(asking.past(load_deployment(world.path)))
 
 
+def test_of_a_service_of_which_no_host_answers_nothing_is_known(world: World) -> None:
+    world.deploy()
+    for machine in world.machines.values():
+        machine.unplug()
+    seen = told(world)
+    text = showing.text(seen)
+    assert text.startswith("qwq-3p1d: not known: no answer from host a (10.0.0.1)")
+    assert not re.search("^(lease|drift|quarantine)", text, re.M)
+    assert exit_codes.of([seen.look.status.verdict]) == exit_codes.FAILED
+    assert json.loads(showing.as_document(seen))["verdict"] is None
+
+
 def test_requests_and_kv_tokens_are_those_since_the_last_look(world: World) -> None:
     world.deploy()
     first = told(world)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prefect import task_engine
 
-from pd_deploy.errors import Abandoned, HostError, HostUnreachable, InstanceDied
+from pd_deploy.errors import Abandoned, HostError, HostUnreachable, InstanceDied, SeveralFaults
 from pd_deploy.tasks import story
 
 RETRY = "Task run failed with %s: %r - Retry %s/%s will start %s"  # as Prefect words it
@@ -37,6 +37,21 @@ def test_a_fault_of_ours_is_told_once_without_a_traceback(
     (record,) = set(caplog.records)
     assert record.getMessage() == "host a (10.0.0.1): the disk is full"
     assert record.exc_info is None
+
+
+def test_of_several_faults_only_those_that_no_step_has_told_are_told(
+    log: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = [HostError(what, host="a (10.0.0.1)") for what in ("the disk is full", "no device")]
+    several = SeveralFaults(faults)
+    log.error("Task run failed", exc_info=(HostError, faults[0], None))
+    log.error("Flow run failed", exc_info=(SeveralFaults, several, None))
+    assert [r.getMessage().count("no device") for r in dict.fromkeys(caplog.records)] == [0, 1]
+    caplog.clear()
+    for fault in faults:
+        fault.logged = True
+    log.error("Flow run failed", exc_info=(SeveralFaults, SeveralFaults(faults), None))
+    assert caplog.records == []
 
 
 def test_a_fault_of_others_keeps_its_traceback(

@@ -79,8 +79,8 @@ class Checked:
 
     @property
     def word(self) -> str:
-        """The verdict: serving, degraded or down."""
-        verdict = self.look.status.verdict
+        """The verdict: serving, degraded or down; down, too, where no host answered."""
+        verdict = self.look.status.verdict or Verdict.DOWN
         if self.told and verdict == Verdict.SERVING:
             verdict = Verdict.DOWN if self.by_completion else Verdict.DEGRADED
         return str(verdict)
