@@ -47,6 +47,10 @@ def hold(
     from pd_deploy.cli import locks
     from pd_deploy.records.releases import Hold
 
+    if not reason.strip():
+        raise typer.BadParameter(
+            "expected why, for those who are kept from it", param_hint="--reason"
+        )
     who = f"{getpass.getuser()} on {socket.gethostname()}"
     locks.change(file, Hold(by=who, when=datetime.now(UTC), reason=reason))
 

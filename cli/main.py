@@ -958,6 +958,11 @@ def main() -> NoReturn:
         _fail(error, INVALID)
     except PdDeployError as error:
         _fail(error, FAILED)
+    except OSError as error:
+        if not error.filename:
+            raise
+        # A file of this machine that can't be read or written, such as one that was asked for.
+        _fail(f"{error.filename}: {error.strerror}", FAILED)
     except ValueError as error:
         if (faults := _of_prefects_settings(error)) is None:
             raise

@@ -61,7 +61,8 @@ def written(
             raise InvalidInput([Problem("--image", message)])
         made = facts_file.make_plan(deployment, facts)
         if format == "text":
-            return Written(_text(file, show.plan(made, full=full), full=full))
+            then = _then(file, complete=True, held=False)
+            return Written(_text(file, show.plan(made, full=full), then, full=full))
         return Written(_for_programs(deployment, made, format, host, NOT_ASKED))
     return _on_hosts(file, deployment, image, format=format, full=full, host=host)
 
@@ -82,7 +83,10 @@ def _on_hosts(
     complete = not look.away
     if format == "text":
         shown = planned.text(deployment.name, look, full=full)
-        return Written(_text(file, shown, full=full, complete=complete), complete=complete)
+        if hold := look.history.record.hold:
+            shown += f"\n\nno run would do it now: held by {hold}"
+        then = _then(file, complete=complete, held=hold is not None)
+        return Written(_text(file, shown, then, full=full), complete=complete)
     # Scripts are for all hosts at the same time, and of what hosts say now.
     made = look.require_plan(of_all=format == "shell")
     away = () if complete else (look.reservation, *look.rows)
@@ -104,14 +108,18 @@ def _for_programs(
     return "\n".join(shell.script(deployment, placed, made, name) for name in names)
 
 
-def _text(file: Path, shown: str, *, full: bool, complete: bool = True) -> str:
-    return f"{shown}\n" if full else f"{shown}\n\n{_next(file, complete=complete)}\n"
-
-
-def _next(file: Path, *, complete: bool) -> str:
-    # A run refuses to begin before all hosts answer.
-    then = f"deploy {file}" if complete else f"status {file} (until all hosts answer)"
+def _text(file: Path, shown: str, then: str, *, full: bool) -> str:
+    if full:
+        return f"{shown}\n"
     return (
-        f"`pd-deploy plan {file} --full` prints containers, commands and files, "
-        f"`pd-deploy diff {file}` what differs from what serves. Next: pd-deploy {then}"
+        f"{shown}\n\n`pd-deploy plan {file} --full` prints containers, commands and files, "
+        f"`pd-deploy diff {file}` what differs from what serves. Next: pd-deploy {then}\n"
     )
+
+
+def _then(file: Path, *, complete: bool, held: bool) -> str:
+    """Name what comes after a plan: a run refuses to begin before all hosts answer, and while the
+    deployment is held."""
+    if not complete:
+        return f"status {file} (until all hosts answer)"
+    return f"lock release {file}" if held else f"deploy {file}"

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from string import ascii_letters
 
 from pd_deploy import engines
 from pd_deploy.config.fields import archive_of
@@ -62,7 +63,9 @@ def _names(planned: HostPlan) -> list[str]:
 
 def _write(file: PlannedFile) -> list[str]:
     target, content = shlex.quote(file.path), file.content.removesuffix("\n")
-    end = _END
+    # dash loses a byte of a line that is not ASCII and begins as the end of the here-document.
+    taken = {line[0] for line in content.split("\n") if not line.isascii()}
+    end = next((c for c in _END[0] + ascii_letters if c not in taken), _END[0]) + _END[1:]
     # A line of the content must not end the here-document: the lines after it would be commands.
     while end in content:
         end += "_"

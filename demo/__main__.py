@@ -97,6 +97,8 @@ def next_commands(file: Path) -> str:
             f"  pd-deploy releases {shown}           # what was deployed, and what became of it",
             f"  pd-deploy diff {shown}               # what the file, changed, would change",
             f"  pd-deploy deploy {shown}             # do it",
+            "  pd-deploy lab push 20250723_27       # a newer build of the image",
+            f"  pd-deploy deploy {shown} --image 20250723_27     # an upgrade to it",
             f"  pd-deploy rollback {shown}           # go back",
             "Run again: the same command      Remove everything: make demo-down",
         ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pd_deploy.errors import NoSuchGeneration, TransientError
+from pd_deploy.errors import NoSuchGeneration, OnHold, TransientError
 from pd_deploy.hosts.lease import Lease, Owner, this_process
 from pd_deploy.records.benchmark import Figures
 from pd_deploy.records.releases import Hold
@@ -47,6 +47,7 @@ async def set_hold(
     Raises:
         LeaseHeld: a run works on the deployment.
         NoSuchGeneration: nothing was ever deployed.
+        OnHold: somebody else keeps runs from working on it, for a reason of theirs.
     """
     await _take(session, waiting)
     record = await copies.read_record(session)
@@ -54,6 +55,11 @@ async def set_hold(
         raise NoSuchGeneration(
             f"expected a record of what was deployed below {session.root}, found none on any host",
             hint="hold a deployment once it was deployed",
+        )
+    if hold and record.hold and record.hold.by != hold.by:
+        raise OnHold(
+            f"expected a deployment that nobody else holds, found it held by {record.hold}",
+            hint="it stays held; `pd-deploy lock release FILE` ends that once its reason is gone",
         )
     await copies.write_record(session, copies.hosts_in_order(session), record.held(hold))
     return record.hold

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import example as seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Deployment
 from pd_deploy.planning import placement
 from pd_deploy.planning.plans import Plan, PlannedFile
+from pd_deploy.records.releases import Record
 from tests.unit import example
 
 
@@ -236,6 +238,7 @@ def test_a_plan_of_the_newest_image_is_what_the_registry_says(
             said=said,
             away={},
             rows=[],
+            history=SimpleNamespace(record=Record()),
             known_of_image={"contract": "v0"},
             require_plan=lambda *, of_all: plan,
         )
@@ -286,6 +289,7 @@ HOSTILE = st.one_of(ANY, st.text("-='\"\\$`\n\r\t;&|<>#!*~(){}[] ax", max_size=8
 
 @settings(max_examples=40, deadline=None)
 @given(argv=st.lists(HOSTILE, max_size=8), ended=st.booleans())
+@seen(argv=["P\x80", "PD_DEPLOY_END\xff"], ended=False)
 def test_any_values_reach_the_commands_of_a_printed_script_as_they_are(
     argv: list[str], ended: bool
 ) -> None:
@@ -545,3 +549,14 @@ def test_exec_runs_what_follows_the_instance(
     )
     assert done.exit_code == 3
     assert ran == [("p1", ["ls", "--help", "--", "x"])]
+
+
+def test_a_file_that_cannot_be_written_is_named_without_a_traceback(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/srv/capture-a.json")
+
+    monkeypatch.setattr(cli, "app", fails)
+    ended = call("capture", example.FILE)
+    assert (ended.code, ended.err) == (1, "pd-deploy: /srv/capture-a.json: Permission denied\n")

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from pd_deploy.cli import locks
+from pd_deploy.cli import lock, locks, plan, planned
 from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import LeaseHeld, NoSuchGeneration, OnHold
@@ -87,6 +88,28 @@ def test_it_is_on_every_host_and_shown(world: World) -> None:
     ]
     world.machines["b"].unplug()
     assert world.asked(locks.status(deployment)).splitlines()[1].startswith("no answer from host b")
+
+
+def test_a_hold_of_somebody_else_is_not_replaced(world: World) -> None:
+    hold(world)
+    with pytest.raises(OnHold, match=r"found it held by .*switch"):
+        hold(world, HOLD.model_copy(update={"by": "somebody else", "reason": "mine"}))
+    assert world.record().hold == HOLD
+    again = HOLD.model_copy(update={"reason": "switch S13, too"})
+    assert hold(world, again) == HOLD
+    assert world.record().hold == again
+    done = CliRunner().invoke(lock.app, ["hold", str(world.path), "--reason", " "])
+    assert (done.exit_code, world.record().hold) == (2, again)
+
+
+def test_a_plan_says_that_no_run_would_do_it_now(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(world)
+    monkeypatch.setattr(planned, "of", lambda *of: world.asked(planned.look(*of)))
+    shown = plan.written(world.path, None, format="text", full=False, host=None, facts=None).text
+    assert f"no run would do it now: held by {HOLD}" in shown
+    assert f"Next: pd-deploy lock release {world.path}" in shown
 
 
 def test_status_names_who_holds_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
