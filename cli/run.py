@@ -30,7 +30,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import TerminationSignal
 from prefect.types import DateTime
 
-from pd_deploy.cli.exit_codes import of_a_run
+from pd_deploy.cli.exit_codes import FAILED, of_a_run
 from pd_deploy.cli.prefect_api import ServerLost, served
 from pd_deploy.errors import InvalidInput, PdDeployError
 from pd_deploy.flows.interrupts import Ending, ending
@@ -80,12 +80,15 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
 
 
 def next_command(parameters: Mapping[str, Any], code: int) -> str:
-    """Name what is useful after a run: to see what serves, and after a failure the logs."""
+    """Name what is useful after a run: to see what serves, and after a failure of a generation its
+    logs; a run that failed before it started one has none."""
     file = parameters["file"]
     if parameters.get("dry_run"):
         return f"Next: pd-deploy deploy {file}"
     if code == 0:
         return f"Next: pd-deploy status {file}"
+    if code == FAILED:
+        return f"Next: pd-deploy status {file} (what serves now)"
     return f"Next: pd-deploy status {file} (what serves now), pd-deploy logs {file} (why not)"
 
 

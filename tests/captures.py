@@ -27,6 +27,13 @@ class Capture:
         )
 
     @property
+    def address(self) -> str:
+        """The host's first one that is not its own loopback's."""
+        interfaces = json.loads(self.texts["ip -j -4 addr"])
+        found = [a["local"] for i in interfaces for a in i.get("addr_info", ()) if "local" in a]
+        return next(address for address in found if not address.startswith("127."))
+
+    @property
     def texts(self) -> dict[str, str]:
         """What was printed, for `Machine.captured`."""
         return {command: printed.text for command, printed in self.printed.items()}
@@ -46,5 +53,6 @@ def load(path: Path) -> Capture:
 
 
 def kept() -> list[Capture]:
-    """Those in this repository. To add one, copy it there."""
+    """Those in this repository. To add one, copy it there, named after its machine: `a2-…` or
+    `a3-…`."""
     return [load(path) for path in sorted(DIRECTORY.glob("*.json"))]

@@ -181,7 +181,8 @@ def test_without_an_id_the_latest_run_of_ours_is_followed(
     ("parameters", "code", "named"),
     [
         ({}, 0, ["pd-deploy status x.yaml"]),
-        ({}, 1, ["pd-deploy status x.yaml", "pd-deploy logs x.yaml"]),
+        ({}, 1, ["pd-deploy status x.yaml"]),
+        ({}, 6, ["pd-deploy status x.yaml", "pd-deploy logs x.yaml"]),
         ({"dry_run": True}, 0, ["pd-deploy deploy x.yaml"]),
     ],
 )
