@@ -2,6 +2,7 @@
 Prefect."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -13,6 +14,7 @@ from pd_deploy.blocks import server
 PATIENCE_S = 1.5
 """The server is asked while the hosts are; nobody waits for it longer than for them."""
 OFF = "none: its schedule is off"
+NOT_THERE = "none: the Prefect server has no such deployment of the service"
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,19 @@ class NextRuns:
     check: str
 
 
-async def told(deployment: str) -> NextRuns:
-    """Ask when the next scheduled runs of a service are due."""
+async def told(names: Iterable[str]) -> NextRuns:
+    """Ask when the next scheduled runs of a service are due.
+
+    Args:
+        names: of the service, and of its file: its deployments on the server have one as a tag.
+    """
     settings = server.settings()
     url = server.url(settings)
     if not url:
         return _not_known("as no Prefect server is configured")
     try:
         async with asyncio.timeout(PATIENCE_S), server.client(settings) as client:
-            ask = partial(_next, client, url, deployment)
+            ask = partial(_next, client, url, list(dict.fromkeys(names)))
             nightly, check = await asyncio.gather(
                 ask("pd-deploy", "-nightly"), ask("pd-health", "-health")
             )
@@ -41,24 +47,22 @@ async def told(deployment: str) -> NextRuns:
         return _not_known(f"as {url} answers with status {status}{hint}")
     except (httpx.HTTPError, OSError, ValueError, LookupError, TypeError):
         return _not_known(f"as no Prefect server answered at {url}")
-    return NextRuns(
-        f"{nightly:%Y-%m-%d %H:%M}" if nightly else OFF,
-        f"{check:%Y-%m-%d %H:%M:%S}" if check else OFF,
-    )
+    return NextRuns(nightly, check)
 
 
 async def _next(
-    client: httpx.AsyncClient, url: str, deployment: str, flow: str, ending: str
-) -> datetime | None:
-    """Return when the next run of one of a service's deployments is due, in local time.
+    client: httpx.AsyncClient, url: str, names: list[str], flow: str, ending: str
+) -> str:
+    """Say when the next run of one of a service's deployments is due, in local time.
 
     Raises:
         httpx.HTTPError, ValueError, LookupError, TypeError: the server does not say.
     """
-    question = {
-        # The service's name is a tag of all its deployments.
+    of_service = {
         "flows": {"name": {"any_": [flow]}},
-        "deployments": {"tags": {"all_": [deployment]}, "name": {"like_": ending}},
+        "deployments": {"tags": {"any_": names}, "name": {"like_": ending}},
+    }
+    due = {
         "flow_runs": {
             "state": {"type": {"any_": ["SCHEDULED"]}},
             "expected_start_time": {"after_": datetime.now(UTC).isoformat()},
@@ -66,9 +70,12 @@ async def _next(
         "sort": "EXPECTED_START_TIME_ASC",
         "limit": 1,
     }
-    answer = await client.post(f"{url}/flow_runs/filter", json=question)
-    runs = answer.raise_for_status().json()
-    return datetime.fromisoformat(runs[0]["expected_start_time"]).astimezone() if runs else None
+    answer = await client.post(f"{url}/flow_runs/filter", json=of_service | due)
+    if runs := answer.raise_for_status().json():
+        when = datetime.fromisoformat(runs[0]["expected_start_time"]).astimezone()
+        return f"{when:%Y-%m-%d %H:%M:%S}"
+    answer = await client.post(f"{url}/deployments/filter", json=of_service)
+    return OFF if answer.raise_for_status().json() else NOT_THERE
 
 
 def _not_known(why: str) -> NextRuns:

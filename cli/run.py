@@ -40,10 +40,9 @@ PAGE = 200  # of task runs; the server gives no more at a time
 QUIET_POLLS = 4
 LOST = "the Prefect server was lost during the run, and does not know how it ended"
 QUEUED = "AwaitingConcurrencySlot"
-FLOWS = ["pd-deploy", "pd-rollback", "pd-recover", "pd-prune", "pd-teardown", "pd-fleet"]
-"""Those that somebody may want to follow; checks of health come every minute."""
-"""What names of our flows begin with."""
 CHANGING = ("pd-deploy", "pd-rollback", "pd-recover")
+FLOWS = [*CHANGING, "pd-prune", "pd-teardown", "pd-fleet", "pd-preflight"]
+"""Those that somebody may want to follow; checks of health come every minute."""
 _MARKS = {"RUNNING": "▶", "COMPLETED": "✓", "FAILED": "✗", "CRASHED": "✗", "SCHEDULED": "↻"}
 
 

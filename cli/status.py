@@ -56,7 +56,7 @@ async def _show(deployment: Deployment, file: Path, *, as_json: bool, watch: boo
     last = looks.read(kept)
     async with open_session(deployment) as session:
         while True:
-            told = await tell(session, last)
+            told = await tell(session, last, file.stem)
             if watch and not as_json:
                 typer.echo(CLEAR, nl=False)
             typer.echo(as_document(told) if as_json else text(told))
@@ -67,9 +67,9 @@ async def _show(deployment: Deployment, file: Path, *, as_json: bool, watch: boo
             await asyncio.sleep(EVERY_S)
 
 
-async def tell(session: Session, last: LastLook | None) -> Told:
+async def tell(session: Session, last: LastLook | None, file: str = "") -> Told:
     """Look at a service, and ask for its next scheduled runs at the same time."""
-    due = asyncio.ensure_future(next_runs.told(session.deployment.name))
+    due = asyncio.ensure_future(next_runs.told(filter(None, [session.deployment.name, file])))
     try:
         look = await looking.look(session)
         since = {i.name: looks.since(last, i) for i in look.instances}

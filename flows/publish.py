@@ -145,7 +145,9 @@ async def success(
     """Publish the report of a run that went well; return its final state."""
     reports = list(reports)
     changed = sum(report.changed for report in reports)
-    outcome = f"changed by {changed} steps" if changed else "nothing to do, nothing changed"
+    outcome = "nothing to do, nothing changed"
+    if changed:
+        outcome = f"changed by {changed} step{'s' * (changed != 1)}"
     message = f"Generation {rollout.plan.generation}: {outcome}"
     if rollout.attempt.downtime.since and completion:
         message += f", {rollout.attempt.downtime}"
@@ -177,7 +179,8 @@ async def failure(
             get_run_logger().error("%s may still run: %s", name, fault)
     if isinstance(error, Exception):
         reason = str(error) or type(error).__name__
-        await _publish(rollout, f"**Failed:**\n\n```\n{reason}\n```", None)
+        word = "Nothing serves" if getattr(error, "nothing_serves", False) else "Failed"
+        await _publish(rollout, f"**{word}:**\n\n```\n{reason}\n```", None)
     else:
         await _publish(rollout, "**Interrupted: the run was cancelled, or got a signal.**", None)
 
@@ -393,9 +396,11 @@ def _report(
         "",
         *_changes([failed, rollout] if failed else [rollout]),
     ]
-    if rollout.attempt.downtime.since:
-        lines += [f"The service was {rollout.attempt.downtime}.", ""]
     steps, downtime = rollout.session.timeline, rollout.attempt.downtime
+    if downtime.since and downtime.until:
+        lines += [f"The service was {downtime}.", ""]
+    elif downtime.since:
+        lines += [f"The service is down since {downtime.since:%Y-%m-%d %H:%M:%S} UTC.", ""]
     down = (downtime.since, downtime.until or datetime.now(UTC)) if downtime.since else None
     lines += ["```", *timeline.waterfall(steps, down), "```", ""]
     if completion:

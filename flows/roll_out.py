@@ -144,8 +144,8 @@ async def abort(
         get_run_logger().warning("on_failure=keep: what was started is left as it is")
         await waiting_room.dismiss(rollout)
         await promotion.note_failure(rollout, error, str(run))
-        await publish.failure(rollout, error, {})
         _tell_if_down(rollout, error)
+        await publish.failure(rollout, error, {})
         return
     stopped = await containers.stop_started(rollout)
     before = rollout.way_back
@@ -163,8 +163,8 @@ async def abort(
         down = f"\nNothing serves: {remedy('FILE')} once the cause is fixed"
         if rollout.history.record.closed and isinstance(error, PdDeployError):
             error.message = error.message.removesuffix(down) + down
-        await publish.failure(rollout, error, stopped)
         _tell_if_down(rollout, error)
+        await publish.failure(rollout, error, stopped)
 
 
 def _tell_if_down(rollout: Rollout, error: BaseException) -> None:

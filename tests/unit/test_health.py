@@ -348,6 +348,15 @@ def test_a_host_that_is_away_is_waited_for_and_then_all_serves_again(world: Worl
     assert told(world) == [events.DEGRADED]
 
 
+def test_a_service_that_clients_use_is_not_down_because_a_host_says_nothing(world: World) -> None:
+    """Its Docker engine hangs; its servers go on."""
+    world.machines["b"].hanging = ("docker",)
+    outcome = world.run(health)
+    assert outcome.word == "Degraded"
+    assert "clients get completions all the same; nothing is restarted before b" in outcome.message
+    assert told(world) == [events.DEGRADED]
+
+
 def test_what_somebody_works_on_or_holds_is_left_alone(world: World) -> None:
     lease: list[bytes] = []
 

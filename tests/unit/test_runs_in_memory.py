@@ -487,6 +487,19 @@ class TestReports:
         assert "On the hosts: nothing that serves was touched." in reports.only
         assert "`pd-deploy plan " in reports.only
 
+    def test_where_nothing_serves_it_says_so(self, tmp_path: Path) -> None:
+        world = World(tmp_path)
+        world.cluster.faults["p1"] = Faults(dies=1)
+        published: list[str] = []
+
+        async def publish(*, key: str | None, **artifact: Any) -> None:
+            published.append(f"{key}: {artifact.get('markdown', '')}")
+
+        assert world.run(deploy, artifacts=publish).word == "NothingServes"
+        (report,) = (text for text in published if text.startswith("qwq-3p1d-report"))
+        assert "**Nothing serves:**" in report
+        assert "The service was down for" not in report
+
     @pytest.mark.parametrize("text", ["a: b: c", "name: X\nnonsense: 1\n"])
     def test_a_bad_file_has_one_under_its_own_name(self, world: World, text: str) -> None:
         world.path = world.path.rename(world.path.with_name("Another_file.yaml"))

@@ -480,17 +480,19 @@ class TestNextRuns:
         (tmp_path / "profiles.toml").write_text(
             'active = "x"\n[profiles.x]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n'
         )
-        assert asyncio.run(next_runs.told("qwq-3p1d")) == NextRuns(
+        assert asyncio.run(next_runs.told(["qwq-3p1d", "lab"])) == NextRuns(
             *["not known, as no Prefect server answered at http://127.0.0.1:9/api"] * 2
         )
 
     @pytest.mark.parametrize(
-        ("status", "runs", "said"),
+        ("status", "runs", "deployments", "said"),
         [
-            (200, [], "none: its schedule is off"),
-            (200, [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], "2025-07-2"),
+            (200, [], [{}], next_runs.OFF),
+            (200, [], [], next_runs.NOT_THERE),
+            (200, [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], [{}], "2025-07-2"),
             (
                 401,
+                [],
                 [],
                 "not known, as http://prefect.example/api answers with status 401: check "
                 "PREFECT_API_AUTH_STRING",
@@ -498,13 +500,19 @@ class TestNextRuns:
         ],
     )
     def test_the_server_is_asked_for_the_next_run(
-        self, monkeypatch: pytest.MonkeyPatch, status: int, runs: list[dict[str, str]], said: str
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        status: int,
+        runs: list[dict[str, str]],
+        deployments: list[dict[str, str]],
+        said: str,
     ) -> None:
         asked: list[httpx.Request] = []
 
         def answer(request: httpx.Request) -> httpx.Response:
             asked.append(request)
-            return httpx.Response(status, json=runs)
+            of_runs = request.url.path == "/api/flow_runs/filter"
+            return httpx.Response(status, json=runs if of_runs else deployments)
 
         client = httpx.AsyncClient
         monkeypatch.setattr(
@@ -514,19 +522,19 @@ class TestNextRuns:
         )
         monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
         monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:secret")
-        due = asyncio.run(next_runs.told("qwq-3p1d"))
+        due = asyncio.run(next_runs.told(["qwq-3p1d", "lab"]))
         assert due.nightly.startswith(said)
         assert due.check.startswith(said)
-        for request, flow in zip(asked, ("pd-deploy", "pd-health"), strict=True):
-            ending = {"pd-deploy": "-nightly", "pd-health": "-health"}[flow]
-            assert request.url.path == "/api/flow_runs/filter"
-            assert request.headers["Authorization"].startswith("Basic ")
-            question = json.loads(request.content)
-            assert question["flows"] == {"name": {"any_": [flow]}}
-            assert question["deployments"] == {
-                "tags": {"all_": ["qwq-3p1d"]},
-                "name": {"like_": ending},
-            }
+        assert {request.url.path for request in asked} <= {
+            "/api/flow_runs/filter",
+            "/api/deployments/filter",
+        }
+        questions = [json.loads(request.content) for request in asked]
+        assert {q["flows"]["name"]["any_"][0]: q["deployments"] for q in questions} == {
+            flow: {"tags": {"any_": ["qwq-3p1d", "lab"]}, "name": {"like_": ending}}
+            for flow, ending in (("pd-deploy", "-nightly"), ("pd-health", "-health"))
+        }
+        assert all(r.headers["Authorization"].startswith("Basic ") for r in asked)
 
     @pytest.mark.parametrize(
         ("settings", "sent"),
@@ -565,7 +573,9 @@ class TestNextRuns:
         monkeypatch.setenv("PREFECT_API_URL", "https://127.0.0.1/api")
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        assert asyncio.run(next_runs.told("qwq-3p1d")) == NextRuns(next_runs.OFF, next_runs.OFF)
+        assert asyncio.run(next_runs.told(["qwq-3p1d", "lab"])) == NextRuns(
+            next_runs.NOT_THERE, next_runs.NOT_THERE
+        )
         assert asked[0].headers.get("Authorization", "").startswith(sent or "")
         assert made["trust_env"] is False
         if "PREFECT_API_SSL_CERT_FILE" in settings:

@@ -79,8 +79,11 @@ class Checked:
 
     @property
     def word(self) -> str:
-        """The verdict: serving, degraded or down; down, too, where no host answered."""
+        """The verdict: serving, degraded or down; down, too, where no host answered. Where clients
+        get completions, it is not down, whatever can't be seen."""
         verdict = self.look.status.verdict or Verdict.DOWN
+        if self.answered is not None and verdict == Verdict.DOWN:
+            return str(Verdict.DEGRADED)
         if self.told and verdict == Verdict.SERVING:
             verdict = Verdict.DOWN if self.by_completion else Verdict.DEGRADED
         return str(verdict)
@@ -108,7 +111,7 @@ async def check(session: Session, now: datetime) -> Checked:
     lost = failed(looks, now) | mending.hung(counted, options)
     checked = Checked(last, lost, told=trouble(last), silent=counted)
     if last.status.verdict != Verdict.SERVING:
-        return checked
+        return await _as_clients_see(checked)
     entrances = _entrances(last)
     asked = await together(_completion(last.session, entrance) for entrance in entrances)
     faults = [answer for answer in asked if answer.fault]
@@ -120,6 +123,21 @@ async def check(session: Session, now: datetime) -> Checked:
     lost = {i.name: i.run for i in last.instances if all_fail or (one_serves and i.name in sure)}
     told = [checked.told, *told] if checked.told else told
     return replace(checked, failed=lost, told="; ".join(told), by_completion=all_fail)
+
+
+async def _as_clients_see(checked: Checked) -> Checked:
+    """Ask for completions where hosts don't answer: what is on them may serve all the same, as when
+    only their Docker engine hangs."""
+    look = checked.look
+    healthy = {i.name for i in look.instances if i.health == HEALTHY}
+    if not checked.away or look.history.record.closed or not look.history.record.serving:
+        return checked
+    entrances = [entrance for entrance in _entrances(look) if entrance.proxy in healthy]
+    asked = await together(_completion(look.session, entrance) for entrance in entrances)
+    if not asked or any(answer.fault for answer in asked):
+        return checked
+    told = f"{checked.told}; clients get completions all the same"
+    return replace(checked, told=told, answered=max(answer.seconds for answer in asked))
 
 
 def trouble(look: Look) -> str:
