@@ -39,7 +39,8 @@ app = typer.Typer(
     "change?) and `deploy`.\n\n"
     "Exit codes: 0 success, 1 the run failed and the service is as before, 2 the input is invalid, "
     "4 it failed and nothing serves, 6 it failed and the generation before serves again, 130 "
-    "interrupted by Ctrl-C, 143 by SIGTERM.",
+    "interrupted by Ctrl-C, 143 by SIGTERM; of `status` 1 no host answered, 3 degraded, 4 down; of "
+    "`diff` 5 the file differs from what serves; of `plan` and `diff` 7 a host did not answer.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -568,7 +569,7 @@ def status(
     look; with --watch, since the one before. A host that does not answer is told in its row.
 
     Exit codes: 0 serving, 3 degraded (something does not run or was not reached, but a whole
-    prefill, a whole decode and a proxy are there), 4 down.
+    prefill, a whole decode and a proxy are there), 4 down, 1 no host answered.
 
     Example: pd-deploy status qwq-3p1d.yaml --watch
     """
