@@ -493,8 +493,10 @@ class TestHistory:
         assert shown[0].split()[:3] == ["generation", "created", "image"]
         assert "failed, image quarantined" in shown[1]
         assert "20250725_1" in shown[1]
-        assert "ready " in shown[1]
-        assert "serving" in shown[2]
+        below = [line for line in shown[2:] if line.startswith("  ")]
+        assert any(line.startswith("  cause: ") and "ready " in line for line in below)
+        _, serving = (line for line in shown if line.startswith(("1-", "2-")))
+        assert "serving" in serving
         assert any(line.startswith("in quarantine: ") for line in shown)
         prefect("pd-deploy", "logs", service.file, "--to", str(tmp_path / "logs"))
         found = {str(p.relative_to(tmp_path / "logs")) for p in (tmp_path / "logs").rglob("*.log")}
