@@ -155,7 +155,7 @@ class Watched:
 
         def recorded() -> list[tuple[str, Span]]:
             tasks = self._prefect.ask("POST", "task_runs/filter", of_run)
-            spans = [(t["name"], _span(t)) for t in tasks if t["start_time"] and t["end_time"]]
+            spans = [(t["name"], Span.of(t)) for t in tasks if t["start_time"] and t["end_time"]]
             opened = any(part_of(name) == "open proxy" for name, _ in spans)
             return spans if opened and len(spans) == len(tasks) else []
 
@@ -180,11 +180,6 @@ class Watched:
                 raise RuntimeError(f"expected {what} within {TIMEOUT_S} s")
             time.sleep(POLL_S)
         return found
-
-
-def _span(task: dict[str, Any]) -> Span:
-    start, end = (datetime.fromisoformat(task[key]) for key in ("start_time", "end_time"))
-    return Span(start, end)
 
 
 @contextmanager

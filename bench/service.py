@@ -116,7 +116,7 @@ class Service:
             if all(task["end_time"] for task in tasks) and any(
                 part_of(task["name"]) == "smoke test" for task in tasks
             ):
-                return _span(run), [(task["name"], _span(task)) for task in tasks]
+                return Span.of(run), [(task["name"], Span.of(task)) for task in tasks]
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"expected all task runs of {run['name']} to be recorded as ended within "
@@ -177,7 +177,3 @@ class _Watch:
             return False
         self._last = datetime.now(UTC)
         return True
-
-
-def _span(run: dict[str, Any]) -> Span:
-    return Span(datetime.fromisoformat(run["start_time"]), datetime.fromisoformat(run["end_time"]))

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any, Self
 
 ENGINE = "engine loads"
 READY = "ready"
@@ -66,6 +67,11 @@ class Span:
 
     start: datetime
     end: datetime
+
+    @classmethod
+    def of(cls, run: Mapping[str, Any]) -> Self:
+        """Return when a flow run or a task run, as Prefect's API has it, was under way."""
+        return cls(*(datetime.fromisoformat(run[key]) for key in ("start_time", "end_time")))
 
     @property
     def seconds(self) -> float:

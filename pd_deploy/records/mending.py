@@ -32,9 +32,8 @@ def decide(mending: Mending | None, options: Health, now: datetime) -> Decision:
         return Decision(_gave_up(mending))
     recent = lately(mending, options, now)
     if len(recent) >= options.attempts:
-        times = f"{len(recent)} times" if len(recent) > 1 else "once"
         return Decision(
-            f"it was restarted {times} in {_minutes(options.within)}, and that did not help for "
+            f"it was {_restarted(recent, options)}, and that did not help for "
             "long; nothing more is tried",
             gives_up=True,
         )
@@ -98,7 +97,6 @@ def told(mending: Mending | None, options: Health, now: datetime) -> str:
     is_last = len(recent) >= options.attempts
     if mending.failed is None and due <= now and not is_last:
         return told_of_silence(silent, options)
-    times = f"{len(recent)} times" if len(recent) > 1 else "once"
     failed = ", and the last attempt failed" if mending.failed else ""
     if is_last and (failed or not options.attempts):
         then = f"`health.attempts` is {options.attempts}, so nothing more is tried"
@@ -107,7 +105,12 @@ def told(mending: Mending | None, options: Health, now: datetime) -> str:
         then = f"health gives up if it fails again before {_local(oldest + within)}"
     else:
         then = f"the next restart is due at {_local(due)} at the earliest"
-    return f"restarted {times} in {_minutes(options.within)}{failed}; {then}"
+    return f"{_restarted(recent, options)}{failed}; {then}"
+
+
+def _restarted(recent: list[datetime], options: Health) -> str:
+    times = f"{len(recent)} times" if len(recent) > 1 else "once"
+    return f"restarted {times} in {_minutes(options.within)}"
 
 
 def _local(when: datetime) -> str:
