@@ -31,6 +31,8 @@ BLOCK, POOL, FLOW, DEPLOYMENT = "bench-ssh", "bench-pool", "pd-health", "bench"
 EVERY_S = 30
 PREFETCH_S = 20  # as deploy/worker.env has it: a check's process starts so long before it is due
 SEEN_WITHIN_S, SERVES_WITHIN_S = 2.0, 5.0
+# Each fault counts as the first: health waits longer after each further one within this time.
+HEALTH = {"within": 1}
 POLL_S = 0.2
 TIMEOUT_S = 300
 CONFIG = """\
@@ -75,7 +77,8 @@ class Watched:
     def __init__(self, lab: Lab, prefect: PrefectServer, directory: Path) -> None:
         self._prefect = prefect
         self._lab = lab
-        file = write_file(lab, directory / "bench-3p1d.yaml", ssh={"credentials": BLOCK})
+        file = write_file(lab, directory / "bench-3p1d.yaml", ssh={"credentials": BLOCK},
+                          health=HEALTH)  # fmt: skip
         self._service = LabService(file, lab)
         prefect.run("pd-deploy", "credentials", "ssh", BLOCK, "--private-key", str(lab.ssh_key),
                     "--known-hosts", str(lab.known_hosts))  # fmt: skip
