@@ -10,6 +10,7 @@ from pd_deploy.config.models import Deployment
 from pd_deploy.errors import headline
 from pd_deploy.records import adopted
 from pd_deploy.records.adopted import AdoptedService
+from pd_deploy.records.status import Verdict
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.checking import Checked
 
@@ -18,6 +19,7 @@ ROLLED_BACK = "pd-deploy.generation.rolled-back"
 QUARANTINED = "pd-deploy.generation.quarantined"
 DOWN = "pd-deploy.service.down"
 DEGRADED = "pd-deploy.service.degraded"
+RECOVERED = "pd-deploy.service.recovered"
 GAVE_UP = "pd-deploy.health.gave-up"
 NEWER_TAGS = "pd-deploy.newer-tags-not-taken"
 SKIPPED = "pd-deploy.nightly.skipped"
@@ -29,7 +31,7 @@ def emit(event: str, deployment: Deployment, message: str, **facts: object) -> N
         "prefect.resource.id": f"pd-deploy.deployment.{deployment.name}",
         "prefect.resource.name": deployment.name,
     }
-    severity = "info" if event == PROMOTED else "warning"
+    severity = "info" if event in (PROMOTED, RECOVERED) else "warning"
     try:
         payload = {"severity": severity, "message": message, **facts}
         emit_event(event=event, resource=resource, payload=payload)
@@ -80,6 +82,12 @@ def degraded(deployment: Deployment, checked: Checked) -> None:
     """Tell that a service does not serve as it should."""
     message = f"{checked.word}: {_line(checked.told)}"
     emit(DEGRADED, deployment, message, **_of_check(checked))
+
+
+def recovered(deployment: Deployment, checked: Checked, how: str) -> None:
+    """Tell that a service of which trouble was told serves as it should again."""
+    facts = {**_of_check(checked), "verdict": str(Verdict.SERVING)}
+    emit(RECOVERED, deployment, f"serves again: {_line(how)}", **facts)
 
 
 def gave_up(deployment: Deployment, checked: Checked, why: str) -> None:

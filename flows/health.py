@@ -66,15 +66,18 @@ async def health(file: str, again: bool = False) -> State[None]:
 async def _well(session: Session, checked: Checked, run: Run) -> State[None]:
     """End a check that found nothing wrong; let health try again if it had given up."""
     look = checked.look
+    message = (
+        f"Generation {look.status.generation} serves: {len(look.instances)} instances are "
+        f"healthy, and a completion took {checked.answered or 0:.2f} s"
+    )
+    if await past_checks.was_told():
+        events.recovered(session.deployment, checked, message)
     if look.history.record.well() is not look.history.record:
         try:
             await _note(session, run, Record.well)
         except PdDeployError as error:
             get_run_logger().warning("the next check notes that all is well again: %s", error)
-    return Completed(
-        message=f"Generation {look.status.generation} serves: {len(look.instances)} instances are "
-        f"healthy, and a completion took {checked.answered or 0:.2f} s"
-    )
+    return Completed(message=message)
 
 
 async def _count_silent(session: Session, checked: Checked, run: Run) -> None:
@@ -166,7 +169,9 @@ async def _mended(unlocked: Session, checked: Checked, run: Run) -> State[None]:
             raise
     if not state.is_completed():
         return state
-    return Completed(name=past_checks.MENDED, message=f"{checked.told}. Mended: {state.message}")
+    message = f"{checked.told}. Mended: {state.message}"
+    events.recovered(session.deployment, checked, message)
+    return Completed(name=past_checks.MENDED, message=message)
 
 
 async def _note_failure(

@@ -7,6 +7,9 @@ from datetime import UTC, datetime
 from pd_deploy.records.benchmark import Figures
 from pd_deploy.records.releases import Record
 
+DRAINED_S = 1.0
+"""A proxy without requests stops sooner, which is not worth a word."""
+
 
 @dataclass
 class Downtime:
@@ -15,12 +18,14 @@ class Downtime:
     `since` may lie before this run: an earlier one may have left the service down.
 
     Attributes:
+        drain: seconds of it in which the proxies had their last requests answered.
         proof: seconds of it that went into the smoke test.
         benchmark: seconds of it that went into the benchmark.
     """
 
     since: datetime | None = None
     until: datetime | None = None
+    drain: float = 0.0
     proof: float = 0.0
     benchmark: float = 0.0
 
@@ -44,7 +49,8 @@ class Downtime:
         return ((self.until or datetime.now(UTC)) - self.since).total_seconds() if self.since else 0
 
     def __str__(self) -> str:
-        parts = {"smoke test": self.proof, "benchmark": self.benchmark}
+        drain = self.drain if self.drain >= DRAINED_S else 0
+        parts = {"drain": drain, "smoke test": self.proof, "benchmark": self.benchmark}
         spent = [f"{took:.1f} s of it for the {part}" for part, took in parts.items() if took]
         return ", ".join([f"down for {self.seconds:.1f} s", *spent])
 

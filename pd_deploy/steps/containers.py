@@ -90,7 +90,13 @@ async def clean_up(
     session = rollout.locked
     stops = [stop(session, session.host(host), state, tell=tell) for host, state in stopping]
     stops += [adopting.stop(session, container) for _, container in leaving]
+    clock = asyncio.get_running_loop().time
+    begin = clock()
     cut = sum(await all_ended(stops))
+    roles = [state.labels.get(generations.ROLE) for _, state in stopping]
+    if "proxy" in [*roles, *(container.role for _, container in leaving)]:
+        downtime = rollout.attempt.downtime
+        downtime.drain = max(downtime.drain, clock() - begin)
     rollout.attempt.cut += cut
     where = ", ".join(sorted({host for host, _ in (*stopping, *leaving)}))
     names = [state.name for _, state in stopping] + [container.name for _, container in leaving]

@@ -125,7 +125,7 @@ def test_servers_that_link_while_they_load_start_again_as_one_set(
     assert "(10.0.0." in outcome.message
     world.assert_coherent()
     assert not world.runs().items() & before.items()
-    assert told(world) == [events.DEGRADED]
+    assert told(world) == [events.DEGRADED, events.RECOVERED]
     assert world.run(health).word == "Completed"
     assert told(world) == []
 
@@ -210,7 +210,7 @@ def test_a_server_that_answers_late_is_told_and_left_alone(world: World) -> None
         assert "p1 gave no answer at 1 check" in status(world)
         assert untouched(world).word == "Completed"
         assert "gave no answer" not in status(world)
-    assert told(world) == [events.DEGRADED] * 2
+    assert told(world) == [events.DEGRADED, events.RECOVERED] * 2
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_what_hangs_for_many_checks_is_restarted_by_the_rules_of_what_failed(
     assert f"{hung} on a (10.0.0.1): does not answer within 3 s" in outcome.message
     world.assert_coherent()
     assert {name for name, run in world.runs().items() if run != before[name]} == restarted
-    assert told(world) == [events.DEGRADED]
+    assert told(world) == [events.DEGRADED, events.RECOVERED]
     assert world.run(health).word == "Completed"
     mending = world.record().mending
     assert mending
@@ -324,7 +324,8 @@ def test_completions_that_fail_are_put_down_to_the_service_only_where_that_is_su
     before = world.runs()
     assert world.run(health).word == word
     assert (world.runs() == before) is (word != "Mended")
-    assert told(world) == [events.DEGRADED]
+    recovered = [events.RECOVERED] if word == "Mended" else []
+    assert told(world) == [events.DEGRADED, *recovered]
 
 
 def test_a_device_out_of_order_is_told_once_and_restarts_nothing(world: World) -> None:
@@ -345,7 +346,7 @@ def test_a_host_that_is_away_is_waited_for_and_then_all_serves_again(world: Worl
     world.machines["b"].plug_in()
     assert world.run(health).word == "Mended"
     world.assert_coherent()
-    assert told(world) == [events.DEGRADED]
+    assert told(world) == [events.DEGRADED, events.RECOVERED]
 
 
 def test_a_service_that_clients_use_is_not_down_because_a_host_says_nothing(world: World) -> None:

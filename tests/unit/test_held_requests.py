@@ -223,3 +223,4 @@ def test_how_many_requests_are_left_is_told_while_the_proxy_drains(
         "2 requests are still being answered; the proxy stops in 10 s at the latest",
     ]
     assert "cut 2 requests that were not answered within 20 s (proxy.drain)" in outcome.message
+    assert "20.0 s of it for the drain" in outcome.message

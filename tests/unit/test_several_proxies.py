@@ -250,7 +250,7 @@ def test_health_mends_one_while_clients_ask_the_other(
     assert "down for" not in outcome.message
     assert watch.answers[other] == ["proxy"]
     assert {n for n, run in world.runs().items() if before[n] != run} == {name}
-    assert [event["event"] for event in world.events] == [events.DEGRADED]
+    assert [event["event"] for event in world.events] == [events.DEGRADED, events.RECOVERED]
     world.assert_coherent(BOTH)
 
 
