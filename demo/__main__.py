@@ -100,6 +100,8 @@ def next_commands(file: Path) -> str:
             "  pd-deploy lab push 20250723_27       # a newer build of the image",
             f"  pd-deploy deploy {shown} --image 20250723_27     # an upgrade to it",
             f"  pd-deploy rollback {shown}           # go back",
+            "  pd-deploy lab reboot b               # a host fails; `status` shows it",
+            f"  pd-deploy recover {shown}            # bring all up again",
             "Run again: the same command      Remove everything: make demo-down",
         ]
     )

@@ -284,6 +284,18 @@ def test_a_power_failure_ends_everything_and_the_disk_stays(lab: Lab) -> None:
     host.run(["docker", "rm", "victim"])
 
 
+def test_a_host_is_rebooted_by_command_also_one_that_is_off(lab: Lab) -> None:
+    host = lab.hosts["b"]
+    for _ in range(2):
+        before = host.init_pid
+        done = CliRunner().invoke(app, ["reboot", "b", "--name", lab.name])
+        assert (done.exit_code, done.output) == (0, "b is up again; what ran on it has ended\n")
+        assert host.init_pid != before
+        assert lab.healthy()
+        host.power_off()
+    host.power_on()
+
+
 def test_up_leaves_a_running_lab_as_it_is(lab: Lab) -> None:
     pids = [host.init_pid for host in lab.hosts.values()]
     again = Lab.up(lab.name, str(lab.subnet))
