@@ -18,6 +18,7 @@ from pd_deploy.tasks import (
     check_host,
     clean_up,
     compare_hosts,
+    find_load_generator,
     launch,
     open_proxy,
     prepare_proxy,
@@ -53,6 +54,8 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
     if "cleanup" in stages or "launch" in stages:
         await line.together(pull_image.after(*line.ends)(rollout, host) for host in hosts)
         await line.joined("image on all hosts")
+    if {"launch", "proxy"} <= set(stages) and is_due(rollout):
+        await line.together([find_load_generator.after(*line.ends)(rollout)])
     if "launch" in stages and any(map(rollout.code_on, hosts)):
         await line.together(bring_code.after(*line.ends)(rollout, host) for host in hosts)
         await line.joined("code on all hosts")

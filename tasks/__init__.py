@@ -17,6 +17,7 @@ from pd_deploy.steps import (
     waiting_room,
 )
 from pd_deploy.steps.verify import adopted, smoke
+from pd_deploy.steps.verify import benchmark as load
 from pd_deploy.tasks import composed
 from pd_deploy.tasks.step import TO_ITS_END, pure, step
 
@@ -39,6 +40,7 @@ take_plan = step("saved plan")(pure(surveying.restored))
 check_host = step("preflight {name}", grace=LOOK_S)(preflight.preflight)
 compare_hosts = step("compare hosts", grace=LOOK_S)(preflight.compare)
 pull_image = step("pull image {name}")(composed.pull)
+find_load_generator = step("find load generator")(load.find_generator)
 bring_code = step("bring code {name}")(composed.bring_code)
 save = step("save {name}")(promotion.save)
 launch = step("launch {instance}")(containers.launch)

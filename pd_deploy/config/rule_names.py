@@ -3,7 +3,6 @@
 
 RULES = {
     "batched-tokens": "`max-num-batched-tokens` holds the longest prompt",
-    "benchmark-generator": "the image has a load generator, where the file has `gates.benchmark`",
     "benchmark-length": "prompt and answer of `gates.benchmark` fit the longest sequence",
     "code-commit": "`code` is based on the commit that the image has by what it says of itself",
     "code-path": "`code` has a place in the containers where the engine looks for it",

@@ -63,18 +63,23 @@ class LoadGenerator:
     arguments: Callable[[Asked], Sequence[str]]
     if_known: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
+    def look_in_container(self) -> list[str]:
+        """Return the command that looks for it in a container, and prints whether it is there."""
+        return in_python(_SOURCE, json.dumps(self._place()))
+
     def in_container(self, asked: Asked) -> list[str]:
         """Return the command that runs it in a container, and prints what it found."""
         told = {
-            "command": self.command,
+            **self._place(),
             "arguments": list(self.arguments(asked)),
-            "package": self.package,
-            "sources": self.sources,
             "if_known": self.if_known,
             "seconds": asked.load.seconds,
             "result": _RESULT,
         }
         return in_python(_SOURCE, json.dumps(told))
+
+    def _place(self) -> dict[str, Any]:
+        return {"command": self.command, "package": self.package, "sources": self.sources}
 
 
 class Answer(BaseModel):

@@ -52,9 +52,10 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     """Run a generator; return what it found, or what came in place of that.
 
     Args:
-        told: `command` and `arguments`; `package`, and the `sources` in it of which one has its
-            options; `if_known`, alternatives of options: the first whose names its source has is
-            passed on; `seconds`; `result`, the file that it writes.
+        told: `command`; `package`, and the `sources` in it of which one has its options. Without
+            more, it is only looked for. To run it: its `arguments`; `if_known`, alternatives of
+            options: the first whose names its source has is passed on; `seconds`; `result`, the
+            file that it writes.
     """
     path = shutil.which(told["command"][0])
     if path is None:
@@ -65,6 +66,8 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
         sources = " or ".join(told["sources"])
         lacks = f"{version} has no {sources}" if origin else "is not installed"
         return {"missing": f"package {told['package']} {lacks}"}
+    if "arguments" not in told:
+        return {"version": version}
     known = [
         option
         for alternatives in told["if_known"]

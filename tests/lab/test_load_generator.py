@@ -191,6 +191,25 @@ def test_what_keeps_it_from_measuring_is_said(root: Path, server: Server) -> Non
     assert found.missing == "package sglang is not installed"
 
 
+def looked_for(root: Path, generator: LoadGenerator, env: dict[str, str]) -> Answer:
+    """What the command says that only looks for a generator."""
+    environment = {"HOME": str(root), **env}
+    argv = generator.look_in_container()
+    said = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True)
+    return load_generator.parse(said.stdout)
+
+
+def test_it_is_looked_for_without_being_run(root: Path, server: Server) -> None:
+    env = image(root, "v0")
+    found = looked_for(root, vllm_bench("vllm"), env)
+    assert found == Answer(version=contracts.CONTRACTS["v0"].versions["vllm"])
+    assert not server.asked
+    assert looked_for(root, sglang_bench("python3"), env).missing
+    (root / PACKAGES / "vllm/benchmarks/serve.py").unlink()
+    missing = "package vllm 0.9.0+empty has no benchmarks/serve.py"
+    assert looked_for(root, vllm_bench("vllm"), env) == Answer(missing=missing)
+
+
 @pytest.fixture
 def endless(root: Path) -> dict[str, str]:
     """The environment of a generator that never ends, nor does what it has started."""

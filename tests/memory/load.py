@@ -32,6 +32,8 @@ def carried(
     if not version:
         lacks = f"package {told['package']} 0.8.0 has no {told['sources'][0]}"
         return MARK + json.dumps({"missing": lacks}), 0
+    if "arguments" not in told:
+        return MARK + json.dumps({"version": version}), 0
     words = told["arguments"]
     given = {
         word: value for word, value in zip(words, [*words[1:], ""], strict=True) if word[:2] == "--"

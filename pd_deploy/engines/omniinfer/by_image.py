@@ -20,7 +20,6 @@ _SOURCE = resources.files(__package__).joinpath("in_image.py").read_text()
 _RENUMBERS = "--use-inventory-devices"  # what launchers take that otherwise number devices anew
 _V0: frozenset[ContractName] = frozenset({"v0-early", "v0"})
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
-_HAS_LOAD_GENERATOR = (0, 9, 0)  # images with an older one are not known
 _OF_ALL_BUILDS = "0.1.0"  # what the sources say in every release; some images say more
 _OF_MEANING: dict[str, ContractName] = {
     "prefill pods + 1": "v0-early",
@@ -101,30 +100,15 @@ def for_image(deployment: Deployment, facts: ImageFacts) -> Deployment:
 def image_findings(
     deployment: Deployment, _: Topology, facts: ImageFacts | None
 ) -> Iterator[Finding]:
-    """Demand that the contract in the file is that of the image, that it is known what the image
-    takes `kv_parallel_size` for, and that its vLLM has the load generator of a benchmark."""
+    """Demand that the contract in the file is that of the image, and that it is known what the
+    image takes `kv_parallel_size` for."""
     if facts is None:
         yield from contracts.findings(deployment)
         return
     yield from kv.untold(deployment)
-    yield from _load_generator(deployment, facts)
     possible = candidates(facts)
     if deployment.contract == "by-image" or not possible or deployment.contract in possible:
         return
     listed = " or ".join(name for name in contracts.CONTRACTS if name in possible)
     message = f"expected {listed}, as the image has {brief(facts)}; found {deployment.contract}"
     yield "contract-of-image", Problem("contract", message)
-
-
-def _load_generator(deployment: Deployment, facts: ImageFacts) -> Iterator[Finding]:
-    found = facts.packages.get("vllm", "")
-    version = _VERSION.match(found)
-    if deployment.gates.benchmark is None or version is None:
-        return
-    if tuple(map(int, version.groups())) < _HAS_LOAD_GENERATOR:
-        least = ".".join(map(str, _HAS_LOAD_GENERATOR))
-        message = (
-            f"expected an image with vLLM {least} or later, which has the load generator "
-            f"(`vllm bench serve`), found {found}"
-        )
-        yield "benchmark-generator", Problem("gates.benchmark", message)

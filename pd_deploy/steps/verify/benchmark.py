@@ -25,7 +25,7 @@ from pd_deploy.hosts.host import Host
 from pd_deploy.records import benchmark, generations, load_results
 from pd_deploy.records.benchmark import Figures, Judgement, Load, Sample
 from pd_deploy.records.releases import History
-from pd_deploy.steps import containers
+from pd_deploy.steps import containers, throwaway
 from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
@@ -33,6 +33,9 @@ from pd_deploy.steps.session import Session
 SHOWN_FAULTS = 3
 SAID_LINES = 5
 BY_THE_GATE = "gates.benchmark"
+LACKS_IT = "the image does not have it"
+LOOK_S = 120.0
+"""A file is read, but a container's first start takes long on a busy disk."""
 GRACE_S = 30.0
 """How much longer than the load itself its command may take: it bounds the load."""
 
@@ -70,6 +73,38 @@ def is_due(rollout: Rollout) -> bool:
     gates before, so that a way back, a recovery and a run with nothing to do are not kept up."""
     gates = rollout.session.deployment.gates
     return gates.benchmark is not None and rollout.plan.generation not in rollout.history.good
+
+
+async def find_generator(rollout: Rollout) -> Report:
+    """Look for the load generator in the image, on the first proxy's host, before anything is
+    stopped. Where the user's own code runs, it is that which would have it, so nobody is asked.
+
+    Raises:
+        BenchmarkFailed: the image does not have it, or does not say so.
+    """
+    session, where = rollout.session, rollout.session.topology.home
+    host, proxy = session.host(where), session.topology.proxies[0]
+    generator = session.engine.load_generator(session.deployment, session.topology)
+    if rollout.code_on(where):
+        return Report("find load generator", generator.name, where, False, "not looked for")
+    try:
+        output, _ = await throwaway.output(
+            session,
+            host,
+            rollout.plan.pinned_image,
+            generator.look_in_container(),
+            LOOK_S,
+            name=throwaway.name_of(session),
+        )
+        answer = load_generator.parse(output)
+    except TimeoutError:
+        raise _not_made(session, proxy, f"the image gave no answer within {LOOK_S:g} s") from None
+    except ValueError as said:
+        raise _not_made(session, proxy, f"asked for it, the image printed: {said}") from None
+    if answer.missing:
+        raise _not_made(session, proxy, f"{LACKS_IT}: {answer.missing}")
+    found = f"{generator.name} {answer.version}".rstrip()
+    return Report("find load generator", generator.name, where, False, found)
 
 
 async def gate(rollout: Rollout) -> Report:
@@ -185,7 +220,7 @@ async def _asked(session: Session, proxy: Proxy, address: str, share: Benchmark)
     except ValueError as said:
         raise _not_made(session, proxy, f"it printed: {said}") from None
     if answer.missing:
-        raise _not_made(session, proxy, f"the image does not have it: {answer.missing}")
+        raise _not_made(session, proxy, f"{LACKS_IT}: {answer.missing}")
     if answer.result is None and not answer.late:
         last = " / ".join(answer.said.splitlines()[-SAID_LINES:])
         raise _not_made(
