@@ -63,7 +63,7 @@ async def _show(deployment: Deployment, file: Path, *, as_json: bool, watch: boo
             last = looks.of(told.look.instances, told.when)
             if not watch:
                 looks.write(kept, last)
-                return exit_codes.of([told.look.status.verdict])
+                return exit_codes.of([told.look.verdict])
             await asyncio.sleep(EVERY_S)
 
 
@@ -95,8 +95,8 @@ def as_document(told: Told) -> str:
     ]
     document: dict[str, Any] = {
         "deployment": look.status.deployment,
-        "verdict": look.status.verdict,
-        "state": look.status.state,
+        "verdict": look.verdict,
+        "state": look.trouble or look.status.state,
         "remark": look.status.remark,
         "generation": look.status.generation,
         "image": look.status.image or None,
@@ -143,9 +143,9 @@ def text(told: Told) -> str:
 
 
 def _verdict(look: Look) -> str:
-    words = [str(look.status.verdict or "not known")]
-    if not look.status.serves:
-        words.append(look.status.state)
+    words = [str(look.verdict or "not known")]
+    if look.trouble:
+        words.append(look.trouble)
     return "; ".join(filter(None, (": ".join(words), look.status.remark)))
 
 

@@ -159,7 +159,10 @@ def test_every_part_has_its_row(world: World) -> None:
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     release = told(world).look.release
     assert release
-    assert text.startswith("qwq-3p1d: serving\n")
+    assert text.startswith("qwq-3p1d: degraded: a (10.0.0.1): device 3: npu-smi says Alarm\n")
+    assert json.loads(showing.as_document(told(world)))["verdict"] == "degraded"
+    world.machines["a"].health.clear()
+    assert showing.text(told(world)).startswith("qwq-3p1d: serving\n")
     assert release.generation in rows["generation"]
     assert release.digest[:19] in rows["image"]
     assert "run of pd-deploy" in rows["created"]

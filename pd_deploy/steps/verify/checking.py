@@ -21,7 +21,7 @@ from pd_deploy.hosts.concurrent import together
 from pd_deploy.hosts.host import Host
 from pd_deploy.records import generations, mending
 from pd_deploy.records.releases import Silence
-from pd_deploy.records.status import SERVES, Verdict
+from pd_deploy.records.status import Verdict
 from pd_deploy.steps import adopting
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
@@ -109,7 +109,7 @@ async def check(session: Session, now: datetime) -> Checked:
     options, before = session.deployment.health, last.history.record.mending
     counted = mending.silences(before, silent(looks, now), options, now)
     lost = failed(looks, now) | mending.hung(counted, options)
-    checked = Checked(last, lost, told=trouble(last), silent=counted)
+    checked = Checked(last, lost, told=last.trouble, silent=counted)
     if last.status.verdict != Verdict.SERVING:
         return await _as_clients_see(checked)
     entrances = _entrances(last)
@@ -138,17 +138,6 @@ async def _as_clients_see(checked: Checked) -> Checked:
         return checked
     told = f"{checked.told}; clients get completions all the same"
     return replace(checked, told=told, answered=max(answer.seconds for answer in asked))
-
-
-def trouble(look: Look) -> str:
-    """Say in a line all that is not as it should be. Pure."""
-    parts = [] if look.status.state == SERVES else [look.status.state]
-    parts += [
-        f"{host.name} ({host.address}): {host.devices}"
-        for host in look.hosts
-        if host.devices not in ("", HEALTHY)
-    ]
-    return "; ".join(parts)
 
 
 def failed(looks: Sequence[Look], now: datetime) -> dict[str, str]:

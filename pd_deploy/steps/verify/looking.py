@@ -25,7 +25,7 @@ from pd_deploy.records import status as statuses
 from pd_deploy.records.adopted import UNCOMPARED, AdoptedContainer, AdoptedService
 from pd_deploy.records.generations import GENERATION, RUNNING
 from pd_deploy.records.releases import History, Release, Starts
-from pd_deploy.records.status import Status
+from pd_deploy.records.status import SERVES, Status, Verdict
 from pd_deploy.steps import host_records, surveying
 from pd_deploy.steps.asking import answer_of, or_error
 from pd_deploy.steps.rollout import HostState
@@ -117,6 +117,24 @@ class Look:
     others: Sequence[str]
     drift: str | None
     drift_unknown: str = ""
+
+    @property
+    def trouble(self) -> str:
+        """All that is not as it should be, in a line: of what serves, then of devices."""
+        parts = [] if self.status.state == SERVES else [self.status.state]
+        parts += [
+            f"{host.name} ({host.address}): {host.devices}"
+            for host in self.hosts
+            if host.devices not in ("", HEALTHY)
+        ]
+        return "; ".join(parts)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """That of the status; a service with a faulty device is degraded, though it serves."""
+        if self.status.verdict == Verdict.SERVING and self.trouble:
+            return Verdict.DEGRADED
+        return self.status.verdict
 
 
 @dataclass(frozen=True)
