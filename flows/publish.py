@@ -30,7 +30,7 @@ from pd_deploy.steps.report import Report
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.verify.smoke import Completion
 
-PATIENCE_S = 10
+PATIENCE_S = 20
 SHOWN_TAGS = 3
 
 

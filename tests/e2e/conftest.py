@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 
 from bench.lab_service import LabService, write_file
 from demo.processes import Processes
@@ -23,11 +25,14 @@ from pd_deploy.cli.local_server import LocalServer
 from pd_deploy.config.load import load_deployment
 from pd_deploy.flows import deployment_file
 from pd_deploy.lab import Lab, LabHost
+from pd_deploy.lab.lifecycle import side_by_side
 from tests import prefect_settings
 from tests.playbook import NAMES, Playbook
 from tests.samples import ALL
 
 long = pytest.mark.skipif(not ALL, reason="long: runs with `make test-all`")
+"""What the tests in memory hold to as well, with hosts that are held to these, and what repeats
+another test here with other faults."""
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"
@@ -50,6 +55,9 @@ def prefect_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         processes.until("server", lambda: is_healthy(prefect_settings.API), 120)
         yield env
     finally:
+        # What is still to be sent would be tried again and again once the server is gone.
+        APILogWorker.drain_all(timeout=10)
+        EventsWorker.drain_all(timeout=10)
         processes.stop_all()
 
 
@@ -209,8 +217,23 @@ class Service(LabService):
         return found
 
 
+@pytest.fixture(scope="session")
+def layers(lab: Lab) -> None:
+    """Keeps the image's layers on the hosts, also when a test removes the image: to unpack them
+    anew takes seconds."""
+    repository = lab.image.rpartition(":")[0]
+    image = f"{repository}@{lab.images[lab.image]}"
+
+    def keep(host: LabHost) -> None:
+        host.run(["docker", "pull", "-q", image])
+        host.run(["docker", "create", "--name", "layers", image, "true"])
+        host.run(["docker", "rmi", "-f", image])
+
+    side_by_side(keep, lab.hosts.values())
+
+
 @pytest.fixture
-def service(lab: Lab, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
+def service(lab: Lab, layers: None, ssh_block: str, tmp_path: Path) -> Iterator[Service]:
     """The documented 3P1D on the tests' lab; nothing of it is left afterwards."""
     overrides = {"ssh": {"credentials": ssh_block}, "container": {"stop_timeout": 10}}
     path = write_file(lab, tmp_path / "test-3p1d.yaml", **overrides, gates={"ready": 60})

@@ -50,7 +50,7 @@ async def automated(service: Service, worker: None) -> AsyncIterator[Service]:
             await client.update_deployment(identity, _update(str(parameters["file"])))
 
 
-@pytest.mark.parametrize("way", ["cancelled", "killed"])
+@pytest.mark.parametrize("way", [pytest.param("cancelled", marks=long), "killed"])
 async def test_interrupted_upgrade_is_recovered_by_itself(
     automated: Service, prefect: Callable[..., str], prefect_env: dict[str, str], way: str
 ) -> None:

@@ -77,8 +77,8 @@ async def test_the_proxy_opens_only_when_the_smoke_test_has_passed(service: Serv
     ("faults", "expected"),
     [
         ({"hang": True}, "expected an answer on its health endpoint within 6 s"),
-        ({"garbage": True}, "expected an answer by the KV that"),
-        ({"error_status": 503}, "status 503"),
+        pytest.param({"garbage": True}, "expected an answer by the KV that", marks=long),
+        pytest.param({"error_status": 503}, "status 503", marks=long),
     ],
 )
 async def test_server_that_lives_but_does_not_serve(

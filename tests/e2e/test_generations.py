@@ -30,7 +30,7 @@ from pd_deploy.lab import contracts
 from pd_deploy.records.status import Verdict
 from pd_deploy.steps.verify import looking
 from pd_deploy.steps.verify.looking import HEALTHY, Look
-from tests.e2e.conftest import BIN, SECRET, Service, until
+from tests.e2e.conftest import BIN, SECRET, Service, long, until
 from tests.e2e.patient_clients import REFUSED, PatientClients
 from tests.playbook import Playbook
 
@@ -219,6 +219,7 @@ class TestUpgrade:
         assert all(isinstance(answer, httpx.TransportError) for answer in answers)
         assert "cut 3 requests that were not answered within 3 s" in str((await upgrading).message)
 
+    @long
     async def test_promoted_image_stays_until_the_files_own_changes(self, service: Service) -> None:
         """A run without an image never undoes one with."""
         service.push("20250723_2", {"/etc/example": "newer"})
@@ -272,8 +273,8 @@ class TestRollback:
     @pytest.mark.parametrize(
         ("faults", "step"),
         [
-            ({"crash_after": 0.3}, "ready "),
-            ({"hang": True}, "ready "),
+            pytest.param({"crash_after": 0.3}, "ready ", marks=long),
+            pytest.param({"hang": True}, "ready ", marks=long),
             ({"garbage": True}, "smoke test"),
         ],
     )
@@ -295,6 +296,7 @@ class TestRollback:
         assert {n: c["Id"] for n, c in service.containers(running=True).items()} == old
         assert service.completes()
 
+    @long
     async def test_pruned_containers_are_recreated_from_the_saved_spec(
         self, service: Service
     ) -> None:
@@ -314,6 +316,7 @@ class TestRollback:
         assert service.specs() == old
         assert files.items() <= service.files().items()
 
+    @long
     async def test_failing_rollback_is_said_plainly(self, service: Service) -> None:
         """With the state of every host."""
         await deploy(service.file)
@@ -332,6 +335,7 @@ class TestRollback:
         assert down, "the time before the recovery counts too"
         assert float(down[1]) > (state.timestamp - failed).total_seconds()
 
+    @long
     async def test_failed_generation_is_kept_on_request(self, service: Service) -> None:
         """What lives of it goes on living; the next run puts things right. A build that is only
         slower is rolled back as well, by the figures of the one that serves."""
@@ -389,6 +393,7 @@ class TestRollback:
 
 
 class TestPruning:
+    @long
     async def test_the_last_good_ones_stay_and_the_rest_goes(
         self, service: Service, playbook: Playbook
     ) -> None:
@@ -436,6 +441,7 @@ class TestPruning:
         assert state.is_completed(), state.message
         assert epochs(service) == all_on(1)
 
+    @long
     async def test_a_host_that_left_the_file_and_is_dead_is_forgotten_only_on_request(
         self, service: Service
     ) -> None:
@@ -515,6 +521,7 @@ class TestOneAtATime:
         messages = sorted("nothing changed" in str(state.message) for state in states)
         assert messages == [False, True]
 
+    @long
     async def test_a_run_that_waits_too_long_says_for_whom(self, service: Service) -> None:
         """Name, age and machine; what runs is not touched."""
         service.change(gates={"lease": 1})
@@ -541,6 +548,7 @@ class TestOneAtATime:
         assert "expected this run's lease" in str(state.message)
         assert set(service.containers(running=True)) == INSTANCES
 
+    @long
     async def test_overlapping_deployments_are_refused(self, service: Service) -> None:
         """Devices and ports of another deployment that runs here, by name."""
         await deploy(service.file)

@@ -13,7 +13,7 @@ import pytest
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
-from tests.e2e.conftest import BIN, ROOT, Service, local_server_of, until
+from tests.e2e.conftest import BIN, ROOT, Service, local_server_of, long, until
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
 Start = Callable[[dict[str, str]], subprocess.Popen[bytes]]
@@ -52,6 +52,7 @@ def start(service: Service, output: Path) -> Iterator[Start]:
             process.wait()
 
 
+@long
 async def test_a_signal_after_the_cut_over_goes_back_and_a_second_one_ends_that_at_once(
     service: Service, start: Start, printed: Callable[[], str], prefect_env: dict[str, str]
 ) -> None:

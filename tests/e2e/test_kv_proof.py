@@ -5,7 +5,7 @@ import re
 from bench.client import Client
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.lab.lifecycle import STANDIN
-from tests.e2e.conftest import Service
+from tests.e2e.conftest import Service, long
 
 METRICS = "usr/local/Ascend/latest/standin/metrics.py"
 
@@ -37,6 +37,7 @@ async def test_a_prefill_that_hands_nothing_over_is_found_out_whichever_it_is(
     assert "told to refuse" in str(state.message)
 
 
+@long
 async def test_kv_parallel_size_follows_the_image_and_a_wrong_one_is_found_out(
     service: Service,
 ) -> None:

@@ -28,7 +28,7 @@ from demo.services import DEPLOY_LAB
 from pd_deploy.flows.deploy import deploy
 from tests import prefect_settings
 from tests.e2e.browser import page
-from tests.e2e.conftest import Service, until
+from tests.e2e.conftest import Service, long, until
 
 NIGHTLY = "lab-qwq-3p1d-nightly"
 
@@ -92,6 +92,7 @@ async def events(name: str) -> list[dict[str, Any]]:
             await asyncio.sleep(0.2)
 
 
+@long
 async def test_pushed_again_is_a_change_and_the_same_digest_is_none(fresh: Service) -> None:
     """What counts is the digest behind the tag."""
     fresh.push(fresh.tag(1), {"/etc/example": "one"})
@@ -136,7 +137,14 @@ async def told(prefect: Callable[..., str]) -> AsyncIterator[list[dict[str, str]
         server.server_close()
 
 
-@pytest.mark.parametrize("faults", [{"crash_after": 0.3}, {"hang": True}, {"garbage": True}])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param({"crash_after": 0.3}, marks=long),
+        pytest.param({"hang": True}, marks=long),
+        {"garbage": True},
+    ],
+)
 async def test_bad_build_is_rolled_back_and_not_taken_again(
     fresh: Service, faults: dict[str, Any], told: list[dict[str, str]]
 ) -> None:
@@ -203,6 +211,7 @@ async def test_faults_of_hosts_and_registry_change_nothing_and_blame_no_image(
     assert images(fresh) == {fresh.tag(2)}
 
 
+@long
 async def test_changed_file_blames_no_image(fresh: Service) -> None:
     """The image served before: the fault is elsewhere."""
     fresh.push(fresh.tag(1), {"/etc/example": "good"})
