@@ -67,7 +67,10 @@ def this_run() -> Run:
     now = datetime.now(UTC)
     due = flow_run.expected_start_time if scheduled else None
     message = one_line(str(runtime.flow_run.parameters.get("message") or ""))
-    return Run(flow_run.name, url or "", starter(flow_run), scheduled, now - (due or now), message)
+    by = starter(flow_run)
+    if scheduled and context and context.flow:
+        by = f"{by} of {context.flow.name}"  # a nightly's, or that of checks
+    return Run(flow_run.name, url or "", by, scheduled, now - (due or now), message)
 
 
 def starter(flow_run: FlowRun) -> str:

@@ -180,6 +180,8 @@ def test_a_scheduled_run_that_starts_after_its_window_connects_to_no_host(
     assert not world.containers()
     due = datetime.now(UTC) - window + timedelta(minutes=5)
     assert world.run(deploy, due=due).message.startswith("Generation 1-")
+    (outcome_of,) = world.record().outcomes.values()
+    assert outcome_of.by.endswith(" by the schedule of pd-deploy")
 
 
 def test_a_scheduled_run_may_not_keep_a_failed_generation(world: World) -> None:
