@@ -158,11 +158,20 @@ async def _follow(flow_run: UUID) -> int:
                 printed = line
             # The server records task runs a little later than the end of their flow run.
             if run.state and run.state.is_final() and quiet >= QUIET_POLLS:
-                code = _last_word(run.state)
+                code = _last_word(await in_its_own_words(client, run.id, run.state))
                 if "file" in run.parameters:
                     typer.echo(next_command(run.parameters, code), err=code != 0)
                 return code
             await asyncio.sleep(POLL_INTERVAL_S)
+
+
+async def in_its_own_words(client: PrefectClient, flow_run: UUID, last: State[Any]) -> State[Any]:
+    """Return the state in which a run itself says how it ended: a worker that cancels it writes
+    one of its own over that."""
+    if not last.is_cancelled():
+        return last
+    states = await client.read_flow_run_states(flow_run)
+    return min((s for s in states if s.is_cancelled()), key=lambda s: s.timestamp, default=last)
 
 
 async def _task_runs(client: PrefectClient, flow_run: UUID) -> list[TaskRun]:

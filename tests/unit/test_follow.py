@@ -12,6 +12,8 @@ from prefect.client.schemas.filters import WorkQueueFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.states import (
     AwaitingConcurrencySlot,
+    Cancelled,
+    Cancelling,
     Completed,
     Late,
     Paused,
@@ -191,3 +193,21 @@ def test_the_next_command_is_named(parameters: dict[str, Any], code: int, named:
     assert told.startswith("Next: ")
     assert told.count("pd-deploy ") == len(named)
     assert [command for command in named if command not in told] == []
+
+
+@pytest.mark.parametrize("own", ["Interrupted; the service is back on 1-85e1953c", ""])
+def test_what_a_cancelled_run_says_itself_is_its_last_word(own: str) -> None:
+    """Prefect's worker writes another one over it."""
+    began = datetime.now(UTC)
+    states = [Running(), Cancelling(), *([Cancelled(message=own)] if own else [])]
+    last = Cancelled(message="Flow run was cancelled successfully.")
+    for number, state in enumerate([*states, last]):
+        state.timestamp = began + timedelta(seconds=number)
+
+    async def read_flow_run_states(_: UUID) -> list[State[Any]]:
+        return [last, *states]
+
+    client: Any = SimpleNamespace(read_flow_run_states=read_flow_run_states)
+    said = asyncio.run(following.in_its_own_words(client, RUN, last))
+    assert said.message == (own or last.message)
+    assert asyncio.run(following.in_its_own_words(client, RUN, Completed())).is_completed()
