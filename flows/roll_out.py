@@ -246,6 +246,7 @@ async def _serve_again(
         # What an earlier attempt has opened was closed by this run all the same.
         back.attempt.stopped = True
     attempts.append(back)
+    back.attempt.downtime.drain = failed.attempt.downtime.drain
     back.attempt.downtime.benchmark = failed.attempt.downtime.benchmark
     line = Line(back.session.barrier, back.session.timeline, back)
     await run_stages(line, back, list(STAGES))

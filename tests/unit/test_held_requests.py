@@ -224,3 +224,8 @@ def test_how_many_requests_are_left_is_told_while_the_proxy_drains(
     ]
     assert "cut 2 requests that were not answered within 20 s (proxy.drain)" in outcome.message
     assert "20.0 s of it for the drain" in outcome.message
+    proxy = world.running()["c0"].program
+    assert isinstance(proxy, Proxy)
+    proxy.stream(60)
+    back = world.run(deploy, image=world.push("20250726_1", {"*": Faults(dies=1)}))
+    assert "20.0 s of it for the drain" in str(back.error), "the way back tells of it, too"
