@@ -32,6 +32,7 @@ PARTS = {
     "image on all hosts": "image present",
     "bring code": "image present",
     "code on all hosts": "image present",
+    "find load generator": "image present",
     "save": "launch",
     "containers and files made": "launch",
     "clean up": "clean up",

@@ -44,7 +44,7 @@ def test_what_to_type_next_works_as_it_is_printed() -> None:
     assert f"PREFECT_API_URL={demo.API}" in export
     commands = [line.split("#")[0].strip() for line in text.splitlines() if "pd-deploy " in line]
     assert [command.split()[1] for command in commands] == [
-        "status", "releases", "diff", "deploy", "lab", "deploy", "rollback",
+        "status", "releases", "diff", "deploy", "lab", "deploy", "rollback", "lab", "recover",
     ]  # fmt: skip
     script = "\n".join(["set -e", export, *(f"{command} --help" for command in commands)])
     done = subprocess.run(
