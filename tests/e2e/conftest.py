@@ -227,6 +227,8 @@ def layers(lab: Lab) -> None:
     def keep(host: LabHost) -> None:
         host.run(["docker", "pull", "-q", image])
         host.run(["docker", "create", "--name", "layers", image, "true"])
+        host.run(["docker", "commit", "layers", "layers"])
+        host.run(["docker", "rm", "layers"])
         host.run(["docker", "rmi", "-f", image])
 
     side_by_side(keep, lab.hosts.values())

@@ -286,8 +286,8 @@ def test_a_power_failure_ends_everything_and_the_disk_stays(lab: Lab) -> None:
 
 def test_a_host_is_rebooted_by_command_also_one_that_is_off(lab: Lab) -> None:
     host = lab.hosts["b"]
+    before = host.init_pid
     for _ in range(2):
-        before = host.init_pid
         done = CliRunner().invoke(app, ["reboot", "b", "--name", lab.name])
         assert (done.exit_code, done.output) == (0, "b is up again; what ran on it has ended\n")
         assert host.init_pid != before
