@@ -99,12 +99,7 @@ class Watched:
 
     def after_a_reboot(self) -> Mend:
         """Reboot a host, with a prefill and the decode on it."""
-        return self._mend(self._reboot)
-
-    def _reboot(self) -> None:
-        host = self._lab.hosts["b"]
-        host.power_off()
-        host.power_on()
+        return self._mend(self._lab.hosts["b"].reboot)
 
     def _mend(self, fault: Callable[[], None]) -> Mend:
         known = {run["id"] for run in self._checks(MENDED)}

@@ -133,8 +133,7 @@ class LabService:
                 _clean(host)
             except subprocess.TimeoutExpired:
                 print(host.blocked_in_engine(), file=sys.stderr)
-                host.power_off()
-                host.power_on()
+                host.reboot()
                 _clean(host)
 
 

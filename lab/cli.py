@@ -179,10 +179,7 @@ def mend(host: Host, name: Name = DEFAULT_NAME) -> None:
 def reboot(host: Host, name: Name = DEFAULT_NAME) -> None:
     """Reboot a host as a power failure does: all on it ends at once, and its disk stays."""
     with _plain_errors():
-        rebooted = _host(name, host)
-        if rebooted.on:
-            rebooted.power_off()
-        rebooted.power_on()
+        _host(name, host).reboot()
     _say(f"{host} is up again; what ran on it has ended")
 
 

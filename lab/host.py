@@ -98,6 +98,15 @@ class LabHost(BaseModel):
         self.start_sshd()
         self.start_engine()
 
+    def reboot(self) -> None:
+        """Fail as by a power failure, and boot with the old disk; also a host that is off.
+
+        Raises:
+            LabError: a part of it did not start.
+        """
+        self.power_off()
+        self.power_on()
+
     def boot(self) -> None:
         """Start the host's namespaces and plug in its cable; start no daemons."""
         starting = self.box.start()

@@ -131,15 +131,17 @@ class Instance:
             return probe.connect_ex((self.host, self.api_port)) != 0
 
     def wait_ready(self) -> None:
-        """Wait until /health answers 200; fail with the log if the launcher ends."""
+        """Wait until /health answers, and with 200; fail with the log if the launcher ends."""
         self.wait_for(self._is_healthy, "health")
 
     def _is_healthy(self) -> bool:
         """Ask /health; a server that starts tries its port, so a connection may be reset."""
         try:
-            return self.request("/health").status == 200
-        except (ConnectionError, http.client.BadStatusLine):
+            status = self.request("/health").status
+        except ConnectionError:
             return False
+        assert status == 200
+        return True
 
     def wait_for(self, condition: Any, event: str) -> None:
         """Wait for a condition; fail after a time, or if the launcher ends."""

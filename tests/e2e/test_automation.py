@@ -104,8 +104,7 @@ async def a_rebooted_host_serves_again(service: Service) -> None:
         assert not schedule.active
         every = IntervalSchedule(interval=EVERY, anchor_date=datetime(2026, 1, 1, tzinfo=UTC))
         host = service.lab.hosts["b"]
-        host.power_off()
-        host.power_on()
+        host.reboot()
         turned = partial(client.update_deployment_schedule, health.id, schedule.id)
         try:
             await turned(active=True, schedule=every)

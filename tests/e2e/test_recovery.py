@@ -141,8 +141,7 @@ async def test_a_host_that_reboots_is_put_right(upgrading: Service, when: str) -
         running.kill()
         running.wait()
         upgrading.faults("p0")
-    host.power_off()
-    host.power_on()
+    host.reboot()
     state: State[Any] = await recover(upgrading.file, return_state=True)
     assert state.is_completed(), state.message
     assert assert_coherent(upgrading).startswith("1-")
