@@ -20,6 +20,8 @@ STATE, LOGS, FAULTS = "/var/lib/pd-deploy", "/data/log_path", "/data/standin"
 BUILT = "usr/local/Ascend/latest/standin/built"
 """Where the stand-in says how old it is: what it takes follows from that, as in the original."""
 CONTAINERS = ["docker", "ps", "-aq", "--filter", "label=pd-deploy.deployment"]
+# Digests first: with the last tag of a repository, the engine forgets its digests, too.
+NAMES_OF_IMAGE = "{{range .RepoDigests}}{{println .}}{{end}}{{range .RepoTags}}{{println .}}{{end}}"
 
 
 def write_file(lab: Lab, path: Path, **overrides: object) -> Path:
@@ -141,7 +143,9 @@ def _clean(host: LabHost) -> None:
     ids = host.run(CONTAINERS).stdout.split()
     if ids:
         host.run(["docker", "rm", "-f", *ids])
-    images = host.run(["docker", "images", "-q", "pd-deploy/*"]).stdout.split()
+    images = set(host.run(["docker", "images", "-q", "pd-deploy/*"]).stdout.split())
     if images:
-        host.run(["docker", "rmi", "-f", *sorted(set(images))], check=False)
+        # By name: by its id, the engine refuses to remove an image of which another was made.
+        names = host.run(["docker", "inspect", "-f", NAMES_OF_IMAGE, *images]).stdout.split()
+        host.run(["docker", "rmi", "-f", *names])
     host.run(["rm", "-rf", STATE, FAULTS, LOGS])
