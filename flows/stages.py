@@ -51,8 +51,11 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
     hosts = list(rollout.plan.hosts)
     await line.together(check_host.after(*line.ends)(rollout, host) for host in hosts)
     await line.together([compare_hosts.after(*line.ends)(rollout, line.reports[-len(hosts) :])])
+    # Where a generation comes back, there is nothing to make, and clients wait.
+    is_whole = set(stages) == set(STAGES)
+    to_make = [host for host in hosts if not (is_whole and rollout.is_made(host))]
     if "cleanup" in stages or "launch" in stages:
-        await line.together(pull_image.after(*line.ends)(rollout, host) for host in hosts)
+        await line.together(pull_image.after(*line.ends)(rollout, host) for host in to_make)
         await line.joined("image on all hosts")
     if {"launch", "proxy"} <= set(stages) and is_due(rollout):
         await line.together([find_load_generator.after(*line.ends)(rollout)])
@@ -61,13 +64,13 @@ async def prepare_all(line: Line, rollout: Rollout, stages: list[Stage]) -> None
         await line.joined("code on all hosts")
     if "launch" in stages:
         await promotion.note_hosts(rollout)
-    await line.branches(create(line.branch(), rollout, host, stages) for host in hosts)
+    await line.branches(create(line.branch(), rollout, host, stages) for host in to_make)
     await line.joined("containers and files made")
     proxies, steps = rollout.session.topology.proxies, []
     if "launch" in stages and "proxy" in stages:
         early = [proxy.name for proxy in proxies if rollout.may_prepare_early(proxy.name)]
         steps += [prepare_proxy.after(*line.ends)(rollout, name) for name in early]
-    if set(stages) != set(STAGES):
+    if not is_whole:
         await waiting_room.dismiss(rollout)
     else:
         held = [proxy.name for proxy in proxies if waiting_room.is_wanted(rollout, proxy)]
@@ -89,7 +92,8 @@ async def create(line: Line, rollout: Rollout, host: str, stages: list[Stage]) -
 
 
 async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
-    """Cut over: stop what must no longer run, proxies first, then the servers."""
+    """Cut over: stop what must no longer run, proxies first, then the servers; all at once where
+    no client is served any more."""
     rollout.session.timeline.enter(timeline.CUT_OVER)
     if "cleanup" in stages:
         proxies, servers = rollout.to_clean_up()
@@ -99,9 +103,12 @@ async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
         return
     if (rollout.stopping or rollout.leaving) and not rollout.stays_open:
         await promotion.note_closing(rollout)
-    await line.together(clean_up.after(*line.ends)(rollout, proxy) for proxy in proxies)
-    await line.joined("proxies stopped")
-    await line.together(clean_up.after(*line.ends)(rollout, server) for server in servers)
+    if not rollout.attempt.was_down:
+        await line.together(clean_up.after(*line.ends)(rollout, proxy) for proxy in proxies)
+        await line.joined("proxies stopped")
+        proxies = []
+    names = [*proxies, *servers]
+    await line.together(clean_up.after(*line.ends)(rollout, name) for name in names)
     await line.joined("old generation stopped")
 
 

@@ -55,7 +55,8 @@ class HostAnswers:
         where: for people.
         devices: None if its engine has no tools for them.
         model: None if nothing there needs it.
-        clock: between what its clock said when this one stood at 0; None if it did not say.
+        clock: by how many seconds its clock is ahead of the controller's, at least and at most;
+            None if it did not say.
         parts: digests of parts of the model's files, or of all, by path.
         listening: the ports where something listens.
     """

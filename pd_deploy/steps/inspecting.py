@@ -40,9 +40,9 @@ async def inspect(session: Session, name: str, *, full: bool = False) -> HostAns
     of_all, of_each = tools.lanes(devices, full=full) if tools else ([], [])
     limit = FULL_S if full else QUICK_S
     command = batch.command([*first, *of_all], of_each, limit)
-    before = time.monotonic()
+    before = now()
     printed = batch.parse(await _output(host, command, limit))
-    after = time.monotonic()
+    after = now()
     said = machine.parse(printed, host.address)
     listeners = batch.of(printed, facts.LISTENERS).text.strip() if full else ""
     return HostAnswers(
@@ -54,6 +54,11 @@ async def inspect(session: Session, name: str, *, full: bool = False) -> HostAns
         (said.now - after, said.now - before) if said.now else None,
         listening=frozenset(facts.parse_listeners(listeners, host.where)),
     )
+
+
+def now() -> float:
+    """Return the date by the controller's clock, in seconds as hosts say it."""
+    return time.time()
 
 
 def devices_on(session: Session, name: str) -> list[int]:

@@ -133,7 +133,6 @@ class Rollout:
         """Whether anything is to be done at all: a container does not run, a file is not as
         planned, a host lacks a directory or the generation's account of itself, or another run has
         left a waiting room, which may be in a proxy's way."""
-        planned = self.with_actions(plans.STAGES).hosts
         noted = (
             self.surveyed_history.record.on(self.release.hosts.values())
             is self.surveyed_history.record
@@ -141,9 +140,20 @@ class Rollout:
         return (
             not noted
             or any(map(self.has_waiting_room, self.session.topology.proxies))
-            or any(host.actions for host in planned.values())
-            or any(self._lacks(name) for name in planned)
+            or any(host.actions for host in self._whole.hosts.values())
+            or any(map(self._lacks, self._whole.hosts))
         )
+
+    @cached_property
+    def _whole(self) -> plans.Plan:
+        """The plan with all that a whole run would do."""
+        return self.with_actions(plans.STAGES)
+
+    def is_made(self, host: str) -> bool:
+        """Tell whether a host has all files and containers of the generation, as they are to be:
+        then nothing is left to be done there but to stop and start."""
+        verbs = {action.verb for action in self._whole.hosts[host].actions}
+        return verbs.isdisjoint(("write", "create")) and not self._lacks(host)
 
     def has_waiting_room(self, proxy: Proxy) -> bool:
         """Tell whether a run before this one has left a container that may hold requests."""

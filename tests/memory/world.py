@@ -38,7 +38,7 @@ from pd_deploy.planning.plans import InstancePlan
 from pd_deploy.records import generations
 from pd_deploy.records.releases import Record
 from pd_deploy.registry import archives
-from pd_deploy.steps import surveying
+from pd_deploy.steps import inspecting, surveying
 from tests.memory import answers, programs
 from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock, VirtualLoop
@@ -635,6 +635,7 @@ def _without_prefect(
             (publish, "acreate_table_artifact", artifacts or nowhere),
             (events, "emit_event", emitted),
             (health, "now", world.cluster.clock.date),
+            (inspecting, "now", lambda: world.cluster.clock.date().timestamp()),
             (past_checks, "was_told", was_told),
             (past_checks, "forget", forget),
             (time, "monotonic", world.cluster.clock.seconds),

@@ -1,6 +1,7 @@
 """`pd-deploy preflight` on hosts in memory: what it tells, and by which exit code."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pd_deploy.engines.device_report import DeviceReport
 from pd_deploy.flows import preflight
 from pd_deploy.hosts.machine import Machine
 from pd_deploy.planning.flaws import Flaw, HostAnswers
+from pd_deploy.planning.host_facts import facts_of
 from pd_deploy.steps.full_preflight import Findings
 from tests.memory.machine import Build
 from tests.memory.world import FIRST, MODEL, World
@@ -29,16 +31,20 @@ def flaws(
     world: World, *, full_hashes: bool = False, progress: list[str] | None = None
 ) -> Sequence[Flaw]:
     """What a preflight at a prompt finds; it changes no host."""
+    return findings(world, full_hashes, progress if progress is not None else []).flaws
+
+
+def findings(world: World, full_hashes: bool, progress: list[str]) -> Findings:
+    """The same, with what hosts said."""
 
     async def look() -> Findings:
         async with open_session(load_deployment(world.path)) as session:
-            told = (progress if progress is not None else []).append
-            return await preflight.find_flaws(session, None, "a look", full_hashes, told)
+            return await preflight.find_flaws(session, None, "a look", full_hashes, progress.append)
 
     before = world.state()
     found = world.asked(look())
     assert world.state() == before
-    return found.flaws
+    return found
 
 
 def test_sound_hosts_pass_before_a_first_deploy_and_while_they_serve(world: World) -> None:
@@ -96,6 +102,15 @@ def test_a_host_that_is_away_is_told_and_the_others_are_checked(world: World) ->
     away, fault = flaws(world)
     assert (away.check, away.host, away.is_error) == ("host", "b (10.0.0.2)", True)
     assert (fault.check, fault.host) == ("device-network", "a (10.0.0.1)")
+
+
+def test_clocks_are_told_against_the_controllers(world: World) -> None:
+    world.machines["b"].clock_ahead = 60
+    said = {
+        answers.name: facts_of(answers)["clock"] for answers in findings(world, False, []).answers
+    }
+    assert re.fullmatch(r"[+-][01]\.\d s from here", said["a"])
+    assert re.fullmatch(r"\+(59|60|61)\.\d s from here", said["b"])
 
 
 def test_weights_are_read_whole_on_request(world: World) -> None:
