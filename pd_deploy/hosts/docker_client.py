@@ -73,7 +73,8 @@ MAX_CALLS = 8
 CALL_TIMEOUT_S = 60  # the SDK's own; an engine that removes large containers is slow to answer
 FIRST_ANSWER_S = 20  # for its version, which a busy engine says at once, and one that hangs never
 POLL_S = 0.5
-LOG_POLL_S = 0.25  # a start is over soon
+# A start is over soon, and others wait for it; its first line takes some milliseconds.
+LOG_POLL_S, LOG_POLL_MOST_S = 0.03, 0.25
 LOG_LINES = 100  # more than come between two looks, as a rule
 PATIENCE_S = 60.0  # for an engine that restarts while one waits
 PROGRESS_EVERY_S = 1.0  # the engine reports each layer many times a second
@@ -489,10 +490,10 @@ class DockerClient:
             after: only output after this place counts, whatever the host's clock says meanwhile.
             patience: as in `wait`.
         """
-        place = after
+        place, pause = after, LOG_POLL_S
 
         async def look() -> LogWait | None:
-            nonlocal place
+            nonlocal place, pause
             running = (await self.inspect(container)).running
             lines = await self._lines(container, place)
             if any(text in line for line in lines):
@@ -501,7 +502,8 @@ class DockerClient:
                 place = lines[-1]
             if not running:
                 return "ended"
-            await asyncio.sleep(LOG_POLL_S)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, LOG_POLL_MOST_S)
             return None
 
         with contextlib.suppress(TimeoutError):

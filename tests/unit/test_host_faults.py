@@ -248,6 +248,7 @@ class TestQuarantine:
         """Its servers end, and those of other hosts that have links to them."""
 
         def reboot() -> None:
+            world.cluster.clock.pass_by(0.1)  # a host counts hundredths of a second
             if beside:
                 world.machines["a"].end(world.running()[beside], 1)
             world.machines["b"].reboot()

@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         ("nothing to do", "b", (6, 7, 0)),
         ("upgrade", "a", (21, 98, 74)),
         ("upgrade", "b", (17, 55, 55)),
-        ("cold", "a", (23, 78, 75)),
+        ("cold", "a", (23, 80, 75)),
         ("cold", "b", (19, 45, 60)),
     ],
 )

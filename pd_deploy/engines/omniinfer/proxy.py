@@ -217,12 +217,8 @@ kill -QUIT "$proving"
 tail -s 0.05 --pid="$proving" -f /dev/null
 "${{proxy[@]}}" || exit 1
 master=$(pgrep -o -x nginx) || exit 1
-trap 'stopped=1; kill -QUIT "$master"' INT TERM
-echo {shlex.quote(OPENED)}
-tail --pid="$master" -f /dev/null & waiter=$!
-while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
-[ -n "$stopped" ] || {{ echo "pd-deploy: nginx ended"; exit 1; }}
-"""
+{_STOPPED_BY}echo {shlex.quote(OPENED)}
+{_UNTIL_STOPPED}"""
 
 
 def _omni_script(service: Service, proxy: Proxy) -> str:
@@ -280,15 +276,21 @@ kill -QUIT "$proving"
 tail -s 0.05 --pid="$proving" -f /dev/null
 nginx -c $conf.clients || exit 1
 master=$(pgrep -o -x nginx) || exit 1
-trap 'stopped=1; kill -QUIT "$master"' INT TERM
-until_healthy 127.0.0.1 "$master"
+{_STOPPED_BY}until_healthy 127.0.0.1 "$master"
 echo {shlex.quote(OPENED)}
-tail --pid="$master" -f /dev/null & waiter=$!
-while kill -0 "$waiter" 2>/dev/null; do wait "$waiter"; done
-[ -n "$stopped" ] || {{ echo "pd-deploy: nginx ended"; exit 1; }}
+{_UNTIL_STOPPED}"""
+
+
+_STOPPED_BY = """\
+trap 'stopped=1; kill -QUIT "$master"; kill "$waiter"' INT TERM
 """
-
-
+_UNTIL_STOPPED = """\
+tail --pid="$master" -f /dev/null & waiter=$!
+while kill -0 "$waiter"; do wait "$waiter"; done 2>/dev/null
+[ -n "$stopped" ] || { echo "pd-deploy: nginx ended"; exit 1; }
+# The one above looks once a second, and clients wait until the next proxy has the port.
+tail -s 0.05 --pid="$master" -f /dev/null
+"""
 # omni_proxy relays /proxy/ADDRESS:PORT/… to that address for anybody. What stands here, beside
 # `listen`, is decided before any location is looked for.
 _CLOSED = " if ($uri ~* ^/proxy/) { return 403; }"

@@ -18,7 +18,7 @@ import httpx
 from pd_deploy.config.models import SmokeCheck
 from pd_deploy.config.topology import Proxy
 from pd_deploy.errors import SmokeTestFailed
-from pd_deploy.hosts.concurrent import together
+from pd_deploy.hosts.concurrent import task_group, together
 from pd_deploy.steps import containers
 from pd_deploy.steps.rollout import Rollout
 from pd_deploy.steps.session import Session
@@ -127,16 +127,18 @@ async def answers_clients(rollout: Rollout, name: str) -> None:
 async def _prove(rollout: Rollout) -> Completion:
     session = rollout.session
     proxies = session.topology.proxies
-    addresses = await together(containers.let_smoke_test_in(rollout, p.name) for p in proxies)
+    letting_in = together(containers.let_smoke_test_in(rollout, p.name) for p in proxies)
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(reached(session))
-        entrances = []
-        for proxy, address in zip(proxies, addresses, strict=True):
+        async with task_group() as group:
+            opened = group.create_task(letting_in)
+            asked = group.create_task(handed_over(session, servers))
+        direct, entrances = asked.result(), []
+        for proxy, address in zip(proxies, opened.result(), strict=True):
             host, headers = session.host(proxy.host), session.authorization
             way = host.http(address, proxy.port, headers=headers)
             client, is_open = await stack.enter_async_context(way), address == proxy.address
             entrances.append(Entrance(session, proxy, client, address, is_open))
-        direct = await handed_over(session, servers)
         # One after the other, as what servers count does not say through which proxy it came.
         through = [await entrance.handed_over(servers) for entrance in entrances]
         remarks = await _together(entrance.checked(servers) for entrance in entrances)
