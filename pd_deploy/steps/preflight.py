@@ -45,9 +45,11 @@ async def preflight(rollout: Rollout, name: str) -> Checked:
     """
     host, session = rollout.session.host(name), rollout.session
     inspecting_it = [] if rollout.is_last_resort else [inspecting.inspect(session, name)]
+    ports, _ = _labelled(rollout, name, generations.PORTS)
     async with task_group() as group:
         answering = [group.create_task(work) for work in inspecting_it]
         checking = group.create_task(faults_of(rollout, name))
+        ephemeral = group.create_task(host.facts.ports_in_ephemeral_range(sorted(ports)))
     faults, answers = checking.result(), answering[0].result() if answering else None
     warnings = list[Flaw]()
     if answers:
@@ -64,8 +66,7 @@ async def preflight(rollout: Rollout, name: str) -> Checked:
         )
     state = rollout.states[name]
     detail = f"{state.architecture}, Docker {state.docker_version}, {state.interface}"
-    ports, _ = _labelled(rollout, name, generations.PORTS)
-    if risky := await host.facts.ports_in_ephemeral_range(sorted(ports)):
+    if risky := ephemeral.result():
         detail += f"; {_risky(risky)}"
         log.warning("host %s: %s", host.where, _risky(risky))
     for warning in warnings:
