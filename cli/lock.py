@@ -3,17 +3,17 @@
 import getpass
 import socket
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pd_deploy.cli.telling import File
 
 app = typer.Typer(
     help="Show who works on a deployment; keep all runs from working on it.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file (YAML).")]
 
 
 @app.command()

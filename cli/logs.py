@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from pd_deploy.cli.hosts import Reached, asking, connected
+from pd_deploy.cli.telling import tell
 from pd_deploy.config.models import Deployment
 from pd_deploy.hosts.concurrent import together
 from pd_deploy.steps import logs
@@ -45,7 +46,7 @@ async def followed(
         logs.require_instances(session, instances)
         chosen = logs.chosen(history, generation)
         for why in _away(reached):
-            typer.echo(f"pd-deploy: {why}", err=True)
+            tell(why)
         await together(
             logs.follow(session, name, history, chosen, instances, typer.echo)
             for name in session.hosts

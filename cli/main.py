@@ -20,6 +20,7 @@ import typer
 
 from pd_deploy.cli import credentials, fleet, lock, server
 from pd_deploy.cli import init as scaffolding
+from pd_deploy.cli.telling import File, tell
 from pd_deploy.errors import InvalidInput, PdDeployError
 
 FAILED, INVALID, DRIFT, INCOMPLETE, INTERRUPTED = 1, 2, 5, 7, 130
@@ -76,7 +77,6 @@ class OnFailure(StrEnum):
     KEEP = "keep"
 
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="The deployment file (YAML).")]
 Image = Annotated[
     str | None,
     typer.Option(
@@ -349,8 +349,7 @@ def plan(
 
     made = written(file, image, format=format.value, full=full, host=host, facts=facts)
     typer.echo(made.text, nl=False)
-    for line in made.away:
-        typer.echo(f"pd-deploy: {line}", err=True)
+    _tell_away(made.away)
     raise typer.Exit(0 if made.complete else INCOMPLETE)
 
 
@@ -997,9 +996,9 @@ def _refuse_invalid(file: Path, image: str | None = None) -> None:
 
 def _tell_away(why: Iterable[str]) -> None:
     for line in why:
-        typer.echo(f"pd-deploy: {line}", err=True)
+        tell(line)
 
 
 def _fail(error: PdDeployError | str, code: int) -> NoReturn:
-    typer.echo(f"pd-deploy: {error}", err=True)
+    tell(error)
     sys.exit(code)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Coroutine, Iterable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -32,6 +33,7 @@ from prefect.types import DateTime
 
 from pd_deploy.cli.exit_codes import FAILED, of_a_run
 from pd_deploy.cli.prefect_api import ServerLost, served
+from pd_deploy.cli.telling import named, remember, tell
 from pd_deploy.errors import InvalidInput, PdDeployError
 from pd_deploy.flows.interrupts import Ending, ending
 
@@ -63,7 +65,7 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
             typer.echo(next_command(parameters, code), err=code != 0)
         return code
     except ServerLost as error:
-        typer.echo(f"pd-deploy: {LOST if end.state else error}", err=True)
+        tell(LOST if end.state else error)
         code = _last_word(end.state, end) if end.state else _interrupted(end) or 1
         sys.stdout.flush()
         # At a normal exit Prefect offers each event of the run to the dead server, for minutes.
@@ -72,7 +74,7 @@ def here(flow: Flow[..., Coroutine[Any, Any, Any]], **parameters: Any) -> int:
         hint = "run it again"
         if flow.name in CHANGING:
             hint = f"`pd-deploy recover {parameters['file']}` repairs what the run left"
-        typer.echo(f"pd-deploy: interrupted → {hint}", err=True)
+        tell(f"interrupted → {hint}")
         return _interrupted(end) or 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, former)
@@ -141,7 +143,7 @@ async def _here(
     if isinstance(error, InvalidInput):
         raise error
     if isinstance(error, PdDeployError):
-        typer.echo(f"pd-deploy: {error}", err=True)
+        tell(error)
         return of_a_run(state.name or "")
     return _last_word(state, end)
 
@@ -158,6 +160,8 @@ async def _follow(flow_run: UUID) -> int:
                 printed = line
             # The server records task runs a little later than the end of their flow run.
             if run.state and run.state.is_final() and quiet >= QUIET_POLLS:
+                if "file" in run.parameters:
+                    remember(Path(run.parameters["file"]))
                 code = _last_word(await in_its_own_words(client, run.id, run.state))
                 if "file" in run.parameters:
                     typer.echo(next_command(run.parameters, code), err=code != 0)
@@ -285,7 +289,7 @@ def _line(when: datetime, task: TaskRun, state: State[object]) -> str:
 
 
 def _last_word(state: State[Any], end: Ending | None = None) -> int:
-    typer.echo(f"{state.name}: {state.message}", err=not state.is_completed())
+    typer.echo(f"{state.name}: {named(state.message)}", err=not state.is_completed())
     if state.is_completed():
         return 0
     return (_interrupted(end) if end else 0) or of_a_run(state.name or "")

@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 
 from pd_deploy.cli.exit_codes import INTERRUPTED
+from pd_deploy.cli.telling import tell
 from pd_deploy.code import reading
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput
@@ -42,7 +43,7 @@ def _deployed(deploy: Callable[[], int]) -> int:
     try:
         return deploy()
     except InvalidInput as error:
-        typer.echo(f"pd-deploy: {error}", err=True)
+        tell(error)
         return 0
 
 
