@@ -93,7 +93,7 @@ async def create(line: Line, rollout: Rollout, host: str, stages: list[Stage]) -
 
 async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
     """Cut over: stop what must no longer run, proxies first, then the servers; all at once where
-    no client is served any more."""
+    no client can be served any more."""
     rollout.session.timeline.enter(timeline.CUT_OVER)
     if "cleanup" in stages:
         proxies, servers = rollout.to_clean_up()
@@ -103,7 +103,7 @@ async def stop_old(line: Line, rollout: Rollout, stages: list[Stage]) -> None:
         return
     if (rollout.stopping or rollout.leaving) and not rollout.stays_open:
         await promotion.note_closing(rollout)
-    if not rollout.attempt.was_down:
+    if not rollout.may_cut:
         await line.together(clean_up.after(*line.ends)(rollout, proxy) for proxy in proxies)
         await line.joined("proxies stopped")
         proxies = []

@@ -263,6 +263,19 @@ class Rollout:
         }
         return [(names[c.host], c) for c in service.running(ids)]
 
+    @property
+    def may_cut(self) -> bool:
+        """Whether no client's request can be under way: the service is down, and no proxy runs, or
+        no decode, which finishes answers also where all prefills have ended."""
+        runs = {
+            state.labels.get(generations.ROLE)
+            for states in self.containers.values()
+            for state in states
+            if state.running
+        }
+        runs |= {container.role for _, container in self.leaving}
+        return self.attempt.was_down and not runs >= {"proxy", "decode"}
+
     @cached_property
     def _names_stopping(self) -> frozenset[str]:
         return frozenset(state.name for _, state in self.stopping)

@@ -102,10 +102,18 @@ def test_what_a_host_lacks_is_made_there(world: World, reports: list[Report], lo
     assert [report.changed for report in made].count(True) == 1
 
 
-@pytest.mark.parametrize(("killed", "at_once"), [("p1", False), ("d0", True)])
-def test_all_ends_at_once_where_nobody_is_served(world: World, killed: str, at_once: bool) -> None:
-    """Elsewhere the proxies end first, so that their last requests are answered."""
-    end(world, killed)
+@pytest.mark.parametrize(
+    ("killed", "at_once"),
+    [(["p1"], False), (["p0", "p1", "p2"], False), (["d0"], True)],
+    ids=["a prefill", "all prefills", "the decode"],
+)
+def test_all_ends_at_once_where_nobody_is_served(
+    world: World, killed: list[str], at_once: bool
+) -> None:
+    """Elsewhere the proxies end first, so that their last requests are answered: decode does that
+    also without a prefill."""
+    for name in killed:
+        end(world, name)
     stops = [m for m in world.run(health).moments if m.what.startswith("stop ")]
     of_proxy = [m.number for m in stops if "proxy" in m.what and m.after]
     of_servers = [m.number for m in stops if "proxy" not in m.what and not m.after]
