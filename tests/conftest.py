@@ -44,6 +44,11 @@ def lab_up(name: str, subnet: str) -> Iterator[Lab]:
         noted.unlink()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what takes minutes run first: no process of `pytest -n` is left alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave nothing behind; after Ctrl-C, the processes of `pytest -n` have too little time to."""
     if hasattr(config, "workerinput"):

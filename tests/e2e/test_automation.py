@@ -50,6 +50,7 @@ async def automated(service: Service, worker: None) -> AsyncIterator[Service]:
             await client.update_deployment(identity, _update(str(parameters["file"])))
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("way", [pytest.param("cancelled", marks=long), "killed"])
 async def test_interrupted_upgrade_is_recovered_by_itself(
     automated: Service, prefect: Callable[..., str], prefect_env: dict[str, str], way: str
@@ -192,6 +193,7 @@ async def test_upgrade_whose_machine_dies_is_recovered_by_another_worker(
         prefect("prefect", *DEPLOY_LAB)
 
 
+@long
 @pytest.mark.usefixtures("worker")
 async def test_killed_worker_does_not_interrupt_its_run(
     service: Service, prefect: Callable[..., str], prefect_env: dict[str, str], tmp_path: Path

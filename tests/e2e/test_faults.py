@@ -281,6 +281,7 @@ async def test_one_connection_per_host_serves_a_whole_run(service: Service) -> N
     assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
 
 
+@long
 async def test_server_that_dies_of_the_first_request(service: Service) -> None:
     """The error is its death with its log, and not just that no answer came."""
     service.faults("d0", crash_on_request=True)
@@ -289,6 +290,7 @@ async def test_server_that_dies_of_the_first_request(service: Service) -> None:
     assert service.containers(running=True) == {}
 
 
+@long
 async def test_host_lost_while_loading_is_the_error_and_the_rest_is_stopped(
     service: Service,
 ) -> None:

@@ -63,6 +63,7 @@ def _described(lab: Lab, block: str, directory: Path, name: str) -> Service:
     return Service(path, lab)
 
 
+@pytest.mark.minutes
 async def test_a_canary_that_fails_keeps_the_others_from_starting_and_then_all_are_deployed(
     services: dict[str, Service], prefect: Callable[..., str]
 ) -> None:

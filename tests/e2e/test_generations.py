@@ -275,7 +275,7 @@ class TestRollback:
         [
             pytest.param({"crash_after": 0.3}, "ready ", marks=long),
             pytest.param({"hang": True}, "ready ", marks=long),
-            ({"garbage": True}, "smoke test"),
+            pytest.param({"garbage": True}, "smoke test", marks=long),
         ],
     )
     async def test_failed_generation_gives_way_to_the_one_before(

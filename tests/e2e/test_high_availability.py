@@ -221,6 +221,7 @@ def mend(site: Site) -> None:
             production.start_worker(worker, POOL, site.python)
 
 
+@pytest.mark.minutes
 def test_an_upgrade_survives_everything_but_its_own_process(site: Site) -> None:
     """An API server, its machine's services and both workers die for good during an upgrade;
     PostgreSQL and Redis are killed and started again."""

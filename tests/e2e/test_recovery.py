@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State
 from bench.lab_service import INSTANCES
 from pd_deploy.flows.deploy import deploy
 from pd_deploy.flows.recover import recover
-from tests.e2e.conftest import ROOT, Service, until
+from tests.e2e.conftest import ROOT, Service, long, until
 from tests.samples import ALL
 
 CHANGED = {"all": {"environment": {"EXAMPLE": "1"}}}
@@ -78,7 +78,7 @@ def upgrading(service: Service) -> Service:
     return service
 
 
-@pytest.mark.parametrize("moment", chosen(MOMENTS, 0, 2))
+@pytest.mark.parametrize("moment", chosen(MOMENTS, 2))
 async def test_killed_upgrade_is_completed_by_the_next_run(upgrading: Service, moment: int) -> None:
     """Whatever the moment was."""
     await deploy(upgrading.file)
@@ -123,7 +123,7 @@ async def test_the_moments_are_all_counted(upgrading: Service) -> None:
     assert abs(int(said[1]) - MOMENTS) <= 12
 
 
-@pytest.mark.parametrize("when", ["loading", "serving"])
+@pytest.mark.parametrize("when", [pytest.param("loading", marks=long), "serving"])
 async def test_a_host_that_reboots_is_put_right(upgrading: Service, when: str) -> None:
     """Its containers are gone from one moment to the next; the whole set starts anew."""
     await deploy(upgrading.file)

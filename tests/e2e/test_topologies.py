@@ -115,7 +115,7 @@ async def test_upstreams_own_values_bring_a_service_up(service: Service) -> None
     assert "HCCL_OP_EXPANSION_MOD is read by nothing" in log
 
 
-@pytest.mark.parametrize("instance", ["d0-0", "d0-1"])
+@pytest.mark.parametrize("instance", [pytest.param("d0-0", marks=long), "d0-1"])
 async def test_every_server_of_an_instance_must_be_healthy(service: Service, instance: str) -> None:
     """The run waits, and fails saying which instance does not answer."""
     service.change(**OVER_TWO_HOSTS, gates={"ready": 8})

@@ -87,6 +87,7 @@ def pair(lab: Lab, installed: str, ssh_block: str, tmp_path: Path) -> Iterator[S
         service.clean()
 
 
+@pytest.mark.minutes
 async def test_deploy_upgrade_a_router_that_drops_the_hand_over_and_teardown(
     pair: Service, answered_alone: list[int], worker: None, prefect: Callable[..., str]
 ) -> None:
