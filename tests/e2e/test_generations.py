@@ -201,6 +201,7 @@ class TestUpgrade:
         stopped = datetime.fromisoformat(service.finished(old))
         assert -1 < (stopped - answered).total_seconds() < 9  # of 10 that the proxy may take
 
+    @long
     async def test_requests_that_the_stop_cuts_are_counted(self, service: Service) -> None:
         """Those that take longer than the proxy may."""
         service.change(container={"stop_timeout": 3})
@@ -424,6 +425,7 @@ class TestPruning:
             assert host.run(["ls", "/var/lib/pd-deploy/qwq-3p1d/adopted"], check=False).returncode
         assert service.states() == serving
 
+    @long
     async def test_a_host_that_left_the_file_is_cleaned(self, service: Service) -> None:
         """And used again when a generation that ran there comes back."""
         await deploy(service.file)

@@ -101,6 +101,7 @@ async def test_killed_upgrade_is_put_right_by_recovery(upgrading: Service, momen
     assert assert_coherent(upgrading) == promoted
 
 
+@long
 @pytest.mark.parametrize("moment", chosen(48, 2))
 async def test_killed_first_run_is_stopped_by_recovery_and_completed_by_the_next_run(
     upgrading: Service, moment: int
