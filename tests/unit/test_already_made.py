@@ -40,23 +40,16 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Report]:
     return said
 
 
-def end(world: World, instance: str) -> None:
-    container = world.running()[instance]
-    machine = next(m for m in world.machines.values() if container.id in m.containers)
-    machine.end(container, 137)
-
-
 def end_all(world: World) -> None:
     """As a power failure does."""
-    for name in list(world.running()):
-        end(world, name)
+    world.kill(*world.running())
 
 
 @pytest.mark.parametrize(
     ("damage", "flow"),
     [
-        (lambda world: end(world, "p1"), health),
-        (lambda world: end(world, "d0"), health),
+        (lambda world: world.kill("p1"), health),
+        (lambda world: world.kill("d0"), health),
         (end_all, recover),
         (end_all, deploy),
         (lambda _: None, rollback),
@@ -112,8 +105,7 @@ def test_all_ends_at_once_where_nobody_is_served(
 ) -> None:
     """Elsewhere the proxies end first, so that their last requests are answered: decode does that
     also without a prefill."""
-    for name in killed:
-        end(world, name)
+    world.kill(*killed)
     stops = [m for m in world.run(health).moments if m.what.startswith("stop ")]
     of_proxy = [m.number for m in stops if "proxy" in m.what and m.after]
     of_servers = [m.number for m in stops if "proxy" not in m.what and not m.after]

@@ -63,14 +63,6 @@ def on_demand(deployed_on_demand: World) -> World:
     return twin
 
 
-def kill(world: World, *instances: str) -> None:
-    """Ends containers as `docker kill` does."""
-    for name in instances:
-        container = world.running()[name]
-        machine = next(m for m in world.machines.values() if container.id in m.containers)
-        machine.end(container, 137)
-
-
 def told(world: World) -> list[str]:
     """The events since the last time."""
     emitted = [event["event"] for event in world.events]
@@ -119,7 +111,7 @@ def test_servers_that_link_while_they_load_start_again_as_one_set(
 ) -> None:
     """Told once, and then all is well."""
     before = world.runs()
-    kill(world, *killed)
+    world.kill(*killed)
     outcome = world.run(health)
     assert outcome.word == "Mended", outcome
     assert "(10.0.0." in outcome.message
@@ -132,7 +124,7 @@ def test_servers_that_link_while_they_load_start_again_as_one_set(
 
 def test_a_proxy_that_ended_starts_alone(world: World) -> None:
     before = world.runs()
-    kill(world, "c0")
+    world.kill("c0")
     assert world.run(health).word == "Mended"
     world.assert_coherent()
     assert {n for n, run in world.runs().items() if before[n] != run} == {"c0"}
@@ -152,7 +144,7 @@ def test_a_server_that_links_on_demand_starts_alone_while_the_others_serve(
 
     monkeypatch.setattr(waiting_room, "_prepare", prepare)
     if damage == "ended":
-        kill(world, "p1")
+        world.kill("p1")
     else:
         sick(monkeypatch, damage, world.running()["p1"].run_id)
 
@@ -366,7 +358,7 @@ def test_what_somebody_works_on_or_holds_is_left_alone(world: World) -> None:
             lease.append(world.machines["a"].disk.read(f"{memory.ROOT}/lease").encode())
 
     assert world.run(deploy, image=world.push("20250723_1"), watch=watch).completed
-    kill(world, "p1")
+    world.kill("p1")
     told(world)
     world.machines["a"].disk.put(f"{memory.ROOT}/lease", lease[0], 0o600)
     outcome = untouched(world)
@@ -382,7 +374,7 @@ def test_what_somebody_works_on_or_holds_is_left_alone(world: World) -> None:
 
 
 def test_a_run_that_comes_between_look_and_lease_is_not_fought(world: World) -> None:
-    kill(world, "p1")
+    world.kill("p1")
     world.change(gates={"lease": 600})
     first, second = world.both((recover, {}), (health, {}))
     assert first.completed
@@ -408,7 +400,7 @@ def test_attempts_come_ever_later_and_end_with_one_event(world: World) -> None:
     """Nothing is quarantined, and nothing goes back to an older image."""
     first = world.serving()
     world.cluster.faults["p1"] = Faults(dies=1)
-    kill(world, "p1")
+    world.kill("p1")
     checked(world, 20)
     record = world.record()
     assert record.mending
@@ -443,7 +435,7 @@ def test_after_it_gave_up_it_begins_anew_when_somebody_has_seen_to_it(
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     world.change(health={"attempts": 1})
     world.cluster.faults["p1"] = Faults(dies=1)
-    kill(world, "p1")
+    world.kill("p1")
     assert checked(world, 2) == ["NothingServes", "Down"]
     assert told(world) == [events.DEGRADED, events.DOWN, events.GAVE_UP]
     world.cluster.faults.clear()
@@ -454,7 +446,7 @@ def test_after_it_gave_up_it_begins_anew_when_somebody_has_seen_to_it(
     mending = world.record().mending
     assert mending is None or not mending.gave_up
     assert "gave up" not in status(world)
-    kill(world, "d0")
+    world.kill("d0")
     # Its own attempts go on counting.
     assert world.run(health).word == ("Down" if by is health else "Mended")
 
@@ -462,7 +454,7 @@ def test_after_it_gave_up_it_begins_anew_when_somebody_has_seen_to_it(
 def test_status_and_checks_go_by_the_same_file(world: World) -> None:
     """As it is now: also where it makes another generation than the one that serves."""
     world.cluster.faults["p1"] = Faults(dies=1)
-    kill(world, "p1")
+    world.kill("p1")
     assert checked(world, 1) == ["NothingServes"]
     assert "restarted once in 60 min, and the last attempt failed; the next" in status(world)
     world.change(health={"attempts": 1}, settings={"decode": {"environment": {"EXAMPLE": "1"}}})
@@ -472,12 +464,12 @@ def test_status_and_checks_go_by_the_same_file(world: World) -> None:
 
 
 def test_status_says_why_nothing_is_restarted_after_restarts_that_helped(world: World) -> None:
-    kill(world, "p1")
+    world.kill("p1")
     assert checked(world, 1) == ["Mended"]
     assert "\nhealth" not in status(world)
-    kill(world, "p1")
+    world.kill("p1")
     assert checked(world, 1) == ["Mended"]
-    kill(world, "p1")
+    world.kill("p1")
     assert world.run(health).word == "Degraded"
     said = re.search(r"^health +(.*)$", status(world), re.M)
     assert said
@@ -488,7 +480,7 @@ def test_status_says_why_nothing_is_restarted_after_restarts_that_helped(world: 
 
 def test_it_only_tells_where_the_file_allows_no_attempt(world: World) -> None:
     world.change(health={"attempts": 0})
-    kill(world, "p1")
+    world.kill("p1")
     assert "`health.attempts` is 0" in untouched(world).message
     assert told(world) == [events.DEGRADED]
 

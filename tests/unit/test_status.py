@@ -61,14 +61,7 @@ def of_fleet(world: World) -> Status:
 
 def ended(*instances: str) -> Callable[[World], None]:
     """Containers that end by themselves."""
-
-    def end(world: World) -> None:
-        for name in instances:
-            container = world.running()[name]
-            machine = next(m for m in world.machines.values() if container.id in m.containers)
-            machine.end(container, 137)
-
-    return end
+    return lambda world: world.kill(*instances)
 
 
 def gone(world: World) -> None:
