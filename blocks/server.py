@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 import httpx
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_TRUSTS_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For what is not encrypted: reading the system's CAs takes longer than a request."""
 
 
 def settings() -> Mapping[str, str]:
@@ -35,14 +38,21 @@ def client(settings: Mapping[str, str]) -> httpx.AsyncClient:
         OSError: the certificate can't be read.
     """
     user, _, password = settings.get("PREFECT_API_AUTH_STRING", "").partition(":")
-    key, authority = settings.get("PREFECT_API_KEY"), settings.get("PREFECT_API_SSL_CERT_FILE")
-    unverified = settings.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "").lower() in ("1", "true")
+    key, address = settings.get("PREFECT_API_KEY"), httpx.URL(url(settings))
+    by_proxy = address.host not in LOOPBACK and bool(getproxies().keys() - {"no"})
     return httpx.AsyncClient(
         auth=httpx.BasicAuth(user, password) if user else None,
         headers={"Authorization": f"Bearer {key}"} if key else {},
-        verify=trust(Path(authority) if authority else None) if not unverified else False,
-        trust_env=httpx.URL(url(settings)).host not in LOOPBACK,
+        verify=_trusted(settings) if by_proxy or address.scheme == "https" else _TRUSTS_NOBODY,
+        trust_env=by_proxy,
     )
+
+
+def _trusted(settings: Mapping[str, str]) -> ssl.SSLContext | bool:
+    if settings.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "").lower() in ("1", "true"):
+        return False
+    authority = settings.get("PREFECT_API_SSL_CERT_FILE")
+    return trust(Path(authority) if authority else None)
 
 
 async def block(slug: str, name: str) -> dict[str, Any] | None:
@@ -91,7 +101,7 @@ def _is_near(host: str) -> bool:
     return address.is_private or address.is_loopback
 
 
-@cache  # reading the system's CAs takes longer than a request
+@cache
 def trust(authority: Path | None) -> ssl.SSLContext:
     """Trust the CA in a file, by default those of the system."""
     return ssl.create_default_context(cafile=authority)

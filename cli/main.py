@@ -952,6 +952,8 @@ def main() -> NoReturn:
     """Run the command; turn an error into one message and an exit code."""
     for key, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(key, value)
+    # httpx would import its own command line, which is a tenth of what `status` imports.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     try:
         app(standalone_mode=True)
     except InvalidInput as error:

@@ -74,7 +74,7 @@ async def _next(
     if runs := answer.raise_for_status().json():
         when = datetime.fromisoformat(runs[0]["expected_start_time"]).astimezone()
         return f"{when:%Y-%m-%d %H:%M:%S}"
-    answer = await client.post(f"{url}/deployments/filter", json=of_service)
+    answer = await client.post(f"{url}/deployments/count", json=of_service)
     return OFF if answer.raise_for_status().json() else NOT_THERE
 
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, and with which exit code."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import example as seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,10 +67,10 @@ def facts(tmp_path: Path) -> Path:
 
 IMPORTED = """
 import sys
-from pd_deploy.cli.main import app
+from pd_deploy.cli.main import main
 slow, sys.argv = set(sys.argv[1].split()), ["pd-deploy", *sys.argv[2:]]
 try:
-    app()
+    main()
 finally:
     print(*sorted(slow & set(sys.modules)), file=sys.stderr)
 """
@@ -97,6 +99,27 @@ def test_a_command_imports_no_more_than_it_needs(arguments: list[object], slow: 
     )
     assert done.stdout
     assert done.stderr.split() == []
+
+
+def test_status_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    """Most of what a user waits for is Python's imports."""
+    file = tmp_path / "file.yaml"
+    nobody = {
+        name: {"address": f"10.0.0.{i}", "ssh": {"address": "127.0.0.1", "port": 1}}
+        for i, name in enumerate("ab", 1)
+    }
+    file.write_text(yaml.safe_dump(example.document({"ssh": None, "hosts": nobody})))
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, "prefect rich pygments asyncssh", "status", str(file)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+    )
+    assert done.stdout.startswith("qwq-3p1d: not known")
+    assert done.stdout.count("connection refused") == 4
+    assert done.stderr.split() == ["asyncssh"]
+    assert done.returncode == 1
 
 
 def test_the_installed_command_checks_a_file() -> None:

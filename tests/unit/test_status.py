@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import ssl
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pd_deploy.blocks import server
 from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import exit_codes, looks, next_runs, show
 from pd_deploy.cli import hosts as asking
-from pd_deploy.cli import status as showing
+from pd_deploy.cli import service_status as showing
 from pd_deploy.cli.next_runs import NextRuns
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import HostUnreachable, InstanceDied, RolledBack
@@ -483,13 +484,13 @@ class TestNextRuns:
     @pytest.mark.parametrize(
         ("status", "runs", "deployments", "said"),
         [
-            (200, [], [{}], next_runs.OFF),
-            (200, [], [], next_runs.NOT_THERE),
-            (200, [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], [{}], "2025-07-2"),
+            (200, [], 1, next_runs.OFF),
+            (200, [], 0, next_runs.NOT_THERE),
+            (200, [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], 1, "2025-07-2"),
             (
                 401,
                 [],
-                [],
+                0,
                 "not known, as http://prefect.example/api answers with status 401: check "
                 "PREFECT_API_AUTH_STRING",
             ),
@@ -500,7 +501,7 @@ class TestNextRuns:
         monkeypatch: pytest.MonkeyPatch,
         status: int,
         runs: list[dict[str, str]],
-        deployments: list[dict[str, str]],
+        deployments: int,
         said: str,
     ) -> None:
         asked: list[httpx.Request] = []
@@ -523,7 +524,7 @@ class TestNextRuns:
         assert due.check.startswith(said)
         assert {request.url.path for request in asked} <= {
             "/api/flow_runs/filter",
-            "/api/deployments/filter",
+            "/api/deployments/count",
         }
         questions = [json.loads(request.content) for request in asked]
         assert {q["flows"]["name"]["any_"][0]: q["deployments"] for q in questions} == {
@@ -539,6 +540,8 @@ class TestNextRuns:
             ({"PREFECT_API_KEY": "pnu_1"}, "Bearer pnu_1"),
             ({"PREFECT_API_SSL_CERT_FILE": "ca.pem"}, None),
             ({"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": "true"}, None),
+            ({"PREFECT_API_URL": "http://127.0.0.1/api"}, None),
+            ({"PREFECT_API_URL": "http://10.1.2.3/api", "no_proxy": "10.1.2.3"}, None),
         ],
     )
     def test_it_is_asked_with_prefects_own_settings(
@@ -576,4 +579,7 @@ class TestNextRuns:
         assert made["trust_env"] is False
         if "PREFECT_API_SSL_CERT_FILE" in settings:
             assert len(made["verify"].get_ca_certs()) == 1
+        if "PREFECT_API_URL" in settings:
+            assert made["verify"].get_ca_certs() == []  # nothing is encrypted, so none is read
+            assert made["verify"].verify_mode == ssl.CERT_REQUIRED
         assert (made["verify"] is False) is ("PREFECT_API_TLS_INSECURE_SKIP_VERIFY" in settings)
