@@ -125,7 +125,7 @@ async def serve_all(line: Line, rollout: Rollout) -> None:
     servers = [serve(line, rollout, name, gates.get(group)) for name, group in first.items()]
     joins = [all_started(line, gate, group) for group, gate in gates.items()]
     timed = time_loading(line, list(first))
-    await line.branches([*servers, *joins, timed, prepare(line.branch(), rollout)])
+    await line.branches([*servers, *joins, timed, prepare_beside(line.branch(), rollout)])
 
 
 async def serve(line: Line, rollout: Rollout, instance: str, gate: str | None) -> Line:
@@ -175,6 +175,12 @@ async def prove_and_open(line: Line, rollout: Rollout) -> Completion:
     proxies = rollout.session.topology.proxy_names
     await line.together(open_proxy.after(*passed)(rollout, name) for name in proxies)
     return completion
+
+
+async def prepare_beside(line: Line, rollout: Rollout) -> Line:
+    """Prepare the proxies while the servers load, whose start it would slow down."""
+    await line.barrier.passed([ALL_STARTED])
+    return await prepare(line, rollout)
 
 
 async def prepare(line: Line, rollout: Rollout) -> Line:

@@ -67,6 +67,16 @@ def test_nothing_is_made_again(
     assert not MAKING & {report.step for report in reports}
 
 
+def test_servers_start_before_the_proxy_is_prepared(world: World, reports: list[Report]) -> None:
+    """They load longest."""
+    world.kill("p1")
+    assert world.run(health).word == "Mended"
+    (of_proxy,) = (at for at, report in enumerate(reports) if report.step == "prepare proxy")
+    of_servers = [at for at, report in enumerate(reports) if report.step == "start server"]
+    assert len(of_servers) == 4
+    assert max(of_servers) < of_proxy
+
+
 def test_nor_on_the_way_back(world: World, reports: list[Report]) -> None:
     serving = world.serving()
     image = world.push("20250725_1", {"p1": Faults(dies=1)})
