@@ -8,9 +8,8 @@ from pathlib import Path
 
 import typer
 
-from pd_deploy.cli.asking import asking
-from pd_deploy.cli.hosts import connected
-from pd_deploy.cli.service_status import ranges
+from pd_deploy.cli.hosts import asking, connected
+from pd_deploy.cli.status import ranges
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, Problem
 from pd_deploy.hosts import exec_processes

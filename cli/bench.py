@@ -9,9 +9,8 @@ from pathlib import Path
 
 import typer
 
-from pd_deploy.cli.asking import asking
 from pd_deploy.cli.exit_codes import FAILED
-from pd_deploy.cli.hosts import connected
+from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Benchmark, Deployment
 from pd_deploy.errors import NothingServes, OutOfOrder

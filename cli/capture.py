@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_deploy.blocks.opening import open_session
-from pd_deploy.cli.asking import asking
+from pd_deploy.cli import hosts
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import InvalidInput, PdDeployError, Problem
 from pd_deploy.hosts.concurrent import together
@@ -25,7 +25,7 @@ def run(
     if unknown := [name for name in names if name not in deployment.hosts]:
         expected = f"expected hosts of the file ({', '.join(deployment.hosts)})"
         raise InvalidInput([Problem("HOST", f"{expected}, found {', '.join(unknown)}")])
-    with asking([deployment]):
+    with hosts.asking([deployment]):
         captured = asyncio.run(_capture(deployment, names or [*deployment.hosts], keep_addresses))
     to.mkdir(parents=True, exist_ok=True)
     written, away = list[Path](), list[str]()

@@ -4,8 +4,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
-from pd_deploy.cli.asking import asking
-from pd_deploy.cli.hosts import connected
+from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import ContainerMissing
 from pd_deploy.hosts.container_values import Owner

@@ -1,20 +1,22 @@
 """Reading from the hosts, without a flow run."""
 
 import asyncio
+import sys
 from collections.abc import (
     AsyncIterator,
     Callable,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pd_deploy.blocks.opening import open_former, open_session, session_on
-from pd_deploy.cli.asking import asking
+from pd_deploy.blocks import server
+from pd_deploy.blocks.opening import names_blocks, open_former, open_session, session_on
 from pd_deploy.config.models import Deployment
 from pd_deploy.errors import HostUnreachable, PdDeployError
 from pd_deploy.hosts.concurrent import together
@@ -33,6 +35,27 @@ from pd_deploy.steps.status import status
 T = TypeVar("T")
 
 AT_ONCE = 32  # deployments whose hosts are asked at the same time
+
+
+@contextmanager
+def asking(deployments: Iterable[Deployment]) -> Iterator[None]:
+    """Turn errors of the Prefect server into ours, where deployments have credentials there.
+
+    Prefect, which takes a second to load, is not loaded for it.
+    """
+    if not any(map(names_blocks, deployments)):
+        yield
+        return
+    server.spare_the_proxy(server.url(server.settings()))
+    try:
+        yield
+    except Exception:
+        if "prefect" not in sys.modules:
+            raise
+        from pd_deploy.cli.prefect_api import reached
+
+        with reached():
+            raise
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from pd_deploy.cli import hosts
-from pd_deploy.cli.asking import asking
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Deployment
 from pd_deploy.engines.image_facts import FactsOfImage, ImageFacts, rows
@@ -46,7 +45,7 @@ def read(deployment: Deployment, image: str | None, on: str | None) -> Shown:
     if on is not None and on not in deployment.hosts:
         message = f"expected one of the file's hosts ({', '.join(deployment.hosts)}), found {on}"
         raise InvalidInput([Problem("--on", message)])
-    with asking([deployment]):
+    with hosts.asking([deployment]):
         return asyncio.run(asked(deployment, image, on))
 
 

@@ -22,8 +22,8 @@ def status(file: File) -> None:
     import asyncio
 
     from pd_deploy.cli import locks
-    from pd_deploy.cli.asking import asking
     from pd_deploy.cli.check import load
+    from pd_deploy.cli.hosts import asking
 
     deployment = load(file)
     with asking([deployment]):

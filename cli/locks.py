@@ -5,9 +5,8 @@ from pathlib import Path
 
 import typer
 
-from pd_deploy.cli.asking import asking
 from pd_deploy.cli.check import load
-from pd_deploy.cli.hosts import connected
+from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.config.models import Deployment
 from pd_deploy.hosts import lease
 from pd_deploy.records.releases import Hold

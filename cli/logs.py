@@ -6,8 +6,7 @@ from pathlib import Path
 
 import typer
 
-from pd_deploy.cli.asking import asking
-from pd_deploy.cli.hosts import Reached, connected
+from pd_deploy.cli.hosts import Reached, asking, connected
 from pd_deploy.cli.telling import tell
 from pd_deploy.config.models import Deployment
 from pd_deploy.hosts.concurrent import together

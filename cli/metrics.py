@@ -17,7 +17,7 @@ def of_file(deployment: Deployment) -> list[dict[str, Any]]:
 def of_what_serves(deployment: Deployment) -> tuple[list[dict[str, Any]], list[str]]:
     """List what is to be scraped of the generation that serves, nothing if none does; and why hosts
     did not answer."""
-    from pd_deploy.cli.asking import asking
+    from pd_deploy.cli.hosts import asking
 
     with asking([deployment]):
         return asyncio.run(_of_what_serves(deployment))

@@ -5,8 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pd_deploy.cli import show
-from pd_deploy.cli.asking import asking
-from pd_deploy.cli.hosts import connected
+from pd_deploy.cli.hosts import asking, connected
 from pd_deploy.config.models import Deployment
 from pd_deploy.engines.base import HostFacts
 from pd_deploy.errors import FactsUnknown, HostUnreachable, NoSuchGeneration, PdDeployError

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import typer
 
 from pd_deploy.blocks.opening import open_session
-from pd_deploy.cli.asking import asking
+from pd_deploy.cli import hosts
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.fields import archive_of
 from pd_deploy.config.models import Deployment
@@ -31,7 +31,7 @@ def run(deployment: Deployment, image: str | None, *, full_hashes: bool) -> Find
         async with open_session(deployment) as session:
             return await preflight.find_flaws(session, image, "a look", full_hashes, _tell)
 
-    with asking([deployment]):
+    with hosts.asking([deployment]):
         return asyncio.run(check())
 
 

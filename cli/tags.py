@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable
 
 from pd_deploy.cli import hosts
-from pd_deploy.cli.asking import asking
 from pd_deploy.cli.tables import aligned
 from pd_deploy.config.models import Deployment
 from pd_deploy.records.releases import Quarantined
@@ -18,7 +17,7 @@ SHOWN_BUILDS = 10  # of each repository; a program that wants them all asks for 
 
 def read(deployment: Deployment) -> tuple[Search, dict[str, Quarantined]]:
     """Search the registry as a run for the newest would; read the quarantine from the hosts."""
-    with asking([deployment]):
+    with hosts.asking([deployment]):
         return asyncio.run(search(deployment))
 
 

@@ -121,14 +121,6 @@ class Host:
         """How often the connection was made."""
         return self._link.connects
 
-    async def connect(self) -> None:
-        """Connect, unless it is connected; who is cancelled here leaves the attempt to others.
-
-        Raises:
-            HostError, HostUnreachable: as in all calls.
-        """
-        await self._link.connect()
-
     async def run(
         self,
         argv: Sequence[str],

@@ -10,7 +10,7 @@ import pytest
 
 from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import adopt, bench, diff, execute, hosts, logs, planned, show
-from pd_deploy.cli import service_status as showing
+from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import InvalidInput, NoSuchGeneration, NotOurs, OutOfOrder, RolledBack
 from pd_deploy.flows import events

@@ -16,7 +16,7 @@ from prefect.states import Completed
 
 from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import locks
-from pd_deploy.cli import service_status as showing
+from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
 from pd_deploy.config.models import Health
 from pd_deploy.flows import events, past_checks

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import lock, locks, plan, planned
-from pd_deploy.cli import service_status as showing
+from pd_deploy.cli import status as showing
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import LeaseHeld, NoSuchGeneration, OnHold
 from pd_deploy.flows.deploy import deploy
@@ -118,7 +117,7 @@ def test_status_names_who_holds_it(world: World, monkeypatch: pytest.MonkeyPatch
     hold(world)
 
     async def tell() -> str:
-        async with open_session(load_deployment(world.path)) as session:
+        async with showing.open_session(load_deployment(world.path)) as session:
             return showing.text(await showing.tell(session, None))
 
     assert "held by       me on desk, since" in world.asked(tell())

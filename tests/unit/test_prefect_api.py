@@ -15,7 +15,7 @@ from pd_deploy.blocks import loading
 from pd_deploy.blocks import server as blocks_server
 from pd_deploy.blocks.server import spare_the_proxy
 from pd_deploy.cli import prefect_api
-from pd_deploy.cli.asking import asking
+from pd_deploy.cli.hosts import asking
 from pd_deploy.cli.local_http import is_healthy
 from pd_deploy.cli.prefect_api import ServerLost, ServerRefuses
 from tests.unit import example

@@ -19,7 +19,7 @@ from pd_deploy.blocks import server
 from pd_deploy.blocks.opening import open_session
 from pd_deploy.cli import exit_codes, looks, next_runs, show
 from pd_deploy.cli import hosts as asking
-from pd_deploy.cli import service_status as showing
+from pd_deploy.cli import status as showing
 from pd_deploy.cli.next_runs import NextRuns
 from pd_deploy.config.load import load_deployment
 from pd_deploy.errors import HostUnreachable, InstanceDied, RolledBack
