@@ -24,15 +24,17 @@ RUN = r"""while IFS= read -r command; do
 done <<END
 $1
 END"""
-# $1 is the limit, $2 what runs a lane, $3 the first lane. The others run beside it and print little
-# enough to be written at once, so that nothing comes in between: a pipe takes 4096 bytes.
-BATCH = r"""limit=$1; run=$2; first=$3; shift 3
+# $1 is the limit, $2 what runs a lane, $3 the last lane, $4 the first. The others run beside that
+# and print little enough to be written at once, so that nothing comes in between: a pipe takes 4096
+# bytes.
+BATCH = r"""limit=$1; run=$2; last=$3; first=$4; shift 4
 for lane; do
   (printed=$(timeout -k 1 "$limit" sh -c "$run" sh "$lane"); printf '%.4000s\n' "$printed") &
 done
 printed=$(timeout -k 1 "$limit" sh -c "$run" sh "$first")
 wait
-printf '%s\n' "$printed" """
+printf '%s\n' "$printed"
+if [ "$last" ]; then timeout -k 1 "$limit" sh -c "$run" sh "$last"; fi"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,19 @@ Batch = Mapping[str, Printed]
 """By command, as a shell writes it."""
 
 
-def command(first: Lane, lanes: Sequence[Lane] = (), limit: float = LIMIT_S) -> list[str]:
+def command(
+    first: Lane, lanes: Sequence[Lane] = (), limit: float = LIMIT_S, last: Lane = ()
+) -> list[str]:
     """Make the command that runs lanes side by side; what those after the first print is cut at
-    4000 characters each."""
-    if any("\n" in word for lane in (first, *lanes) for argv in lane for word in argv):
+    4000 characters each.
+
+    Args:
+        last: runs when all others have ended.
+    """
+    lanes = [last, first, *filter(None, lanes)]
+    if any("\n" in word for lane in lanes for argv in lane for word in argv):
         raise ValueError("a command of a batch has to be one line")
-    texts = ["\n".join(map(shlex.join, lane)) for lane in (first, *lanes) if lane or lane is first]
+    texts = ["\n".join(map(shlex.join, lane)) for lane in lanes]
     return ["sh", "-c", BATCH, "sh", f"{limit:g}", RUN, *texts]
 
 

@@ -12,6 +12,9 @@ from pd_deploy.hosts import facts
 from pd_deploy.hosts.batch import Argv, Batch, Lane, Printed, of
 
 DATE = ["date", "+%s.%N"]
+DATE_LAST = ["date", "-u", "+%s.%N"]
+"""To be asked after all else, so that a clock is known as well as the way there and back allows,
+however long a machine's tools take."""
 MEMORY = ["cat", "/proc/meminfo"]
 SHARED_MEMORY = ["df", "-P", "-k", "/dev/shm"]  # noqa: S108 - looked at, not written to
 _FREQUENCY = "/sys/devices/system/cpu/cpu0/cpufreq"
@@ -29,7 +32,7 @@ class Machine:
     """A machine's facts; None where it did not tell them.
 
     Attributes:
-        now: its clock, in seconds.
+        first, last: its clock, in seconds, as it was asked first and last.
         memory, available: in bytes.
         huge_pages: the memory that is kept for them, in bytes.
         shared_memory: what /dev/shm takes of the memory, in bytes.
@@ -38,7 +41,8 @@ class Machine:
         unread: what commands printed that nobody understands.
     """
 
-    now: float | None = None
+    first: float | None = None
+    last: float | None = None
     memory: int | None = None
     available: int | None = None
     huge_pages: int | None = None
@@ -64,7 +68,7 @@ class ModelFiles:
 
 
 def parse(batch: Batch, address: str) -> Machine:
-    """Parse what `COMMANDS` printed on the machine with an address."""
+    """Parse what `COMMANDS` and `DATE_LAST` printed on the machine with an address."""
     unread: list[str] = []
 
     def read(argv: Argv, pattern: str) -> re.Match[str] | None:
@@ -77,15 +81,17 @@ def parse(batch: Batch, address: str) -> Machine:
     memory = _meminfo(of(batch, MEMORY).text)
     if "MemTotal" not in memory:
         unread.append(not_read(MEMORY, of(batch, MEMORY)))
-    now = read(DATE, r"^(\d+(?:\.\d+)?)$")
+    dates = [read(argv, r"^(\d+(?:\.\d+)?)$") for argv in (DATE, DATE_LAST)]
     shared = read(SHARED_MEMORY, r"\s\d+\s+(\d+)\s+\d+\s+\d+%\s")
     # Virtual machines and containers have no such files.
     governor = re.match(r"(\S+)\n(\S+)$", of(batch, GOVERNOR).text.strip())
     mtu = _mtu(of(batch, facts.ADDRESSES), address)
     if mtu is None:
         unread.append(not_read(facts.ADDRESSES, of(batch, facts.ADDRESSES)))
+    first, last = (float(date[1]) if date else None for date in dates)
     return Machine(
-        now=float(now[1]) if now else None,
+        first=first,
+        last=last,
         memory=memory.get("MemTotal"),
         available=memory.get("MemAvailable"),
         huge_pages=memory.get("HugePages_Total", 0) // 1024 * memory.get("Hugepagesize", 0),

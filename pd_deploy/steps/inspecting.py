@@ -39,11 +39,12 @@ async def inspect(session: Session, name: str, *, full: bool = False) -> HostAns
     first += [facts.LISTENERS] if full else ()
     of_all, of_each = tools.lanes(devices, full=full) if tools else ([], [])
     limit = FULL_S if full else QUICK_S
-    command = batch.command([*first, *of_all], of_each, limit)
+    command = batch.command([*first, *of_all], of_each, limit, [machine.DATE_LAST])
     before = now()
     printed = batch.parse(await _output(host, command, limit))
     after = now()
     said = machine.parse(printed, host.address)
+    clock = (said.last - after, said.first - before) if said.first and said.last else None
     listeners = batch.of(printed, facts.LISTENERS).text.strip() if full else ""
     return HostAnswers(
         name,
@@ -51,7 +52,7 @@ async def inspect(session: Session, name: str, *, full: bool = False) -> HostAns
         said,
         tools.parse(printed, devices, full=full) if tools else None,
         machine.parse_model(printed, directory) if session.topology.on_host(name) else None,
-        (said.now - after, said.now - before) if said.now else None,
+        clock,
         listening=frozenset(facts.parse_listeners(listeners, host.where)),
     )
 

@@ -960,13 +960,16 @@ class TestChecks:
         pings = [Ping(d, f"192.168.{box.address.rpartition('.')[2]}.100", "b") for d in devices]
         lanes = [[*e, *p] for e, p in zip(of_each, ascend.ping_lanes(pings), strict=True)]
         first = [*machine.COMMANDS, *machine.model_commands(model), machine.parts_command(model)]
-        command = batch.command([*first, *of_all], lanes)
+        command = batch.command([*first, *of_all], lanes, last=[machine.DATE_LAST])
         printed = batch.parse((await host.run(command, check=False)).stdout)
         assert {name for name, said in printed.items() if said.exit_status} <= {
             " ".join(machine.GOVERNOR)
         }
         said = machine.parse(printed, box.address)
         assert said.unread == ()
+        assert said.first
+        assert said.last
+        assert said.first < said.last
         assert said.memory
         assert said.mtu == 1500
         files = machine.parse_model(printed, model)

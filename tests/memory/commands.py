@@ -336,9 +336,9 @@ def _health(machine: Machine, arguments: Sequence[str], _: str) -> str:
 
 def _batch(machine: Machine, arguments: Sequence[str], _: str) -> str:
     """What `batch.BATCH` does: each command's own answer, and how it ends."""
-    _, _, *lanes = arguments
+    _, _, last, *lanes = arguments
     printed = ""
-    for line in (line for lane in lanes for line in lane.splitlines()):
+    for line in (line for lane in (*lanes, last) for line in lane.splitlines()):
         if line in machine.captured:
             done = CommandResult(0, machine.captured[line], "")
         elif _words(line)[0] in NOT_INSTALLED:
@@ -570,6 +570,7 @@ TABLE = (
     _script("reach", reach.REACH, _reach),
     Command("hccn_tool", ("hccn_tool",), _hccn),
     Command("date", tuple(machines.DATE), _date),
+    Command("date", tuple(machines.DATE_LAST), _date),
     Command("shared memory", tuple(machines.SHARED_MEMORY), _shared_memory),
     Command("model files", ("find", "-L"), _model_files),
     Command("sha256sum", ("sha256sum",), _digest),

@@ -35,6 +35,15 @@ def test_one_that_hangs_costs_only_those_behind_it() -> None:
     assert batch.of(printed, behind).shown == "nothing in time"
 
 
+def test_the_last_one_waits_for_all_others() -> None:
+    now = ["date", "+%s.%N"]
+    command = batch.command([now], [[["sleep", "0.3"]], []], last=[[*now, "-u"]])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed = batch.parse(done.stdout)
+    assert [*printed] == ["sleep 0.3", "date +%s.%N", "date +%s.%N -u"]
+    assert float(batch.of(printed, [*now, "-u"]).text) - float(batch.of(printed, now).text) > 0.3
+
+
 def test_what_is_too_long_is_cut_and_hides_no_other() -> None:
     long = ["sh", "-c", "yes 0123456789 | head -c 20000"]
     printed = ran([long], *([[*long, str(n)]] for n in range(8)))

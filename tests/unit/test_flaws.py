@@ -17,9 +17,7 @@ from pd_deploy.planning import flaws
 from pd_deploy.planning.flaws import Flaw, HostAnswers
 
 GIB = 1 << 30
-SOUND = Machine(
-    now=1000.0, memory=1000 * GIB, available=900 * GIB, huge_pages=0, shared_memory=0, mtu=1500
-)
+SOUND = Machine(memory=1000 * GIB, available=900 * GIB, huge_pages=0, shared_memory=0, mtu=1500)
 FILES = ModelFiles({"config.json": 2, "model.safetensors": 9, "README.md": 5}, {"config.json": "x"})
 
 
@@ -228,6 +226,7 @@ def test_pings_that_are_lost(lost: Lost, is_error: bool, words: str) -> None:
 def test_what_a_machine_prints_is_read() -> None:
     printed = {
         "date +%s.%N": "1764268000.123456789\n",
+        "date -u +%s.%N": "1764268002.5\n",
         "cat /proc/meminfo": "MemTotal:  1024 kB\nMemAvailable: 512 kB\nHugePages_Total: 2\n"
         "Hugepagesize: 2048 kB\n",
         "df -P -k /dev/shm": "Filesystem 1024-blocks Used Available Capacity Mounted on\n"
@@ -237,10 +236,10 @@ def test_what_a_machine_prints_is_read() -> None:
     }
     batch = {command: Printed(text) for command, text in printed.items()}
     assert machine.parse(batch, "10.0.0.1") == Machine(
-        1764268000.123456789, 1 << 20, 1 << 19, 4 << 20, 12 << 10, 9000,
+        1764268000.123456789, 1764268002.5, 1 << 20, 1 << 19, 4 << 20, 12 << 10, 9000,
         ("ondemand", "cppc_cpufreq"),
     )  # fmt: skip
-    assert len(machine.parse({}, "10.0.0.1").unread) == 4
+    assert len(machine.parse({}, "10.0.0.1").unread) == 5
 
 
 def test_half_a_list_of_the_models_files_is_none() -> None:

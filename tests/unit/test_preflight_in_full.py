@@ -17,6 +17,7 @@ from pd_deploy.flows import preflight
 from pd_deploy.hosts.machine import Machine
 from pd_deploy.planning.flaws import Flaw, HostAnswers
 from pd_deploy.planning.host_facts import facts_of
+from pd_deploy.steps import inspecting
 from pd_deploy.steps.full_preflight import Findings
 from tests.memory.machine import Build
 from tests.memory.world import FIRST, MODEL, World
@@ -111,6 +112,25 @@ def test_clocks_are_told_against_the_controllers(world: World) -> None:
     }
     assert re.fullmatch(r"[+-][01]\.\d s from here", said["a"])
     assert re.fullmatch(r"\+(59|60|61)\.\d s from here", said["b"])
+
+
+def test_slow_tools_make_no_clock_less_certain(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = world.cluster.clock.date().timestamp()
+    for machine in world.machines.values():
+        machine.captured["date +%s.%N"] = f"{begin + 40.25}\n"
+        machine.captured["date -u +%s.%N"] = f"{begin + 59.5}\n"
+
+    async def inspect() -> HostAnswers:
+        dates = iter((begin, begin + 20))  # before and after 20 s of tools
+        with monkeypatch.context() as patched:
+            patched.setattr(inspecting, "now", lambda: next(dates))
+            async with open_session(load_deployment(world.path)) as session:
+                return await inspecting.inspect(session, "a")
+
+    clock = world.asked(inspect()).clock
+    assert clock == pytest.approx((39.5, 40.25), abs=0.001)
 
 
 def test_weights_are_read_whole_on_request(world: World) -> None:
