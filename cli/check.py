@@ -51,8 +51,6 @@ def describe(deployment: Deployment) -> str:
             *_unusual(deployment),
             "",
             *aligned(rows),
-            "",
-            "The file is valid. Next: pd-deploy plan FILE",
         ]
     )
 

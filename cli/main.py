@@ -278,6 +278,7 @@ def check(file: File, image: Image = None) -> None:
     from pd_deploy.cli.check import describe, load
 
     typer.echo(describe(load(file, image)))
+    typer.echo(f"\nThe file is valid. Next: pd-deploy plan {file}")
 
 
 @app.command()

@@ -82,6 +82,7 @@ async def _send(block: str) -> None:
                 hint="types that do are slack-webhook, ms-teams-webhook, email-server, "
                 "custom-webhook and others of `prefect.blocks.notifications`",
             )
+        done = []
         for automation in automations(document.id):
             made = await client.read_automations_by_name(automation.name)
             for there in made:
@@ -89,7 +90,9 @@ async def _send(block: str) -> None:
                 await client.update_automation(there.id, kept)
             if not made:
                 await client.create_automation(automation)
-            typer.echo(f"{'changed' if made else 'created'}: {automation.name}")
+            done.append(f"{'changed' if made else 'created'}: {automation.name}")
+    # At the end: whoever reads the first line alone, as `head -1` does, gets all of them made.
+    typer.echo("\n".join(done))
 
 
 def stop() -> None:
@@ -99,8 +102,10 @@ def stop() -> None:
 
 
 async def _stop() -> None:
+    done = []
     async with get_client() as client:
         for automation in automations(NOBODY):
             for there in await client.read_automations_by_name(automation.name):
                 await client.delete_automation(there.id)
-                typer.echo(f"deleted: {automation.name}")
+                done.append(f"deleted: {automation.name}")
+    typer.echo("\n".join(done or ["there are none"]))

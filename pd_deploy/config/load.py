@@ -129,7 +129,7 @@ def _profile(name: object, file: str) -> Mapping[str, Any]:
             ],
             source=file,
         )
-    profile = yaml_files.read(Path(name), names_file=("profile",))
+    profile = yaml_files.read(Path(name), names_file=("profile",), named_by=("profile", file))
     base = profile.pop("profile", None)
     if base is None:
         return profile

@@ -137,7 +137,9 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:bool", _truth)
 _StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", _date)
 
 
-def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
+def read(
+    path: Path, *, names_file: tuple[str, ...] = (), named_by: tuple[str, str] | None = None
+) -> Document:
     """Read the mapping that a YAML file holds, merged over the file that it `extends`.
 
     Mappings merge key by key, lists and scalars replace, and a key set to null removes what the
@@ -147,12 +149,14 @@ def read(path: Path, *, names_file: tuple[str, ...] = ()) -> Document:
     Args:
         names_file: keys whose value may be the path of a file, relative to the file that has the
             key; such a path is returned as an absolute one.
+        named_by: the key that names this file, and the file which has that key, if one does: where
+            this one can't be read, that one is to be changed.
 
     Raises:
         InvalidInput: the file is missing, not a file, not UTF-8, not YAML, not a mapping, has a
             key twice, or extends itself.
     """
-    return _read(_resolved(path, path), names_file, seen=())
+    return _read(_resolved(path, path), names_file, named_by, seen=())
 
 
 def compose(text: str) -> yaml.Node | None:
@@ -197,11 +201,16 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Document:
     return result
 
 
-def _read(path: Path, names_file: tuple[str, ...], seen: tuple[Path, ...]) -> Document:
+def _read(
+    path: Path,
+    names_file: tuple[str, ...],
+    named_by: tuple[str, str] | None,
+    seen: tuple[Path, ...],
+) -> Document:
     if path in seen:
         chain = " → ".join(p.name for p in (*seen, path))
         raise _invalid(path, "extends", f"the files extend each other in a circle: {chain}")
-    document = _parse(path)
+    document = _parse(path, named_by)
     for key, value in document.items():
         if key in names_file and isinstance(value, str) and is_path(value):
             document[key] = str(_resolved(path.parent / value, path))
@@ -214,8 +223,9 @@ def _read(path: Path, names_file: tuple[str, ...], seen: tuple[Path, ...]) -> Do
         return document
     if not isinstance(parent, str):
         raise _invalid(path, "extends", f"expected the path of a file, found {shown(parent)}")
-    extended = _read(_resolved(path.parent / parent, path), names_file, (*seen, path))
-    return merge(extended, document)
+    extended = _resolved(path.parent / parent, path)
+    base = _read(extended, names_file, ("extends", str(path)), (*seen, path))
+    return merge(base, document)
 
 
 def _resolved(path: Path, named_in: Path) -> Path:
@@ -225,8 +235,18 @@ def _resolved(path: Path, named_in: Path) -> Path:
         raise _invalid(named_in, "", f"{str(path)!r} cannot be found: {error}") from error
 
 
-def _parse(path: Path) -> Document:
-    text = text_files.read(path)
+def _text(path: Path, named_by: tuple[str, str] | None) -> str:
+    if named_by is None:
+        return text_files.read(path)
+    key, file = named_by
+    try:
+        return text_files.read(path, key)
+    except InvalidInput as error:
+        raise InvalidInput(error.problems, source=file) from error
+
+
+def _parse(path: Path, named_by: tuple[str, str] | None) -> Document:
+    text = _text(path, named_by)
     try:
         document = yaml.load(text, _StrictLoader)  # noqa: S506
     except yaml.MarkedYAMLError as error:

@@ -32,15 +32,17 @@ def parsed_once() -> Iterator[None]:
     parse = yaml_files._parse
 
     @cache
-    def document(path: Path, _content: bytes) -> dict[str, Any]:
-        return parse(path)
+    def document(path: Path, _content: bytes, *named_by: Any) -> dict[str, Any]:
+        return parse(path, *named_by)
 
-    def parsed(path: Path) -> dict[str, Any]:
+    def parsed(path: Path, *named_by: Any) -> dict[str, Any]:
         try:
             content = path.read_bytes() if path.is_file() else None
         except OSError:
             content = None
-        return parse(path) if content is None else copy.deepcopy(document(path, content))
+        if content is None:
+            return parse(path, *named_by)
+        return copy.deepcopy(document(path, content, *named_by))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(yaml_files, "_parse", parsed)

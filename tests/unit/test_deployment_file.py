@@ -76,7 +76,7 @@ class TestFile:
             ("a: !!python/object:os.system x\n", "not valid YAML: line 1"),
             ("# " + "x" * text_files.MAX_BYTES, "expected a file of at most"),
             ("extends: x.yaml\n", "extend each other in a circle: x.yaml → x.yaml"),
-            ("extends: gone.yaml\n", "gone.yaml: 1 problem\n  cannot be read: No such file"),
+            ("extends: gone.yaml\n", "gone.yaml: cannot be read: No such file"),
             ("extends: [a]\n", "extends: expected the path of a file, found ['a']"),
             ('extends: "a\\0b"\n', "x.yaml: 1 problem\n  '"),
             ("extends: .\n", "expected a file, found a directory"),
@@ -105,6 +105,15 @@ class TestFile:
         (tmp_path / "loop.yaml").symlink_to("loop.yaml")
         with pytest.raises(InvalidInput, match=r"loop\.yaml"):
             load_deployment(tmp_path / "loop.yaml")
+
+    @pytest.mark.parametrize("key", ["extends", "profile"])
+    def test_one_that_is_missing_is_told_where_it_is_named(self, tmp_path: Path, key: str) -> None:
+        """That is the file to change, though another one extends it."""
+        (tmp_path / "y.yaml").write_text(f"name: a\n{key}: ./gone.yaml\n")
+        with pytest.raises(InvalidInput) as caught:
+            read(tmp_path, "extends: y.yaml\n")
+        place = re.escape(f"{key}: {tmp_path / 'gone.yaml'}: cannot be read: No such file")
+        assert re.search(rf"y\.yaml\b.*\bline 2: {place}", str(caught.value), re.DOTALL)
 
     def test_circle_of_two_names_both(self, tmp_path: Path) -> None:
         (tmp_path / "y.yaml").write_text("extends: x.yaml\n")

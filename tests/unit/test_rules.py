@@ -356,7 +356,7 @@ class TestProfiles:
     @pytest.mark.parametrize(
         ("profile", "text", "says"),
         [
-            ("./gone.yaml", "", "gone.yaml: 1 problem\n  cannot be read: No such file"),
+            ("./gone.yaml", "", "gone.yaml: cannot be read: No such file"),
             ("./sub/my.yaml", "", "my.yaml: 1 problem\n  expected a mapping"),
             (
                 "./sub/my.yaml",
