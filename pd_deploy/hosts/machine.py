@@ -15,6 +15,7 @@ DATE = ["date", "+%s.%N"]
 DATE_LAST = ["date", "-u", "+%s.%N"]
 """To be asked after all else, so that a clock is known as well as the way there and back allows,
 however long a machine's tools take."""
+_SECONDS = r"^(\d+(?:\.\d+)?)$"
 MEMORY = ["cat", "/proc/meminfo"]
 SHARED_MEMORY = ["df", "-P", "-k", "/dev/shm"]  # noqa: S108 - looked at, not written to
 _FREQUENCY = "/sys/devices/system/cpu/cpu0/cpufreq"
@@ -81,17 +82,17 @@ def parse(batch: Batch, address: str) -> Machine:
     memory = _meminfo(of(batch, MEMORY).text)
     if "MemTotal" not in memory:
         unread.append(not_read(MEMORY, of(batch, MEMORY)))
-    dates = [read(argv, r"^(\d+(?:\.\d+)?)$") for argv in (DATE, DATE_LAST)]
+    first = read(DATE, _SECONDS)
+    last = re.search(_SECONDS, of(batch, DATE_LAST).text, re.MULTILINE)  # a capture has none
     shared = read(SHARED_MEMORY, r"\s\d+\s+(\d+)\s+\d+\s+\d+%\s")
     # Virtual machines and containers have no such files.
     governor = re.match(r"(\S+)\n(\S+)$", of(batch, GOVERNOR).text.strip())
     mtu = _mtu(of(batch, facts.ADDRESSES), address)
     if mtu is None:
         unread.append(not_read(facts.ADDRESSES, of(batch, facts.ADDRESSES)))
-    first, last = (float(date[1]) if date else None for date in dates)
     return Machine(
-        first=first,
-        last=last,
+        first=float(first[1]) if first else None,
+        last=float(last[1]) if last else None,
         memory=memory.get("MemTotal"),
         available=memory.get("MemAvailable"),
         huge_pages=memory.get("HugePages_Total", 0) // 1024 * memory.get("Hugepagesize", 0),

@@ -239,7 +239,7 @@ def test_what_a_machine_prints_is_read() -> None:
         1764268000.123456789, 1764268002.5, 1 << 20, 1 << 19, 4 << 20, 12 << 10, 9000,
         ("ondemand", "cppc_cpufreq"),
     )  # fmt: skip
-    assert len(machine.parse({}, "10.0.0.1").unread) == 5
+    assert len(machine.parse({}, "10.0.0.1").unread) == 4
 
 
 def test_half_a_list_of_the_models_files_is_none() -> None:
