@@ -1,6 +1,8 @@
 """`pd-deploy notify`: the automations on a Prefect server, and the block that they send by."""
 
-from collections.abc import Iterator
+import io
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,13 @@ class Server:
         del self.automations[key]
 
 
+class Closed(io.StringIO):
+    """An output that nobody reads any more."""
+
+    def write(self, _: str) -> int:
+        raise BrokenPipeError
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     server = Server()
@@ -75,6 +84,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(notify, "served", served)
     monkeypatch.setattr(notify, "get_client", client)
     return server
+
+
+@pytest.mark.parametrize("call", [lambda: notify.send("slack-webhook/ops"), notify.stop])
+def test_whoever_reads_no_more_gets_all_of_them(
+    server: Server, monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]
+) -> None:
+    """As `pd-deploy notify slack-webhook/ops | head -1` does."""
+    if call is notify.stop:
+        notify.send("slack-webhook/ops")
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        call()
+    count = len(notify.automations(notify.NOBODY))
+    assert len(server.automations) == (0 if call is notify.stop else count)
 
 
 def test_they_are_made_once_and_send_by_the_latest_block(
