@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,11 +33,23 @@ from tests.samples import ALL
 long = pytest.mark.skipif(not ALL, reason="long: runs with `make test-all`")
 """What the tests in memory hold to as well, with hosts that are held to these, and what repeats
 another test here with other faults."""
+SHOWN_LINES = 60
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"
 SECRET = "hf_0123456789abcdef0123456789abcdef01"
 """In the environment of the playbook's servers."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a test that failed what the Prefect server said last: its log goes with it."""
+    report = yield
+    log = prefect_settings.HOME / "processes" / "server.log"
+    if report.failed and log.exists():
+        lines = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+        report.sections.append(("The Prefect server's log", "\n".join(lines)))
+    return report
 
 
 @pytest.fixture(scope="session")
