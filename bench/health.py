@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench.client import WaitingClient
 from bench.command import measured, say
 from bench.lab_service import LabService, write_file
 from bench.prefect_server import PrefectServer
@@ -57,7 +58,7 @@ class Mend:
             host answered again.
         seen: from then until the check had seen it.
         loading: from when the last server was started until all were ready.
-        serving: from when it was seen until clients were served.
+        serving: from when it was seen until a client was served that kept asking.
     """
 
     waited: float
@@ -103,19 +104,18 @@ class Watched:
 
     def _mend(self, fault: Callable[[], None]) -> Mend:
         known = {run["id"] for run in self._checks(MENDED)}
-        begin = datetime.now(UTC)
-        fault()
-        there = datetime.now(UTC)
 
         def mended() -> list[dict[str, Any]]:
             return [run for run in self._checks(MENDED) if run["id"] not in known]
 
-        (run, *_) = self._until("a check that mends it", mended)
-        if not self._service.completes():
-            raise RuntimeError("expected completions after the service was mended, got none")
+        with WaitingClient(self._service.url) as client:
+            begin = datetime.now(UTC)
+            fault()
+            there = datetime.now(UTC)
+            (run, *_) = self._until("a check that mends it", mended)
+            served = client.served(TIMEOUT_S)
         steps = self._steps(run["id"])
         seen = self._first_warning(run["id"])
-        opened = max(span.end for name, span in steps if part_of(name) == "open proxy")
         ready = max(span.end for name, span in steps if part_of(name) == READY)
         due = datetime.fromisoformat(run["expected_start_time"])
         started = max(
@@ -130,7 +130,7 @@ class Watched:
             *(
                 span / timedelta(seconds=1)
                 for span in (max(due - there, timedelta()), seen - due, ready - started,
-                             opened - seen)
+                             served - seen)
             )
         )  # fmt: skip
 
