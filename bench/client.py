@@ -8,6 +8,8 @@ from typing import Self
 
 import httpx
 
+from bench.watch import Watch
+
 TIMEOUT_S = 10  # a completion takes milliseconds; during a cut-over the port refuses at once
 RETRY_S = 0.05
 # Made once: reading the system's CAs takes longer than a completion. Each request has a connection
@@ -27,7 +29,7 @@ def completes(url: str, model: str = "qwen") -> bool:
         return False
 
 
-class Client:
+class Client(Watch):
     """A client that asks for completions, one after the other.
 
     Args:
@@ -38,29 +40,24 @@ class Client:
     """
 
     def __init__(self, url: str, pause: float = 0) -> None:
+        super().__init__()
         self._url = url
         self._pause = pause
         self._served = threading.Event()
         self._again = threading.Event()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
         self.gap = 0.0
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        super().__enter__()
         if not self._served.wait(TIMEOUT_S):
             raise RuntimeError(f"expected {self._url} to serve, got no completion")
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
     def served_again(self) -> bool:
         """Wait for a completion after a failure; tell whether there was one."""
         return self._again.wait(TIMEOUT_S)
 
-    def _ask(self) -> None:
+    def _watch(self) -> None:
         last, failed = 0.0, False
         while not self._over.wait(self._pause):
             if not completes(self._url):
@@ -74,7 +71,7 @@ class Client:
             self._served.set()
 
 
-class WaitingClient:
+class WaitingClient(Watch):
     """A client of a service that goes down: once it is refused, it asks again until it is served.
 
     Until then, and while it is refused, it only looks whether the port is open: it must not slow
@@ -82,18 +79,9 @@ class WaitingClient:
     """
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         self._url = url
         self._served: datetime | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._wait, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
     def served(self, timeout: float) -> datetime:
         """Return when it was served.
@@ -106,7 +94,7 @@ class WaitingClient:
             raise RuntimeError("expected the service to refuse a client and to serve it later")
         return self._served
 
-    def _wait(self) -> None:
+    def _watch(self) -> None:
         while self._is_open() and not self._over.wait(RETRY_S):
             pass
         while not self._over.wait(RETRY_S):

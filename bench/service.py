@@ -1,6 +1,5 @@
 """The documented 3P1D on a lab, deployed by the flow and recorded by its own Prefect server."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from bench.client import Client
 from bench.lab_service import CONTAINERS, LabService, write_file
 from bench.prefect_server import PrefectServer
 from bench.timeline import READY, Measured, Span, measure, part_of
+from bench.watch import Watch
 from pd_deploy.config.load import load_deployment
 from pd_deploy.lab import Lab
 from pd_deploy.lab.lifecycle import take_down
@@ -70,7 +70,7 @@ class Service:
 
     def bring_up(self) -> Measured:
         """Run the flow on clean hosts."""
-        with _Watch(self._health_urls()) as watch:
+        with _ServersWatch(self._health_urls()) as watch:
             self._deploy()
             ready = watch.all_answered()
         return measure(*self._records(), Span(self._last_start(), ready))
@@ -141,22 +141,13 @@ def on_lab() -> Iterator[Service]:
         take_down(NAME)
 
 
-class _Watch:
+class _ServersWatch(Watch):
     """A watch on the servers' health endpoints, independent of the flow."""
 
     def __init__(self, urls: list[str]) -> None:
+        super().__init__()
         self._left = list(urls)
         self._last: datetime | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
     def all_answered(self) -> datetime:
         """Return when the last of them answered for the first time."""
