@@ -8,11 +8,12 @@ from pd_deploy.errors import InvalidInput, Problem
 MAX_BYTES = 1 << 20
 
 
-def read(path: Path, option: str = "") -> str:
+def read(path: Path, named_by: str = "", named_in: str | None = None) -> str:
     """Read a text file.
 
     Args:
-        option: the option that names the file, if one does; messages begin with it.
+        named_by: the option, or key, that names the file, if one does; messages begin with it.
+        named_in: the file that has that key.
 
     Raises:
         InvalidInput: it can't be read, is not a regular file, has more than `MAX_BYTES`, or is not
@@ -20,8 +21,8 @@ def read(path: Path, option: str = "") -> str:
     """
 
     def invalid(message: str) -> InvalidInput:
-        if option:
-            return InvalidInput([Problem(option, f"{path}: {message}")])
+        if named_by:
+            return InvalidInput([Problem(named_by, f"{path}: {message}")], source=named_in)
         return InvalidInput([Problem("", message)], source=str(path))
 
     try:

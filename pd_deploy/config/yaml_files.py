@@ -235,18 +235,8 @@ def _resolved(path: Path, named_in: Path) -> Path:
         raise _invalid(named_in, "", f"{str(path)!r} cannot be found: {error}") from error
 
 
-def _text(path: Path, named_by: tuple[str, str] | None) -> str:
-    if named_by is None:
-        return text_files.read(path)
-    key, file = named_by
-    try:
-        return text_files.read(path, key)
-    except InvalidInput as error:
-        raise InvalidInput(error.problems, source=file) from error
-
-
 def _parse(path: Path, named_by: tuple[str, str] | None) -> Document:
-    text = _text(path, named_by)
+    text = text_files.read(path, *named_by) if named_by else text_files.read(path)
     try:
         document = yaml.load(text, _StrictLoader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
