@@ -72,9 +72,9 @@ class Processes:
         deadline = time.monotonic() + timeout
         while not condition():
             if not self.running(name):
-                raise RuntimeError(f"{name} ended:\n{self._tail(name)}")
+                raise RuntimeError(f"{name} ended:\n{self.tail(name)}")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{name} not ready in {timeout:g} s:\n{self._tail(name)}")
+                raise RuntimeError(f"{name} not ready in {timeout:g} s:\n{self.tail(name)}")
             time.sleep(POLL_S)
 
     def stop(self, name: str) -> None:
@@ -101,9 +101,10 @@ class Processes:
         while _group_lives(pid) if children else started(pid):
             time.sleep(POLL_S)
 
-    def _tail(self, name: str) -> str:
+    def tail(self, name: str, count: int = 15) -> str:
+        """Return the last lines of the log of the process of that name."""
         lines = (self._directory / f"{name}.log").read_text(errors="replace").splitlines()
-        return "\n".join(f"  | {line}" for line in lines[-15:])
+        return "\n".join(f"  | {line}" for line in lines[-count:])
 
     def _read(self) -> dict[str, tuple[int, str]]:
         try:

@@ -33,7 +33,7 @@ from tests.samples import ALL
 long = pytest.mark.skipif(not ALL, reason="long: runs with `make test-all`")
 """What the tests in memory hold to as well, with hosts that are held to these, and what repeats
 another test here with other faults."""
-SHOWN_LINES = 60
+PROCESSES = Processes(prefect_settings.HOME / "processes")
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 BLOCK = "test-ssh"
@@ -45,10 +45,8 @@ SECRET = "hf_0123456789abcdef0123456789abcdef01"
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show with a test that failed what the Prefect server said last: its log goes with it."""
     report = yield
-    log = prefect_settings.HOME / "processes" / "server.log"
-    if report.failed and log.exists():
-        lines = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
-        report.sections.append(("The Prefect server's log", "\n".join(lines)))
+    if report.failed and PROCESSES.running("server"):
+        report.sections.append(("The Prefect server's log", PROCESSES.tail("server", 60)))
     return report
 
 
@@ -60,17 +58,16 @@ def prefect_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         "PATH": f"{BIN}:{os.environ['PATH']}",
         deployment_file.DIRECTORIES: directory,
     }
-    processes = Processes(prefect_settings.HOME / "processes")
     server = [f"{BIN}/prefect", "server", "start", "--host", "127.0.0.1"]
     try:
-        processes.start("server", [*server, "--port", str(prefect_settings.PORT)], env)
-        processes.until("server", lambda: is_healthy(prefect_settings.API), 120)
+        PROCESSES.start("server", [*server, "--port", str(prefect_settings.PORT)], env)
+        PROCESSES.until("server", lambda: is_healthy(prefect_settings.API), 120)
         yield env
     finally:
         # What is still to be sent would be tried again and again once the server is gone.
         APILogWorker.drain_all(timeout=10)
         EventsWorker.drain_all(timeout=10)
-        processes.stop_all()
+        PROCESSES.stop_all()
 
 
 @pytest.fixture(scope="session")
