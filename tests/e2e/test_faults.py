@@ -158,8 +158,8 @@ async def test_taken_port_and_missing_paths_are_named_together(
     checks = {tuple(line.split()[:3]) for line in table.splitlines()}
     assert {("error", "device-tls", "b"), ("error", "host", "a"), ("error", "host", "b")} <= checks
     assert ("warning", "clock", "b") in checks
-    assert re.search(r"found it 9[0-7] s ahead of", " ".join(table.split()))
-    assert re.search(r"^a \(.* clock [+-]\d\.\d s from here", table, re.MULTILINE)
+    assert re.search(r"found it 9[3-7] s ahead of", " ".join(table.split()))
+    assert re.search(r"^a \(.* clock [+-][01]\.\d s from here", table, re.MULTILINE)
     assert "port 9001" in table
     message = str(state.message)
     assert "port 9001" in message
