@@ -178,8 +178,8 @@ async def prove_and_open(line: Line, rollout: Rollout) -> Completion:
 
 
 async def prepare_beside(line: Line, rollout: Rollout) -> Line:
-    """Prepare the proxies while the servers load. Servers that have to start do so first: they
-    load longest, and it would slow their start down."""
+    """Prepare the proxies while the servers load. Servers that have to start do so first: they load
+    longest, and preparing proxies would slow their start down."""
     starting = (planned for host in rollout.plan.hosts for planned in rollout.to_start(host))
     if any(planned.role != "proxy" for planned in starting):
         await line.barrier.passed([ALL_STARTED])

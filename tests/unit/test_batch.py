@@ -8,10 +8,9 @@ from pd_deploy.hosts import batch
 from pd_deploy.hosts.batch import Lane, Printed
 
 
-def ran(first: Lane, *lanes: Lane, limit: float = 20) -> dict[str, Printed]:
-    done = subprocess.run(
-        batch.command(first, lanes, limit), capture_output=True, text=True, check=True
-    )
+def ran(first: Lane, *lanes: Lane, limit: float = 20, last: Lane = ()) -> dict[str, Printed]:
+    command = batch.command(first, lanes, limit, last)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return batch.parse(done.stdout)
 
 
@@ -37,9 +36,7 @@ def test_one_that_hangs_costs_only_those_behind_it() -> None:
 
 def test_the_last_one_waits_for_all_others() -> None:
     now = ["date", "+%s.%N"]
-    command = batch.command([now], [[["sleep", "0.3"]], []], last=[[*now, "-u"]])
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    printed = batch.parse(done.stdout)
+    printed = ran([now], [["sleep", "0.3"]], [], last=[[*now, "-u"]])
     assert [*printed] == ["sleep 0.3", "date +%s.%N", "date +%s.%N -u"]
     assert float(batch.of(printed, [*now, "-u"]).text) - float(batch.of(printed, now).text) > 0.3
 
