@@ -30,6 +30,18 @@ def query(device: int, item: str) -> list[str]:
     return ["hccn_tool", "-i", str(device), f"-{item}", "-g"]
 
 
+def query_at_once(item: str, heading: str) -> str:
+    """Write a script that asks all devices that it is given for something of their network at the
+    same time, and heads each answer with `heading` and the device's number.
+
+    `hccn_tool` takes tens of milliseconds for each of up to 16 devices.
+    """
+    return (
+        f'for i; do (said=$(hccn_tool -i "$i" -{item} -g 2>&1); '
+        f'printf \'{heading} %s\\n%s\\n\' "$i" "$said") & done; wait'
+    )
+
+
 def lanes(devices: Sequence[int], *, full: bool) -> tuple[Lane, list[Lane]]:
     """List the commands for `parse`. `-tls` is the last of a device's, because it prints the most
     and what matters of it first."""

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
+from pd_deploy.engines import ascend
 from pd_deploy.engines.ascend import cells, health_of
 from pd_deploy.errors import FactsError
 
@@ -14,8 +15,7 @@ HBM_IDLE_MB = 5120
 FIT = ("OK", "Warning")
 """A device with a warning works."""
 _PORT = "network port of device"
-HEALTH = f"""npu-smi info
-for i; do echo "{_PORT} $i"; hccn_tool -i "$i" -link -g 2>&1; done; true"""
+HEALTH = f"npu-smi info; {ascend.query_at_once('link', _PORT)}"
 
 _CHIP = re.compile(r"[0-9A-F]{4}:[0-9A-F]{2}:[0-9A-F]{2}\.[0-9A-F]")
 _HBM = re.compile(r"(\d+)\s*/\s*\d+\s*$")
