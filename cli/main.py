@@ -8,8 +8,6 @@ Each command imports what it needs when it runs, the file's models before Prefec
 a tenth of a second of CPU, and an invalid file is refused long before Prefect is imported.
 """
 
-import atexit
-import gc
 import os
 import sys
 from collections.abc import Iterable
@@ -24,12 +22,9 @@ from pd_deploy.cli import credentials, fleet, lock, server
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.cli.telling import File, tell
 from pd_deploy.errors import InvalidInput, PdDeployError
+from pd_deploy.garbage import collect_seldom
 
 FAILED, INVALID, DRIFT, INCOMPLETE, INTERRUPTED = 1, 2, 5, 7, 130
-
-# What a command makes mostly lives until the command ends. At Python's own threshold, looking for
-# garbage among it took a tenth of what `status` takes; the last look, at the end, a sixth.
-OBJECTS_BETWEEN_COLLECTIONS = 200_000
 
 # For the server that is started when none is configured. It may need longer than Prefect's 20 s on
 # a busy machine, and sends no telemetry. What the user has set takes precedence.
@@ -959,8 +954,7 @@ def main() -> NoReturn:
     """Run the command; turn an error into one message and an exit code."""
     for key, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(key, value)
-    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
-    atexit.register(gc.freeze)
+    collect_seldom()
     # httpx would import its own command line, which is a tenth of what `status` imports.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     try:

@@ -26,6 +26,7 @@ from prefect.states import Cancelled
 from pd_deploy.errors import PdDeployError
 from pd_deploy.flows import outcomes, publish
 from pd_deploy.flows.run import Page, page, remedy
+from pd_deploy.garbage import collect_seldom
 from pd_deploy.hosts.lease import Lease
 
 P = ParamSpec("P")
@@ -73,6 +74,7 @@ def interruptible(
             end = ending.get(Ending())
             page.set(Page(Path(runtime.flow_run.parameters.get("file", "")).stem))
             outlive_reader()
+            collect_seldom()
             with _signals_cancel_this_task(end.signals, *_told(left, first)):
                 try:
                     end.state = await runbook(*args, **kwargs)
