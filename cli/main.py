@@ -22,7 +22,7 @@ from pd_deploy.cli import credentials, fleet, lock, server
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.cli.telling import File, tell
 from pd_deploy.errors import InvalidInput, PdDeployError
-from pd_deploy.garbage import collect_seldom
+from pd_deploy.flows.garbage import collect_seldom
 
 FAILED, INVALID, DRIFT, INCOMPLETE, INTERRUPTED = 1, 2, 5, 7, 130
 

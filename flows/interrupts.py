@@ -25,8 +25,8 @@ from prefect.states import Cancelled
 
 from pd_deploy.errors import PdDeployError
 from pd_deploy.flows import outcomes, publish
+from pd_deploy.flows.garbage import collect_seldom
 from pd_deploy.flows.run import Page, page, remedy
-from pd_deploy.garbage import collect_seldom
 from pd_deploy.hosts.lease import Lease
 
 P = ParamSpec("P")
