@@ -1,7 +1,10 @@
 """Ranktables hold exactly the documented documents, and only what the hosts really said."""
 
 import json
+import os
+import subprocess
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,7 +268,21 @@ def test_what_breaks_a_rule_with_the_image_of_the_run_is_found_in_the_plan() -> 
         planned(addresses, "omni:20251111_1", size)
 
 
-def test_command_asks_every_device_once() -> None:
+def test_all_devices_are_asked_at_the_same_time(tmp_path: Path) -> None:
+    """Each answers once the other was asked."""
+    tool = tmp_path / "hccn_tool"
+    tool.write_text(
+        f"""#!/bin/sh
+touch {tmp_path}/asked-$2
+until [ -e {tmp_path}/asked-8 ] && [ -e {tmp_path}/asked-9 ]; do sleep 0.01; done
+echo ipaddr:10.0.0.$2
+"""
+    )
+    tool.chmod(0o755)
     command = ranktable.read_addresses_command([8, 9])
-    assert command[:2] == ["sh", "-c"]
-    assert command[-2:] == ["8", "9"]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=20
+    )
+    addresses = ranktable.parse_addresses(done.stdout, [8, 9], host="a (10.0.0.1)")
+    assert addresses == {8: "10.0.0.8", 9: "10.0.0.9"}
