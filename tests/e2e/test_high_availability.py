@@ -3,6 +3,7 @@ an upgrade, the upgrade completes, or its recovery does."""
 
 import os
 import signal
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ class Site:
         self.api = httpx.Client(
             base_url=f"{production.url}/api/",
             auth=(auth[0], auth[1]),
-            verify=str(production.directory / "tls.pem"),
+            verify=ssl.create_default_context(cafile=production.directory / "tls.pem"),
             trust_env=False,
             timeout=30,
         )
