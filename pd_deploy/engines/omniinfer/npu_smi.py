@@ -4,8 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 
-from pd_deploy.engines import ascend
-from pd_deploy.engines.ascend import cells, health_of
+from pd_deploy.engines.ascend import cells, health_of, query_at_once
 from pd_deploy.errors import FactsError
 
 COMMAND = ["npu-smi", "info"]
@@ -15,7 +14,7 @@ HBM_IDLE_MB = 5120
 FIT = ("OK", "Warning")
 """A device with a warning works."""
 _PORT = "network port of device"
-HEALTH = f"npu-smi info; {ascend.query_at_once('link', _PORT)}"
+HEALTH = f"npu-smi info; {query_at_once('link', _PORT)}"
 
 _CHIP = re.compile(r"[0-9A-F]{4}:[0-9A-F]{2}:[0-9A-F]{2}\.[0-9A-F]")
 _HBM = re.compile(r"(\d+)\s*/\s*\d+\s*$")

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from pd_deploy.config.topology import Pod, Topology
-from pd_deploy.engines import ascend
+from pd_deploy.engines.ascend import query_at_once
 from pd_deploy.engines.base import Layout, Service
 from pd_deploy.errors import FactsError
 
@@ -77,7 +77,7 @@ def render(document: Mapping[str, Any]) -> str:
 
 def read_addresses_command(devices: Iterable[int]) -> list[str]:
     """Return one command that prints the address of every device, for `parse_addresses`."""
-    script = ascend.query_at_once("ip", "device")
+    script = query_at_once("ip", "device")
     return ["sh", "-c", script, "hccn_tool", *map(str, devices)]
 
 
