@@ -1,8 +1,8 @@
 """`python -m bench.prompt`: what a user waits for from the prompt, and how much of it is Prefect's.
 
 A 3P1D on a lab that needs no change, and beside it a flow that does nothing: by a command with a
-Prefect server, by one without, and as a run of a deployment on a worker. And how long it takes to
-see what serves. Everything that is started is taken down again.
+Prefect server, by one without, and as a run of a deployment on a worker. And `status`, beside a
+command that does nothing. Everything that is started is taken down again.
 """
 
 import argparse
@@ -65,11 +65,10 @@ deployments:
 
 @dataclass(frozen=True)
 class Wait:
-    """What a user waits for, in s: for pd-deploy, and for a flow that does nothing, where one does
-    as much."""
+    """What a user waits for, in s: for pd-deploy, and for a flow or a command that does nothing."""
 
     ours: float
-    floor: float | None = None
+    floor: float
 
 
 class Prompt:
@@ -111,8 +110,9 @@ class Prompt:
         self._run(self._alone, "pd-deploy", "server", "stop")
 
     def status(self) -> Wait:
-        """Ask what serves."""
-        return Wait(self._run(self._prefect.env, "pd-deploy", "status", self._service.file))
+        """Ask what serves, and for pd-deploy's version."""
+        ours = self._run(self._prefect.env, "pd-deploy", "status", self._service.file)
+        return Wait(ours, self._run(self._prefect.env, "pd-deploy", "--version"))
 
     def by_worker(self) -> dict[str, Wait]:
         """Run the deployments; by the part of the time from the command to the first step."""
@@ -214,7 +214,7 @@ def bench(runs: int) -> dict[str, list[Wait]]:
             asking = parts.pop("prefect deployment run")
             measures["worker, to the first step"] = Wait(
                 sum(part.ours for part in parts.values()),
-                sum(part.floor or 0 for part in parts.values()),
+                sum(part.floor for part in parts.values()),
             )
             measures["prefect deployment run, before it"] = asking
             measures["pd-deploy status"] = prompt.status()
@@ -231,16 +231,15 @@ def bench(runs: int) -> dict[str, list[Wait]]:
 
 def table(waits: Mapping[str, list[Wait]]) -> str:
     """Format the medians as a table for people."""
-    rows = [f"{'seconds':36}{'pd-deploy':>10}{'empty flow':>12}"]
+    rows = [f"{'seconds':36}{'pd-deploy':>10}{'nothing':>12}"]
     for name, several in waits.items():
-        ours = statistics.median(wait.ours for wait in several)
-        floors = [wait.floor for wait in several if wait.floor is not None]
-        floor = f"{statistics.median(floors):.2f}" if floors else ""
+        ours, floor = (statistics.median(values) for values in
+                       ([w.ours for w in several], [w.floor for w in several]))  # fmt: skip
         verdict = ""
         if name in EXPECTED_S:
             met = "met" if ours <= EXPECTED_S[name] else "MISSED"
             verdict = f"   expected: {EXPECTED_S[name]:g} or less: {met}"
-        rows.append(f"{name:36}{ours:10.2f}{floor:>12}{verdict}")
+        rows.append(f"{name:36}{ours:10.2f}{floor:12.2f}{verdict}")
     return "\n".join([f"3P1D on two simulated hosts, {os.cpu_count()} cores", "", *rows])
 
 
