@@ -268,6 +268,12 @@ def test_what_breaks_a_rule_with_the_image_of_the_run_is_found_in_the_plan() -> 
         planned(addresses, "omni:20251111_1", size)
 
 
+def test_command_asks_every_device_once() -> None:
+    command = ranktable.read_addresses_command([8, 9])
+    assert command[:2] == ["sh", "-c"]
+    assert command[-2:] == ["8", "9"]
+
+
 def test_all_devices_are_asked_at_the_same_time(tmp_path: Path) -> None:
     """Each answers once the other was asked."""
     tool = tmp_path / "hccn_tool"
