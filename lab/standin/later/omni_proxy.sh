@@ -217,9 +217,9 @@ nginx_pids() {
         [ -f "$PID_FILE" ] && kill -0 "$(cat "$PID_FILE")" 2>/dev/null && cat "$PID_FILE"
         return
     fi
-    local process
+    local process name
     for process in /proc/[0-9]*; do
-        [ "$(cat "$process/comm" 2>/dev/null)" = nginx ] || continue
+        read -r name 2>/dev/null <"$process/comm" && [ "$name" = nginx ] || continue
         grep -q '^State:.*zombie' "$process/status" 2>/dev/null || echo "${process#/proc/}"
     done
 }
@@ -239,9 +239,10 @@ restore_conf() {
 }
 
 affinity_masks() {
-    local core
-    for ((core = start_core; core < start_core + core_num; core++)); do
-        printf ' 1%s' "$(printf '%*s' "$core" '' | tr ' ' 0)"
+    local core mask=1
+    for ((core = 0; core < start_core + core_num; core++)); do
+        ((core < start_core)) || printf ' %s' "$mask"
+        mask+=0
     done
 }
 

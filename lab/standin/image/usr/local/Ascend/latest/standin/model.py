@@ -9,6 +9,7 @@ BLOCK_SIZE = 128  # tokens per KV block
 HEADS = 8  # KV heads; a token's bytes are those of its heads, one after the other
 BYTES_PER_HEAD = 32
 BYTES_PER_TOKEN = HEADS * BYTES_PER_HEAD
+DRAWN = 4096  # tokens whose KV is drawn by a hash of the prompt
 END_MARK = "<|endoftext|>"  # a prompt that ends so is answered by the end token at once
 NUMBERS = 10_000  # 0 to 9999 have token ids of their own, in order; other pieces are hashed
 _FIRST_NUMBER = 140_000  # the token id of 0; hashed pieces have ids below it
@@ -31,10 +32,16 @@ def tokenize(text: str) -> list[int]:
 
 
 def kv_of(prompt_ids: list[int]) -> bytes:
-    """Compute the KV cache that a prefill of this prompt leaves behind."""
-    seed = ",".join(map(str, prompt_ids)).encode()
-    kv = bytearray(hashlib.shake_256(seed).digest(BYTES_PER_TOKEN * len(prompt_ids)))
+    """Compute the KV cache that a prefill of this prompt leaves behind.
+
+    All of it follows from the whole prompt. In long ones, what is drawn comes again after every
+    `DRAWN` tokens, all but the ids: to draw more would take longer than to hand it over.
+    """
+    count = len(prompt_ids)
     ids = array("I", (token & 0xFFFF_FFFF for token in prompt_ids)).tobytes()
+    drawn = hashlib.shake_256(ids).digest(BYTES_PER_TOKEN * min(count, DRAWN))
+    rounds, rest = divmod(count, DRAWN)
+    kv = bytearray().join([*[drawn] * rounds, drawn[: BYTES_PER_TOKEN * rest]])
     for byte in range(_ID_BYTES):
         kv[byte::BYTES_PER_TOKEN] = ids[byte::_ID_BYTES]
     return bytes(kv)

@@ -30,6 +30,7 @@ stop=0
 rollback=0
 
 main() {
+    BUILT=$(built)
     NGINX=$(nginx_program)
     parse "$@"
     if [ "$stop" = 1 ]; then
@@ -69,17 +70,17 @@ parse() {
 built() { # the date of the tree that this script is in, if that has one of its own, or else of the
     # image: below the root, or below the one that this script is in
     local file=usr/local/Ascend/latest/standin/built tree=$here
-    until [ -f "$tree/STANDIN_AGE" ] || [ "$tree" = / ]; do tree=$(dirname "$tree"); done
+    until [ -f "$tree/STANDIN_AGE" ] || [ -z "$tree" ]; do tree=${tree%/*}; done
     cut -d " " -f 2 "$tree/STANDIN_AGE" 2>/dev/null && return
     cat "$ROOT/$file" 2>/dev/null || cat "$here/../../../../../../$file"
 }
 
 nginx_program() {
-    if [[ $(built) < $RPM_SINCE ]]; then echo "$PREFIX/nginx"; else echo "$ROOT/usr/sbin/nginx"; fi
+    if [[ $BUILT < $RPM_SINCE ]]; then echo "$PREFIX/nginx"; else echo "$ROOT/usr/sbin/nginx"; fi
 }
 
 has_new_options() {
-    [[ ! $(built) < $NEW_OPTIONS_SINCE ]]
+    [[ ! $BUILT < $NEW_OPTIONS_SINCE ]]
 }
 
 is_known() {
@@ -139,9 +140,9 @@ nginx_pids() {
         [ -f "$PID_FILE" ] && kill -0 "$(cat "$PID_FILE")" 2>/dev/null && cat "$PID_FILE"
         return
     fi
-    local process
+    local process name
     for process in /proc/[0-9]*; do
-        [ "$(cat "$process/comm" 2>/dev/null)" = nginx ] || continue
+        read -r name 2>/dev/null <"$process/comm" && [ "$name" = nginx ] || continue
         grep -q '^State:.*zombie' "$process/status" 2>/dev/null || echo "${process#/proc/}"
     done
 }
@@ -161,9 +162,10 @@ restore_conf() {
 }
 
 affinity_masks() {
-    local core
-    for ((core = start_core; core < start_core + core_num; core++)); do
-        printf ' 1%s' "$(printf '%*s' "$core" '' | tr ' ' 0)"
+    local core mask=1
+    for ((core = 0; core < start_core + core_num; core++)); do
+        ((core < start_core)) || printf ' %s' "$mask"
+        mask+=0
     done
 }
 
@@ -208,8 +210,8 @@ scored() { # side servers lb: the side's entry in the table of the servers to ch
 
 address() { # of a host; the choice in Lua takes no names
     local found
-    found=$(getent ahostsv4 "$1" | head -n 1)
-    echo "${found%% *}"
+    found=$(getent ahostsv4 "$1")
+    echo "${found%%[[:space:]]*}"
 }
 
 decode_limit() { # active requests of one decode server
