@@ -5,9 +5,8 @@ Per host: two sessions, one for what a survey reads and one for lease and device
 its Docker engine; per server: its health and its counters. All hosts are asked at the same time.
 """
 
-import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
@@ -15,7 +14,7 @@ import httpx
 
 from pd_deploy.errors import PdDeployError, is_transient
 from pd_deploy.hosts import lease
-from pd_deploy.hosts.concurrent import together
+from pd_deploy.hosts.concurrent import task_group, together
 from pd_deploy.hosts.container_values import ContainerState
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.lease import Holding
@@ -28,6 +27,7 @@ from pd_deploy.records.releases import History, Release, Starts
 from pd_deploy.records.status import SERVES, Status, Verdict
 from pd_deploy.steps import host_records, surveying
 from pd_deploy.steps.asking import answer_of, or_error
+from pd_deploy.steps.inspecting import devices_on
 from pd_deploy.steps.rollout import HostState
 from pd_deploy.steps.session import Session
 from pd_deploy.steps.surveying import Addresses, ResolvedImage
@@ -138,13 +138,11 @@ class Look:
 
 
 @dataclass(frozen=True)
-class _HostAnswer:
-    """What a host said."""
+class _Said:
+    """What a host said of its devices, and who works there."""
 
-    host: Host
-    state: HostState
     look: HostLook
-    addresses: Addresses = field(default_factory=lambda: Addresses("", {}))
+    addresses: Addresses
 
 
 async def look(session: Session, *, as_deployed: bool = False) -> Look:
@@ -155,89 +153,84 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
             where the hosts differ from what it says now.
     """
     names = list(session.deployment.hosts)
-    answers = dict(zip(names, await together(_ask(session, name) for name in names), strict=True))
-    here = {name: a for name, a in answers.items() if isinstance(a, _HostAnswer)}
-    away = {name: a for name, a in answers.items() if isinstance(a, PdDeployError)}
-    history = surveying.history_of(answer.state for answer in here.values())
-    drift, drift_unknown = _drift(session, here, away)
-    if history.serving and (drift or as_deployed):
-        session = await _as_deployed(session, here, history.serving)
-    service = history.record.adopted_serving
-    instances = await (
-        _adopted(session, here, service) if service else _instances(session, here, history)
-    )
+    async with task_group() as group:
+        # Tools for devices take longer than everything else.
+        asking = {name: group.create_task(_ask(session, name)) for name in names}
+        surveys = (answer_of(session.host(n), surveying.survey(session, n)) for n in names)
+        answers = dict(zip(names, await together(surveys), strict=True))
+        states = {n: state for n, state in answers.items() if isinstance(state, HostState)}
+        away = {n: error for n, error in answers.items() if isinstance(error, PdDeployError)}
+        for name in away:
+            asking[name].cancel()
+        history = surveying.history_of(states.values())
+        then = await _as_deployed(session, states, history) if as_deployed else session
+        instances = await _instances(then, states, history)
+        said = {name: await asking[name] for name in states}
+    addresses = [one.addresses for one in said.values()]
+    drift, drift_unknown = _drift(session, [*states.values()], addresses, away)
+    if drift and not as_deployed:
+        then = await _as_deployed(session, states, history)
+        instances = await _instances(then, states, history)
     status = statuses.status(
         session.deployment.name,
         history,
-        {a.host.address: [*a.state.containers, *a.state.unlabelled] for a in here.values()},
-        {session.host(name).address: error.unanswered for name, error in away.items()},
+        {session.host(n).address: [*s.containers, *s.unlabelled] for n, s in states.items()},
+        {session.host(n).address: error.unanswered for n, error in away.items()},
         {i.name: i.health for i in instances if i.health not in ("", HEALTHY)},
     )
-    hosts = [_host(session, name, answer) for name, answer in answers.items()]
+    hosts = [said[n].look if n in said else _away(session, n, away[n]) for n in names]
     serving = history.serving
-    others = _others(here.values(), serving)
-    return Look(status, session, history, serving, instances, hosts, others, drift, drift_unknown)
+    others = _others(states.values(), serving)
+    return Look(status, then, history, serving, instances, hosts, others, drift, drift_unknown)
 
 
-def _others(answers: Iterable["_HostAnswer"], serving: Release | None) -> list[str]:
+def _others(states: Iterable[HostState], serving: Release | None) -> list[str]:
     ours = (serving.generation, serving.servers) if serving else ()
     return [
-        state.name
-        for answer in answers
-        for state in answer.state.containers
-        if state.status in RUNNING and state.labels.get(GENERATION) not in ours
+        container.name
+        for state in states
+        for container in state.containers
+        if container.status in RUNNING and container.labels.get(GENERATION) not in ours
     ]
 
 
-def _host(session: Session, name: str, answer: "_HostAnswer | PdDeployError") -> HostLook:
-    if isinstance(answer, _HostAnswer):
-        return answer.look
-    away = f"no answer: {answer.message}" if is_transient(answer) else answer.message
-    return HostLook(name, session.deployment.hosts[name].address, away=away)
+def _away(session: Session, name: str, error: PdDeployError) -> HostLook:
+    away = f"no answer: {error.message}" if is_transient(error) else error.message
+    return HostLook(name, session.host(name).address, away=away)
 
 
-async def _ask(session: Session, name: str) -> _HostAnswer | PdDeployError:
-    """Ask a host all that it knows."""
-    host, root, engine = session.host(name), session.root, session.engine
-    devices = [d for instance in session.topology.on_host(name) for d in instance.devices]
+async def _ask(session: Session, name: str) -> _Said:
+    """Ask a host who works there, and its devices for their health and their addresses."""
+    host, engine, devices = session.host(name), session.engine, devices_on(session, name)
+    entry, addresses = HostLook(name, host.address), Addresses(name, {})
     health = engine.device_health_command(devices) if devices else []
     reading = engine.read_addresses_command(session.deployment, devices) if devices else []
-    commands = [lease.look_command(root), *filter(None, (health, reading))]
-    printing = asyncio.ensure_future(or_error(host.outputs(*commands)))
-    try:
-        state = await answer_of(host, surveying.survey(session, name))
-        if isinstance(state, PdDeployError):
-            return state
-        # Tools for devices need longer than others.
-        printed = await printing
-    finally:
-        printing.cancel()
-    entry = HostLook(name, host.address)
+    commands = [lease.look_command(session.root), *filter(None, (health, reading))]
+    printed = await or_error(host.outputs(*commands))
     if isinstance(printed, PdDeployError):
-        unread = HostLook(name, host.address, devices=f"{NOT_KNOWN}: {printed.message}")
-        return _HostAnswer(host, state, unread)
-    holding = lease.parse_look(printed.pop(0))
-    told = ""
+        return _Said(replace(entry, devices=f"{NOT_KNOWN}: {printed.message}"), addresses)
+    entry = replace(entry, lease=lease.parse_look(printed.pop(0)))
     if health:
-        faulty = session.engine.faulty_devices(printed.pop(0), devices)
+        faulty = engine.faulty_devices(printed.pop(0), devices)
         told = "; ".join(f"device {d}: {why}" for d, why in faulty.items()) or HEALTHY
-    entry = HostLook(name, host.address, devices=told, lease=holding)
-    addresses = Addresses(name, {})
+        entry = replace(entry, devices=told)
     if reading:
         try:
-            of_device = session.engine.parse_addresses(printed.pop(0), devices, host=host.where)
+            of_device = engine.parse_addresses(printed.pop(0), devices, host=host.where)
             addresses = Addresses(name, of_device)
         except PdDeployError as error:
-            entry = HostLook(name, host.address, devices=error.message, lease=holding)
-    return _HostAnswer(host, state, entry, addresses)
+            entry = replace(entry, devices=error.message)
+    return _Said(entry, addresses)
 
 
 def _drift(
-    session: Session, here: Mapping[str, _HostAnswer], away: Mapping[str, PdDeployError]
+    session: Session,
+    states: Sequence[HostState],
+    addresses: Sequence[Addresses],
+    away: Iterable[str],
 ) -> tuple[str | None, str]:
     """Say how the hosts differ from what the file makes, "" if they don't; None and why, if that
     can't be told."""
-    states = [answer.state for answer in here.values()]
     history = surveying.history_of(states)
     if history.serving is None:
         return None, UNCOMPARED if history.record.adopted_serving else "nothing serves"
@@ -247,7 +240,6 @@ def _drift(
     if away:
         return None, f"{', '.join(away)} could not be looked at"
     image = ResolvedImage(choice, history.serving.pinned_image)
-    addresses = [answer.addresses for answer in here.values()]
     try:
         rollout = surveying.planned(session, states, addresses, image, "a look")
     except PdDeployError as error:
@@ -260,52 +252,52 @@ def _drift(
     return (f"a run would {', '.join(changes[:SHOWN])}{more}" if changes else ""), ""
 
 
-async def _as_deployed(
-    session: Session, here: Mapping[str, _HostAnswer], serving: Release
-) -> Session:
+async def _as_deployed(session: Session, states: Iterable[str], history: History) -> Session:
     """Return the session as it was for what serves, if that can be read; the present one if not."""
-    hosts = {name: answer.host for name, answer in here.items()}
+    if history.serving is None:
+        return session
+    hosts = {name: session.host(name) for name in states}
     try:
-        saved = await host_records.load(hosts, session.root, serving.generation)
+        saved = await host_records.load(hosts, session.root, history.serving.generation)
         return session.for_deployment(saved.deployment)
     except PdDeployError:
         return session
 
 
 async def _instances(
-    session: Session, here: Mapping[str, _HostAnswer], history: History
+    session: Session, states: Mapping[str, HostState], history: History
 ) -> list[InstanceLook]:
     """Look at all instances and proxies: at their containers, and if they run, by their port."""
+    if service := history.record.adopted_serving:
+        return await _adopted(session, states, service)
     serving, starts = history.serving, history.record.starts
-    states: dict[str, ContainerState] = {}
-    for answer in here.values():
+    found: dict[str, ContainerState] = {}
+    for state in states.values():
         if serving:
-            by_instance = statuses.containers_of(serving, answer.state.containers)
+            by_instance = statuses.containers_of(serving, state.containers)
             for name, containers in by_instance.items():
                 running = [c for c in containers if c.status in RUNNING]
-                states[name] = (running or containers)[0]
+                found[name] = (running or containers)[0]
     return await together(
         _instance(
             session,
             name,
-            states.get(name),
+            found.get(name),
             starts.get(name),
-            _absent(session, name, here, serving),
-            _listening(here.get(session.topology.host_of(name))),
+            _absent(session, name, states, serving),
+            _listening(states.get(session.topology.host_of(name))),
         )
         for name in session.topology.names
     )
 
 
-def _listening(answer: _HostAnswer | None) -> Collection[int]:
-    return answer.state.listening if answer else ()
+def _listening(state: HostState | None) -> Collection[int]:
+    return state.listening if state else ()
 
 
-def _absent(
-    session: Session, name: str, here: Mapping[str, _HostAnswer], serving: Release | None
-) -> str:
+def _absent(session: Session, name: str, states: Collection[str], serving: Release | None) -> str:
     """Say what became of an instance whose container was not seen."""
-    return statuses.GONE if serving and session.topology.host_of(name) in here else ""
+    return statuses.GONE if serving and session.topology.host_of(name) in states else ""
 
 
 async def _instance(
@@ -332,17 +324,15 @@ async def _instance(
 
 
 async def _adopted(
-    session: Session, here: Mapping[str, _HostAnswer], service: AdoptedService
+    session: Session, states: Mapping[str, HostState], service: AdoptedService
 ) -> list[InstanceLook]:
     """Look at all of an adopted service. A shell keeps each container alive, so what is asked is
     what listened in it when it was adopted."""
-    by_address = {answer.host.address: answer for answer in here.values()}
     names = {session.host(name).address: name for name in session.deployment.hosts}
     return await together(
-        _adopted_instance(
-            session, service, one, names.get(one.host, one.host), by_address.get(one.host)
-        )
+        _adopted_instance(session, service, one, name, states.get(name))
         for one in service.containers
+        for name in [names.get(one.host, one.host)]
     )
 
 
@@ -351,16 +341,16 @@ async def _adopted_instance(
     service: AdoptedService,
     one: AdoptedContainer,
     host_name: str,
-    answer: _HostAnswer | None,
+    state: HostState | None,
 ) -> InstanceLook:
     entry = InstanceLook(one.instance, one.role, host_name)
-    if answer is None:
+    if state is None:
         return entry
-    host, listening = answer.host, answer.state.listening
-    states = await or_error(host.docker.states([one.id]))
-    if isinstance(states, PdDeployError):
-        return replace(entry, health=f"{NOT_KNOWN}: {states.message}", cause="late")
-    entry = _of_container(entry, states[0]) if states else replace(entry, container=statuses.GONE)
+    host, listening = session.host(host_name), state.listening
+    found = await or_error(host.docker.states([one.id]))
+    if isinstance(found, PdDeployError):
+        return replace(entry, health=f"{NOT_KNOWN}: {found.message}", cause="late")
+    entry = _of_container(entry, found[0]) if found else replace(entry, container=statuses.GONE)
     if entry.container not in RUNNING:
         return entry
     if one.role == "proxy":
