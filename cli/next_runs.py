@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import httpx
 
@@ -14,6 +15,7 @@ from pd_deploy.blocks import server
 PATIENCE_S = 1.5
 """The server is asked while the hosts are; nobody waits for it longer than for them."""
 OFF = "none: its schedule is off"
+NOT_PLANNED = "soon: its schedule is on, and the Prefect server has not planned its next run yet"
 NOT_THERE = "none: the Prefect server has no such deployment of the service"
 
 
@@ -37,10 +39,8 @@ async def told(names: Iterable[str]) -> NextRuns:
         return _not_known("as no Prefect server is configured")
     try:
         async with asyncio.timeout(PATIENCE_S), server.client(settings) as client:
-            ask = partial(_next, client, url, list(dict.fromkeys(names)))
-            nightly, check = await asyncio.gather(
-                ask("pd-deploy", "-nightly"), ask("pd-health", "-health")
-            )
+            ask = partial(_next, client, url, await _deployments(client, url, names))
+            nightly, check = await asyncio.gather(ask("-nightly"), ask("-health"))
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         hint = ": check PREFECT_API_AUTH_STRING, or PREFECT_API_KEY" if status in (401, 403) else ""
@@ -50,19 +50,38 @@ async def told(names: Iterable[str]) -> NextRuns:
     return NextRuns(nightly, check)
 
 
+async def _deployments(
+    client: httpx.AsyncClient, url: str, names: Iterable[str]
+) -> list[dict[str, Any]]:
+    """List a service's deployments on the server, as that describes them."""
+    of_service = {
+        "flows": {"name": {"any_": ["pd-deploy", "pd-health"]}},
+        "deployments": {"tags": {"any_": list(dict.fromkeys(names))}},
+    }
+    answer = await client.post(f"{url}/deployments/filter", json=of_service)
+    return list(answer.raise_for_status().json())
+
+
 async def _next(
-    client: httpx.AsyncClient, url: str, names: list[str], flow: str, ending: str
+    client: httpx.AsyncClient, url: str, deployments: list[dict[str, Any]], ending: str
 ) -> str:
-    """Say when the next run of one of a service's deployments is due, in local time.
+    """Say when the next run of those deployments is due whose name ends so, in local time.
 
     Raises:
         httpx.HTTPError, ValueError, LookupError, TypeError: the server does not say.
     """
-    of_service = {
-        "flows": {"name": {"any_": [flow]}},
-        "deployments": {"tags": {"any_": names}, "name": {"like_": ending}},
-    }
+    named = [deployment for deployment in deployments if deployment["name"].endswith(ending)]
+    if not named:
+        return NOT_THERE
+    scheduled = [
+        deployment["id"]
+        for deployment in named
+        if not deployment["paused"] and any(one["active"] for one in deployment["schedules"])
+    ]
+    if not scheduled:
+        return OFF
     due = {
+        "deployments": {"id": {"any_": scheduled}},
         "flow_runs": {
             "state": {"type": {"any_": ["SCHEDULED"]}},
             "expected_start_time": {"after_": datetime.now(UTC).isoformat()},
@@ -70,12 +89,12 @@ async def _next(
         "sort": "EXPECTED_START_TIME_ASC",
         "limit": 1,
     }
-    answer = await client.post(f"{url}/flow_runs/filter", json=of_service | due)
-    if runs := answer.raise_for_status().json():
-        when = datetime.fromisoformat(runs[0]["expected_start_time"]).astimezone()
-        return f"{when:%Y-%m-%d %H:%M:%S}"
-    answer = await client.post(f"{url}/deployments/count", json=of_service)
-    return OFF if answer.raise_for_status().json() else NOT_THERE
+    answer = await client.post(f"{url}/flow_runs/filter", json=due)
+    runs = answer.raise_for_status().json()
+    if not runs:
+        return NOT_PLANNED
+    when = datetime.fromisoformat(runs[0]["expected_start_time"]).astimezone()
+    return f"{when:%Y-%m-%d %H:%M:%S}"
 
 
 def _not_known(why: str) -> NextRuns:

@@ -482,34 +482,50 @@ class TestNextRuns:
         )
 
     @pytest.mark.parametrize(
-        ("status", "runs", "deployments", "said"),
+        ("status", "schedules", "runs", "said"),
         [
-            (200, [], 1, next_runs.OFF),
-            (200, [], 0, next_runs.NOT_THERE),
-            (200, [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], 1, "2025-07-2"),
+            (200, None, [], next_runs.NOT_THERE),
+            (200, [], [], next_runs.OFF),
+            (200, [False], [], next_runs.OFF),
+            (200, [False, True], [], next_runs.NOT_PLANNED),
+            (200, [True], [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], "2025-07-2"),
             (
                 401,
+                None,
                 [],
-                0,
                 "not known, as http://prefect.example/api answers with status 401: check "
                 "PREFECT_API_AUTH_STRING",
             ),
         ],
     )
+    @pytest.mark.parametrize("paused", [False, True])
     def test_the_server_is_asked_for_the_next_run(
         self,
         monkeypatch: pytest.MonkeyPatch,
         status: int,
+        schedules: list[bool] | None,
         runs: list[dict[str, str]],
-        deployments: int,
+        paused: bool,
         said: str,
     ) -> None:
+        """Of the deployments whose schedule is on, each by its own."""
         asked: list[httpx.Request] = []
+        deployments = [
+            {
+                "id": f"id of {name}",
+                "name": name,
+                "paused": paused,
+                "schedules": [{"active": on} for on in schedules or ()],
+            }
+            for name in ("qwq-3p1d-nightly", "qwq-3p1d-health")
+        ]
+        unscheduled = {"id": "other", "name": "qwq-3p1d", "paused": False, "schedules": []}
+        listed = [unscheduled, *(deployments if schedules is not None else ())]
 
         def answer(request: httpx.Request) -> httpx.Response:
             asked.append(request)
             of_runs = request.url.path == "/api/flow_runs/filter"
-            return httpx.Response(status, json=runs if of_runs else deployments)
+            return httpx.Response(status, json=runs if of_runs else listed)
 
         client = httpx.AsyncClient
         monkeypatch.setattr(
@@ -520,17 +536,21 @@ class TestNextRuns:
         monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
         monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:secret")
         due = asyncio.run(next_runs.told(["qwq-3p1d", "lab"]))
+        is_on = bool(schedules and any(schedules) and not paused)
+        if schedules and not is_on:
+            said = next_runs.OFF
         assert due.nightly.startswith(said)
         assert due.check.startswith(said)
-        assert {request.url.path for request in asked} <= {
-            "/api/flow_runs/filter",
-            "/api/deployments/count",
+        first, *others = [(r.url.path, json.loads(r.content)) for r in asked]
+        of_service = {
+            "flows": {"name": {"any_": ["pd-deploy", "pd-health"]}},
+            "deployments": {"tags": {"any_": ["qwq-3p1d", "lab"]}},
         }
-        questions = [json.loads(request.content) for request in asked]
-        assert {q["flows"]["name"]["any_"][0]: q["deployments"] for q in questions} == {
-            flow: {"tags": {"any_": ["qwq-3p1d", "lab"]}, "name": {"like_": ending}}
-            for flow, ending in (("pd-deploy", "-nightly"), ("pd-health", "-health"))
-        }
+        assert first == ("/api/deployments/filter", of_service)
+        assert {path for path, _ in others} == ({"/api/flow_runs/filter"} if is_on else set())
+        assert [question["deployments"] for _, question in others] == [
+            {"id": {"any_": [deployment["id"]]}} for deployment in deployments if is_on
+        ]
         assert all(r.headers["Authorization"].startswith("Basic ") for r in asked)
 
     @pytest.mark.parametrize(
