@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pd_deploy.errors import HostError, LeaseHeld, LeaseLost, TransientError
+from pd_deploy.hosts.concurrent import all_ended
 from pd_deploy.hosts.files import disk_error
 from pd_deploy.hosts.host import Host
 from pd_deploy.hosts.processes import machine, started
@@ -165,6 +166,7 @@ class Lease:
         numbers: by host address, how often that lease was taken, this time included.
         others: by host address, the leases of other deployments that were found there.
         dead: runs that held one of the leases without renewing it.
+        dead_token: of the leases of a run that is known to be gone.
         addresses_asked: addresses of hosts that were asked for theirs; it is given back there.
         watchers: told when a lease is lost.
         renewing: the task that renews the lease of each host.
@@ -178,6 +180,7 @@ class Lease:
     numbers: dict[str, int] = field(default_factory=dict)
     others: dict[str, list[Other]] = field(default_factory=dict)
     dead: set[Owner] = field(default_factory=set)
+    dead_token: str = ""
     addresses_asked: set[str] = field(default_factory=set)
     watchers: list[Callable[[str], None]] = field(default_factory=list)
     lost: LeaseLost | None = None
@@ -189,8 +192,11 @@ class Lease:
         wait: float,
         waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Take the lease of each host, in the order of their addresses, so that two runs can't
-        hold one each and wait for the other.
+        """Take the lease of each host.
+
+        Who waits for one holds only those that come before it in the order of addresses, so two
+        runs can't hold one each and wait for the other. All that come after it are asked for at
+        once.
 
         Args:
             hosts: each with what the run is going to use there.
@@ -201,9 +207,17 @@ class Lease:
             LeaseHeld: another run holds one and does not give it back in time.
         """
         deadline = time.monotonic() + wait
-        for host, claim in sorted(hosts, key=lambda pair: pair[0].address):
-            if host.address not in self.numbers:
-                await self._take(host, claim, deadline, waiting)
+        in_order = sorted(hosts, key=lambda pair: pair[0].address)
+        missing = [pair for pair in in_order if pair[0].address not in self.numbers]
+        while missing:
+            first, *others = missing
+            await self._take(*first, deadline, waiting)
+            held = await all_ended(settled(self._ask(*pair)) for pair in others)
+            places = [place for place, holding in enumerate(held) if holding]
+            missing = others[places[0] :] if places else []
+            await all_ended(
+                self._return(host) for host, _ in missing if host.address in self.numbers
+            )
 
     async def check(self, host: Host) -> None:
         """Look, before a change, whether the lease of a host is still this run's.
@@ -262,15 +276,14 @@ class Lease:
     async def _take(
         self, host: Host, claim: Owner, deadline: float, waiting: Callable[[str], None]
     ) -> None:
-        dead_token, logged = "", False
+        logged = False
         while True:
-            self.addresses_asked.add(host.address)
-            held = await settled(self._ask(host, claim, dead_token))
+            held = await settled(self._ask(host, claim))
             if held is None:
                 return
             token, holder, age = held
-            if holder and token != dead_token and _is_gone(holder):
-                dead_token = token
+            if holder and token != self.dead_token and _is_gone(holder):
+                self.dead_token = token
                 continue
             message = _held(holder, age)
             if time.monotonic() > deadline:
@@ -285,11 +298,10 @@ class Lease:
                 logged = True
             await asyncio.sleep(POLL_S)
 
-    async def _ask(
-        self, host: Host, claim: Owner, dead_token: str
-    ) -> tuple[str, Owner | None, int] | None:
+    async def _ask(self, host: Host, claim: Owner) -> tuple[str, Owner | None, int] | None:
         """Take a host's lease unless another run holds it; that one's token, owner and age."""
-        answer = await self._call(host, "take", dead_token, claim.model_dump_json())
+        self.addresses_asked.add(host.address)
+        answer = await self._call(host, "take", claim.model_dump_json())
         head, _, rest = answer.partition("\n")
         verb, _, number = head.partition(" ")
         if verb == "taken":
@@ -300,6 +312,11 @@ class Lease:
             return None
         _, token, owner, *_ = _lines(rest)
         return token, _owner(owner), int(number)
+
+    async def _return(self, host: Host) -> None:
+        """Give back a lease that was taken before its turn."""
+        self.numbers.pop(host.address)
+        await self._call(host, "release", timeout=RELEASE_TIMEOUT_S)
 
     async def _keep(self, host: Host) -> None:
         """Renew a host's lease again and again.
@@ -324,12 +341,16 @@ class Lease:
         self,
         host: Host,
         verb: str,
-        dead_token: str = "",
         content: str = "",
         timeout: float = CALL_TIMEOUT_S,
     ) -> str:
         script = ["sh", "-c", SCRIPT, "sh", self.root, verb, self.token]
-        arguments = [f"{self.lasts * 100:.0f}", dead_token, f"{timeout / 3:.2f}", f"{self.floor}"]
+        arguments = [
+            f"{self.lasts * 100:.0f}",
+            self.dead_token,
+            f"{timeout / 3:.2f}",
+            f"{self.floor}",
+        ]
         result = await host.run(
             [*script, *arguments],
             input=f"{content}\n" if content else None,

@@ -1,6 +1,7 @@
 """Leases on hosts in memory: what a real host shows only by chance."""
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from unittest import mock
 
@@ -8,6 +9,7 @@ import pytest
 
 from pd_deploy.errors import ConnectionDropped, LeaseHeld, LeaseLost
 from pd_deploy.hosts.lease import Lease, Owner
+from pd_deploy.hosts.processes import machine
 from tests.memory.calls import Calls, Moment
 from tests.memory.clock import Clock, VirtualLoop
 from tests.memory.commands import lease_lines
@@ -136,5 +138,81 @@ def test_a_host_out_of_reach_loses_no_lease(hosts: dict[str, MemoryHost]) -> Non
             hosts["b"].calls.watch = lambda _: None
             await asyncio.sleep(2)
             await lease.check(hosts["b"])
+
+    run(hosts, work)
+
+
+def many_hosts(count: int) -> dict[str, MemoryHost]:
+    addresses = {f"h{number:02}": f"10.0.0.{10 + number}" for number in range(count)}
+    cluster = Cluster(Clock(), addresses)
+    return {m.name: MemoryHost(m.name, m, Calls()) for m in cluster.machines.values()}
+
+
+def asked(hosts: dict[str, MemoryHost]) -> int:
+    """Count how often they were asked for their leases."""
+    moments = [moment for host in hosts.values() for moment in host.calls.moments]
+    return sum(moment.what == "lease take" and not moment.after for moment in moments)
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_many_hosts_take_no_longer_than_two(crashed: bool) -> None:
+    """Also after a run that has crashed, and left its leases on all of them."""
+    hosts = many_hosts(24)
+    gone = WHO.model_copy(update={"machine": machine(), "pid": 2**22 + 1, "started": "1"})
+
+    async def work() -> None:
+        if crashed:
+            await take(Lease(ROOT, gone, 600), *hosts.values())
+        clock, before = hosts["h00"].machine.clock, asked(hosts)
+        for host in hosts.values():
+            host.machine.answers_after = 1
+        begin, lease = clock.seconds(), Lease(ROOT, WHO, 600)
+        await take(lease, *hosts.values())
+        assert len(lease.numbers) == 24
+        assert clock.seconds() - begin == (3 if crashed else 2)
+        assert asked(hosts) - before == (25 if crashed else 24)
+
+    run({"a": hosts["h00"], **hosts}, work)
+
+
+@pytest.mark.parametrize("slow", ["h01", "h02", "h03"])
+def test_runs_on_other_hosts_never_wait_for_each_other(slow: str) -> None:
+    """Not even where each gets what the other needs first, and no host is the first of all."""
+    hosts = many_hosts(4)
+    hosts[slow].machine.answers_after = 0.2
+    sets = [["h00", "h01", "h02", "h03"], ["h02", "h01", "h03"], ["h03", "h02"], ["h03", "h01"]]
+    worked: list[int] = []
+
+    async def one(number: int) -> None:
+        mine, lease = {name: hosts[name] for name in sets[number]}, Lease(ROOT, WHO, 600)
+        async with lease.held(mine):
+            await take(lease, *mine.values(), wait=60)
+            for host in mine.values():
+                await lease.check(host)
+            await asyncio.sleep(1)
+            for host in mine.values():
+                await lease.check(host)
+            worked.append(number)
+
+    async def work() -> None:
+        for order in itertools.permutations(range(len(sets))):
+            await asyncio.gather(*map(one, order))
+        assert len(worked) == 24 * len(sets)
+        for host in hosts.values():
+            assert lease_lines(host.machine, ROOT)[1] == ""
+
+    run({"a": hosts["h00"], **hosts}, work)
+
+
+def test_who_waits_holds_nothing_that_comes_later(hosts: dict[str, MemoryHost]) -> None:
+    async def work() -> None:
+        hosts_by_order = many_hosts(4)
+        first, second = Lease(ROOT, WHO, 600), Lease(ROOT, WHO, 600)
+        await take(first, hosts_by_order["h01"])
+        with pytest.raises(LeaseHeld, match="h01"):
+            await take(second, *hosts_by_order.values())
+        assert [*second.numbers] == [hosts_by_order["h00"].address]
+        third = Lease(ROOT, WHO, 600)
+        await take(third, hosts_by_order["h02"], hosts_by_order["h03"])
 
     run(hosts, work)
