@@ -99,7 +99,7 @@ cat /proc/sys/net/ipv4/ip_local_reserved_ports 2>/dev/null; true"""
 # Sockets that are bound but neither listen nor connect are seen by trying alone.
 TAKEN = r"""ss -Htanp || exit
 command -v python3 >/dev/null || exit 0
-python3 -c '
+python3 -IS -c '
 import errno, socket, sys
 for port in sys.argv[1:]:
     with socket.socket() as trial:
