@@ -163,6 +163,7 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
         for name in away:
             asking[name].cancel()
         history = surveying.history_of(states.values())
+        as_deployed |= bool(_other_image(session, history))
         then = await _as_deployed(session, states, history) if as_deployed else session
         instances = await _instances(then, states, history)
         said = {name: await asking[name] for name in states}
@@ -234,11 +235,11 @@ def _drift(
     history = surveying.history_of(states)
     if history.serving is None:
         return None, UNCOMPARED if history.record.adopted_serving else "nothing serves"
-    choice = releases.choose(session.deployment.image, None, history.serving)
-    if choice.digest != history.serving.digest:
-        return f"the file has another image, {choice.chosen_image}", ""
+    if other := _other_image(session, history):
+        return f"the file has another image, {other}", ""
     if away:
         return None, f"{', '.join(away)} could not be looked at"
+    choice = releases.choose(session.deployment.image, None, history.serving)
     image = ResolvedImage(choice, history.serving.pinned_image)
     try:
         rollout = surveying.planned(session, states, addresses, image, "a look")
@@ -250,6 +251,13 @@ def _drift(
     changes = [f"{a.verb} {a.subject} on {name}" for name, host in hosts for a in host.actions]
     more = f" and {count} more" if (count := len(changes[SHOWN:])) else ""
     return (f"a run would {', '.join(changes[:SHOWN])}{more}" if changes else ""), ""
+
+
+def _other_image(session: Session, history: History) -> str:
+    """Return the file's image if it is another one than what serves has, else ""."""
+    choice = releases.choose(session.deployment.image, None, history.serving)
+    same = history.serving is None or choice.digest == history.serving.digest
+    return "" if same else choice.chosen_image
 
 
 async def _as_deployed(session: Session, states: Iterable[str], history: History) -> Session:
