@@ -23,7 +23,7 @@ from pd_deploy.records import releases
 from pd_deploy.records import status as statuses
 from pd_deploy.records.adopted import UNCOMPARED, AdoptedContainer, AdoptedService
 from pd_deploy.records.generations import GENERATION, RUNNING
-from pd_deploy.records.releases import History, Release, Starts
+from pd_deploy.records.releases import Choice, History, Release, Starts
 from pd_deploy.records.status import SERVES, Status, Verdict
 from pd_deploy.steps import host_records, surveying
 from pd_deploy.steps.asking import answer_of, or_error
@@ -163,12 +163,14 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
         for name in away:
             asking[name].cancel()
         history = surveying.history_of(states.values())
-        as_deployed |= bool(_other_image(session, history))
+        serving = history.serving
+        choice = releases.choose(session.deployment.image, None, serving)
+        as_deployed |= serving is not None and choice.digest != serving.digest
         then = await _as_deployed(session, states, history) if as_deployed else session
         instances = await _instances(then, states, history)
         said = {name: await asking[name] for name in states}
     addresses = [one.addresses for one in said.values()]
-    drift, drift_unknown = _drift(session, [*states.values()], addresses, away)
+    drift, drift_unknown = _drift(session, history, choice, [*states.values()], addresses, away)
     if drift and not as_deployed:
         then = await _as_deployed(session, states, history)
         instances = await _instances(then, states, history)
@@ -180,7 +182,6 @@ async def look(session: Session, *, as_deployed: bool = False) -> Look:
         {i.name: i.health for i in instances if i.health not in ("", HEALTHY)},
     )
     hosts = [said[n].look if n in said else _away(session, n, away[n]) for n in names]
-    serving = history.serving
     others = _others(states.values(), serving)
     return Look(status, then, history, serving, instances, hosts, others, drift, drift_unknown)
 
@@ -226,20 +227,20 @@ async def _ask(session: Session, name: str) -> _Said:
 
 def _drift(
     session: Session,
+    history: History,
+    choice: Choice,
     states: Sequence[HostState],
     addresses: Sequence[Addresses],
     away: Iterable[str],
 ) -> tuple[str | None, str]:
     """Say how the hosts differ from what the file makes, "" if they don't; None and why, if that
     can't be told."""
-    history = surveying.history_of(states)
     if history.serving is None:
         return None, UNCOMPARED if history.record.adopted_serving else "nothing serves"
-    if other := _other_image(session, history):
-        return f"the file has another image, {other}", ""
+    if choice.digest != history.serving.digest:
+        return f"the file has another image, {choice.chosen_image}", ""
     if away:
         return None, f"{', '.join(away)} could not be looked at"
-    choice = releases.choose(session.deployment.image, None, history.serving)
     image = ResolvedImage(choice, history.serving.pinned_image)
     try:
         rollout = surveying.planned(session, states, addresses, image, "a look")
@@ -251,13 +252,6 @@ def _drift(
     changes = [f"{a.verb} {a.subject} on {name}" for name, host in hosts for a in host.actions]
     more = f" and {count} more" if (count := len(changes[SHOWN:])) else ""
     return (f"a run would {', '.join(changes[:SHOWN])}{more}" if changes else ""), ""
-
-
-def _other_image(session: Session, history: History) -> str:
-    """Return the file's image if it is another one than what serves has, else ""."""
-    choice = releases.choose(session.deployment.image, None, history.serving)
-    same = history.serving is None or choice.digest == history.serving.digest
-    return "" if same else choice.chosen_image
 
 
 async def _as_deployed(session: Session, states: Iterable[str], history: History) -> Session:
