@@ -213,8 +213,8 @@ class Lease:
             first, *others = missing
             await self._take(*first, deadline, waiting)
             held = await all_ended(settled(self._ask(*pair)) for pair in others)
-            places = [place for place, holding in enumerate(held) if holding]
-            missing = others[places[0] :] if places else []
+            got = next((place for place, holding in enumerate(held) if holding), len(others))
+            missing = others[got:]
             await all_ended(
                 self._return(host) for host, _ in missing if host.address in self.numbers
             )
@@ -261,10 +261,7 @@ class Lease:
         """Give back the leases taken; where that can't be done they die of age."""
         hosts_asked = [host for host in hosts.values() if host.address in self.addresses_asked]
         self.numbers.clear()
-        await asyncio.gather(
-            *(self._call(host, "release", timeout=RELEASE_TIMEOUT_S) for host in hosts_asked),
-            return_exceptions=True,
-        )
+        await asyncio.gather(*map(self._return, hosts_asked), return_exceptions=True)
         self.addresses_asked.clear()
 
     async def _give_back(self, hosts: Mapping[str, Host]) -> None:
@@ -314,8 +311,8 @@ class Lease:
         return token, _owner(owner), int(number)
 
     async def _return(self, host: Host) -> None:
-        """Give back a lease that was taken before its turn."""
-        self.numbers.pop(host.address)
+        """Give back the lease of a host."""
+        self.numbers.pop(host.address, None)
         await self._call(host, "release", timeout=RELEASE_TIMEOUT_S)
 
     async def _keep(self, host: Host) -> None:
