@@ -15,7 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 built() { # the date of the tree that this script is in, if that has one of its own, or else of the
     # image: below the root, or below the one that this script is in
     local file=usr/local/Ascend/latest/standin/built tree=$here
-    until [ -f "$tree/STANDIN_AGE" ] || [ "$tree" = / ]; do tree=$(dirname "$tree"); done
+    until [ -f "$tree/STANDIN_AGE" ] || [ -z "$tree" ]; do tree=${tree%/*}; done
     cut -d " " -f 2 "$tree/STANDIN_AGE" 2>/dev/null && return
     cat "$ROOT/$file" 2>/dev/null || cat "$here/../../../../../../$file"
 }
