@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import httpx
 
@@ -39,8 +38,10 @@ async def told(names: Iterable[str]) -> NextRuns:
         return _not_known("as no Prefect server is configured")
     try:
         async with asyncio.timeout(PATIENCE_S), server.client(settings) as client:
-            ask = partial(_next, client, url, await _deployments(client, url, names))
-            nightly, check = await asyncio.gather(ask("-nightly"), ask("-health"))
+            ask = partial(_next, client, url, list(dict.fromkeys(names)))
+            nightly, check = await asyncio.gather(
+                ask("pd-deploy", "-nightly"), ask("pd-health", "-health")
+            )
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         hint = ": check PREFECT_API_AUTH_STRING, or PREFECT_API_KEY" if status in (401, 403) else ""
@@ -50,32 +51,25 @@ async def told(names: Iterable[str]) -> NextRuns:
     return NextRuns(nightly, check)
 
 
-async def _deployments(
-    client: httpx.AsyncClient, url: str, names: Iterable[str]
-) -> list[dict[str, Any]]:
-    """List a service's deployments on the server, as that describes them."""
-    of_service = {
-        "flows": {"name": {"any_": ["pd-deploy", "pd-health"]}},
-        "deployments": {"tags": {"any_": list(dict.fromkeys(names))}},
-    }
-    answer = await client.post(f"{url}/deployments/filter", json=of_service)
-    return list(answer.raise_for_status().json())
-
-
 async def _next(
-    client: httpx.AsyncClient, url: str, deployments: list[dict[str, Any]], ending: str
+    client: httpx.AsyncClient, url: str, names: list[str], flow: str, ending: str
 ) -> str:
-    """Say when the next run of those deployments is due whose name ends so, in local time.
+    """Say when the next run of one of a service's deployments is due, in local time.
 
     Raises:
         httpx.HTTPError, ValueError, LookupError, TypeError: the server does not say.
     """
-    named = [deployment for deployment in deployments if deployment["name"].endswith(ending)]
-    if not named:
+    of_service = {
+        "flows": {"name": {"any_": [flow]}},
+        "deployments": {"tags": {"any_": names}, "name": {"like_": ending}},
+    }
+    answer = await client.post(f"{url}/deployments/filter", json=of_service)
+    deployments = answer.raise_for_status().json()
+    if not deployments:
         return NOT_THERE
     scheduled = [
         deployment["id"]
-        for deployment in named
+        for deployment in deployments
         if not deployment["paused"] and any(one["active"] for one in deployment["schedules"])
     ]
     if not scheduled:

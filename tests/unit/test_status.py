@@ -482,50 +482,47 @@ class TestNextRuns:
         )
 
     @pytest.mark.parametrize(
-        ("status", "schedules", "runs", "said"),
+        ("status", "schedules", "paused", "runs", "said"),
         [
-            (200, None, [], next_runs.NOT_THERE),
-            (200, [], [], next_runs.OFF),
-            (200, [False], [], next_runs.OFF),
-            (200, [False, True], [], next_runs.NOT_PLANNED),
-            (200, [True], [{"expected_start_time": "2025-07-24T03:12:00+00:00"}], "2025-07-2"),
+            (200, None, False, [], next_runs.NOT_THERE),
+            (200, [], False, [], next_runs.OFF),
+            (200, [False], False, [], next_runs.OFF),
+            (200, [True], True, [], next_runs.OFF),
+            (200, [False, True], False, [], next_runs.NOT_PLANNED),
+            (200, [True], False, [{"expected_start_time": "2025-07-24T03:12:00+00:00"}],
+             "2025-07-2"),
             (
                 401,
                 None,
+                False,
                 [],
                 "not known, as http://prefect.example/api answers with status 401: check "
                 "PREFECT_API_AUTH_STRING",
             ),
         ],
-    )
-    @pytest.mark.parametrize("paused", [False, True])
+    )  # fmt: skip
     def test_the_server_is_asked_for_the_next_run(
         self,
         monkeypatch: pytest.MonkeyPatch,
         status: int,
         schedules: list[bool] | None,
-        runs: list[dict[str, str]],
         paused: bool,
+        runs: list[dict[str, str]],
         said: str,
     ) -> None:
         """Of the deployments whose schedule is on, each by its own."""
         asked: list[httpx.Request] = []
-        deployments = [
-            {
-                "id": f"id of {name}",
-                "name": name,
-                "paused": paused,
-                "schedules": [{"active": on} for on in schedules or ()],
-            }
-            for name in ("qwq-3p1d-nightly", "qwq-3p1d-health")
-        ]
-        unscheduled = {"id": "other", "name": "qwq-3p1d", "paused": False, "schedules": []}
-        listed = [unscheduled, *(deployments if schedules is not None else ())]
 
         def answer(request: httpx.Request) -> httpx.Response:
             asked.append(request)
-            of_runs = request.url.path == "/api/flow_runs/filter"
-            return httpx.Response(status, json=runs if of_runs else listed)
+            if request.url.path == "/api/flow_runs/filter":
+                return httpx.Response(status, json=runs)
+            if schedules is None:
+                return httpx.Response(status, json=[])
+            (flow,) = json.loads(request.content)["flows"]["name"]["any_"]
+            on = [{"active": active} for active in schedules]
+            found = {"id": f"of {flow}", "paused": paused, "schedules": on}
+            return httpx.Response(status, json=[found])
 
         client = httpx.AsyncClient
         monkeypatch.setattr(
@@ -536,21 +533,20 @@ class TestNextRuns:
         monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
         monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:secret")
         due = asyncio.run(next_runs.told(["qwq-3p1d", "lab"]))
-        is_on = bool(schedules and any(schedules) and not paused)
-        if schedules and not is_on:
-            said = next_runs.OFF
         assert due.nightly.startswith(said)
         assert due.check.startswith(said)
-        first, *others = [(r.url.path, json.loads(r.content)) for r in asked]
-        of_service = {
-            "flows": {"name": {"any_": ["pd-deploy", "pd-health"]}},
-            "deployments": {"tags": {"any_": ["qwq-3p1d", "lab"]}},
+        questions = [(r.url.path, json.loads(r.content)) for r in asked]
+        of_deployments = [q for path, q in questions if path == "/api/deployments/filter"]
+        of_runs = [q for path, q in questions if path == "/api/flow_runs/filter"]
+        assert len(of_deployments) + len(of_runs) == len(questions)
+        assert {q["flows"]["name"]["any_"][0]: q["deployments"] for q in of_deployments} == {
+            flow: {"tags": {"any_": ["qwq-3p1d", "lab"]}, "name": {"like_": ending}}
+            for flow, ending in (("pd-deploy", "-nightly"), ("pd-health", "-health"))
         }
-        assert first == ("/api/deployments/filter", of_service)
-        assert {path for path, _ in others} == ({"/api/flow_runs/filter"} if is_on else set())
-        assert [question["deployments"] for _, question in others] == [
-            {"id": {"any_": [deployment["id"]]}} for deployment in deployments if is_on
-        ]
+        is_on = said not in (next_runs.OFF, next_runs.NOT_THERE) and status == 200
+        assert sorted(q["deployments"]["id"]["any_"] for q in of_runs) == (
+            [["of pd-deploy"], ["of pd-health"]] if is_on else []
+        )
         assert all(r.headers["Authorization"].startswith("Basic ") for r in asked)
 
     @pytest.mark.parametrize(
