@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -21,7 +22,12 @@ VLLM = STANDIN / "image/usr/local/Ascend/latest/bin/vllm"
 PYTHON = str(Path(sys.executable).resolve())  # without a virtual environment: starts faster
 LAUNCH = (PYTHON, "-S", str(LAUNCHER))  # no site-packages: starts faster
 DEVICES_PER_INSTANCE = 8
-WORKER_PORTS = 20  # per instance: two per worker, and one of heartbeats
+# Ports of an instance, from its first: room for several API servers; master; KV's; two for each
+# worker and one of heartbeats.
+API_PORT, MASTER_PORT, KV_PORT, WORKER_PORT, PORTS = 0, 20, 22, 24, 50
+# Below the ephemeral range, where any outgoing connection could take them. In blocks, each of one
+# set alone, also if other processes choose at the same time.
+PORT_BLOCKS = [range(first, first + 400) for first in range(10000, 19200, 400)]
 TIMEOUT_SECONDS = 15.0
 
 
@@ -152,11 +158,18 @@ class Instance:
                 raise AssertionError(f"{self.name}: no {event}: {self.launcher_log()} {self.log()}")
             time.sleep(0.03)
 
-    def metric(self, name: str) -> float:
-        """Return the value of a metric; its name includes its labels."""
+    def metric(self, name: str, *, missing: float | None = None) -> float:
+        """Return the value of a metric; its name includes its labels.
+
+        Args:
+            missing: what to return when there is none, as before a label's first count. By
+                default that fails.
+        """
         for line in self.request("/metrics").text.splitlines():
             if line.rsplit(" ", 1)[0] == name:
                 return float(line.rsplit(" ", 1)[1])
+        if missing is not None:
+            return missing
         raise AssertionError(f"{self.name} has no metric {name}")
 
 
@@ -189,9 +202,7 @@ class StandinSet:
         # Each set has its own loopback network, so that sets can run at the same time.
         self._network = f"127.{1 + secrets.randbelow(250)}.{secrets.randbelow(250)}"
         self._npu_prefix = f"standin-{secrets.token_hex(4)}"
-        self._ports = _free_ports(3 * (prefills + decodes))
-        if contract != "v0":  # the ports of an instance's workers are beside one another
-            self._worker_ports = _free_ports(WORKER_PORTS * (prefills + decodes))
+        self._first_port, self._claim = _free_ports(PORTS * (prefills + decodes))
         model = directory / "model"
         model.mkdir(parents=True)
         (model / "config.json").write_text("{}")
@@ -227,6 +238,11 @@ class StandinSet:
                 instance.process.send_signal(signal.SIGINT)
         for instance in self.instances.values():
             instance.stop()
+
+    def close(self) -> None:
+        """Stop all instances; their ports may be another set's."""
+        self.stop()
+        self._claim.close()
 
     def address(self, host: int) -> str:
         """Return the address of a simulated host."""
@@ -295,17 +311,17 @@ class StandinSet:
     def _instance(self, name: str, slot: int) -> Instance:
         role = "prefill" if name.startswith("p") else "decode"
         host, _ = self.places[name]
-        api_port, node_port, zmq_port = self._ports[3 * slot : 3 * slot + 3]
+        first = self._first_port + slot * PORTS
+        api_port = first + API_PORT
         if self.contract != "v0":
-            worker_port = self._worker_ports[slot * WORKER_PORTS]
-            env = self._later_env(name, role, worker_port)
+            env = self._later_env(name, role, first + WORKER_PORT)
         else:
-            env = self._env(name, role) | {"VLLM_LLMDATADIST_ZMQ_PORT": str(zmq_port)}
+            env = self._env(name, role) | {"VLLM_LLMDATADIST_ZMQ_PORT": str(first + KV_PORT)}
         args = {
             "--num-servers": "1",
             "--model-path": str(self.directory / "model"),
             "--master-ip": self.address(host),
-            "--master-port": str(node_port),
+            "--master-port": str(first + MASTER_PORT),
             "--base-api-port": str(api_port),
             "--tp": str(DEVICES_PER_INSTANCE),
             "--served-model-name": "qwen",
@@ -388,14 +404,17 @@ def _write_script(path: Path, command: str) -> None:
     path.chmod(0o755)
 
 
-def _free_ports(count: int) -> list[int]:
-    # Below the ephemeral range, where any outgoing connection could take them; every second one,
-    # so that a port's successor is free too.
-    while True:
-        first = 10000 + 2 * secrets.randbelow(4500)
-        ports = range(first, first + 2 * count)
-        if all(_is_free(port) for port in ports):
-            return list(ports[::2])
+def _free_ports(count: int) -> tuple[int, socket.socket]:
+    """Choose ports beside one another; return the first, and what claims them until closed."""
+    assert count <= len(PORT_BLOCKS[0])
+    for block in random.sample(PORT_BLOCKS, len(PORT_BLOCKS)):
+        claim = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):  # another set's
+            claim.bind(f"\0standin-ports-{block.start}")
+            if all(_is_free(port) for port in block[:count]):
+                return block.start, claim
+        claim.close()
+    raise AssertionError(f"no block of {count} free ports")
 
 
 def _is_free(port: int) -> bool:
@@ -432,4 +451,4 @@ def standin_set(
     try:
         yield instances
     finally:
-        instances.stop()
+        instances.close()
