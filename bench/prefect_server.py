@@ -11,6 +11,7 @@ from typing import Any, Self
 import httpx
 
 from demo.processes import Processes
+from pd_deploy.cli import one_server
 from pd_deploy.cli.local_http import free_port, is_healthy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +44,7 @@ class PrefectServer:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "PREFECT_HOME": str(self.home),
             "PREFECT_API_URL": self.api,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
+            **one_server.SETTINGS,
             **(settings or {}),
         }
         self._processes = Processes(directory / "processes")

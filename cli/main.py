@@ -18,7 +18,7 @@ from uuid import UUID
 
 import typer
 
-from pd_deploy.cli import credentials, fleet, lock, server
+from pd_deploy.cli import credentials, fleet, lock, one_server, server
 from pd_deploy.cli import init as scaffolding
 from pd_deploy.cli.telling import File, tell
 from pd_deploy.errors import InvalidInput, PdDeployError
@@ -28,11 +28,9 @@ FAILED, INVALID, DRIFT, INCOMPLETE, INTERRUPTED = 1, 2, 5, 7, 130
 
 # For the server that is started when none is configured. It may need longer than Prefect's 20 s on
 # a busy machine, and sends no telemetry. What the user has set takes precedence.
-PREFECT_DEFAULTS = {
+PREFECT_DEFAULTS = one_server.SETTINGS | {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "DO_NOT_TRACK": "1",
 }
 
 app = typer.Typer(

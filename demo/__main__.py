@@ -22,6 +22,7 @@ from demo import fleet, services
 from demo.preconditions import PORT
 from demo.processes import Processes
 from demo.production import MACHINES, Production
+from pd_deploy.cli import one_server
 from pd_deploy.cli.local_http import is_healthy
 from pd_deploy.lab import Lab, LabError
 
@@ -35,10 +36,9 @@ ENV = os.environ | {
     "PREFECT_HOME": str(HOME / "prefect"),
     "PREFECT_API_URL": API,
     "PREFECT_WORKER_QUERY_SECONDS": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
-    "DO_NOT_TRACK": "1",
+    **one_server.SETTINGS,
 }
 PRODUCTION = HOME / "production"  # leads to what `ha` made
 POOL = "site-a"

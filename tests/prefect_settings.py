@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from pd_deploy.cli import one_server
 from pd_deploy.cli.local_http import free_port
 
 PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -32,6 +33,5 @@ os.environ |= {
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
     # Two labs start processes beside it: SQLite's lock may be held for longer than its 10 s.
     "PREFECT_SERVER_DATABASE_TIMEOUT": "120",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
+    **one_server.SETTINGS,
 }
