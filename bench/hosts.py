@@ -205,11 +205,10 @@ def table(costs: Costs) -> str:
     lines = [f"| run | hosts | {' | '.join(HEADINGS)} |", f"|---|{'---:|' * (len(HEADINGS) + 1)}"]
     for kind, by_hosts in costs.items():
         lines += [f"| {kind} | {count} | {_cells(cost)} |" for count, cost in by_hosts.items()]
-        (few, least), *_, (many, most) = by_hosts.items()
+        few, many = min(by_hosts), max(by_hosts)
         if many > few:
-            lines.append(
-                f"| {kind} | each further host | {_cells(_each(least, most, many - few))} |"
-            )
+            each = _each(by_hosts[few], by_hosts[many], many - few)
+            lines.append(f"| {kind} | each further host | {_cells(each)} |")
     lines += ["", *(f"{kind}: {meaning}." for kind, meaning in KINDS.items()), ""]
     return "\n".join([*lines, *verdicts(costs)])
 
