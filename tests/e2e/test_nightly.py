@@ -19,7 +19,7 @@ from prefect.client.base import PrefectHttpxSyncClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 
@@ -370,8 +370,10 @@ async def due(
     after: datetime.datetime | None = None,
     patience: float = 60.0,
 ) -> list[FlowRun]:
-    """The runs that are to start, or did within a minute and a half after a time, once the schedule
-    is on or off and there are some.
+    """The schedule's runs that wait to start, once it is on or off and there are some or none.
+
+    Args:
+        after: take those that are to start within a minute and a half from then, also if they have.
 
     Raises:
         TimeoutError: it is not so after `patience`, in seconds.
@@ -386,7 +388,11 @@ async def due(
                 run
                 for run in runs
                 if run.auto_scheduled
-                and (after is None or after < run.expected_start_time < after + SOON)
+                and (
+                    run.state_type is StateType.SCHEDULED
+                    if after is None
+                    else after < run.expected_start_time < after + SOON
+                )
             ]
             if schedule.active is active and bool(waiting) is active:
                 return waiting
