@@ -54,9 +54,10 @@ def plain(tmp_path: Path) -> Path:
     return write(tmp_path / "plain", FILES)
 
 
-@pytest.fixture(scope="module")
-def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    top = write(tmp_path_factory.mktemp("git"), FILES | {".gitignore": "build/\n*.log\n"})
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    """A tree that is a git repository."""
+    top = write(tmp_path / "git", FILES | {".gitignore": "build/\n*.log\n"})
     git(top, "init", "--quiet")
     git(top, "add", ".")
     git(top, "commit", "--quiet", "--message", "x")
@@ -74,12 +75,7 @@ def paths(source: Source) -> set[str]:
 class TestReading:
     def test_what_git_ignores_stays_and_is_named(self, committed: Path) -> None:
         extra = {"build/lib.py": "", "x.log": "", "new.py": "", ".env": "KEY=1", "sub/id_rsa": ""}
-        write(committed, extra)
-        try:
-            found = read(committed)
-        finally:
-            for path in extra:
-                (committed / path).unlink()
+        found = read(write(committed, extra))
         assert paths(found) == {*FILES, ".gitignore", "new.py"}
         assert "build/, x.log (ignored by git)" in found.detail
         assert ".env, sub/id_rsa (looks like a secret)" in found.detail
@@ -90,10 +86,10 @@ class TestReading:
     ) -> None:
         monkeypatch.setattr(reading, "CACHE", tmp_path / "cache")
         commit = git(committed, "rev-parse", "HEAD")
+        as_committed = read(committed).tree.digest
         (committed / "later.py").write_text("")
         found = read(f"file://{committed}@{commit}")
-        (committed / "later.py").unlink()
-        assert found.tree.digest == read(committed).tree.digest
+        assert found.tree.digest == as_committed != read(committed).tree.digest
         assert found.commit == commit
         with pytest.raises(InvalidInput, match="expected the commit 0000"):
             read(f"file://{committed}@{'0' * 40}")
@@ -562,4 +558,3 @@ class TestWatching:
         assert reading.stamp(str(committed)) == before
         write(committed, {"new.py": ""})
         assert reading.stamp(str(committed)) != before
-        (committed / "new.py").unlink()
