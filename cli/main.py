@@ -891,7 +891,8 @@ def follow(
     flow_run: Annotated[
         UUID | None,
         typer.Argument(
-            help="The flow run's id, as Prefect prints it; by default, the latest of pd-deploy's."
+            help="The flow run's id, as Prefect prints it; by default, the latest of pd-deploy's, "
+            "apart from checks of health."
         ),
     ] = None,
 ) -> None:
