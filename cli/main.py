@@ -27,7 +27,7 @@ from pd_deploy.flows.garbage import collect_seldom
 FAILED, INVALID, DRIFT, INCOMPLETE, INTERRUPTED = 1, 2, 5, 7, 130
 
 # For the server that is started when none is configured. It may need longer than Prefect's 20 s on
-# a busy machine, and sends no telemetry. What the user has set takes precedence.
+# a busy machine. What the user has set takes precedence.
 PREFECT_DEFAULTS = one_server.SETTINGS | {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",

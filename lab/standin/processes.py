@@ -172,6 +172,10 @@ class Instance:
             return missing
         raise AssertionError(f"{self.name} has no metric {name}")
 
+    def wait_for_metric(self, name: str, value: float) -> None:
+        """Wait until a metric has a value; fail as `wait_for`."""
+        self.wait_for(lambda: self.metric(name) == value, f"{name} {value:g}")
+
 
 class StandinSet:
     """A set of instances with its ranktables on loopback hosts of 16 devices.

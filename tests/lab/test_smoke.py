@@ -111,9 +111,7 @@ async def test_nothing_stays_held_at_the_prefills(instances: StandinSet) -> None
     before = [prefill.metric("standin:kv_blocks_held") for prefill in prefills]
     await proven(instances)
     for prefill, held in zip(prefills, before, strict=True):
-        prefill.wait_for(
-            lambda p=prefill, h=held: p.metric("standin:kv_blocks_held") == h, "release"
-        )
+        prefill.wait_for_metric("standin:kv_blocks_held", held)
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,6 @@ def text_of(answer: Answer) -> str:
     return str(answer.body["choices"][0]["text"])
 
 
-def wait_for_metric(instance: Instance, name: str, value: float) -> None:
-    instance.wait_for(lambda: instance.metric(name) == value, f"{name} {value}")
-
-
 # Linking
 
 
@@ -120,7 +116,7 @@ def test_kv_moves_from_the_prefill_that_holds_it_and_is_released(
     local = text_of(running["d0"].request("/v1/completions", PROMPT))
     assert text_of(hand_over(running[prefill], running["d0"], PROMPT)) == local
     assert running["d0"].metric(moved) == before + 1
-    wait_for_metric(running[prefill], "standin:kv_blocks_held", held)
+    running[prefill].wait_for_metric("standin:kv_blocks_held", held)
 
 
 def test_decode_counts_what_it_computed_itself(running: StandinSet) -> None:
@@ -222,12 +218,12 @@ def test_a_prompt_over_the_token_budget_blocks_the_queue_until_its_client_leaves
     answers: list[Answer] = []
     with socket.create_connection((prefill.host, prefill.api_port)) as stuck:
         stuck.sendall(head.encode() + body)
-        wait_for_metric(prefill, "vllm:num_requests_waiting", 1)
+        prefill.wait_for_metric("vllm:num_requests_waiting", 1)
         behind = threading.Thread(
             target=lambda: answers.append(prefill.request("/v1/completions", PROMPT))
         )
         behind.start()
-        wait_for_metric(prefill, "vllm:num_requests_waiting", 2)
+        prefill.wait_for_metric("vllm:num_requests_waiting", 2)
         assert answers == []
     behind.join(TIMEOUT_SECONDS)
     assert [answer.status for answer in answers] == [200]

@@ -92,7 +92,7 @@ def test_in_new_images_a_wrong_value_looks_well(wrong: StandinSet) -> None:
         assert instance.request("/health").status == 200
     assert (decode.metric(source), decode.metric(errors)) == (before[0] + 1, before[1])
     assert decode.metric('standin:kv_transfers_total{cluster_id="0"}') >= 1
-    prefill.wait_for(lambda: prefill.metric("standin:kv_blocks_held") == held, "release")
+    prefill.wait_for_metric("standin:kv_blocks_held", held)
 
 
 @pytest.mark.parametrize("body", [PROMPT, NUMBERS])

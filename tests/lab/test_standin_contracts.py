@@ -74,8 +74,7 @@ def test_each_prefill_links_at_its_first_request_and_decode_reads_its_kv(
         assert text_of(hand_over(later[name], decode, NUMBERS)) == " 13, 15, 17"
         assert decode.metric("standin:links") == count
         assert later[name].metric("standin:links") == 1
-        held = later[name]
-        held.wait_for(lambda held=held: held.metric("standin:kv_blocks_held") == 0, "release")
+        later[name].wait_for_metric("standin:kv_blocks_held", 0)
     assert decode.metric(LOCAL) == 0
 
 

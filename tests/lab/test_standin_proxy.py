@@ -218,7 +218,7 @@ def test_the_proxy_moves_kv_from_prefill_to_decode(proxy: tuple[Instance, Standi
         assert answer.body["choices"][0]["text"] == direct
         assert instances["d0"].metric(name) == count
     for prefill in (instances["p0"], instances["p1"]):
-        prefill.wait_for(lambda p=prefill: p.metric("standin:kv_blocks_held") == 0, "release")
+        prefill.wait_for_metric("standin:kv_blocks_held", 0)
 
 
 @needs_nginx
@@ -312,7 +312,7 @@ def test_a_request_that_decode_answers_no_longer_counts_for_prefill(
     instances["d0"].set_faults(token_seconds=0.4)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(entry.request, "/v1/completions", BODY)
-        instances["d0"].wait_for(lambda: instances["d0"].metric(RUNNING) == 1, "decoding")
+        instances["d0"].wait_for_metric(RUNNING, 1)
         assert entry.request("/v1/completions", BODY).status == 200
         assert first.result().status == 200
     assert counts(instances, "p0", "p1") == [2, 0]
@@ -373,7 +373,7 @@ def test_the_counters_are_right_after_clients_that_left(
     with send_and_leave(entry, stream) as client:  # while decode streams
         assert client.recv(100)
     instances["d0"].set_faults()
-    instances["d0"].wait_for(lambda: instances["d0"].metric(RUNNING) == 0, "end of the stream")
+    instances["d0"].wait_for_metric(RUNNING, 0)  # the stream has ended
     assert_prefill_counters_are_even(entry, instances)
 
 
