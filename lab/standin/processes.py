@@ -25,10 +25,11 @@ DEVICES_PER_INSTANCE = 8
 # Ports of an instance, from its first: room for several API servers; master; KV's; two for each
 # worker and one of heartbeats.
 API_PORT, MASTER_PORT, KV_PORT, WORKER_PORT, PORTS = 0, 20, 22, 24, 50
-# Below the ephemeral range, where any outgoing connection could take them. In blocks, each of one
-# set alone, also if other processes choose at the same time.
-PORT_BLOCKS = [range(first, first + 400) for first in range(10000, 19200, 400)]
+# Below the ephemeral range, where any outgoing connection could take them; a block has room for the
+# four instances of a 3P1D.
+PORT_BLOCKS = [range(first, first + 4 * PORTS) for first in range(10000, 19200, 4 * PORTS)]
 TIMEOUT_SECONDS = 15.0
+LINGER_SECONDS = 60.0  # the kernel's TIME_WAIT, in which a port that was used counts as taken
 
 
 @dataclass
@@ -186,6 +187,7 @@ class StandinSet:
     def __init__(
         self,
         directory: Path,
+        first_port: int,
         prefills: int,
         decodes: int = 1,
         built: str | None = None,
@@ -194,6 +196,7 @@ class StandinSet:
         """Write everything that the instances need.
 
         Args:
+            first_port: of `PORTS` for each instance.
             decodes: instances of the one decode pod.
             built: date of the image; by default the one that it has.
             contract: v0, v1 or roles.
@@ -206,7 +209,7 @@ class StandinSet:
         # Each set has its own loopback network, so that sets can run at the same time.
         self._network = f"127.{1 + secrets.randbelow(250)}.{secrets.randbelow(250)}"
         self._npu_prefix = f"standin-{secrets.token_hex(4)}"
-        self._first_port, self._claim = _free_ports(PORTS * (prefills + decodes))
+        self._first_port = first_port
         model = directory / "model"
         model.mkdir(parents=True)
         (model / "config.json").write_text("{}")
@@ -242,11 +245,6 @@ class StandinSet:
                 instance.process.send_signal(signal.SIGINT)
         for instance in self.instances.values():
             instance.stop()
-
-    def close(self) -> None:
-        """Stop all instances; their ports may be another set's."""
-        self.stop()
-        self._claim.close()
 
     def address(self, host: int) -> str:
         """Return the address of a simulated host."""
@@ -408,17 +406,25 @@ def _write_script(path: Path, command: str) -> None:
     path.chmod(0o755)
 
 
-def _free_ports(count: int) -> tuple[int, socket.socket]:
-    """Choose ports beside one another; return the first, and what claims them until closed."""
+@contextlib.contextmanager
+def free_ports(count: int) -> Iterator[int]:
+    """Give the first of so many free ports beside one another. Who asks meanwhile, in another
+    process too, gets others."""
     assert count <= len(PORT_BLOCKS[0])
-    for block in random.sample(PORT_BLOCKS, len(PORT_BLOCKS)):
-        claim = socket.socket(socket.AF_UNIX)
-        with contextlib.suppress(OSError):  # another set's
-            claim.bind(f"\0standin-ports-{block.start}")
-            if all(_is_free(port) for port in block[:count]):
-                return block.start, claim
-        claim.close()
-    raise AssertionError(f"no block of {count} free ports")
+    deadline = time.monotonic() + LINGER_SECONDS
+    while True:
+        for block in random.sample(PORT_BLOCKS, len(PORT_BLOCKS)):
+            with socket.socket(socket.AF_UNIX) as claim:
+                try:
+                    claim.bind(f"\0standin-ports-{block.start}")
+                except OSError:  # another's
+                    continue
+                if all(_is_free(port) for port in block[:count]):
+                    yield block.start
+                    return
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no {count} free ports in any block")
+        time.sleep(0.1)
 
 
 def _is_free(port: int) -> bool:
@@ -451,8 +457,9 @@ def standin_set(
     contract: str = "v0",
 ) -> Iterator[StandinSet]:
     """Give a set of instances; stop it at the end."""
-    instances = StandinSet(directory, prefills, decodes, built, contract)
-    try:
-        yield instances
-    finally:
-        instances.close()
+    with free_ports(PORTS * (prefills + decodes)) as first_port:
+        instances = StandinSet(directory, first_port, prefills, decodes, built, contract)
+        try:
+            yield instances
+        finally:
+            instances.stop()

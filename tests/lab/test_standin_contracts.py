@@ -17,6 +17,7 @@ from pd_deploy.lab.standin.processes import (
     Answer,
     Instance,
     StandinSet,
+    free_ports,
     hand_over,
     standin_set,
 )
@@ -398,12 +399,18 @@ def test_a_flag_of_another_age_is_a_usage_error(tmp_path: Path, age: str) -> Non
     assert all(flag in done.stderr for flag in foreign)
 
 
-FIRST_PORT = 18000
 Recorder = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def recorded(tmp_path: Path) -> Recorder:
+def first_port() -> Iterator[int]:
+    """The launcher's, and room for those that follow."""
+    with free_ports(10) as first:
+        yield first
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, first_port: int) -> Recorder:
     """Start so many servers of an age by the launcher; give each one's argv and environment."""
     recorder = tmp_path / "bin" / "vllm"
     recorder.parent.mkdir()
@@ -419,7 +426,7 @@ def recorded(tmp_path: Path) -> Recorder:
             **env,
         }
         command = [*LAUNCH, *REQUIRED, "--num-servers", str(servers), *arguments]
-        command += ["--base-api-port", str(FIRST_PORT), "--log-dir", str(tmp_path)]
+        command += ["--base-api-port", str(first_port), "--log-dir", str(tmp_path)]
         logs = [tmp_path / f"server_{rank}.log" for rank in range(servers)]
         with subprocess.Popen(command, env=variables) as launcher:
             try:
@@ -492,13 +499,13 @@ def test_only_roles_keeps_a_compilation_config_with_blanks_together(
 
 @pytest.mark.parametrize("age", list(AGES)[1:])
 def test_newer_launchers_take_the_next_free_port_as_far_as_they_may(
-    recorded: Recorder, tmp_path: Path, age: str
+    recorded: Recorder, first_port: int, tmp_path: Path, age: str
 ) -> None:
-    with socket.create_server(("", FIRST_PORT)):
+    with socket.create_server(("", first_port)):
         servers = recorded(age, 2, "--max-port-attempts", "2")
         ports = [server["argv"][server["argv"].index("--port") + 1] for server in servers]
-        assert ports == [str(FIRST_PORT + 1), str(FIRST_PORT + 2)]
-        alone = ["--base-api-port", str(FIRST_PORT), "--max-port-attempts", "1"]
+        assert ports == [str(first_port + 1), str(first_port + 2)]
+        alone = ["--base-api-port", str(first_port), "--max-port-attempts", "1"]
         done = launch(tmp_path / "root", *REQUIRED, *alone, "--log-dir", str(tmp_path))
         assert done.returncode == 1
 
