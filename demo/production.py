@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography.fernet import Fernet
 
 from demo.processes import Processes
-from demo.programs import Programs, unpacked
+from demo.programs import Programs
 from pd_deploy.cli.local_http import free_ports, is_healthy
 
 FILES = Path(__file__).resolve().parents[1] / "deploy"
@@ -38,7 +38,8 @@ class Production:
         self.processes = processes
         self.directory = directory
         self.ports = ports
-        self.programs: Programs = unpacked()
+        self.programs = Programs()
+        self.programs.unpack()
         self._secrets: dict[str, str] = json.loads((directory / "secrets.json").read_text())
 
     @classmethod

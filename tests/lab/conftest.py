@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pd_deploy.lab.standin.processes import StandinSet, standin_set
-from tests.lab.proxies import fill_root
+from tests.lab.proxies import NGINX, fill_root
 
 
 @pytest.fixture
@@ -17,9 +17,15 @@ def pair(tmp_path: Path) -> Iterator[StandinSet]:
         yield instances
 
 
+@pytest.fixture(scope="session")
+def nginx() -> None:
+    """Download and unpack nginx, unless that was done before."""
+    NGINX.unpack()
+
+
 @pytest.fixture
 def root() -> Iterator[Path]:
-    """A root directory with the image's proxy files and links to the machine's nginx."""
+    """A root directory with the image's proxy files and links to nginx."""
     with tempfile.TemporaryDirectory() as directory:
         # nginx's workers give up root: below pytest's own directory they could read nothing.
         Path(directory).chmod(0o755)

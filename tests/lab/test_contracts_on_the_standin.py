@@ -22,7 +22,7 @@ from pd_deploy.engines.omniinfer import engine as omniinfer
 from pd_deploy.engines.omniinfer.contracts import contract_of
 from pd_deploy.lab.standin.processes import PYTHON, STANDIN, Instance, StandinSet, standin_set
 from pd_deploy.planning import placement
-from tests.lab.test_standin_proxy import needs_nginx
+from tests.lab.proxies import NGINX
 from tests.unit import example
 
 NUMBERS = {"model": "qwen", "prompt": "5, 7, 9, 11,", "max_tokens": 5}
@@ -132,13 +132,17 @@ def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Running]
 
 
 class Proxy:
-    """The proxy's script with a /usr/local and processes of its own, as in its container."""
+    """The proxy's script with nginx, a /usr/local and processes of its own, as in its container."""
 
     def __init__(self, running: Running, local: Path) -> None:
         self.lines: list[str] = []
-        command = f"mount --bind {local} /usr/local && exec bash {running.script('c0')}"
+        command = (
+            f"mount -t overlay -o lowerdir={NGINX.root}/usr:/usr overlay /usr && "
+            f"mount --bind {local} /usr/local && exec bash {running.script('c0')}"
+        )
         self.process = subprocess.Popen(
             ["unshare", "-m", "-p", "-f", "--mount-proc", "bash", "-c", command],
+            env=os.environ | NGINX.env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -166,7 +170,7 @@ class Proxy:
 
 
 @pytest.fixture
-def proxy(running: Running) -> Iterator[Proxy]:
+def proxy(running: Running, nginx: None) -> Iterator[Proxy]:
     directory = Path("/var/tmp") / f"pd-test-{secrets.token_hex(4)}"
     # nginx's workers give up root: below pytest's own directory they could read nothing.
     modules, hidden = directory / "nginx/modules", directory / HIDDEN
@@ -191,7 +195,6 @@ def at(running: Running, address: str) -> Instance:
     return replace(running.instances["p0"], host=address, api_port=port)
 
 
-@needs_nginx
 def test_servers_and_omni_proxy_serve_and_step_on_and_drain(running: Running, proxy: Proxy) -> None:
     proving, clients = at(running, PROVING_ADDRESS), at(running, running.instances.address(0))
     server = running.service.topology.prefill[0].servers[0]
