@@ -424,7 +424,7 @@ def free_ports(count: int) -> Iterator[int]:
                     return
         if time.monotonic() > deadline:
             raise AssertionError(f"no {count} free ports in any block")
-        time.sleep(0.1)
+        time.sleep(0.25)
 
 
 def _is_free(port: int) -> bool:
